@@ -1,0 +1,77 @@
+"""Normalisation statistics and other buffers: kept over a pass that must not count, and the mode a model is measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+NORM_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm, InstanceNorm, and timm's BatchNormAct2d
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+
+
+class Buffers:
+    """A snapshot of every buffer of a model: BatchNorm statistics and counters, spectral norm, quantiser ranges, ...
+
+    `restore` brings back the values bit for bit in the same storage, and the same tensor object where the model has
+    assigned another one in between. (Setting BatchNorm's momentum to 0 instead is wrong for momentum=None, still
+    counts the batch, and knows only BatchNorm.) Copies are kept for the next `save`, which then allocates nothing.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._slots: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+
+    @torch.no_grad()
+    def save(self, model: nn.Module) -> None:
+        self._slots = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items()]
+        found = {id(b): b for _, _, b in self._slots if b is not None}
+        stale = self._kept
+        self._kept = {}
+        for key, b in found.items():
+            old = stale.get(key)
+            if old is not None and old[0] is b and old[1].shape == b.shape and old[1].dtype == b.dtype:
+                self._kept[key] = (b, old[1].copy_(b))
+            else:
+                self._kept[key] = (b, b.detach().clone())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for owner, name, buffer in self._slots:
+            if owner.get(name) is not buffer:
+                owner[name] = buffer
+        for buffer, copy in self._kept.values():
+            buffer.copy_(copy)
+
+    def clean_copy(self, buffer: Tensor) -> Tensor | None:
+        """The saved value of `buffer`, or None if it is not one of those saved."""
+        found = self._kept.get(id(buffer))
+        return None if found is None else found[1]
+
+
+@contextmanager
+def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
+    """The model in eval mode; with `batch_statistics` its normalisation layers use those of the batch instead of the
+    running ones. Training flags and buffers come back as they were, also after an exception."""
+    flags = [(m, m.training) for m in model.modules()]
+    buffers = Buffers()
+    buffers.save(model)
+    try:
+        model.eval()
+        if batch_statistics:
+            for m in model.modules():
+                if isinstance(m, nn.modules.batchnorm._NormBase):
+                    m.training = True
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+        buffers.restore()

@@ -1,0 +1,111 @@
+"""What the measures return: frozen values that know how they were made, never bare numbers."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def provenance(**extra: Any) -> dict[str, Any]:
+    """Versions and platform, and whatever else a result was made from."""
+    from sam_optim._version import __version__
+
+    return {"sam_optim": __version__, "torch": torch.__version__, "platform": platform.machine()} | extra
+
+
+def plain(value: Any) -> Any:
+    """`value` as what strict JSON can hold: tensors become lists, numbers that are not finite become None."""
+    if isinstance(value, Tensor):
+        return plain(value.detach().cpu().tolist())
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    raise TypeError(f"a result can hold numbers, strings, tensors, lists and mappings, got {type(value).__name__}")
+
+
+class _Result:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python for `json.dumps(..., allow_nan=False)`; what is not finite is None, and `reason` says why."""
+        found = {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return {"type": type(self).__name__} | {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Estimate(_Result):
+    """One measured number.
+
+    value: in the units that the measure's docstring names; nan if it could not be computed (`reason` says why).
+    stderr: the standard error of `value` over batches or draws; nan where there is only one, 0 where it is exact.
+    num_samples: how many draws, batches or pairs `stderr` is over.
+    converged: False where an iteration stopped at its limit, or a value is not finite.
+    """
+
+    value: float
+    stderr: float = math.nan
+    num_samples: int = 1
+    converged: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+    def __float__(self) -> float:
+        return self.value
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"value": None, "stderr": None} | super().to_dict()
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum(_Result):
+    """Eigenvalues of a curvature matrix, or its spectral density.
+
+    eigenvalues: (k,), descending, float64. residuals: (k,), ||A v - lambda v||_2 for unit v. eigenvectors: k lists of
+    tensors in the shapes of the parameters (left out of `to_dict`). grid, density: (n,), for spectral densities.
+    """
+
+    eigenvalues: Tensor
+    residuals: Tensor | None = None
+    eigenvectors: list[list[Tensor]] | None = field(default=None, repr=False)
+    converged: bool = True
+    num_products: int = 0
+    grid: Tensor | None = None
+    density: Tensor | None = None
+    stderr: Tensor | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "eigenvectors"}
+        return {"type": "Spectrum"} | {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Landscape(_Result):
+    """Losses on a grid around the weights.
+
+    coordinates: one (n,) tensor for each axis, in units of the directions. losses: (n,) or (n, m), in units of L, first
+    axis along the first direction. directions: how they were chosen, and their norms.
+    """
+
+    coordinates: tuple[Tensor, ...]
+    losses: Tensor
+    directions: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,78 @@
+"""The only place that draws numbers, and the only one that touches generators that belong to somebody else."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stream:
+    """A seeded stream of draws on the CPU, moved to where they are needed: the same bits on every device, whatever ran
+    before. Global generators are neither read nor advanced."""
+
+    def __init__(self, seed: int):
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal_like(self, w: Tensor) -> Tensor:
+        """z ~ N(0, 1) for each entry, of the shape, dtype and device of w."""
+        return self._like(torch.randn(w.shape, generator=self._generator, dtype=_draw_dtype(w)), w)
+
+    def rademacher_like(self, w: Tensor) -> Tensor:
+        """+1 or -1 with equal probability."""
+        bits = torch.randint(0, 2, w.shape, generator=self._generator, dtype=torch.int8)
+        return self._like(bits.mul_(2).sub_(1), w)
+
+    def uniform_like(self, w: Tensor) -> Tensor:
+        """U(0, 1) for each entry."""
+        return self._like(torch.rand(w.shape, generator=self._generator, dtype=_draw_dtype(w)), w)
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self._generator)
+
+    def integers(self, high: int, size: tuple[int, ...]) -> Tensor:
+        """Uniform on 0 .. high - 1, int64."""
+        return torch.randint(high, size, generator=self._generator)
+
+    @staticmethod
+    def _like(draw: Tensor, w: Tensor) -> Tensor:
+        return draw.to(device=w.device, dtype=w.dtype)
+
+
+def _draw_dtype(w: Tensor) -> torch.dtype:
+    return torch.float64 if w.dtype == torch.float64 else torch.float32
+
+
+class GlobalState:
+    """A snapshot of the global generators: torch's (CPU and the CUDA devices asked for), Python's and numpy's if loaded."""
+
+    def __init__(self, cuda_devices: Iterable[torch.device] = ()):
+        self._cpu = torch.get_rng_state()
+        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in cuda_devices]
+        self._python = random.getstate()
+        self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+@contextmanager
+def kept(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """The global generators come out as they went in."""
+    state = GlobalState(cuda_devices)
+    try:
+        yield
+    finally:
+        state.restore()

@@ -64,7 +64,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror or error
-        raise InputError(f"cannot write {len(content):,} bytes to {path} ({reason}); free some space or choose --out")
+        message = f"cannot write {len(content):,} bytes to {path} ({reason}); free some space or choose another --out"
+        raise InputError(message) from None
     fsync_directory(path.parent)
 
 

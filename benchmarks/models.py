@@ -14,7 +14,7 @@ SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
 
 
 def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **options: Any) -> nn.Module:
-    """A timm model, or "cnn3". Images of at most 64 pixels get a 3x3 stem of stride 1 without max-pool, or small patches.
+    """A timm model, or "cnn3". Up to 64 pixels: 3x3 stem of stride 1 without max-pool, or small patches.
 
     Args:
         image_size: (C, H, W).
@@ -62,7 +62,12 @@ def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], op
     try:
         if height > SMALL:
             return timm.create_model(name, **arguments | _sized(timm, name, image_size, patch=False))
-        model = timm.create_model(name, **arguments | _sized(timm, name, image_size, patch=True))
+        sized = _sized(timm, name, image_size, patch=True)
+        try:
+            model = timm.create_model(name, **arguments | sized)
+        except TypeError:  # some entry points fix the patch size themselves (mixer_s16_224)
+            sized.pop("patch_size", None)
+            model = timm.create_model(name, **arguments | sized)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
     small_stem_(model)

@@ -1,5 +1,8 @@
 """Sharpness-Aware Minimization for PyTorch, and the means to check that it worked."""
 
 from sam_optim._version import __version__
+from sam_optim.geometry import Ball, ProductBall
+from sam_optim.optimizers import ASAM, SAM, asam_param_groups
+from sam_optim.perturbation import Perturbation
 
-__all__ = ["__version__"]
+__all__ = ["ASAM", "SAM", "Ball", "Perturbation", "ProductBall", "__version__", "asam_param_groups"]

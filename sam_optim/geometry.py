@@ -70,7 +70,7 @@ def scale(w: Tensor, adaptive: str | None, eta: float) -> Tensor:
     if adaptive is None:
         return torch.ones((), dtype=w.dtype, device=w.device)
     if adaptive == "layer":
-        return torch.linalg.vector_norm(w) + eta
+        return torch.linalg.vector_norm(w, dtype=torch.float64).to(w.real.dtype) + eta
     if adaptive == "filter" and w.ndim >= 2:
         return torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) + eta
     return w.abs() + eta

@@ -1,0 +1,441 @@
+"""SAM and ASAM as torch.optim optimizers around any base optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sam_optim.batchnorm import NORM_LAYERS
+from sam_optim.geometry import Ball, ProductBall
+from sam_optim.perturbation import Closure, LastStep, Perturbation, check_group
+
+_KEYS = ("rho", "adaptive", "eta", "norm")
+
+
+class SAM(Optimizer):
+    """w <- base(w, grad L(w + e)),   e = argmax <g, e> over ||T^-1 e||_p <= rho,   g = grad L(w).
+
+    p = 2: e = rho T^2 g / ||T g||_2; p = inf: e = rho T sign(g). T = 1, or adaptive: |w| + eta, or a norm for each
+    filter or layer. The norm runs over all groups; each group is moved by its own rho. `param_groups` and `state` are
+    the base's own objects, so a checkpoint of the plain base loads into SAM and the reverse.
+
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        loss = optimizer.step(closure)            # closure: zero_grad, forward, backward, return the loss; runs twice
+
+        loss.backward()                           # or in two phases, for GradScaler, clipping, loops of your own
+        with optimizer.perturbed():
+            criterion(model(x), y).backward()
+        optimizer.step()
+
+    Args:
+        params: as for any torch optimizer; groups may have their own rho, adaptive, eta and norm.
+        base_optimizer: a class, or any callable that makes an optimizer from params; `base_kwargs` go to it.
+        rho: the radius, in units of T (of w where T = 1), not relative to ||w||.
+        adaptive: T. False: 1. True or "elementwise": |w| + eta. "filter", "layer": their norm + eta.
+        eta: added to T; matters only where adaptive.
+        norm: p, 2 or inf.
+        module: the model. With it the second pass leaves no trace in its buffers (BatchNorm statistics), and its
+            `state_dict()` holds the clean weights at every moment.
+        foreach, fused: as in torch.optim. None chooses.
+        rounding, replay_rng: see `Perturbation`.
+
+    Raises:
+        ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
+            hyperparameter of the same name (Adadelta's rho), or which holds other parameters.
+
+    Source: SAM, Foret et al. (2020), arXiv:2010.01412; ASAM, Kwon et al. (2021), arXiv:2102.11600.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        *,
+        rho: float | Tensor = 0.05,
+        adaptive: bool | str = False,
+        eta: float = 0.01,
+        norm: float = 2,
+        module: nn.Module | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        rounding: str = "nearest",
+        replay_rng: bool = False,
+        **base_kwargs: Any,
+    ):
+        if isinstance(base_optimizer, Optimizer):
+            raise TypeError(
+                f"base_optimizer is a {type(base_optimizer).__name__} that exists already and holds its own parameters: "
+                f"pass its class, or use {type(self).__name__}.wrap(base_optimizer, rho=...)"
+            )
+        if not callable(base_optimizer):
+            raise TypeError(f"base_optimizer must be an optimizer class or a callable, got {base_optimizer!r}")
+        given = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
+        check_group(given)
+        flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
+        params, members = _listed(params)
+        base = base_optimizer(params, **_accepted(base_optimizer, flags), **base_kwargs)
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        if members is not None and held != members:
+            raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
+        self._adopt(base, given, module=module, foreach=foreach, rounding=rounding, replay_rng=replay_rng)
+
+    @classmethod
+    def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:
+        """Around an optimizer that exists, as timm's factory makes it; keyword arguments as for the class."""
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(f"wrap takes an optimizer instance, got {base_optimizer!r}")
+        signature = inspect.signature(cls.__init__).parameters
+        values = {k: v.default for k, v in signature.items() if v.kind is v.KEYWORD_ONLY and k != "fused"}
+        if unknown := [k for k in kwargs if k not in values]:
+            raise TypeError(f"wrap has no argument {unknown[0]!r}; it takes {', '.join(values)}")
+        values |= kwargs
+        given = {k: values.pop(k) for k in _KEYS}
+        self = cls.__new__(cls)
+        check_group(given)
+        self._adopt(base_optimizer, given, **values)
+        return self
+
+    def _adopt(self, base: Optimizer, given: dict[str, Any], **options: Any) -> None:
+        _check_base(base)
+        for group in base.param_groups:
+            check_group(given | {k: group[k] for k in _KEYS if k in group})
+        super().__init__(base.param_groups, given)  # fills the groups, which it adopts as they are
+        base.defaults.update(given)
+        self.base_optimizer = base
+        self._perturbation_options = options
+        self._relink()
+
+    def _relink(self) -> None:
+        """One truth: groups, state, defaults and hooks are the base's own objects."""
+        base = self.base_optimizer
+        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            if hooks in base.__dict__:
+                self.__dict__[hooks] = base.__dict__[hooks]
+        if "perturbation" not in self.__dict__:
+            self.perturbation = Perturbation(self.param_groups, **self._perturbation_options)
+        self.perturbation.param_groups = self.param_groups
+
+    # stepping
+
+    @torch.no_grad()
+    @torch._disable_dynamo
+    def step(  # type: ignore[override]
+        self, closure: Closure | Sequence[Closure] | None = None, *, ascent_closure: Closure | None = None
+    ) -> Any:
+        """One update. Returns the loss at w, before it; None without a closure.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward, returns the loss. It runs at w and at w + e. A
+                list of closures is m-sharpness: each has its own perturbation, the gradients at the perturbed points
+                are averaged. None: the base update with the gradients in `p.grad`, to finish a perturbed pass.
+            ascent_closure: another loss for the ascent: fewer examples, no_sync, lower precision.
+
+        Raises:
+            RuntimeError: no closure and no perturbed pass; a closure that forgot `backward()` or left earlier gradients
+                in place; a closure given through `GradScaler.step`.
+        """
+        self._sync()
+        if closure is None:
+            if ascent_closure is not None:
+                raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
+            self._finish()
+            return None
+        _refuse_grad_scaler()
+        if self.perturbation.active:
+            raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
+        with self.perturbation._all_or_nothing():
+            loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
+            self._base_step()
+        return loss
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
+        self._sync()
+        return self.perturbation.perturbed()
+
+    def microbatch(self) -> AbstractContextManager[None]:
+        """Context around one micro-batch's two passes: adds their gradient to those of earlier micro-batches."""
+        self._sync()
+        return self.perturbation.microbatch()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it."""
+        self._sync()
+        self.perturbation.enter(zero_grad=zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """w + e -> w, then the base update with the gradients in `p.grad`."""
+        if not self.perturbation.active:
+            raise RuntimeError("second_step() without first_step(): the weights are not perturbed")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.perturbation.completed = False
+
+    def _finish(self) -> None:
+        """The base update after a perturbed pass; without one only where no gradient could be misused."""
+        found_inf, grad_scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
+        if self.perturbation.active:
+            self.perturbation.exit()
+            if found_inf is not None and bool(found_inf):
+                self.perturbation.completed = False
+                return
+            if grad_scale is not None:
+                for p in self._parameters():
+                    if p.grad is not None:
+                        p.grad.div_(grad_scale.to(p.grad.device))
+        elif not self.perturbation.completed and self._any_gradient():
+            raise RuntimeError(
+                "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
+                "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
+            )
+        self._base_step()
+
+    def _base_step(self) -> None:
+        """The base's own update, without the hooks and the profiler range of its step: those are this step's."""
+        step = type(self.base_optimizer).step
+        unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
+        unhooked(self.base_optimizer)
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made on the base
+        self.perturbation.completed = False
+
+    def _any_gradient(self) -> bool:
+        return any(p.grad is not None and bool(_values(p.grad).count_nonzero()) for p in self._parameters())
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _sync(self) -> None:
+        """Frameworks assign `param_groups` anew on whichever object they hold."""
+        if self.param_groups is not self.base_optimizer.param_groups:
+            self.base_optimizer.param_groups = self.param_groups
+        if self.state is not self.base_optimizer.state:
+            self.base_optimizer.state = self.state
+        self.perturbation.param_groups = self.param_groups
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """While perturbed, GradScaler must call `step` whatever it found: skipping would leave the weights at w + e."""
+        perturbation = self.__dict__.get("perturbation")
+        return perturbation is not None and perturbation.active
+
+    # what it searches, and what it saw
+
+    @property
+    def ball(self) -> Ball:
+        """The ball of the first group: `worst_case_sharpness(loss, optimizer.ball)` is what training minimised."""
+        return self.balls[0]
+
+    @property
+    def balls(self) -> list[Ball]:
+        """The ball of each group."""
+        self._sync()
+        return self.perturbation.balls
+
+    @property
+    def neighborhood(self) -> ProductBall:
+        """The balls of all groups as one, for measures where the groups differ (`asam_param_groups`)."""
+        self._sync()
+        return self.perturbation.neighborhood
+
+    @property
+    def last_step(self) -> LastStep:
+        return self.perturbation.last_step
+
+    @property
+    def num_unperturbed(self) -> int | Tensor:
+        """How many steps had an ascent gradient of 0, or one that was not finite, and so e = 0."""
+        return self.perturbation.num_unperturbed
+
+    # torch.optim's book-keeping
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "base_optimizer" not in self.__dict__:  # called by Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        self._sync()
+        check_group(self.defaults | param_group)
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, with rho, adaptive, eta and norm in its groups."""
+        self._sync()
+        if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
+            return self.base_optimizer.state_dict()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are."""
+        self._sync()
+        if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:
+            super().load_state_dict(state_dict)
+            return
+        before = [{k: g[k] for k in _KEYS} for g in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        _fill(self.base_optimizer.param_groups, before)
+        self._relink()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base_optimizer", "perturbation", "_perturbation_options")
+        return super().__getstate__() | {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = [{k: g[k] for k in _KEYS if k in g} for g in self.__dict__.get("param_groups", [])]
+        super().__setstate__(state)
+        base_state = {"state": self.state, "param_groups": self.param_groups}
+        self.base_optimizer.__setstate__(base_state)  # fills keys that older checkpoints lack
+        _fill(self.base_optimizer.param_groups, before)
+        for group in self.base_optimizer.param_groups:
+            for key in _KEYS:
+                group.setdefault(key, self.defaults[key])
+        self._relink()
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base has: train() and eval() of schedule-free ones, consolidate_state_dict of ZeRO, ..."""
+        if not name.startswith("_") and "base_optimizer" in self.__dict__:
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(f"{type(self).__name__} (", f"{self._title()} (", 1)
+
+    def _title(self) -> str:
+        return f"{type(self).__name__} over {type(self.base_optimizer).__name__}"
+
+
+class ASAM(SAM):
+    """SAM with T = |w| + eta: e = rho T^2 g / ||T g||_2. Larger radii than SAM's; 0.5 is the paper's for CIFAR-10.
+
+    The paper leaves biases and normalisation parameters at T = 1: pass `asam_param_groups(model)` for that.
+
+    Source: Kwon et al. (2021), arXiv:2102.11600.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        *,
+        rho: float | Tensor = 0.5,
+        adaptive: bool | str = True,
+        eta: float = 0.01,
+        norm: float = 2,
+        module: nn.Module | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        rounding: str = "nearest",
+        replay_rng: bool = False,
+        **base_kwargs: Any,
+    ):
+        super().__init__(
+            params,
+            base_optimizer,
+            rho=rho,
+            adaptive=adaptive,
+            eta=eta,
+            norm=norm,
+            module=module,
+            foreach=foreach,
+            fused=fused,
+            rounding=rounding,
+            replay_rng=replay_rng,
+            **base_kwargs,
+        )
+
+
+def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[dict[str, Any]]:
+    """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalisation parameters.
+
+    Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
+    not require a gradient are left out; an empty group is, too.
+    """
+    normal = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
+    params = [p for p in model.parameters() if p.requires_grad]
+    plain = [p.ndim < 2 or id(p) in normal for p in params]
+    groups = [
+        {"params": [p for p, is_plain in zip(params, plain, strict=True) if not is_plain], "adaptive": adaptive},
+        {"params": [p for p, is_plain in zip(params, plain, strict=True) if is_plain], "adaptive": False},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def _listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
+    """params as a list that can be read twice, and the ids in it; None where the base must judge the input itself."""
+    if isinstance(params, (Tensor, dict)) or not isinstance(params, Iterable):
+        return params, None
+    found = list(params)
+    members: list[Any] = []
+    for i, entry in enumerate(found):
+        if isinstance(entry, dict) and "params" in entry:
+            inner = entry["params"]
+            if not isinstance(inner, (Tensor, list)):
+                inner = list(inner)
+                found[i] = entry | {"params": inner}
+            members += [inner] if isinstance(inner, Tensor) else inner
+        else:
+            members.append(entry)
+    return found, {id(m[1] if isinstance(m, tuple) else m) for m in members}
+
+
+def _accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that the base knows; torch's and most of timm's do, others cannot be told."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return flags
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {k: v for k, v in flags.items() if takes_any or k in parameters}
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"the base must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if isinstance(base, SAM):
+        raise ValueError("the base is a SAM already: wrap the plain optimizer")
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"{type(base).__name__} needs a closure for its own step, and cannot be the base of SAM")
+    own = inspect.signature(type(base).__init__).parameters
+    if clash := [k for k in _KEYS if k in own and k in base.defaults]:
+        raise ValueError(
+            f"{type(base).__name__} has a hyperparameter {clash[0]!r} of its own, which means something else: use "
+            "sam_optim.Perturbation around it, which keeps its own groups"
+        )
+    if any(g.get("differentiable") for g in base.param_groups):
+        raise ValueError("differentiable=True is not supported: the perturbed weights are not part of a graph")
+
+
+def _refuse_grad_scaler() -> None:
+    """GradScaler.step(optimizer, closure) would step with gradients that are still scaled; it is not caught there."""
+    frame = sys._getframe(1)
+    for _ in range(12):  # past the wrappers of no_grad, Dynamo, hooks and schedulers
+        if frame is None:
+            return
+        if frame.f_code.co_name == "_maybe_opt_step":
+            raise RuntimeError(
+                "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
+                "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:
+    for group, value in zip(groups, values, strict=False):
+        for key in value:
+            group.setdefault(key, value[key])
+
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad

@@ -1,0 +1,492 @@
+"""Two contexts that make the gradients in `p.grad` sharpness-aware, and leave the optimizer untouched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_optim import kernels, rng
+from sam_optim.batchnorm import Buffers
+from sam_optim.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm, check_eta, check_rho, scale
+from sam_optim.guards import CleanStateDict, FirstForward, LeftoverProbe, Rollback
+
+Closure = Callable[[], Any]
+_perturbed_now: set[int] = set()  # ids of parameters; who moved them holds them, so that no id is reused
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What the last step saw, free of charge: 0-d tensors on the device, None for what it could not know.
+
+    loss, perturbed_loss: what the closure returned at w and at w + e; sharpness: their difference, in units of L.
+    grad_norm: ||T g||_q of the ascent gradient, q dual to p, so that rho * grad_norm is the rise to first order.
+    perturbation_norm: ||T^-1 e||_p: rho, or 0 if the ascent gradient was 0 or not finite.
+    realized: <e', e> / ||e||^2, the share of e that the rounding of bf16 and fp16 weights left; 1 for wider ones.
+    """
+
+    loss: Tensor | None
+    perturbed_loss: Tensor | None
+    sharpness: Tensor | None
+    grad_norm: Tensor | None
+    perturbation_norm: Tensor | None
+    realized: Tensor | None
+
+
+class Perturbation:
+    """w -> w + e for the length of a second pass,  e = argmax <g, e> over ||T^-1 e||_p <= rho,  g = p.grad.
+
+        with sam.microbatch():                     # keeps the gradients of earlier micro-batches apart
+            criterion(model(x), y).backward()      # ascent gradient g, at w
+            with sam.perturbed():                  # w -> w + e, gradients cleared; w comes back bit for bit
+                criterion(model(x), y).backward()  # descent gradient, at w + e
+        optimizer.step()                           # any optimizer, or scaler.step(optimizer)
+
+    p = 2: e = rho T^2 g / ||T g||_2; p = inf: e = rho T sign(g). T = 1 (SAM, arXiv:2010.01412) or adaptive (ASAM,
+    arXiv:2102.11600). One norm runs over all groups, and each group is moved by its own rho; rho = 0 stays where it is.
+    If g is 0 or not finite, e = 0 for that step, and `num_unperturbed` counts it. A loss scale in g does not matter.
+
+    Args:
+        model_or_params: a model (then also `module`), parameters, (name, parameter) pairs, or groups: dicts with
+            "params" and, where they differ from the arguments below, "rho", "adaptive", "eta", "norm", "maximize".
+        rho: the radius, in units of T w (of w where T = 1), not relative to ||w||.
+        adaptive: T; False: 1; True or "elementwise": |w| + eta; "filter", "layer": their norm + eta.
+        norm: p, 2 or inf.
+        module: the model. With it, its buffers (BatchNorm statistics, ...) after the second pass are those of the
+            first, and its `state_dict()` holds the clean weights also while they are perturbed.
+        foreach: as in torch.optim. None chooses.
+        rounding: "nearest", or "stochastic", which keeps bf16 and fp16 weights at w + e on average where rounding to
+            nearest loses most of a small e (see `last_step.realized`).
+        replay_rng: the second pass draws the same random numbers (dropout masks) as the first.
+        seed: of the draws for stochastic rounding.
+
+    Raises:
+        ValueError: a radius, norm or T that does not exist.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        *,
+        rho: float | Tensor = 0.05,
+        adaptive: bool | str = False,
+        eta: float = 0.01,
+        norm: float = 2,
+        module: nn.Module | None = None,
+        foreach: bool | None = None,
+        rounding: str = "nearest",
+        replay_rng: bool = False,
+        maximize: bool = False,
+        seed: int = 0,
+    ):
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+        if module is not None and not isinstance(module, nn.Module):
+            raise TypeError(f"module must be the model, a torch.nn.Module, got {type(module).__name__}")
+        if isinstance(model_or_params, nn.Module):
+            module = model_or_params if module is None else module
+            model_or_params = list(model_or_params.parameters())
+        defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "maximize": maximize}
+        self.param_groups = _as_groups(model_or_params, defaults)
+        self.module = module
+        self.foreach = foreach
+        self.rounding = rounding
+        self.replay_rng = replay_rng
+        self.num_unperturbed: int | Tensor = 0
+        self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
+        self._noise = rng.Stream(seed) if rounding == "stochastic" else None
+        self._storage: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buckets: list[kernels.Bucket] | None = None
+        self._held: list[Tensor] = []
+        self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
+        self._in_transaction = False
+        self._rollback: Rollback | None = None
+        self._hooks: list[Any] = []
+        self._rng_now: rng.GlobalState | None = None
+        self._first_forward = FirstForward(self.module) if replay_rng else None
+        self._ascent: kernels.Ascent | None = None
+        self._realized: kernels.Scalar | None = None
+        self._losses: tuple[Any, Any] = (None, None)
+        self._warned = False
+
+    # what it searches
+
+    @property
+    def balls(self) -> list[Ball]:
+        """The ball of each group, as it is now."""
+        return [
+            Ball(float(g["rho"]), norm=g["norm"], adaptive=g["adaptive"], eta=g["eta"]) for g in self.param_groups
+        ]
+
+    @property
+    def ball(self) -> Ball:
+        """The ball of the first group."""
+        return self.balls[0]
+
+    @property
+    def neighborhood(self) -> ProductBall:
+        """The balls of all groups as one: what a measure takes to search just where this searches."""
+        return ProductBall([(b, g["params"]) for b, g in zip(self.balls, self.param_groups, strict=True)])
+
+    @property
+    def active(self) -> bool:
+        """Whether the weights are perturbed now."""
+        return self._buckets is not None
+
+    @property
+    def last_step(self) -> LastStep:
+        """Diagnostics of the last perturbed pass."""
+        loss, perturbed = (_scalar(x) for x in self._losses)
+        ascent, realized = self._ascent, self._realized
+        return LastStep(
+            loss=loss,
+            perturbed_loss=perturbed,
+            sharpness=None if loss is None or perturbed is None else perturbed - loss,
+            grad_norm=None if ascent is None else _scalar(ascent.norm),
+            perturbation_norm=None if ascent is None else _scalar(ascent.length),
+            realized=None if ascent is None else _scalar(1.0 if realized is None else realized),
+        )
+
+    # the two contexts, and the loop around them
+
+    @contextmanager
+    def microbatch(self) -> Iterator[None]:
+        """Sets earlier gradients aside, and adds those of the perturbed pass inside to them at the end.
+
+        On an exception inside, gradients, buffers and generators are as before.
+
+        Raises:
+            RuntimeError: no perturbed pass inside: the gradients would be those of the plain optimizer.
+        """
+        params = self._params()
+        with self._all_or_nothing():
+            earlier = [p.grad for p in params]
+            for p in params:
+                p.grad = None
+            self.completed = False
+            if self._first_forward is not None:
+                self._first_forward.state = self._rng_state()
+            yield
+            if not self.completed:
+                raise RuntimeError("microbatch() ended without a second pass: run it inside `with sam.perturbed():`")
+            with torch.no_grad():
+                for p, g in zip(params, earlier, strict=True):
+                    if g is not None:
+                        p.grad = g if p.grad is None else g.add_(p.grad)
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """w -> w + e with the gradients in `p.grad`, which are then cleared; on leaving, w is what it was, bit for bit.
+
+        On an exception inside, the gradients of the first pass, the buffers and the generators come back, too.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or one is perturbed already.
+        """
+        self.enter()
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self.exit(failed=failed)
+
+    def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
+        """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward, returns the loss; it runs at w and at w + e.
+                A list of closures is m-sharpness: each is perturbed by its own gradient, and the gradients at the
+                perturbed points are averaged; the loss is the mean of theirs.
+            ascent_closure: runs at w in place of `closure`: fewer examples, lower precision, no_sync, ...
+
+        Raises:
+            RuntimeError: the closure forgot `backward()`, or left earlier gradients in place.
+        """
+        if callable(closure):
+            with self._all_or_nothing():
+                loss, perturbed = self._two_passes(closure, ascent_closure)
+                self._losses = (loss, perturbed)
+                return loss
+        if ascent_closure is not None:
+            raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
+        closures = list(closure)
+        if not closures or not all(callable(c) for c in closures):
+            raise TypeError(f"step takes a closure or a list of at least one closure, got {closure!r}")
+        with self._all_or_nothing():
+            params = self._params()
+            for p in params:
+                p.grad = None
+            passes = []
+            for c in closures:
+                with self._apart(params):
+                    passes.append(self._two_passes(c, None))
+            grads = [p.grad for p in params if p.grad is not None]
+            with torch.no_grad():
+                for g in grads:
+                    g.div_(len(closures))
+            self._losses = tuple(_mean([losses[i] for losses in passes]) for i in (0, 1))
+            return self._losses[0]
+
+    # the mechanism, for optimizers on top of it
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def enter(self, *, zero_grad: bool = True) -> None:
+        """w -> w + e; `exit` must follow. Use `perturbed()` where a context can be used."""
+        if self.active:
+            raise RuntimeError("the weights are perturbed already: finish that pass before the next one begins")
+        params = self._params()
+        if not _perturbed_now.isdisjoint(map(id, params)):
+            raise RuntimeError("another perturbation holds some of these parameters: only one at a time can move them")
+        buckets = self._plan()
+        if not self._in_transaction:
+            self._rollback = Rollback(params, self._rng_state(), None, self._entry_buffers)
+        self.completed = False
+        try:
+            self._held = params
+            _perturbed_now.update(map(id, params))
+            self._buckets = buckets
+            self._move(buckets)
+            if self.module is not None:
+                self._clean_buffers.save(self.module)
+                self._hooks = CleanStateDict.register(self.module, self.clean)
+            if zero_grad:
+                for p in params:
+                    p.grad = None
+            if self._first_forward is not None:
+                self._rng_now = self._rng_state()
+                self._first_forward.replay()
+        except BaseException:
+            self.exit(failed=True)
+            raise
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def exit(self, *, failed: bool = False) -> None:
+        """w + e -> w, with buffers and, after a fault, gradients and generators as `enter` found them."""
+        try:
+            self._restore()
+        except BaseException:  # Ctrl-C in the middle: every part of it may be done again
+            self._restore()
+            raise
+        finally:
+            rollback, self._rollback = self._rollback, None
+            if failed and rollback is not None:
+                rollback.undo()
+        self.completed = not failed
+
+    def clean(self, tensor: Tensor) -> Tensor | None:
+        """The clean value of a parameter or buffer while it is perturbed; None if it is not."""
+        if not self.active:
+            return None
+        for b in self._buckets or ():
+            for param, saved in zip(b.params, b.saved, strict=False):
+                if param is tensor:
+                    clean = torch.view_as_complex(saved) if param.is_complex() else saved
+                    return clean.detach() if b.body is kernels.swap else clean.detach().clone()
+        return self._clean_buffers.clean_copy(tensor)
+
+    def _two_passes(self, closure: Closure, ascent_closure: Closure | None) -> tuple[Any, Any]:
+        first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
+        if self._is_plain():  # the second pass would be the first one again
+            loss = second()
+            self.completed = True
+            return loss, loss
+        if self._first_forward is not None:
+            self._first_forward.state = self._rng_state()
+        params = self._params()
+        probe = LeftoverProbe(params)
+        try:
+            loss = first()
+        finally:
+            kept = probe.kept()
+        if kept:
+            raise RuntimeError(
+                "the closure left gradients of before step(closure) in place: the second pass would not see what they "
+                "came from. Zero them in the closure; to accumulate, loop over the micro-batches inside the closure, "
+                "pass step a list of closures, or use microbatch() and perturbed()"
+            )
+        if all(p.grad is None for p in params):
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                raise RuntimeError("the closure returned a loss but left no gradient: call loss.backward() in it")
+            self.completed = True
+            return loss, None  # nothing to learn from, as a step of torch.optim without gradients
+        with self.perturbed():
+            perturbed = second()
+        return loss, perturbed
+
+    @contextmanager
+    def _apart(self, params: list[Tensor]) -> Iterator[None]:
+        """As `microbatch`, also for closures that have nothing to perturb."""
+        earlier = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        yield
+        with torch.no_grad():
+            for p, g in zip(params, earlier, strict=True):
+                if g is not None:
+                    p.grad = g if p.grad is None else g.add_(p.grad)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """After an exception inside: gradients, buffers and generators as before."""
+        if self._in_transaction:
+            yield
+            return
+        rollback = Rollback(self._params(), self._rng_state(), self.module, self._entry_buffers)
+        self._in_transaction = True
+        try:
+            yield
+        except BaseException:
+            rollback.undo()
+            raise
+        finally:
+            self._in_transaction = False
+
+    def _move(self, buckets: list[kernels.Bucket]) -> None:
+        self._ascent, self._realized, self._losses = None, None, (None, None)
+        if not buckets:
+            return
+        self._ascent = kernels.ascend_(buckets)
+        moved = self._ascent.moved
+        self.num_unperturbed = self.num_unperturbed + (1 - moved if isinstance(moved, bool) else ~moved)
+        torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
+        if moved is not False:
+            self._realized = kernels.realized(buckets, self._ascent.factors)
+        if self._realized is not None and not self._warned:
+            self._warned = True  # read once, on the first step: later ones must not wait for the device
+            if (share := float(self._realized)) < 0.9:
+                warnings.warn(
+                    f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the weights "
+                    "in float32 under autocast, or pass rounding='stochastic'",
+                    stacklevel=6,
+                )
+
+    def _restore(self) -> None:
+        if self._buckets is None:
+            return
+        kernels.restore_(self._buckets)
+        torch.clear_autocast_cache()
+        for hook in self._hooks:
+            hook.remove()
+        if self.module is not None and self._hooks:
+            self._clean_buffers.restore()
+        if self._rng_now is not None:
+            self._rng_now.restore()
+        self._rng_now, self._hooks = None, []
+        _perturbed_now.difference_update(map(id, self._held))
+        self._held, self._buckets = [], None
+
+    def _plan(self) -> list[kernels.Bucket]:
+        """The buckets of this step: parameters with a gradient in groups with rho > 0."""
+        buckets: dict[tuple[Any, ...], kernels.Bucket] = {}
+        stochastic, storage = self._noise is not None, {}
+        wants_gradient = False
+        for k, group in enumerate(self.param_groups):
+            rho = group["rho"]
+            check_group(group)
+            if _is_zero(rho):
+                continue
+            wants_gradient = True
+            adaptive, p = canonical_adaptive(group["adaptive"]), canonical_norm(group["norm"])
+            eta = float(group["eta"]) if adaptive == "elementwise" else None
+            for param in group["params"]:
+                g = param.grad
+                if g is None:
+                    continue
+                w, t = param, None
+                if eta is None and adaptive is not None:
+                    t = scale(param, adaptive, group["eta"])
+                if param.is_complex():
+                    w, g = torch.view_as_real(param.detach()), torch.view_as_real(g)
+                    t = None if t is None else t.unsqueeze(-1)
+                body = kernels.choose(w, g, self.foreach, stochastic)
+                key = (k, w.device, w.dtype, body)
+                b = buckets.get(key)
+                if b is None:
+                    signed = -rho if group.get("maximize", False) else rho
+                    b = buckets[key] = kernels.Bucket(p, signed, eta, body, self._noise, t=None if t is None else [])
+                b.params.append(param)
+                b.w.append(w)
+                b.g.append(g)
+                kept = self._storage.get(id(param))
+                if kept is None or kept[0] is not param or kept[1].shape != w.shape or kept[1].dtype != w.dtype:
+                    kept = (param, torch.empty_like(w.detach()))
+                storage[id(param)] = kept
+                b.buffer.append(kept[1])
+                if b.t is not None:
+                    assert t is not None
+                    b.t.append(t)
+        if wants_gradient and not buckets:
+            raise RuntimeError("no parameter has a gradient: run loss.backward() before the perturbed pass")
+        self._storage = storage
+        return list(buckets.values())
+
+    def _is_plain(self) -> bool:
+        return all(_is_zero(g["rho"]) for g in self.param_groups)
+
+    def _params(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"]]
+
+    def _rng_state(self) -> rng.GlobalState:
+        devices = {p.device for g in self.param_groups for p in g["params"] if p.is_cuda}
+        if devices and torch.cuda.is_current_stream_capturing():
+            devices = set()
+        return rng.GlobalState(devices)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.active:
+            raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
+        transient = {"_storage": {}, "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_ascent": None}
+        return self.__dict__ | transient | {"_realized": None, "_losses": (None, None)}
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError for a radius, norm or T that does not exist."""
+    check_rho(group["rho"])
+    check_eta(group["eta"])
+    canonical_adaptive(group["adaptive"])
+    canonical_norm(group["norm"])
+
+
+def _as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of tensors or groups, got one tensor: pass [tensor]")
+    found = list(params)
+    if not found:
+        raise ValueError("got an empty list of parameters")
+    groups = found if isinstance(found[0], dict) else [{"params": found}]
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = [m[1] if isinstance(m, tuple) else m for m in members]
+        for p in group["params"]:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params must hold tensors, got {type(p).__name__}")
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+        check_group(group)
+    return groups
+
+
+def _is_zero(rho: float | Tensor) -> bool:
+    return not isinstance(rho, Tensor) and rho == 0
+
+
+def _scalar(x: Any) -> Tensor | None:
+    if x is None:
+        return None
+    x = x.detach() if isinstance(x, Tensor) else torch.tensor(float(x))
+    return x.reshape(()) if x.numel() == 1 else x.mean()
+
+
+def _mean(losses: list[Any]) -> Any:
+    if any(x is None for x in losses):
+        return None
+    return sum(losses) / len(losses)

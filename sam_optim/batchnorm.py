@@ -1,4 +1,4 @@
-"""Normalisation statistics and other buffers: kept over a pass that must not count, and the mode a model is measured in."""
+"""Normalisation statistics and other buffers: kept over a pass that must not count; the mode a model is measured in."""
 
 from __future__ import annotations
 
@@ -75,3 +75,11 @@ def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
         for m, training in flags:
             m.training = training
         buffers.restore()
+
+
+def statistics_in_use(model: nn.Module, *, batch_statistics: bool) -> str | None:
+    """What the layers with running statistics normalise by, in words; None for a model without such layers."""
+    layers = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    if not any(m.track_running_stats for m in layers):
+        return None
+    return "batch statistics" if batch_statistics else "running statistics"

@@ -51,7 +51,7 @@ def _draw_dtype(w: Tensor) -> torch.dtype:
 
 
 class GlobalState:
-    """A snapshot of the global generators: torch's (CPU and the CUDA devices asked for), Python's and numpy's if loaded."""
+    """A snapshot of the global generators: torch's (CPU and the CUDA devices asked for), Python's, numpy's if loaded."""
 
     def __init__(self, cuda_devices: Iterable[torch.device] = ()):
         self._cpu = torch.get_rng_state()
@@ -76,3 +76,36 @@ def kept(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
         yield
     finally:
         state.restore()
+
+
+class Aside:
+    """Generators for code that draws from the global ones: inside `with` these are seeded, and continue where the last
+    `with` left them; outside it the global ones are as they were."""
+
+    def __init__(self, seed: int, cuda_devices: Iterable[torch.device] = ()):
+        self._seed = seed
+        self._devices = tuple(cuda_devices)
+        self._own: GlobalState | None = None
+
+    def __enter__(self) -> None:
+        self._theirs = GlobalState(self._devices)
+        if self._own is not None:
+            self._own.restore()
+        else:
+            _seed_global(self._seed, self._devices)
+
+    def __exit__(self, *exc: object) -> None:
+        self._own = GlobalState(self._devices)
+        self._theirs.restore()
+
+
+def _seed_global(seed: int, cuda_devices: Iterable[torch.device]) -> None:
+    torch.default_generator.manual_seed(
+        seed
+    )  # not torch.manual_seed: that seeds every CUDA device, also those not kept
+    for device in cuda_devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)

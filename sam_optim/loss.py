@@ -1,0 +1,306 @@
+"""The loss of a model over fixed batches as a function of its weights: value, gradient and curvature products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sam_optim import batchnorm, products, rng
+from sam_optim.batches import FixedBatches, moved
+
+MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
+
+Criterion = Callable[[Any, Any], Tensor]
+Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+class Loss:
+    """L(w) = sum_b n_b / N l_b(w),   l_b = criterion(model(x_b), y_b), the mean over the n_b examples of batch b.
+
+    The batches are the same in every pass: what a pass yields is compared with what the first one gave, and a
+    difference is an error. The model is measured in eval mode, without dropout, and left exactly as found: weights,
+    buffers, modes, `p.grad`, and the global generators, also after an exception. Attention runs on the mathematical
+    backend in second-order products, the only one with double backward.
+
+    Args:
+        model: the model at the weights w. Of a DDP or compiled model, the module inside is measured.
+        criterion: (outputs, target) -> 0-d mean over the examples of a batch. None takes `outputs.loss`.
+        batches: a list of batches, or a DataLoader that yields the same ones in every pass. A batch is a tuple
+            (inputs..., target), or a mapping with "labels" that the model takes as keywords.
+        forward: (model, batch) -> (outputs, target), for batches and models of other forms.
+        normalize_logits: the outputs o, (n, K), become (o - mean o) / ||o - mean o|| of each example.
+        batch_statistics: normalisation layers use the statistics of the batch instead of the running ones; a different
+            function of w, so results say which.
+        device: where batches are moved; None is where the parameters are.
+
+    Attributes:
+        params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.
+        batch_sizes: n_b of each batch (as in `FixedBatches`). num_batches: how many. num_examples: N, their sum.
+
+    Raises:
+        ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion | None,
+        batches: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        normalize_logits: bool = False,
+        batch_statistics: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        _check_criterion(criterion, normalize_logits)
+        self.model = _unwrapped(model)
+        self.criterion = criterion
+        self.normalize_logits = normalize_logits
+        self.batch_statistics = batch_statistics
+        self.params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
+        self.device = torch.device(device) if device is not None else self.params[0].device
+        self._forward = forward or _default_forward
+        self._batches = FixedBatches(batches)
+        self.batch_sizes = self._batches.sizes
+        self.num_batches = len(self.batch_sizes)
+        self.num_examples = sum(self.batch_sizes)
+
+    def value(self) -> Tensor:
+        """L(w), 0-d float64 on the CPU."""
+        return self._mean(self.batch_values())
+
+    def batch_values(self) -> Tensor:
+        """l_b(w) of each batch, (num_batches,) float64 on the CPU."""
+        with self._evaluating(grad=False):
+            return _stack([self._batch_loss(batch) for _, batch in self._weighted_batches()])
+
+    def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
+        values, total = [], _Sum(self.params)
+        with self._evaluating(grad=True):
+            for weight, batch in self._weighted_batches():
+                loss = self._batch_loss(batch)
+                total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
+                values.append(loss.detach())
+        return self._mean(_stack(values)), total.tensors
+
+    def gradient(self) -> list[Tensor]:
+        """dL/dw in the shapes of `params`."""
+        return self.value_and_gradient()[1]
+
+    def hessian_product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """H v, H = d^2 L / dw^2; v and the result in the shapes of `params`."""
+        return self._product("hessian", v)
+
+    def ggn_product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """G v, G = sum_b n_b / N J_b^T (d^2 criterion / d outputs^2) J_b, the generalized Gauss-Newton matrix."""
+        return self._product("ggn", v)
+
+    def fisher_product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """F v, F = E_x E_{y ~ softmax(outputs)} g g^T, computed exactly: for cross-entropy it is the GGN."""
+        return self._product("fisher", v)
+
+    def empirical_fisher_product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """E v, E = 1/N sum_i g_i g_i^T with the gradients of single examples and the labels of the data."""
+        return self._product("empirical_fisher", v)
+
+    @contextmanager
+    def curvature(self, matrix: str = "hessian") -> Iterator[products.Product]:
+        """v -> M v at fixed weights, for many products in a row: a single batch keeps its graph between them (a third
+        faster, for about a third more memory); several are streamed, one graph at a time."""
+        if matrix not in MATRICES:
+            raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
+        if matrix == "empirical_fisher" and self.batch_statistics:
+            raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
+        with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
+            if self.num_batches == 1:
+                (_, batch), *_ = self._weighted_batches()
+                yield self._batch_product(matrix, batch, keep=True)
+            else:
+                yield lambda v: self._streamed_product(matrix, v)
+
+    def single_batches(self) -> Iterator[Loss]:
+        """A Loss over each batch alone, the unit of m-sharpness (m = its size), in the order of `batch_sizes`."""
+        for _, batch in self._weighted_batches():
+            yield Loss(
+                self.model,
+                self.criterion,
+                [batch],
+                forward=self._forward,
+                normalize_logits=self.normalize_logits,
+                batch_statistics=self.batch_statistics,
+                device=self.device,
+            )
+
+    @contextmanager
+    def displaced(self, d: Sequence[Tensor]) -> Iterator[None]:
+        """The weights at w + d, d in the shapes of `params`. They come back bit for bit in the same storage, never by
+        subtraction, whatever happens inside."""
+        if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in self.params]:
+            raise ValueError(f"d needs one tensor for each parameter, of its shape (see `params`), got shapes {got}")
+        with torch.no_grad():
+            saved = [w.clone() for w in self.params]
+        try:
+            with torch.no_grad():
+                for w, x in zip(self.params, d, strict=True):
+                    w.add_(x)
+            torch.clear_autocast_cache()  # or an enclosing autocast region would go on using the weights at w
+            yield
+        finally:
+            with torch.no_grad():
+                for w, s in zip(self.params, saved, strict=True):
+                    w.copy_(s)
+            torch.clear_autocast_cache()
+
+    def settings(self) -> dict[str, Any]:
+        """What a result has to say about its loss: m and n in examples, and which function of w it is."""
+        return {
+            "m": max(self.batch_sizes),
+            "n": self.num_examples,
+            "num_batches": self.num_batches,
+            "num_parameters": sum(w.numel() for w in self.params),
+            "batch_norm": batchnorm.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
+            "normalize_logits": self.normalize_logits,
+            "dtype": str(self.params[0].dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "data": self._batches.checksum,
+        }
+
+    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
+        """(n_b / N, batch on the device) for each batch."""
+        for n, batch in zip(self.batch_sizes, self._batches, strict=True):
+            yield n / self.num_examples, moved(batch, self.device)
+
+    @contextmanager
+    def _evaluating(self, *, grad: bool) -> Iterator[None]:
+        cuda = [self.device] if self.device.type == "cuda" else []
+        contexts: list[AbstractContextManager[Any]] = [
+            batchnorm.measured(self.model, batch_statistics=self.batch_statistics),
+            rng.Aside(0, cuda),  # a model that draws in eval mode draws the same in every pass
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+        ]
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            yield
+
+    def _outputs(self, batch: Any) -> tuple[Any, Any]:
+        outputs, target = self._forward(self.model, batch)
+        if self.criterion is not None:
+            outputs = getattr(outputs, "logits", outputs)
+        return (_normalized(outputs) if self.normalize_logits else outputs), target
+
+    def _batch_loss(self, batch: Any) -> Tensor:
+        return self._criterion_value(*self._outputs(batch))
+
+    def _criterion_value(self, outputs: Any, target: Any) -> Tensor:
+        loss = outputs.loss if self.criterion is None else self.criterion(outputs, target)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"criterion must return the mean over the batch, a 0-d tensor, got {got}; {_A_MEAN}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError("the loss does not depend on the trainable parameters: is there a detach() or no_grad()?")
+        return loss
+
+    def _product(self, matrix: str, v: Sequence[Tensor]) -> list[Tensor]:
+        with self.curvature(matrix) as product:
+            return product(v)
+
+    def _streamed_product(self, matrix: str, v: Sequence[Tensor]) -> list[Tensor]:
+        total = _Sum(self.params)
+        for weight, batch in self._weighted_batches():
+            total.add(self._batch_product(matrix, batch, keep=False)(v), weight)
+        return total.tensors
+
+    def _batch_product(self, matrix: str, batch: Any, *, keep: bool) -> products.Product:
+        outputs, target = self._outputs(batch)
+        if matrix == "hessian":
+            return products.hessian(self.params, self._criterion_value(outputs, target), keep=keep)
+        if self.criterion is None or not isinstance(outputs, Tensor):
+            got = "no criterion" if self.criterion is None else f"outputs of type {type(outputs).__name__}"
+            raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}")
+        if matrix == "ggn":
+            return products.gauss_newton(self.params, outputs, lambda o: self._criterion_value(o, target), keep=keep)
+        if matrix == "fisher":
+            _check_categorical(self.criterion, outputs)
+            return products.fisher(self.params, outputs, keep=keep)
+        losses = [self._criterion_value(outputs[i : i + 1], target[i : i + 1]) for i in range(len(outputs))]
+        return products.empirical_fisher(self.params, torch.stack(losses), keep=keep)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        sizes = torch.tensor(self.batch_sizes, dtype=torch.float64)
+        return (values * sizes).sum() / self.num_examples
+
+
+_A_MEAN = "use reduction='mean' (batches are weighted by their size), or add .mean()"
+
+
+class _Sum:
+    """A weighted sum of vectors, in float32 or better."""
+
+    def __init__(self, params: Sequence[Tensor]):
+        self.tensors = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in params]
+
+    def add(self, vector: Sequence[Tensor], weight: float) -> None:
+        for total, x in zip(self.tensors, vector, strict=True):
+            total.add_(x.detach(), alpha=weight)
+
+
+def _default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return model(**batch), batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        *inputs, target = batch
+        return model(*inputs), target
+    got = f"a mapping of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise ValueError(f"a batch is (inputs..., target) or a mapping with 'labels', got {got}: pass forward=")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DDP, whose reducer waits for a backward that never comes, and inside torch.compile, which has
+    no double backward."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _check_criterion(criterion: Any, normalize_logits: bool) -> None:
+    if criterion is None and normalize_logits:
+        raise ValueError("normalize_logits=True needs a criterion of the logits: `outputs.loss` is made of raw ones")
+    if criterion is not None and not callable(criterion):
+        raise ValueError(f"criterion must be a callable (outputs, target) -> mean loss, or None, got {criterion!r}")
+    reduction = getattr(criterion, "reduction", getattr(criterion, "keywords", {}).get("reduction", "mean"))
+    if reduction in ("sum", "none"):
+        raise ValueError(f"criterion must return the mean over the batch, got reduction={reduction!r}; {_A_MEAN}")
+
+
+def _check_categorical(criterion: Any, outputs: Tensor) -> None:
+    other = isinstance(criterion, nn.modules.loss._Loss) and not isinstance(criterion, nn.CrossEntropyLoss)
+    if other or outputs.ndim != 2:
+        got = f"{type(criterion).__name__} of outputs of shape {tuple(outputs.shape)}"
+        raise ValueError(f"matrix='fisher' is that of softmax(outputs), (n, K), got {got}; use matrix='ggn'")
+
+
+def _normalized(outputs: Any) -> Tensor:
+    """(o - mean o) / ||o - mean o||_2 for each example (arXiv:2302.07011)."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"normalize_logits=True needs outputs of shape (n, K), K >= 2, got {got}")
+    centred = outputs - outputs.mean(dim=1, keepdim=True)
+    return centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-10)
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack([v.detach() for v in values]).cpu().double()  # one transfer; not every device has float64

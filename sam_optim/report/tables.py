@@ -1,0 +1,69 @@
+"""Numbers with their spread, in tables for a page and for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from sam_optim.report.charts import mean_and_std
+from sam_optim.report.markup import Child, Markup, tag
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits without an exponent where it can be read without one; a dash for what is not there."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size >= 6 or size < -4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(digits - 1 - size, 0)}f}"
+
+
+def spread(values: Sequence[float | None], *, decimals: int | None = None) -> str:
+    """mean ± standard deviation, to the same decimals: two significant digits of the standard deviation by default."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if not known:
+        return "–"
+    mean, std = mean_and_std(known)
+    if len(known) < 2:
+        return number(mean)
+    if decimals is None:
+        leading = std or abs(mean) or 1.0
+        decimals = max(0, min(6, 1 - math.floor(math.log10(leading))))
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def html_table(
+    head: Sequence[Child], rows: Sequence[Sequence[Child]], caption: Child, *, best: Collection[int] = ()
+) -> Markup:
+    """The first column names the rows; `best` are the numbers of rows to set off. It scrolls by itself where narrow."""
+    top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
+    body = tag(
+        "tbody",
+        *(
+            tag(
+                "tr",
+                tag("th", row[0], scope="row"),
+                *(tag("td", cell) for cell in row[1:]),
+                class_="best" if i in best else None,
+            )
+            for i, row in enumerate(rows)
+        ),
+    )
+    table = tag("table", tag("caption", caption), top, body)
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=str(caption))
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned for a terminal: names to the left, numbers to the right."""
+    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,0 +1,209 @@
+"""Lines and planes of the loss against closed forms on quadratics and against the peer's numbers for the golden MLP."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sam_optim.landscape import filter_normalized, interpolate, random_direction, slice_1d, slice_2d
+from sam_optim.loss import Loss
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden values are not part of the repository")
+
+
+class Quadratic(nn.Module):
+    """Outputs 1/2 <w, A w>, w = (u, v) in a 2 x 2 weight: every slice is a parabola that can be written down."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([[0.6, 0.8], [3.0, 4.0]], dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        self.register_buffer("a", torch.tensor([[2.0, 1.0], [0.5, 4.0]], dtype=torch.float64))
+
+    def forward(self, x):
+        return (self.a * self.w**2).sum() / 2 + self.bias.sum() + 0 * x
+
+
+def quadratic():
+    model = Quadratic()
+    return model, Loss(model, lambda o, y: o.mean(), [(torch.zeros(3, dtype=torch.float64), torch.zeros(3))])
+
+
+def mlp(weights="mlp_weights", dtype=torch.float64):
+    model = nn.Sequential()
+    model.add_module("fc1", nn.Linear(64, 24))
+    model.add_module("tanh", nn.Tanh())
+    model.add_module("fc2", nn.Linear(24, 10))
+    arrays = np.load(GOLDEN / f"{weights}.npz")
+    model.load_state_dict({k: torch.tensor(arrays[k]) for k in arrays})
+    return model.to(dtype)
+
+
+def golden_loss(model, split="train"):
+    data = np.load(GOLDEN / "data.npz")
+    dtype = next(model.parameters()).dtype
+    x, y = torch.tensor(data[f"x_{split}"], dtype=dtype) / 16, torch.tensor(data[f"y_{split}"], dtype=torch.int64)
+    return Loss(model, nn.CrossEntropyLoss(), [(x[i : i + 200], y[i : i + 200]) for i in (0, 200, 400)])
+
+
+def golden_direction(loss, key):
+    flat = torch.tensor(np.load(GOLDEN / "mlp_directions.npz")[key], dtype=torch.float64)
+    parts = flat.split([w.numel() for w in loss.params])
+    return [d.view_as(w) for d, w in zip(parts, loss.params, strict=True)]
+
+
+def golden():
+    return json.loads((GOLDEN / "mlp.json").read_text())["landscape"]
+
+
+def test_a_line_through_a_quadratic_is_its_parabola():
+    model, loss = quadratic()
+    d = [torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)]
+    axis = [-2.0, -0.3, 0.0, 1.5]
+    found = slice_1d(loss, d, coordinates=axis)
+    expected = [float((model.a * (model.w + a * d[0]) ** 2).sum() / 2 + model.bias + a * d[1]) for a in axis]
+    assert found.losses.tolist() == pytest.approx(expected, rel=1e-14)
+    assert found.coordinates[0].tolist() == axis
+    assert found.directions["kind"] == "given"
+    assert found.directions["norms"] == [pytest.approx(math.sqrt(1 + 4 + 0.25 + 0.0625))]
+
+
+def test_a_plane_has_the_first_direction_on_its_first_axis():
+    _, loss = quadratic()
+    d = [torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    e = [torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    found = slice_2d(loss, (d, e), coordinates=([-1.0, 0.0, 1.0], [0.0, 2.0]))
+    assert found.losses.shape == (3, 2)
+    base = float(loss.value())
+    for i, a in enumerate((-1.0, 0.0, 1.0)):
+        for j, b in enumerate((0.0, 2.0)):
+            rise = 2.0 * (a * 0.6 + a * a / 2) + 1.0 * (b * 0.8 + b * b / 2)
+            assert float(found.losses[i, j]) == pytest.approx(base + rise, rel=1e-14)
+    assert found.directions["cosine"] == 0
+
+
+def test_random_directions_have_the_norm_of_every_filter_and_leave_biases():
+    _, loss = quadratic()
+    weight, bias = random_direction(loss, seed=3)
+    torch.testing.assert_close(weight.norm(dim=1), torch.tensor([1.0, 5.0], dtype=torch.float64))
+    assert not bias.any()
+    assert torch.equal(random_direction(loss, seed=3)[0], weight)
+    assert not torch.equal(random_direction(loss, seed=4)[0], weight)
+    assert torch.equal(random_direction(loss, seed=3, biases=True)[1], loss.params[1])
+
+
+def test_normalisation_layers_do_not_move_whatever_their_shape():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.LayerNorm((4, 4)), nn.Flatten())
+    loss = Loss(model, nn.CrossEntropyLoss(), [(torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 3]))])
+    moved = [bool(d.any()) for d in random_direction(loss)]
+    assert moved == [True, False, False, False, False, False]
+
+
+def test_a_filter_of_zeros_does_not_move_and_gives_no_nan():
+    _, loss = quadratic()
+    with torch.no_grad():
+        loss.params[0][0] = 0
+    assert not random_direction(loss)[0][0].any()
+    still = filter_normalized(loss, [torch.zeros(2, 2, dtype=torch.float64), torch.zeros(1)])
+    assert all(bool(d.isfinite().all()) for d in still)
+
+
+def test_the_default_grid_contains_the_weights_and_they_come_back():
+    _, loss = quadratic()
+    before = [w.clone() for w in loss.params]
+    pointers = [w.data_ptr() for w in loss.params]
+    line, plane = slice_1d(loss), slice_2d(loss, coordinates=([-1, 0, 1], [-1, 0, 1]))
+    assert line.coordinates[0][10] == 0
+    assert line.losses[10] == loss.value()
+    assert plane.losses[1, 1] == loss.value()
+    assert all(torch.equal(w, b) for w, b in zip(loss.params, before, strict=True))
+    assert [w.data_ptr() for w in loss.params] == pointers
+
+
+def test_losses_that_overflow_are_null_in_the_result():
+    _, loss = quadratic()
+    found = slice_1d(loss, coordinates=[0.0, 1e200]).to_dict()
+    assert found["losses"][1] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_interpolation_ends_at_the_other_model_with_its_buffers():
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))  # noqa: E731
+    here, there = make(), make()
+    for model in (here, there):
+        for _ in range(3):
+            model(torch.randn(20, 5) * 3 + 1)
+    batches = [(torch.randn(20, 5), torch.randint(0, 3, (20,)))]
+    loss, other = (Loss(m, nn.CrossEntropyLoss(), batches) for m in (here, there))
+    before = {k: v.clone() for k, v in here.state_dict().items()}
+    for given in (there, there.state_dict()):
+        found = interpolate(loss, given, coordinates=[0.0, 0.5, 1.0])
+        assert float(found.losses[0]) == float(loss.value())
+        assert float(found.losses[2]) == pytest.approx(float(other.value()), rel=1e-6)
+    assert all(torch.equal(v, before[k]) for k, v in here.state_dict().items())
+    weights_only = interpolate(loss, list(there.parameters()), coordinates=[0.0, 1.0])
+    assert float(weights_only.losses[1]) != pytest.approx(float(other.value()), rel=1e-3)
+
+
+def test_the_barrier_is_the_height_above_the_chord():
+    model, loss = quadratic()
+    other = [w.detach().clone() for w in loss.params]
+    other[0][0, 0] += 2.0  # L along the segment: 0.36 + ... + (0.6 + 2a)^2, convex, so nothing is above the chord
+    assert interpolate(loss, other).directions["barrier"] == pytest.approx(0, abs=1e-14)
+    with torch.no_grad():
+        model.a.neg_()  # concave now: the chord's middle lies 1/8 * 2 * 2 * 2^2 / 2 = 1 below
+    assert interpolate(loss, other).directions["barrier"] == pytest.approx(1.0)
+
+
+def test_what_does_not_fit_is_refused_with_the_remedy():
+    _, loss = quadratic()
+    with pytest.raises(ValueError, match="one tensor for each parameter"):
+        slice_1d(loss, [torch.zeros(2, 2)])
+    with pytest.raises(ValueError, match="first that differs is number 1"):
+        slice_1d(loss, [torch.zeros(2, 2), torch.zeros(2)])
+    for wrong in ([], [math.nan], [[0.0]]):
+        with pytest.raises(ValueError, match="list of finite numbers"):
+            slice_1d(loss, coordinates=wrong)
+    with pytest.raises(ValueError, match=r"state_dict"):
+        interpolate(loss, {"w": torch.zeros(2, 2)})
+
+
+@needs_golden
+def test_golden_directions_are_those_of_the_peer_code():
+    loss = golden_loss(mlp(dtype=torch.float32))
+    for ignore, biases in (("biasbn", False), ("none", True)):
+        for seed in (0, 1):
+            expected = golden_direction(loss, f"direction_ignore={ignore}_seed{seed}")
+            for d, e in zip(random_direction(loss, seed=seed, biases=biases), expected, strict=True):
+                torch.testing.assert_close(d.double(), e, rtol=1e-6, atol=1e-7)
+
+
+@needs_golden
+@pytest.mark.parametrize("ignore", ["biasbn", "none"])
+def test_golden_losses_on_the_line_and_the_plane(ignore):
+    model, expected = mlp(), golden()[f"ignore={ignore}"]
+    train, test = golden_loss(model), golden_loss(model, "test")
+    d, e = (golden_direction(train, f"direction_ignore={ignore}_seed{seed}") for seed in (0, 1))
+    line = slice_1d(train, d, coordinates=expected["grid"])
+    assert line.losses.tolist() == pytest.approx(expected["loss_1d_dir0"], rel=1e-10)
+    assert slice_1d(test, d, coordinates=expected["grid"]).losses.tolist() == pytest.approx(
+        expected["test_loss_1d_dir0"], rel=1e-10
+    )
+    plane = slice_2d(train, (d, e), coordinates=(expected["grid2d"], expected["grid2d"]))
+    assert plane.losses.flatten().tolist() == pytest.approx(np.ravel(expected["loss_2d"]).tolist(), rel=1e-10)
+    assert plane.directions["norms"] == pytest.approx(expected["direction_norms"], rel=1e-7)
+    assert plane.directions["cosine"] == pytest.approx(expected["cos"], rel=1e-6)
+
+
+@needs_golden
+def test_golden_interpolation_to_the_second_model():
+    expected = golden()["linear_interpolation_mlp_to_mlp_b"]
+    found = interpolate(golden_loss(mlp()), mlp("mlp_b_weights"), coordinates=expected["alpha"])
+    assert found.losses.tolist() == pytest.approx(expected["train_loss"], rel=1e-10)
+    assert found.directions["barrier"] == pytest.approx(expected["barrier"], rel=1e-10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -109,3 +109,18 @@ class Landscape(_Result):
     directions: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mean_over_batches(values: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """m = sum_b p_b x_b with p_b = n_b / N, and its standard error over batches, nan where there is only one:
+
+        stderr^2 = B / (B - 1) sum_b p_b^2 (x_b - m)^2          (equal sizes: the sample variance divided by B)
+
+    Sums are exact, so the order of the batches does not change a bit.
+    """
+    total = sum(sizes)
+    mean = math.fsum(n / total * x for n, x in zip(sizes, values, strict=True))
+    if len(values) < 2:
+        return mean, math.nan
+    spread = math.fsum((n / total * (x - mean)) ** 2 for n, x in zip(sizes, values, strict=True))
+    return mean, math.sqrt(len(values) / (len(values) - 1) * spread)

@@ -1,0 +1,40 @@
+"""What all measures share: how a result is written down, and how progress is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sam_optim.loss import Loss
+from sam_optim.results import Estimate, plain, provenance
+
+Progress = Callable[[int, int], None]
+
+
+def settings(measure: str, loss: Loss, **own: Any) -> dict[str, Any]:
+    """The name, what the caller chose, and what the loss says of itself: enough to make the number again."""
+    return {"measure": measure} | {name: plain(value) for name, value in own.items()} | loss.settings()
+
+
+def estimate(
+    value: float, stderr: float, *, settings: dict[str, Any], reason: str | None = None, **more: Any
+) -> Estimate:
+    """An Estimate that never passes off as a number what is not: a value that is not finite is nan, with a reason."""
+    if not math.isfinite(value):
+        value, stderr = math.nan, math.nan
+        reason = reason or "the loss or one of its derivatives is not finite"
+    more["converged"] = more.get("converged", True) and math.isfinite(value)
+    return Estimate(value, stderr, settings=settings, provenance=provenance(), reason=reason, **more)
+
+
+class Ticks:
+    """Counts steps, and tells `progress` after each."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: plain torch.save files, whose names carry the step and the content's SHA-256."""
+"""Checkpoints that are whole or absent: plain torch.save files, named by their step and SHA-256."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{16})\.pt")
 
 
 def save(directory: Path, state: dict[str, Any]) -> Path:
-    """Writes `state` (tensors, numbers, strings, lists, mappings; "step" among them), then removes all but the last two.
+    """Writes `state` (tensors and plain values, "step" among them), then removes all but the last two.
 
     A kill at any point leaves the earlier checkpoints as they were: the name appears with the whole content.
     """
@@ -61,11 +61,11 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds more than weights and numbers and was not loaded: {one_line(error)}") from None
 
 
-def newest(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest valid checkpoint; those that are damaged are named on stderr and passed over.
+def newest(directory: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
+    """The state in the newest valid checkpoint; those that are damaged are named on stderr and passed over.
 
     Raises:
-        InputError: there is none.
+        InputError: all are damaged; or there is none, unless `missing_ok` (then None).
     """
     problems = []
     for path in found(directory):
@@ -76,12 +76,12 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any]]:
             continue
         for problem in problems:
             print(f"warning: {problem}; using {path.name}", file=sys.stderr)
-        return path, state
+        return state
     if problems:
         raise InputError(f"no valid checkpoint left: {'; '.join(problems)}; start again with --force")
-    raise InputError(
-        f"no checkpoint in {directory}; was the run stopped before its first one? Start again with --force"
-    )
+    if missing_ok:
+        return None
+    raise InputError(f"no checkpoint in {directory}; train first: python -m benchmarks.train --out RUN_DIR")
 
 
 def _digest(content: bytes) -> str:

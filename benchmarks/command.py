@@ -1,10 +1,12 @@
-"""What the commands share: errors in one line with exit code 2, strict JSON, files that are whole or absent."""
+"""What the commands share: errors in one line and exit code 2, signals, strict JSON, files whole or absent."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -91,3 +93,39 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if i < len(lines) - 1:
                 raise InputError(f"{path}, line {i + 1} is not valid JSON; it was changed or damaged") from None
     return records
+
+
+class Interrupted(Exception):
+    """A signal asked the command to stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum, self.name = signum, signal.Signals(signum).name
+
+
+class Signals:
+    """While active, the first Ctrl-C or SIGTERM is only noted, and `check` raises it where stopping is safe.
+
+    A second one acts at once, as if this had never been.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: object) -> None:
+        self.received = signum
+        self.__exit__()
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise Interrupted(self.received)

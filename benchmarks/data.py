@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from benchmarks.command import InputError
+from benchmarks import cifar, images
+from benchmarks.command import InputError, unknown
+from benchmarks.images import Augment, PictureBatches, Pictures
+from benchmarks.models import SMALL
+from benchmarks.order import Order, derive
 from sam_optim.rng import Stream
 
 DIGITS_TRAIN = (
@@ -31,12 +36,6 @@ class Splits(NamedTuple):
     num_classes: int
     image_size: tuple[int, int, int]
     clean_train_labels: Tensor
-
-
-def derive(seed: int, *path: int | str) -> int:
-    """A seed for one purpose, e.g. ("order", epoch): 48 bits that depend on every part, with no state to save."""
-    digest = hashlib.blake2b(repr((seed, *path)).encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "big")
 
 
 def digits(*, label_noise: float = 0.0, seed: int = 0, validation_fraction: float = 0.0) -> Splits:
@@ -90,38 +89,204 @@ def noisy(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tenso
     return result
 
 
+class Pixels(TensorDataset):
+    """Images in memory as uint8 (N, C, H, W); examples come out as float32, normalised."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__(pixels, labels)
+        self.mean, self.std = (255 * torch.tensor(s).view(-1, 1, 1) for s in (mean, std))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean) / self.std
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        pixels, labels = super().__getitem__(index)
+        return self.normalise(pixels), labels
+
+
 class Batches:
     """Batches of tensors that are in memory: one gather each, no workers.
 
-    The order is a function of (seed, epoch) alone; call `set_epoch` before each epoch, as with DistributedSampler.
+    Order and augmentation are functions of (seed, epoch); call `set_epoch` before each epoch, as with
+    DistributedSampler.
 
     Args:
         shuffle: a new permutation for each epoch, else the order of the data.
         drop_last: leave out an incomplete last batch.
+        augment: for `Pixels`: shift and mirror.
     """
 
     def __init__(
-        self, dataset: TensorDataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False, seed: int = 0
+        self,
+        dataset: TensorDataset,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        augment: Augment | None = None,
     ):
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.seed = seed
-        self.set_epoch(0)
+        self.dataset, self.seed, self.augment = dataset, seed, augment
+        self.order = Order(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """The next iteration gives the batches of `epoch` from `first_batch` on."""
-        self.epoch, self.first_batch = epoch, first_batch
+        self.order.epoch, self.order.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        n = len(self.dataset)
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n = len(self.dataset)
-        order = Stream(derive(self.seed, "order", self.epoch)).permutation(n) if self.shuffle else torch.arange(n)
-        for i in range(self.first_batch, len(self)):
-            rows = order[i * self.batch_size : (i + 1) * self.batch_size]
-            images, labels = self.dataset.tensors
-            yield images[rows], labels[rows]
+        inputs, labels = self.dataset.tensors
+        for i, rows in enumerate(self.order, start=self.order.first_batch):
+            rows = torch.tensor(rows)
+            batch = inputs[rows]
+            if isinstance(self.dataset, Pixels):
+                if self.augment and not self.augment.off:
+                    stream = Stream(derive(self.seed, "augment", self.order.epoch, i))
+                    batch = shift_and_mirror(batch, self.augment.hflip, stream)
+                batch = self.dataset.normalise(batch)
+            yield batch, labels[rows]
+
+
+def shift_and_mirror(pixels: Tensor, hflip: float, stream: Stream) -> Tensor:
+    """Each image of (n, C, H, W) moved by at most H/8 with black borders, and mirrored with probability `hflip`."""
+    n, _, height, _ = pixels.shape
+    padding = height // 8
+    windows = F.pad(pixels, (padding,) * 4).unfold(2, height, 1).unfold(3, pixels.shape[3], 1)
+    moved = windows[torch.arange(n), :, stream.integers(2 * padding + 1, (n,)), stream.integers(2 * padding + 1, (n,))]
+    mirrored = stream.uniform_like(torch.empty(n, 1, 1, 1)) < hflip
+    return torch.where(mirrored, moved.flip(-1), moved)
+
+
+def load(
+    name: str,
+    directory: str | Path | None = None,
+    *,
+    label_noise: float = 0.0,
+    seed: int = 0,
+    validation_fraction: float = 0.0,
+    image_size: int | None = None,
+    default_size: tuple[int, int] = (224, 224),
+) -> Splits:
+    """A data set by name. Nothing is downloaded.
+
+    Args:
+        name: "digits"; "cifar10", "cifar100" (torchvision's layout under `directory`); "folder" (or "", "imagefolder",
+            "imagenet"): directory/train/CLASS/*, directory/val or test/CLASS/*; else a name of timm's create_dataset.
+        image_size: H = W; None keeps images of at most 64 pixels as they are and takes `default_size` for others.
+    """
+    common = {"label_noise": label_noise, "seed": seed, "validation_fraction": validation_fraction}
+    if name == "digits":
+        if directory is not None or image_size not in (None, 8):
+            raise InputError("digits come with scikit-learn, 8x8: leave --data-dir and --img-size out")
+        return digits(**common)
+    if directory is None:
+        raise InputError(f"--data {name} needs --data-dir DIR; only digits are embedded")
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"--data-dir {directory} is not a directory")
+    if name in cifar.LAYOUT and image_size in (None, 32):
+        return _in_memory(name, directory, **common)
+    if name in cifar.LAYOUT:
+        raise InputError(f"--data {name} has images of 32 pixels: leave --img-size out, or use --data torch/{name}")
+    if name in ("", "folder", "imagefolder", "imagenet"):
+        return _pictures(images.folder_splits(directory), "RGB", image_size, default_size, **common)
+    if "/" not in name:
+        known = ["digits", *cifar.LAYOUT, "folder", "torch/NAME", "hfds/NAME", "hfids/NAME", "wds/NAME", "tfds/NAME"]
+        raise unknown("data set", name, known)
+    return _pictures(images.timm_splits(name, directory), None, image_size, default_size, **common)
+
+
+def _in_memory(name: str, directory: Path, *, label_noise: float, seed: int, validation_fraction: float) -> Splits:
+    (train, labels), (test, test_labels) = cifar.read(name, directory)
+    num_classes = int(name.removeprefix("cifar"))
+    kept, held = hold_out(len(train), validation_fraction, seed)
+    statistics = cifar.STATISTICS[name]
+    return Splits(
+        train=Pixels(train[kept], noisy(labels[kept], num_classes, label_noise, seed), *statistics),
+        validation=Pixels(train[held], labels[held], *statistics) if len(held) else None,
+        test=Pixels(test, test_labels, *statistics),
+        num_classes=num_classes,
+        image_size=(3, 32, 32),
+        clean_train_labels=labels[kept],
+    )
+
+
+def _pictures(
+    found: tuple[Any, Any, Any],
+    mode: str | None,
+    image_size: int | None,
+    default_size: tuple[int, int],
+    *,
+    label_noise: float,
+    seed: int,
+    validation_fraction: float,
+) -> Splits:
+    train, validation, test = found
+    if isinstance(train, IterableDataset):
+        raise InputError(
+            "streamed data sets have no fixed order to shuffle and resume: use a map-style one (hfds/, torch/)"
+        )
+    labels, test_labels = images.labels_of(train), images.labels_of(test)
+    first = images.read(train, 0, mode)
+    mode = mode or ("L" if first.mode in ("1", "L", "I", "I;16", "F") else "RGB")
+    height_width = (first.height, first.width) if max(first.size) <= SMALL else default_size
+    size = (len(mode) if mode == "RGB" else 1, *((image_size, image_size) if image_size else height_width))
+    num_classes = int(labels.max()) + 1
+    kept, held = hold_out(len(labels), validation_fraction, seed)
+    if len(held) and validation is not None:
+        raise InputError("there is a validation folder already: leave --validation-fraction out")
+    if len(held):
+        held_out = Pictures(train, held, labels[held], mode)
+    else:
+        held_out = validation and Pictures(validation, None, images.labels_of(validation), mode)
+    return Splits(
+        train=Pictures(train, kept, noisy(labels[kept], num_classes, label_noise, seed), mode),
+        validation=held_out,
+        test=Pictures(test, None, test_labels, mode),
+        num_classes=num_classes,
+        image_size=size,
+        clean_train_labels=labels[kept],
+    )
+
+
+def labels(dataset: Dataset) -> Tensor:
+    """(n,) int64, the labels that training sees."""
+    return dataset.tensors[1] if isinstance(dataset, TensorDataset) else dataset.labels
+
+
+def source(name: str, directory: str | Path | None) -> str:
+    """Where the pixels come from, in words: CIFAR files that are not the published ones give other accuracies."""
+    if name == "digits":
+        return "scikit-learn load_digits, first 898 / last 899"
+    if name in cifar.LAYOUT and not cifar.official(name, Path(directory)):
+        return f"{name}, not the files of the published archive"
+    return name
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    image_size: tuple[int, int, int],
+    *,
+    train: bool = False,
+    augment: Augment | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Batches | PictureBatches:
+    """Batches of a split: shuffled, augmented and without an incomplete last batch for training, else all in order."""
+    if len(dataset) == 0:
+        raise InputError("a split of the data has no examples; lower --validation-fraction")
+    whole = len(dataset) < batch_size  # fewer examples than one batch: that one is not left out
+    options = {"shuffle": train, "drop_last": train and not whole, "seed": seed}
+    augment = augment if train else None
+    if isinstance(dataset, TensorDataset):
+        if augment and augment.needs_pil:
+            raise InputError("--aa, --color-jitter and --reprob need images as files or --data torch/cifar10")
+        return Batches(dataset, batch_size, augment=augment, **options)
+    order = Order(len(dataset), batch_size, **options)
+    return PictureBatches(
+        dataset, order, images.transform(image_size, augment), seed=seed, workers=workers, pin_memory=pin_memory
+    )

@@ -28,14 +28,24 @@ class Totals:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.newest = self.sums
 
     def add(self, loss: Tensor, perturbed: Tensor, correct: Tensor, n: int) -> None:
         values = [loss.double() * n, perturbed.double() * n, correct.double(), correct.new_tensor(n).double()]
-        self.sums += torch.stack(values)
+        self.newest = torch.stack(values)
+        self.sums += self.newest
 
     def means(self) -> dict[str, float]:
         """loss, perturbed_loss and sharpness in units of the loss, accuracy in [0, 1]."""
-        loss, perturbed, correct, count = self.sums.tolist()
+        return self._means(self.sums)
+
+    def last(self) -> dict[str, float]:
+        """The same of the last batch alone."""
+        return self._means(self.newest)
+
+    @staticmethod
+    def _means(sums: Tensor) -> dict[str, float]:
+        loss, perturbed, correct, count = sums.tolist()
         count = max(count, 1.0)
         loss, perturbed = loss / count, perturbed / count
         return {
@@ -106,7 +116,7 @@ def train_epoch(
         if after_step:
             after_step(done, totals)
     means = totals.means()
-    _check_finite(means["loss"])
+    check_finite(means["loss"])
     seconds = max(time.perf_counter() - start, 1e-9)
     return means | {"images_per_s": images / seconds, "num_updates": num_updates}
 
@@ -131,7 +141,7 @@ class _Step:
             outputs, loss = self._pass(x, y, weight)
             perturbed = loss
         if self.device.type == "cpu":
-            _check_finite(loss.item())
+            check_finite(loss.item())
         labels = y.argmax(1) if y.ndim == 2 else y
         totals.add(loss, perturbed, (outputs.argmax(1) == labels).sum(), len(y))
 
@@ -167,7 +177,7 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterable[list[Batch]]:
         yield group
 
 
-def _check_finite(loss: float) -> None:
+def check_finite(loss: float) -> None:
     if not math.isfinite(loss):
         raise NonFiniteLoss(f"the loss is {loss}: training diverged; lower --lr or --sam-rho, or set --clip-grad 1")
 

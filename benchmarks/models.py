@@ -37,17 +37,27 @@ def cnn3(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
     """Three 3x3 convolutions with ReLU, no normalisation; the images are halved twice."""
     channels, height, width = image_size
     return nn.Sequential(
-        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * (height // 4) * (width // 4), num_classes),
     )
+
+
+def default_size(name: str) -> tuple[int, int]:
+    """(H, W) that a timm model was made for; 224 where timm does not say."""
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return (224, 224)
+    config = get_pretrained_cfg(name)
+    return tuple(config.input_size[1:]) if config else (224, 224)
 
 
 def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], options: dict[str, Any]) -> nn.Module:

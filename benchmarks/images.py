@@ -1,0 +1,232 @@
+"""Images that are files or torchvision examples: found, checked, decoded and augmented by timm and torchvision."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.command import InputError, one_line
+from benchmarks.models import SMALL
+from benchmarks.order import Order, derive, seed_all
+from sam_optim import rng
+
+TRAIN_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training images vary. Up to 64 pixels the crop is a shift of at most 1/8, above it timm's resized crop.
+
+    hflip: probability of a mirror image. auto_augment: timm's string, e.g. "rand-m9-mstd0.5". color_jitter: strength.
+    erase: probability of random erasing. scale: smallest area of a resized crop.
+    """
+
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    color_jitter: float = 0.0
+    erase: float = 0.0
+    scale: float = 0.08
+    off: bool = False
+
+    @property
+    def needs_pil(self) -> bool:
+        return bool(self.auto_augment or self.color_jitter or self.erase) and not self.off
+
+
+class Pictures(Dataset):
+    """Decoded examples of `source`, a timm or torchvision data set of images, with our labels.
+
+    rows: which of its examples, None for all. mode: "RGB" or "L". An image that cannot be read is an error: timm would
+    put the next one in its place.
+    """
+
+    def __init__(self, source: Any, rows: Tensor | None, labels: Tensor, mode: str):
+        self.source, self.labels, self.mode = source, labels, mode
+        self.rows = torch.arange(len(labels)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return read(self.source, int(self.rows[i]), self.mode), int(self.labels[i])
+
+
+class Transformed(Dataset):
+    """The augmentation of example i is a function of (seed, epoch, i) alone: the same for any number of workers, and
+    after a resume."""
+
+    def __init__(self, pictures: Pictures, transform: Any, seed: int):
+        self.pictures, self.transform, self.seed, self.epoch = pictures, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, label = self.pictures[i]
+        with rng.kept():
+            seed_all(derive(self.seed, "augment", self.epoch, i))
+            return self.transform(image), label
+
+
+def read(source: Any, row: int, mode: str | None) -> Image.Image:
+    """One decoded image, in its own mode for None; an error names the file."""
+    reader = getattr(source, "reader", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(reader[row][0]) if reader is not None else source[row][0]
+            return image.convert(mode or image.mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        name = reader.filename(row, absolute=True) if hasattr(reader, "filename") else f"example {row}"
+        raise InputError(f"cannot read image {name}: {one_line(error)}; replace or remove it") from None
+
+
+def folder_splits(directory: Path) -> tuple[Any, Any | None, Any]:
+    """timm data sets for train, validation (if there are both val/ and test/) and test of a tree of class folders.
+
+    timm itself silently takes the whole tree where the folder of a split is missing.
+    """
+    from timm.data import create_dataset
+
+    train = _split_folder(directory, TRAIN_FOLDERS)
+    test = _split_folder(directory, ("test",), required=False)
+    validation = _split_folder(directory, VALIDATION_FOLDERS, required=test is None)
+    if test is None:
+        validation, test = None, validation
+    classes = _classes(train)
+    class_map = {name: i for i, name in enumerate(classes)}
+    found = []
+    for folder in (train, validation, test):
+        if folder is not None and (different := set(_classes(folder)) ^ set(classes)):
+            raise InputError(f"{folder} and {train} do not have the same classes: {', '.join(sorted(different)[:5])}")
+        found.append(folder and create_dataset("", str(folder), search_split=False, class_map=class_map))
+    return found[0], found[1], found[2]
+
+
+def _split_folder(directory: Path, names: Sequence[str], required: bool = True) -> Path | None:
+    for name in names:
+        if (directory / name).is_dir():
+            return directory / name
+    if required:
+        raise InputError(
+            f"{directory} has no folder {' or '.join(names)}; give a tree DIR/train/CLASS/*.jpg, DIR/val/..."
+        )
+    return None
+
+
+def _classes(folder: Path) -> list[str]:
+    """The class folders, in timm's order; each must hold an image."""
+    from timm.data.readers.img_extensions import get_img_extensions
+    from timm.utils.misc import natural_key
+
+    names = sorted((p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural_key)
+    if not names:
+        raise InputError(f"{folder} has no class folders; put the images of each class in {folder}/CLASS/")
+    extensions = get_img_extensions(as_set=True)
+    for name in names:
+        files = (f for _, _, found in os.walk(folder / name, followlinks=True) for f in found)
+        if not any(os.path.splitext(f)[1].lower() in extensions for f in files):
+            raise InputError(f"class folder {folder / name} has no images; add some or remove it")
+    return names
+
+
+def timm_splits(name: str, directory: Path) -> tuple[Any, None, Any]:
+    """Train and test of a data set that `timm.data.create_dataset` knows, e.g. torch/cifar10 or hfds/OWNER/NAME."""
+    from timm.data import create_dataset
+
+    try:
+        splits = [create_dataset(name, str(directory), split=split) for split in ("train", "validation")]
+    except (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError) as error:
+        raise InputError(f"timm cannot open data set {name!r} in {directory}: {one_line(error)}") from None
+    return splits[0], None, splits[1]
+
+
+def labels_of(source: Any) -> Tensor:
+    """(n,) int64; decodes every example where the data set does not list its labels."""
+    labels = getattr(source, "targets", None)
+    if labels is None and hasattr(getattr(source, "reader", None), "samples"):
+        labels = [label for _, label in source.reader.samples]
+    if labels is None:
+        labels = [source[i][1] for i in range(len(source))]
+    return torch.as_tensor(labels, dtype=torch.int64)
+
+
+def transform(image_size: tuple[int, int, int], augment: Augment | None) -> Any:
+    """timm's transform; for small images in training its resized crop gives way to a shift, as the field does."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+    from torchvision.transforms import RandomCrop
+
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if image_size[0] == 3 else ((0.5,), (0.25,))
+    size, small = image_size[1:], image_size[1] <= SMALL
+    common = {"input_size": image_size, "mean": mean, "std": std}
+    if augment is None or augment.off:
+        return create_transform(**common, crop_pct=1.0 if small else None)
+    try:
+        result = create_transform(
+            **common,
+            is_training=True,
+            hflip=augment.hflip,
+            auto_augment=augment.auto_augment,
+            color_jitter=augment.color_jitter,
+            re_prob=augment.erase,
+            re_mode="pixel",
+            scale=(augment.scale, 1.0),
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--aa {augment.auto_augment!r} is not one of timm's: {one_line(error)}; try rand-m9-mstd0.5"
+        ) from None
+    if small:
+        result.transforms[0] = RandomCrop(size, padding=size[0] // 8)
+    return result
+
+
+class PictureBatches:
+    """Batches of `Pictures`, decoded and augmented by `workers` processes; `set_epoch` as for `data.Batches`."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        order: Order,
+        transform: Any,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.examples, self.order = Transformed(pictures, transform, seed), order
+        self.loader = DataLoader(
+            self.examples,
+            batch_sampler=order,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # its own: iterating must not advance the global one
+        )
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.examples.epoch = self.order.epoch = epoch
+        self.order.first_batch = first_batch
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.loader)
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches the whole process group: the main process decides, workers go on until it tells them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

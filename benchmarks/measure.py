@@ -1,0 +1,167 @@
+"""Measure how flat a trained run is: the model of its config.json and newest checkpoint, on its own data.
+
+python -m benchmarks.measure RUN_DIR --measures worst,eigenvalue
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import sam_optim
+from benchmarks import checkpoint, command, data, options, recipe
+from benchmarks.command import InputError, one_line, unknown
+from sam_optim import Perturbation, asam_param_groups, rng
+from sam_optim.geometry import ProductBall
+from sam_optim.loss import Loss
+from sam_optim.results import provenance
+
+MEASURES: dict[str, Callable[[Loss, Any], Any]] = {
+    "worst": lambda loss, ball: sam_optim.worst_case_sharpness(loss, ball, num_steps=20),
+    "average": lambda loss, ball: sam_optim.average_sharpness(loss, ball, num_samples=30),
+    "eigenvalue": lambda loss, ball: sam_optim.hessian_eigenvalues(loss, num=1, tol=1e-3),
+    "trace": lambda loss, ball: sam_optim.hessian_trace(loss, num_probes=30),
+    "gradient_regret": lambda loss, ball: sam_optim.gradient_regret(loss),
+    "gradient_coherence": lambda loss, ball: sam_optim.gradient_coherence(loss),
+    "gradient_noise_scale": lambda loss, ball: sam_optim.gradient_noise_scale(loss),
+    "fisher_rao_norm": lambda loss, ball: sam_optim.fisher_rao_norm(loss),
+}
+DEFAULT_RHO = 0.05
+
+
+def chosen(text: str) -> list[str]:
+    """Names of measures, separated by commas; "none" for no measures."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names in ([], ["none"]):
+        return []
+    for name in names:
+        if name not in MEASURES:
+            raise unknown("measure", name, MEASURES)
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = options.Parser(prog="python -m benchmarks.measure", description="Measure a run of benchmarks.train.")
+    p.add_argument("run", type=Path, metavar="RUN_DIR")
+    p.add_argument("--measures", default="worst,average,eigenvalue,trace", help=f"of {', '.join(MEASURES)}")
+    p.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    p.add_argument("--examples", type=int, default=512, help="the first so many; 0 for all")
+    p.add_argument("--batch-size", type=int, default=128, help="m of m-sharpness")
+    p.add_argument("--rho", type=float, help=f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}")
+    p.add_argument("--adaptive", choices=("no", "elementwise", "filter", "layer"), help="default: as the optimizer's")
+    p.add_argument("--ema", action="store_true", help="the averaged weights of --model-ema")
+    p.add_argument("--device", help="default: that of the run")
+    args = p.parse_args(argv)
+    if not (args.run / "config.json").is_file():
+        raise InputError(f"{args.run} is not a run directory: it has no config.json; make one with benchmarks.train")
+    kept = options.restored(command.read_json(args.run / "config.json").get("options", {}), out=args.run)
+    kept.device = args.device or kept.device
+    names = chosen(args.measures)
+    if not names:
+        raise InputError(f"--measures names none; choose from {', '.join(MEASURES)}")
+    choices = {k: getattr(args, k) for k in ("split", "examples", "batch_size", "rho", "adaptive", "ema")}
+    return run(args.run, names, kept, **choices)
+
+
+def run(
+    directory: Path,
+    names: Iterable[str],
+    args: argparse.Namespace,
+    *,
+    split: str = "train",
+    examples: int = 512,
+    batch_size: int = 128,
+    rho: float | None = None,
+    adaptive: str | None = None,
+    ema: bool = False,
+) -> int:
+    """Measures, prints a table, writes measures.json. Exit code 1 where a measure has no value."""
+    state = checkpoint.newest(directory / "checkpoints")
+    device = recipe.device(args)
+    with rng.kept():
+        splits = recipe.splits(args)
+        model = recipe.model(args, splits).to(device)
+    weights = state["ema"] if ema else state["model"]
+    if weights is None:
+        raise InputError(f"{directory} was trained without --model-ema: leave --ema out")
+    model.load_state_dict(weights)
+    loss = Loss(model, nn.CrossEntropyLoss(), _batches(splits, split, examples, batch_size, args), device=device)
+    ball = neighborhood(args, model, rho, adaptive)
+    results = {}
+    for name in names:
+        results[name] = _measured(MEASURES[name], loss, ball)
+        print(f"{name:22s} {_line(results[name])}", flush=True)
+    report = {
+        "split": split,
+        "num_examples": loss.num_examples,
+        "batch_size": batch_size,
+        "weights": "ema" if ema else "model",
+        "updates": state["step"],
+        "loss": float(loss.value()),
+        "ball": ball.to_dict(),
+        "measures": results,
+        "provenance": provenance(device=str(device)),
+    }
+    command.write_json(directory / "measures.json", report)
+    return 0 if all(_has_value(result) for result in results.values()) else 1
+
+
+def neighborhood(args: argparse.Namespace, model: nn.Module, rho: float | None, adaptive: str | None) -> ProductBall:
+    """The ball that the run's optimizer searched; for a plain one `DEFAULT_RHO` and T = 1. Options replace."""
+    if rho is not None and not (math.isfinite(rho) and rho > 0):
+        raise InputError(f"--rho is a radius in weight space and must be > 0, got {rho}")
+    adaptive = {None: args.adaptive, "no": None}.get(adaptive, adaptive)
+    groups = asam_param_groups(model, adaptive=adaptive) if adaptive else model.parameters()
+    radius = rho or args.sam_rho or DEFAULT_RHO
+    return Perturbation(groups, rho=radius, eta=args.sam_eta, norm=float(args.sam_norm)).neighborhood
+
+
+def _batches(
+    splits: data.Splits, split: str, examples: int, batch_size: int, args: argparse.Namespace
+) -> list[tuple[Tensor, Tensor]]:
+    """The first `examples` in the order of the data, without augmentation, with the labels that training saw."""
+    if examples < 0 or batch_size < 1:
+        raise InputError(f"--examples must be >= 0 and --batch-size >= 1, got {examples} and {batch_size}")
+    dataset = getattr(splits, split)
+    if dataset is None:
+        raise InputError("the run has no validation split: choose --split train or test")
+    found, left = [], examples or len(dataset)
+    for x, y in data.batches(dataset, min(batch_size, left), splits.image_size, workers=args.workers):
+        found.append((x[:left], y[:left]))
+        left -= len(y)
+        if left <= 0:
+            break
+    return found
+
+
+def _measured(measure: Callable[[Loss, Any], Any], loss: Loss, ball: ProductBall) -> dict[str, Any]:
+    """The result as plain values; a measure that this model or data cannot have says why instead."""
+    try:
+        return measure(loss, ball).to_dict()
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        return {"value": None, "reason": one_line(error)}
+
+
+def _has_value(result: dict[str, Any]) -> bool:
+    return bool(result.get("eigenvalues")) or result.get("value") is not None
+
+
+def _line(result: dict[str, Any]) -> str:
+    if not _has_value(result):
+        return f"no value: {result.get('reason', 'it is not finite')}"
+    if "eigenvalues" in result:
+        text = "  ".join(f"{value:.5g}" for value in result["eigenvalues"])
+    else:
+        stderr = result.get("stderr")
+        text = f"{result['value']:.5g}" + (f" +/- {stderr:.2g}" if stderr else "")
+    return text if result.get("converged", True) else f"{text}  (not converged)"
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,166 @@
+"""The options of `benchmarks.train`: declared, checked, written to config.json and read back for a resume."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.command import InputError, read_json
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+PLACEMENT = ("out", "resume", "force", "device", "workers", "data_dir", "checkpoint_steps")  # may change on a resume
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def _number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """A finite number in [low, high], or in (low, high] with `above`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__}, got {text!r}") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return convert
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, VALUE a Python literal or a bare word."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="python -m benchmarks.train", description="Train an image classifier with or without SAM.")
+    add, positive, fraction = p.add_argument, _number(float, 0, above=True), _number(float, 0, 1)
+    amount, count, natural = _number(float, 0), _number(int, 1), _number(int, 0)
+    add("--model", default="cnn3", help="any timm name, or cnn3 (default)")
+    add("--model-kwargs", nargs="*", type=_pair, default=[], metavar="KEY=VALUE", help="for timm.create_model")
+    add(
+        "--data",
+        default="digits",
+        help="digits (default), cifar10, cifar100, folder, or a name of timm's create_dataset",
+    )
+    add("--data-dir", metavar="DIR")
+    add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
+    add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
+    add("--validation-fraction", type=_number(float, 0, 0.99), default=0.0, help="of the training set, held out")
+    add("--workers", type=natural, default=0, help="processes that decode images")
+
+    add("--opt", default="sgd", help="any timm optimizer")
+    add("--opt-kwargs", nargs="*", type=_pair, default=[], metavar="KEY=VALUE")
+    add("--lr", type=positive, default=0.05)
+    add("--momentum", type=fraction, default=0.9)
+    add("--weight-decay", type=amount, default=5e-4, help="not on biases and normalisation parameters, as in timm")
+    add("--layer-decay", type=positive)
+    add("--sched", choices=SCHEDULES, default="cosine")
+    add("--warmup-epochs", type=amount, default=0.0)
+    add("--min-lr", type=amount, default=0.0)
+    add("--epochs", type=count, default=30)
+    add("--batch-size", type=count, default=64)
+    add("--accumulate", type=count, default=1, help="batches for one update, each with its own perturbation")
+    add("--clip-grad", type=positive, help="largest 2-norm of an update's gradient")
+
+    add("--sam-rho", type=amount, default=0.0, help="radius; 0 (default) is the base optimizer")
+    add("--adaptive", nargs="?", const="elementwise", choices=("elementwise", "filter", "layer"), help="ASAM")
+    add("--sam-eta", type=amount, default=0.01)
+    add("--sam-norm", choices=("2", "inf"), default="2")
+
+    add("--no-aug", action="store_true", help="no augmentation")
+    add("--hflip", type=fraction, default=0.5)
+    add("--aa", metavar="POLICY", help="timm's auto-augment string, e.g. rand-m9-mstd0.5")
+    add("--color-jitter", type=amount, default=0.0)
+    add("--reprob", type=fraction, default=0.0, help="random erasing")
+    add("--crop-scale", type=_number(float, 0, 1, above=True), default=0.08, help="smallest area of a resized crop")
+    add("--mixup", type=amount, default=0.0, metavar="ALPHA")
+    add("--cutmix", type=amount, default=0.0, metavar="ALPHA")
+    add("--smoothing", type=_number(float, 0, 0.99), default=0.0)
+    add("--model-ema", type=_number(float, 0, 1), metavar="DECAY", help="also evaluate an average of the weights")
+
+    add("--device", default="cpu")
+    add("--amp", choices=("bf16", "fp16"))
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true")
+    add("--seed", type=natural, default=0)
+    add("--measures", default="worst,average,eigenvalue,trace", help="after the last epoch; 'none' for no measures")
+    add("--out", type=Path, metavar="RUN_DIR", help="default: runs/DATA-MODEL-...")
+    add("--checkpoint-steps", type=count, help="also every so many updates, not only after each epoch")
+    add("--resume", action="store_true", help="go on from the newest valid checkpoint of --out; its options hold")
+    add("--force", action="store_true", help="replace the run in --out")
+    return p
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a run; on a resume those in its config.json, which options given now may not contradict."""
+    args = parser().parse_args(argv)
+    args.out = args.out or Path("runs") / default_name(args)
+    if not (args.resume and (args.out / "config.json").exists()):
+        _check(args)
+        return args
+    kept = read_json(args.out / "config.json").get("options", {})
+    for key in given(argv):
+        if key not in PLACEMENT and key in kept and kept[key] != plain(args)[key]:
+            option = "--" + key.replace("_", "-")
+            raise InputError(f"{option} {plain(args)[key]} differs from the run's {kept[key]}; leave it out to resume")
+        kept[key] = getattr(args, key)
+    return restored(kept, out=args.out, resume=True, force=False)
+
+
+def restored(kept: dict[str, Any], **overrides: Any) -> argparse.Namespace:
+    """Options from config.json; what it does not have (an older run) is at its default."""
+    args = parser().parse_args([])
+    values = {key: value for key, value in kept.items() if key in vars(args)} | overrides
+    args.__dict__.update(values)
+    for key in ("opt_kwargs", "model_kwargs"):
+        setattr(args, key, [tuple(pair) for pair in getattr(args, key)])
+    return args
+
+
+def given(argv: Sequence[str] | None) -> set[str]:
+    """Names of the options that stand on the command line."""
+    p = parser()
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(p.parse_args(sys.argv[1:] if argv is None else argv)))
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """For config.json: all options but where the run lives and how it was started."""
+    values = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "force")}
+    return values | {k: [list(pair) for pair in values[k]] for k in ("opt_kwargs", "model_kwargs")}
+
+
+def default_name(args: argparse.Namespace) -> str:
+    sam = f"-{'asam' if args.adaptive else 'sam'}{args.sam_rho:g}" if args.sam_rho else ""
+    noise = f"-noise{args.label_noise:g}" if args.label_noise else ""
+    name = f"{args.data}-{args.model}-{args.opt}{sam}{noise}-s{args.seed}"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:120]
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise InputError(
+            f"--mixup and --cutmix pair the images of a batch: --batch-size must be even, got {args.batch_size}"
+        )
+    if args.adaptive and not args.sam_rho:
+        raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
+    if args.resume and args.force:
+        raise InputError("--resume goes on with a run and --force replaces it: choose one")

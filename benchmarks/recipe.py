@@ -1,0 +1,151 @@
+"""From the options of a run to its data, model, optimizer and schedule: the same objects for training and measuring."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import data, models
+from benchmarks.command import InputError, one_line, unknown
+from benchmarks.images import Augment
+from benchmarks.order import derive, seed_all
+from sam_optim import SAM, asam_param_groups
+
+FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    try:
+        found = torch.device(args.device)
+        torch.empty(1, device=found).item()
+    except (*FAULTS, NotImplementedError) as error:
+        raise InputError(f"--device {args.device} cannot be used here ({one_line(error)}); try --device cpu") from None
+    return found
+
+
+def splits(args: argparse.Namespace) -> data.Splits:
+    return data.load(
+        args.data,
+        args.data_dir,
+        label_noise=args.label_noise,
+        seed=args.seed,
+        validation_fraction=args.validation_fraction,
+        image_size=args.img_size,
+        default_size=models.default_size(args.model),
+    )
+
+
+def augmentation(args: argparse.Namespace) -> Augment | None:
+    """Digits are not augmented: a mirrored 2 is no digit."""
+    if args.data == "digits":
+        if args.aa or args.color_jitter or args.reprob:
+            raise InputError("--aa, --color-jitter and --reprob are for photographs; digits are not augmented")
+        return None
+    return Augment(
+        hflip=0.0 if "mnist" in args.data else args.hflip,
+        auto_augment=args.aa,
+        color_jitter=args.color_jitter,
+        erase=args.reprob,
+        scale=args.crop_scale,
+        off=args.no_aug,
+    )
+
+
+def model(args: argparse.Namespace, found: data.Splits) -> nn.Module:
+    """Initialised by --seed alone, whatever ran before."""
+    seed_all(derive(args.seed, "model"))
+    made = models.build(
+        args.model, num_classes=found.num_classes, image_size=found.image_size, **dict(args.model_kwargs)
+    )
+    return made.to(memory_format=torch.channels_last) if args.channels_last else made
+
+
+def optimizer(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer, with SAM around it where --sam-rho is not 0."""
+    base = _base(args, network)
+    if not args.sam_rho:
+        return base
+    if args.adaptive:
+        split_groups_(base, network, args.adaptive)
+    try:
+        return SAM.wrap(
+            base,
+            rho=args.sam_rho,
+            adaptive=args.adaptive or False,
+            eta=args.sam_eta,
+            norm=float(args.sam_norm),
+            module=network,
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--opt {args.opt} cannot be the base of SAM: {one_line(error)}") from None
+
+
+def _base(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+
+    prefix, _, name = args.opt.rpartition("_")  # timm looks up the last piece only: "sam_sgd" would silently be "sgd"
+    if name not in list_optimizers() or prefix not in ("", "lookahead"):
+        raise unknown("optimizer", args.opt, list_optimizers())
+    if get_optimizer_info(name).second_order:
+        raise InputError(f"--opt {args.opt} needs second derivatives in every step, which this loop does not make")
+    try:
+        return create_optimizer_v2(
+            network,
+            args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay,
+            **dict(args.opt_kwargs),
+        )
+    except FAULTS as error:
+        raise InputError(f"--opt {args.opt} cannot be made: {one_line(error)}") from None
+
+
+def split_groups_(base: torch.optim.Optimizer, network: nn.Module, adaptive: str) -> None:
+    """Each of timm's groups (weight decay, layer decay) in two: T = 1 for biases and normalisation parameters."""
+    scaled = {id(p) for g in asam_param_groups(network, adaptive=adaptive) if g["adaptive"] for p in g["params"]}
+    result = []
+    for group in base.param_groups:
+        for value in (False, adaptive):
+            params = [p for p in group["params"] if (id(p) in scaled) == bool(value)]
+            if params:
+                result.append({**group, "params": params, "adaptive": value})
+    base.param_groups[:] = result  # in place: Lookahead shares the list with its own base
+
+
+def scheduler(args: argparse.Namespace, made: torch.optim.Optimizer, updates_per_epoch: int) -> Callable[[int], None]:
+    """Sets the learning rates for update number n: timm's schedules are functions of n, there is no state to save."""
+    from timm.scheduler import create_scheduler_v2
+
+    if args.warmup_epochs >= args.epochs and args.warmup_epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
+    try:
+        schedule, _ = create_scheduler_v2(
+            made,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.lr / 100,
+            min_lr=args.min_lr,
+            decay_milestones=[args.epochs // 2, args.epochs * 3 // 4],
+            decay_epochs=None if args.sched in ("wsd", "rsqrt") else max(1, args.epochs // 3),
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except FAULTS as error:
+        raise InputError(f"--sched {args.sched} cannot be made: {one_line(error)}") from None
+    return schedule.step_update if schedule is not None else lambda n: None
+
+
+def mixup(args: argparse.Namespace, num_classes: int) -> Any:
+    """timm's, also where only one of --mixup and --cutmix is given; None without both."""
+    if not (args.mixup or args.cutmix):
+        return None
+    from timm.data import Mixup
+
+    return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sam_optim.loss import Loss
 from sam_optim.results import Estimate, plain, provenance
@@ -38,3 +41,17 @@ class Ticks:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of all entries, in float32 or better."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return torch.cat([x.detach().flatten().to(dtype) for x in tensors])
+
+
+def unflat(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of v in the shapes of `like`: views, in the dtype of v."""
+    parts = v.split([w.numel() for w in like])
+    return [x.view(w.shape) for x, w in zip(parts, like, strict=True)]

@@ -197,7 +197,7 @@ def _at(loss: Loss, chart: Chart, u: Point, *, gradient: bool = True) -> tuple[f
 
 
 def _checkpoints(num_steps: int) -> set[int]:
-    """The steps after which progress is judged: ceil(p num_steps), p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99."""
+    """The steps after which progress is judged: p num_steps, p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99."""
     percent, stretch, found = 22, 19, set()  # whole numbers: 0.7 * 20 is a little above 14
     while percent <= 100:
         found.add(-(-percent * num_steps // 100))

@@ -85,8 +85,11 @@ def read(source: Any, row: int, mode: str | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(reader[row][0]) if reader is not None else source[row][0]
-            return image.convert(mode or image.mode)
+            if reader is None:
+                image = source[row][0]
+                return image.convert(mode or image.mode)
+            with reader[row][0] as file, Image.open(file) as image:  # timm leaves the file open
+                return image.convert(mode or image.mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         name = reader.filename(row, absolute=True) if hasattr(reader, "filename") else f"example {row}"
         raise InputError(f"cannot read image {name}: {one_line(error)}; replace or remove it") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -29,7 +30,11 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **op
             raise InputError(f"cnn3 takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
         return cnn3(num_classes, image_size)
     model = _from_timm(name, num_classes, image_size, options)
-    _check_forward(model, name, image_size)
+    if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
+        print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
+        model = _from_timm(name, num_classes, image_size, options)
+    if fault := _fault(model, image_size):
+        raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")
     return model
 
 
@@ -80,7 +85,6 @@ def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], op
             model = timm.create_model(name, **arguments | sized)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
-    small_stem_(model)
     return model
 
 
@@ -96,30 +100,29 @@ def _sized(timm: Any, name: str, image_size: tuple[int, int, int], *, patch: boo
     return found
 
 
-def small_stem_(model: nn.Module) -> None:
-    """The first convolution becomes 3x3 with stride 1, and the max-pool of a strided stem goes. Patches stay."""
-    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    if not convolutions:
-        return
-    name, old = convolutions[0]
-    if old.stride == (1, 1) or old.kernel_size == old.stride:
-        return
-    new = nn.Conv2d(
-        old.in_channels, old.out_channels, 3, stride=1, padding=1, groups=old.groups, bias=old.bias is not None
-    )
+def small_stem_(model: nn.Module) -> bool:
+    """A strided first convolution becomes 3x3 with stride 1, and the max-pool after it goes. Patches stay (False)."""
+    name, old = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if old is None or old.stride == (1, 1) or old.kernel_size == old.stride:
+        return False
+    bias = old.bias is not None
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, groups=old.groups, bias=bias)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, new)
-    pools = [n for n, m in model.named_modules() if isinstance(m, nn.MaxPool2d)]
-    if pools:
-        model.set_submodule(pools[0], nn.Identity())
+    pool = next((n for n, m in model.named_modules() if isinstance(m, nn.MaxPool2d)), None)
+    if pool:
+        model.set_submodule(pool, nn.Identity())
+    return True
 
 
 @torch.no_grad()
-def _check_forward(model: nn.Module, name: str, image_size: tuple[int, int, int]) -> None:
+def _fault(model: nn.Module, image_size: tuple[int, int, int]) -> str | None:
+    """Why the model cannot take such images; None if it can."""
     training = model.training
     try:
         model.eval()(torch.zeros(1, *image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"{name} cannot take images of size {image_size}: {one_line(error)}; set --img-size") from None
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        return one_line(error)
     finally:
         model.train(training)
+    return None

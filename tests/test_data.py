@@ -1,0 +1,315 @@
+"""Data sets, models and batches of the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks import cifar, data, models
+from benchmarks.command import InputError
+from benchmarks.images import Augment
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def picture_tree(root: Path, *, classes=("cat", "dog"), splits=("train", "val"), n=4, size=(16, 16)) -> Path:
+    """A tree of class folders of random images."""
+    draw = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def cifar_files(root: Path, n: int = 20) -> tuple[Path, np.ndarray]:
+    """torchvision's layout with random pixels; returns the training pixels (5 n, 3072) too."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    draw, pixels = np.random.default_rng(0), []
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        x = draw.integers(0, 256, (n, 3072), dtype=np.uint8)
+        pixels.append(x)
+        labels = [int(i) for i in draw.integers(0, 10, n)]
+        (folder / name).write_bytes(pickle.dumps({"data": x, "labels": labels}, protocol=2))
+    return root, np.concatenate(pixels[:5])
+
+
+class TestDigits:
+    def test_the_split_is_scikit_learns_example(self):
+        from sklearn.datasets import load_digits
+
+        splits = data.digits()
+        assert splits.image_size == (1, 8, 8)
+        assert splits.num_classes == 10
+        assert splits.validation is None
+        target = torch.tensor(load_digits().target)
+        assert torch.equal(splits.train.tensors[1], target[:898])
+        assert torch.equal(splits.test.tensors[1], target[898:])
+        x = splits.train.tensors[0]
+        assert x.shape == (898, 1, 8, 8)
+        assert x.dtype == torch.float32
+        assert abs(x.mean().item()) < 1e-5
+        assert abs(x.std().item() - 1) < 1e-5
+
+    @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.4, 1.0])
+    def test_exactly_that_fraction_is_drawn_anew_and_only_in_training(self, fraction):
+        splits = data.digits(label_noise=fraction, seed=3, validation_fraction=0.1)
+        clean = data.digits(seed=3, validation_fraction=0.1)
+        assert len(splits.train) == 808
+        assert len(splits.validation) == 90
+        assert torch.equal(splits.test.tensors[1], clean.test.tensors[1])
+        assert torch.equal(splits.validation.tensors[1], clean.validation.tensors[1])
+        assert torch.equal(splits.clean_train_labels, clean.train.tensors[1])
+        wrong = int((splits.train.tensors[1] != splits.clean_train_labels).sum())
+        drawn = round(fraction * 808)
+        assert wrong <= drawn
+        four_sd = 4 * (0.9 * 0.1 * drawn) ** 0.5  # a uniform draw hits the old label 1 time in 10
+        assert abs(wrong - 0.9 * drawn) <= four_sd
+
+    def test_the_draw_depends_on_the_seed_alone(self):
+        one = data.digits(label_noise=0.4, seed=1).train.tensors[1]
+        torch.manual_seed(5)
+        assert torch.equal(one, data.digits(label_noise=0.4, seed=1).train.tensors[1])
+        assert not torch.equal(one, data.digits(label_noise=0.4, seed=2).train.tensors[1])
+
+    def test_noise_replaces_exactly_the_chosen(self):
+        labels = torch.full((1000,), -1)
+        assert int((data.noisy(labels, 10, 0.137, 0) >= 0).sum()) == 137
+
+    @pytest.mark.parametrize("options", [{"label_noise": 1.2}, {"validation_fraction": 1.0}])
+    def test_bad_fractions(self, options):
+        with pytest.raises(InputError, match="must be in"):
+            data.digits(**options)
+
+
+class TestBatches:
+    def test_every_example_once_in_an_order_of_seed_and_epoch(self):
+        dataset = torch.utils.data.TensorDataset(torch.arange(10.0), torch.arange(10))
+        batches = data.Batches(dataset, 4, shuffle=True, seed=1)
+        first = torch.cat([y for _, y in batches])
+        assert sorted(first.tolist()) == list(range(10))
+        assert len(batches) == 3
+        batches.set_epoch(1)
+        second = torch.cat([y for _, y in batches])
+        assert not torch.equal(first, second)
+        batches.set_epoch(1, first_batch=1)
+        assert torch.equal(torch.cat([y for _, y in batches]), second[4:])
+
+    def test_the_global_generator_is_left_alone(self):
+        before = torch.get_rng_state()
+        list(data.Batches(data.digits(label_noise=0.5).train, 64, shuffle=True))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_shift_is_a_crop_of_the_padded_image(self):
+        """Every result must be one of the 81 crops of the padded image, or the mirror image of one."""
+        pixels = torch.randint(1, 256, (20, 3, 32, 32), dtype=torch.uint8)
+        moved = data.shift_and_mirror(pixels, 0.5, data.Stream(0))
+        padded = torch.nn.functional.pad(pixels, (4,) * 4)
+        mirrored = 0
+        for image, whole in zip(moved, padded, strict=True):
+            crops = [whole[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+            plain = any(torch.equal(image, c) for c in crops)
+            flipped = any(torch.equal(image, c.flip(-1)) for c in crops)
+            assert plain or flipped
+            mirrored += flipped
+        assert 0 < mirrored < 20
+
+
+class TestCifar:
+    def test_torchvisions_layout(self, tmp_path):
+        root, pixels = cifar_files(tmp_path)
+        splits = data.load("cifar10", root)
+        assert (len(splits.train), len(splits.test), splits.image_size) == (100, 20, (3, 32, 32))
+        x, _ = splits.train[3]
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in cifar.STATISTICS["cifar10"])
+        expected = (torch.from_numpy(pixels[3].reshape(3, 32, 32)).float() / 255 - mean) / std
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+        assert "not the files of the published archive" in data.source("cifar10", root)
+
+    def test_the_folder_itself_may_be_given(self, tmp_path):
+        root, _ = cifar_files(tmp_path)
+        assert len(data.load("cifar10", root / "cifar-10-batches-py").train) == 100
+
+    def test_a_hostile_pickle_runs_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        root, _ = cifar_files(tmp_path / "data")
+
+        class Malice:
+            def __reduce__(self):
+                return os.mkdir, ("harmed",)
+
+        (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps(Malice()))
+        with pytest.raises(InputError, match=r"data_batch_2 is not a CIFAR file .*mkdir"):
+            data.load("cifar10", root)
+        assert not (tmp_path / "harmed").exists()
+
+    @pytest.mark.parametrize("damage", ["missing", "cut", "text", "shape"])
+    def test_damaged_files(self, tmp_path, damage):
+        root, _ = cifar_files(tmp_path)
+        path = root / "cifar-10-batches-py" / "data_batch_1"
+        if damage == "missing":
+            path.unlink()
+        elif damage == "cut":
+            path.write_bytes(path.read_bytes()[:1000])
+        elif damage == "text":
+            path.write_text("hello")
+        else:
+            path.write_bytes(pickle.dumps({"data": np.zeros((3, 7), np.uint8), "labels": [0, 1, 2]}))
+        with pytest.raises(InputError, match=r"data_batch_1.*unpack the archive again"):
+            data.load("cifar10", root)
+
+    def test_absent_says_what_to_do(self, tmp_path):
+        with pytest.raises(InputError, match=r"has no cifar-10-batches-py/: unpack"):
+            data.load("cifar10", tmp_path)
+
+
+class TestFolders:
+    def test_classes_sizes_and_labels(self, tmp_path):
+        splits = data.load("folder", picture_tree(tmp_path, size=(24, 16)))
+        assert splits.num_classes == 2
+        assert splits.image_size == (3, 16, 24)
+        assert splits.clean_train_labels.tolist() == [0] * 4 + [1] * 4
+        assert len(splits.test) == 8
+        assert splits.validation is None
+
+    def test_val_and_test_are_validation_and_test(self, tmp_path):
+        splits = data.load("folder", picture_tree(tmp_path, splits=("train", "val", "test")))
+        assert len(splits.validation) == len(splits.test) == 8
+
+    def test_large_images_get_the_models_size(self, tmp_path):
+        root = picture_tree(tmp_path, size=(80, 80), n=1)
+        assert data.load("folder", root, default_size=(96, 96)).image_size == (3, 96, 96)
+        assert data.load("folder", root, image_size=48).image_size == (3, 48, 48)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_augmentation_depends_on_seed_and_epoch_only(self, tmp_path, workers):
+        splits = data.load("folder", picture_tree(tmp_path))
+
+        def epoch(number: int, workers: int) -> torch.Tensor:
+            augment = Augment(auto_augment="rand-m9-mstd0.5", erase=0.5)
+            batches = data.batches(
+                splits.train, 4, splits.image_size, train=True, augment=augment, seed=3, workers=workers
+            )
+            batches.set_epoch(number)
+            return torch.cat([x for x, _ in batches])
+
+        state = torch.get_rng_state()
+        first = epoch(1, workers)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        assert torch.equal(first, epoch(1, 0))
+        assert not torch.equal(first, epoch(2, 0))
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("no train", "has no folder train"),
+            ("no test", "has no folder val"),
+            ("empty class", "bird has no images"),
+            ("other classes", "do not have the same classes: dog"),
+            ("no classes", "has no class folders"),
+        ],
+    )
+    def test_wrong_trees(self, tmp_path, fault, message):
+        picture_tree(tmp_path)
+        if fault == "no train":
+            (tmp_path / "train").rename(tmp_path / "training images")
+        elif fault == "no test":
+            (tmp_path / "val").rename(tmp_path / "holdout")
+        elif fault == "empty class":
+            (tmp_path / "train" / "bird").mkdir()
+        elif fault == "other classes":
+            (tmp_path / "val" / "dog").rename(tmp_path / "val" / ".dog")
+        else:
+            (tmp_path / "train").rename(tmp_path / "old")
+            (tmp_path / "train").mkdir()
+        with pytest.raises(InputError, match=message):
+            data.load("folder", tmp_path)
+
+    @pytest.mark.parametrize("fault", ["cut", "empty", "text", "huge"])
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_unreadable_images_are_named_never_replaced(self, tmp_path, monkeypatch, fault, workers):
+        splits = data.load("folder", picture_tree(tmp_path))
+        bad = tmp_path / "train" / "dog" / "2.png"
+        if fault == "huge":
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+        else:
+            bad.write_bytes({"cut": bad.read_bytes()[:300], "empty": b"", "text": b"not an image"}[fault])
+        with pytest.raises(InputError, match=r"cannot read image .*(cat/0|dog/2)\.png.*replace or remove it"):
+            list(data.batches(splits.train, 4, splits.image_size, workers=workers))
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA", "1"])
+    def test_other_modes_are_converted(self, tmp_path, mode):
+        splits = data.load("folder", picture_tree(tmp_path))
+        suffix = "tif" if mode == "CMYK" else "png"
+        (tmp_path / "train" / "cat" / "0.png").unlink()
+        Image.new(mode, (16, 16)).save(
+            tmp_path / "train" / "cat" / "0.png", format="TIFF" if suffix == "tif" else "PNG"
+        )
+        x, _ = next(iter(data.batches(splits.train, 4, splits.image_size)))
+        assert x.shape == (4, 3, 16, 16)
+
+
+def test_timms_torchvision_data_sets(tmp_path):
+    """torchvision checks the md5 sums of CIFAR, so that random files are refused, in one line."""
+    cifar_files(tmp_path)
+    with pytest.raises(InputError, match=r"timm cannot open data set 'torch/cifar10'"):
+        data.load("torch/cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar11", "imagnet"])
+def test_unknown_data_sets_list_the_choices(tmp_path, name):
+    with pytest.raises(InputError, match=r"unknown data set .*digits.*folder"):
+        data.load(name, tmp_path)
+
+
+class TestModels:
+    def test_small_images_get_the_stem_of_the_field(self):
+        model = models.build("resnet18", num_classes=10, image_size=(3, 32, 32))
+        assert model.conv1.kernel_size == (3, 3)
+        assert model.conv1.stride == (1, 1)
+        assert isinstance(model.maxpool, nn.Identity)
+        features = model.eval().forward_features(torch.zeros(1, 3, 32, 32))
+        assert features.shape == (1, 512, 4, 4)
+        assert sum(p.numel() for p in model.parameters()) == 11_173_962  # the ResNet-18 of the CIFAR literature
+
+    def test_large_images_keep_timms(self):
+        model = models.build("test_resnet", num_classes=10, image_size=(3, 96, 96))
+        assert any(isinstance(m, nn.MaxPool2d) for m in model.modules())
+
+    def test_vision_transformers_get_small_patches(self):
+        model = models.build("test_vit", num_classes=10, image_size=(3, 32, 32))
+        assert model.patch_embed.patch_size == (4, 4)
+        assert model.patch_embed.num_patches == 64
+
+    def test_gray_images(self):
+        model = models.build("test_efficientnet", num_classes=10, image_size=(1, 28, 28))
+        assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+    def test_cnn3(self):
+        model = models.build("cnn3", num_classes=10, image_size=(1, 8, 8))
+        assert [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)] == [16, 32, 64]
+        assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+    def test_a_model_that_cannot_change_its_stem_keeps_it(self, capsys):
+        model = models.build("test_coatnet", num_classes=10, image_size=(3, 32, 32))
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        assert "keeps its own" in capsys.readouterr().err
+
+    def test_unknown_names_list_near_ones(self):
+        with pytest.raises(InputError, match=r"unknown model 'resnet19'; choose from .*resnet18"):
+            models.build("resnet19", num_classes=10, image_size=(3, 32, 32))
+
+    def test_unknown_options(self):
+        with pytest.raises(InputError, match=r"test_resnet cannot be built.*nonsense"):
+            models.build("test_resnet", num_classes=10, image_size=(3, 32, 32), nonsense=1)

@@ -57,12 +57,12 @@ def strip(title: str, groups: Sequence[Group], *, x_label: str, log: bool = Fals
     values = [v for group in groups for v in group.values]
     step = 34.0
     bottom = 26.0 + step * len(groups)
-    panel = Panel(title, scale_over(values, 12, WIDTH - 16, log=log), Scale(0, 1, bottom, TOP), WIDTH, bottom + 42)
+    panel = Panel(title, scale_over(values, 4, WIDTH - 8, log=log), Scale(0, 1, bottom, TOP), WIDTH, bottom + 42)
     panel.x_label, panel.y_ticks = x_label, []
     for i, group in enumerate(groups):
         at = 26.0 + step * i + 24
         known = [v for v in group.values if math.isfinite(v)]
-        panel.add(words(12, at - 10, group.name, class_="row-name"))
+        panel.add(words(4, at - 10, group.name, class_="row-name"))
         if known:
             mean, spread = mean_and_std(known)
             ends = (panel.x.clipped(mean - spread), panel.x.clipped(mean + spread))
@@ -126,13 +126,13 @@ def intervals(
     numbers = [v for row in rows for v in (row.value, row.low, row.high)]
     step = 30.0
     bottom = 26.0 + step * len(rows)
-    x = scale_over(numbers, 12, WIDTH - 16, log=log) if span is None else Scale(*span, 12, WIDTH - 16)
+    x = scale_over(numbers, 4, WIDTH - 8, log=log) if span is None else Scale(*span, 8, WIDTH - 12)
     panel = Panel(title, x, Scale(0, 1, bottom, TOP - 8), WIDTH, bottom + 42, x_label, y_ticks=[])
     if x.low <= 0 <= x.high and not log:
         panel.add(line(x(0), TOP - 8, x(0), bottom, class_="zero"))
     for i, row in enumerate(rows):
         at = 26.0 + step * i + 22
-        panel.add(words(12, at - 9, row.name, class_="row-name"))
+        panel.add(words(4, at - 9, row.name, class_="row-name"))
         if math.isfinite(row.low) and math.isfinite(row.high):
             panel.add(line(*_flat(x.clipped(row.low), x.clipped(row.high), at), class_=f"whisker s{row.style}"))
         if math.isfinite(row.value):

@@ -15,14 +15,14 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
-    size = math.floor(math.log10(abs(value)))
+    size = _size(value)
     if size >= 6 or size < -4:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{max(digits - 1 - size, 0)}f}"
 
 
 def spread(values: Sequence[float | None], *, decimals: int | None = None) -> str:
-    """mean ± standard deviation, to the same decimals: two significant digits of the standard deviation by default."""
+    """mean ± standard deviation, to the same decimals; two digits of the deviation, at most four of the mean."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return "–"
@@ -30,9 +30,15 @@ def spread(values: Sequence[float | None], *, decimals: int | None = None) -> st
     if len(known) < 2:
         return number(mean)
     if decimals is None:
-        leading = std or abs(mean) or 1.0
-        decimals = max(0, min(6, 1 - math.floor(math.log10(leading))))
+        decimals = max(0, min(6, 1 - _size(std or mean), 3 - _size(mean)))
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def signed(value: float | None, decimals: int = 2) -> str:
+    """With its sign, a real minus, and a dash for what is not there."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:+.{decimals}f}".replace("-", "−")
 
 
 def html_table(
@@ -52,8 +58,8 @@ def html_table(
             for i, row in enumerate(rows)
         ),
     )
-    table = tag("table", tag("caption", caption), top, body)
-    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=str(caption))
+    scroll = tag("div", tag("table", top, body), class_="scroll", tabindex=0, role="region", aria_label=str(caption))
+    return tag("figure", tag("figcaption", caption), scroll, class_="table")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -67,3 +73,8 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _size(value: float) -> int:
+    """The power of ten of the leading digit; 0 for 0."""
+    return math.floor(math.log10(abs(value))) if value else 0

@@ -1,0 +1,230 @@
+"""What the demo's numbers say: differences by seed with intervals, correlations, and the sentences that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.demo_plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan, plan_dict
+from sam_optim.correlation import correlate
+from sam_optim.report.charts import mean_and_std
+from sam_optim.report.tables import spread, text_table
+from sam_optim.results import plain, provenance
+
+NAN = float("nan")
+Results = Mapping[str, Mapping[str, Any]]
+SHARPNESS = tuple(name for name in MEASURES if name != "loss")
+CONTROLS = {
+    "sgd_long": ("last", "SGD with twice the epochs"),
+    "sgd_decay": ("last", "SGD with tuned weight decay"),
+    "sgd": ("best", "SGD stopped early"),
+}
+
+
+class Difference(NamedTuple):
+    """Mean difference over seeds with its 95 % t-interval, and in how many of n seeds it is positive."""
+
+    mean: float
+    low: float
+    high: float
+    wins: int
+    n: int
+
+
+def summary(plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Results) -> dict[str, Any]:
+    """Everything that the page and the terminal say, as strict JSON."""
+    accuracy = {
+        m: {when: values(final, m, when, "test_accuracy", scale=100) for when in ("last", "best")} for m in METHODS
+    }
+    found = {
+        "accuracy": accuracy,
+        "headline": headline(accuracy),
+        "differences": [row._asdict() | {"name": name} for name, row in differences(accuracy)],
+        "correlations": correlations(final),
+        "chosen": dict(chosen),
+        "tuning": tuning_table(plan, tuning),
+        "terminal_table": text_table(*terminal_rows(final)),
+        "plan": plan_dict(plan),
+        "provenance": provenance() | versions(),
+        "cpu_s": sum(run["cpu_s"] for run in (*tuning.values(), *final.values())),
+    }
+    return plain(found)
+
+
+def values(final: Results, method: str, *path: str, scale: float = 1.0) -> list[float]:
+    """One number for each seed; nan where the run failed."""
+    found = []
+    for run in final.values():
+        if run["job"]["method"] == method:
+            value: Any = run
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            found.append(NAN if value is None else scale * value)
+    return found
+
+
+def select(tuning: Results, method: str, setting: str | None, value: float) -> list[float]:
+    """Validation accuracy at the last epoch, for each tuning seed; 0 where training diverged."""
+    jobs = [run for run in tuning.values() if run["job"]["method"] == method and run["job"][str(setting)] == value]
+    return [run["last"]["validation_accuracy"] or 0.0 for run in jobs]
+
+
+def tuning_table(plan: Plan, tuning: Results) -> dict[str, list[dict[str, Any]]]:
+    return {
+        method: [
+            {"value": value, "validation_accuracy": select(tuning, method, METHODS[method].tuned, value)}
+            for value in grid
+        ]
+        for method, grid in plan.grids.items()
+    }
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    if not pairs:
+        return Difference(NAN, NAN, NAN, 0, 0)
+    center, std = mean_and_std(pairs)
+    wins = sum(d > 0 for d in pairs)
+    if len(pairs) < 2:
+        return Difference(center, NAN, NAN, wins, 1)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(pairs) - 1)) * std / math.sqrt(len(pairs))
+    return Difference(center, center - half, center + half, wins, len(pairs))
+
+
+def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[tuple[str, Difference]]:
+    """SAM and ASAM against SGD and each control, in points (1 %) of test accuracy at the last epoch."""
+    rows = [("SAM minus SGD", difference(accuracy["sam"]["last"], accuracy["sgd"]["last"]))]
+    for ours in ("sam", "asam"):
+        for control, (when, name) in CONTROLS.items():
+            rows.append(
+                (f"{METHODS[ours].name} minus {name}", difference(accuracy[ours]["last"], accuracy[control][when]))
+            )
+    return rows
+
+
+def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
+    gain = difference(accuracy["sam"]["last"], accuracy["sgd"]["last"])
+    control, (when, name) = max(CONTROLS.items(), key=lambda item: _or_low(mean(accuracy[item[0]][item[1][0]])))
+    rest = difference(accuracy["sam"]["last"], accuracy[control][when])
+    first = {
+        1: f"SAM is {gain.mean:.1f} percentage points more accurate than SGD on clean test digits",
+        -1: f"SAM is {-gain.mean:.1f} percentage points less accurate than SGD on clean test digits",
+        0: "SAM and SGD cannot be told apart on clean test digits",
+    }[sign(gain)]
+    second = {
+        1: f"SAM beats the best control, {name}, by {rest.mean:.1f}",
+        -1: f"the best control, {name}, beats SAM by {-rest.mean:.1f}",
+        0: f"SAM cannot be told from the best control, {name}",
+    }[sign(rest)]
+    return f"{first}, {'and' if sign(gain) == sign(rest) else 'but'} {second}."
+
+
+def sign(difference: Difference) -> int:
+    """+1 or -1 where the interval excludes 0, else 0."""
+    if difference.low > 0:
+        return 1
+    return -1 if difference.high < 0 else 0
+
+
+def run_table(final: Results) -> list[dict[str, Any]]:
+    """One row for each run: test error in percent, and every measure on every data set as "data / measure"."""
+    rows = []
+    for run in final.values():
+        accuracy = run["last"]["test_accuracy"]
+        row = {
+            "method": run["job"]["method"],
+            "seed": run["job"]["seed"],
+            "test_error": None if accuracy is None else 100 * (1 - accuracy),
+        }
+        for data in DATA:
+            for measure in MEASURES:
+                row[f"{data} / {measure}"] = run.get("measures", {}).get(data, {}).get(measure, {}).get("value")
+        rows.append(row)
+    return rows
+
+
+def correlations(final: Results) -> list[dict[str, Any]]:
+    """tau of every measure on every data set with the test error, over all runs and by factor."""
+    rows = run_table(final)
+    return [
+        {"data": data, "measure": measure}
+        | correlate(rows, f"{data} / {measure}", "test_error", factors=["method", "seed"]).to_dict()
+        for data in DATA
+        for measure in MEASURES
+    ]
+
+
+def flatter_went_with(found: Sequence[Mapping[str, Any]]) -> str:
+    """The answer for one group of correlations: counts of what the intervals exclude."""
+    better, worse = (sum(_excludes_zero(c, side) for c in found) for side in (1, -1))
+    unclear = len(found) - better - worse
+    parts = [(better, "flatter went with better"), (worse, "flatter went with worse"), (unclear, "no clear direction")]
+    return "; ".join(f"{what} by {count} of {len(found)} measures" for count, what in parts if count)
+
+
+def interpolation_note(final: Results) -> str:
+    """Does a low training-set curvature mislead, as it does once SGD has memorised the noise?"""
+    short, long = (
+        {
+            "lambda": mean(values(final, m, "measures", NOISY, "lambda_max", "value")),
+            "loss": mean(values(final, m, "measures", NOISY, "loss", "value")),
+            "accuracy": mean(values(final, m, "last", "test_accuracy", scale=100)),
+            "test": mean(values(final, m, "measures", TEST, "lambda_max", "value")),
+        }
+        for m in ("sgd", "sgd_long")
+    )
+    numbers = (
+        f"Doubling the epochs of SGD takes the loss on the noisy training labels from {short['loss']:.2f} to "
+        f"{long['loss']:.2f}, the largest Hessian eigenvalue there from {short['lambda']:.1f} to {long['lambda']:.1f}, "
+        f"and test accuracy from {short['accuracy']:.1f} to {long['accuracy']:.1f} %. On the test data the eigenvalue "
+        f"goes from {short['test']:.1f} to {long['test']:.1f}."
+    )
+    misleads = long["lambda"] < short["lambda"] and long["accuracy"] <= short["accuracy"] + 1
+    verdict = (
+        "So the flattest-looking of the two is no better: once a network fits its labels, wrong ones included, "
+        "training-set curvature falls because the loss does, and says nothing about new data."
+        if misleads
+        else "Here the two move in the direction that flatness would predict."
+    )
+    return f"{numbers} {verdict}"
+
+
+def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
+    head = ["", "test %, last epoch", "test %, best epoch", "wrong labels learned %", "loss, train", "SAM ball, train"]
+    rows = []
+    for key, method in METHODS.items():
+        columns = [
+            values(final, key, "last", "test_accuracy", scale=100),
+            values(final, key, "best", "test_accuracy", scale=100),
+            values(final, key, "memorised", scale=100),
+            values(final, key, "measures", NOISY, "loss", "value"),
+            values(final, key, "measures", NOISY, "sam_ball", "value"),
+        ]
+        rows.append([method.name, *(spread(c, decimals=1 if i < 3 else None) for i, c in enumerate(columns))])
+    return head, rows
+
+
+def versions() -> dict[str, str]:
+    import platform
+
+    import scipy
+    import sklearn
+
+    return {"python": platform.python_version(), "scikit-learn": sklearn.__version__, "scipy": scipy.__version__}
+
+
+def mean(numbers: Sequence[float]) -> float:
+    known = [v for v in numbers if math.isfinite(v)]
+    return math.fsum(known) / len(known) if known else NAN
+
+
+def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
+    ends = correlation.get("low"), correlation.get("high")
+    return all(end is not None and end * side > 0 for end in ends)
+
+
+def _or_low(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf

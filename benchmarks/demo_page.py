@@ -1,0 +1,287 @@
+"""The demo's page: what was found, how, and how to do the same with another model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import demo_figures as draw
+from benchmarks.demo_findings import (
+    SHARPNESS,
+    Results,
+    difference,
+    flatter_went_with,
+    interpolation_note,
+    mean,
+    run_table,
+    values,
+)
+from benchmarks.demo_plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
+from sam_optim.report.markup import Child, Markup, join, tag
+from sam_optim.report.page import bullets, code_block, facts, html_page, paragraph, section
+from sam_optim.report.tables import html_table, signed, spread
+
+YOUR_MODEL = """\
+import torch
+from sam_optim import SAM, Ball, Loss
+from sam_optim import gradient_regret, hessian_eigenvalues, slice_2d, worst_case_sharpness
+from sam_optim.report import results_page, write_page
+
+optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9, module=model)
+
+def closure():
+    optimizer.zero_grad()
+    loss = criterion(model(x), y)
+    loss.backward()
+    return loss
+
+for x, y in loader:
+    optimizer.step(closure)              # runs the closure twice: at w and at the worst point nearby
+
+loss = Loss(model, criterion, batches)   # batches: a list, or a DataLoader without shuffling or augmentation
+write_page("report.html", results_page({
+    "sharpness in my optimizer's ball": worst_case_sharpness(loss, optimizer.ball),
+    "sharpness in ASAM's ball": worst_case_sharpness(loss, Ball(1.0, adaptive=True)),
+    "largest eigenvalue": hessian_eigenvalues(loss),
+    "gradient regret": gradient_regret(loss),
+    "landscape": slice_2d(loss),
+}))
+"""
+
+
+def page(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
+    return html_page(
+        "SAM, ASAM and SGD on noisy digits",
+        _header(plan, found),
+        _accuracy(found, final),
+        _training(final),
+        _sharpness(plan, found, final),
+        _flat_and_better(found, final),
+        _landscapes(final),
+        _caveats(plan, found),
+        _settings(plan, found),
+        _your_model(),
+        data=dict(found) | {"runs": list(final.values())},
+    )
+
+
+def _header(plan: Plan, found: Mapping[str, Any]) -> Markup:
+    gain, rest = found["differences"][0], _hardest(found["differences"])
+    tau = _tau(found, "sam_ball", NOISY)
+    warning = "A quick run, to see that everything works: the numbers mean nothing. " if found["quick"] else ""
+    lead = (
+        f"{warning}A small convolutional network, {100 * plan.label_noise:.0f} % of its training labels replaced at "
+        f"random, clean test labels. {len(METHODS)} ways to train it from the same {plan.num_seeds} initialisations; "
+        "settings chosen on a validation split that the test data never touched."
+    )
+    items: list[tuple[Child, Child]] = [
+        (
+            signed(gain["mean"], 1),
+            f"SAM minus SGD, points of test accuracy; better in {gain['wins']} of {gain['n']} seeds",
+        ),
+        (signed(rest["mean"], 1), f"{rest['name']}; better in {rest['wins']} of {rest['n']} seeds"),
+        (
+            signed(tau["tau"]),
+            f"Kendall's τ of sharpness on the training data with test error, {tau['n']} runs; "
+            f"95 % interval {_interval(tau)}",
+        ),
+    ]
+    return tag(
+        "header",
+        paragraph("sam_optim demo", class_="overline"),
+        tag("h1", found["headline"]),
+        paragraph(lead, class_="lead"),
+        facts(items),
+    )
+
+
+def _accuracy(found: Mapping[str, Any], final: Results) -> Markup:
+    rows = [
+        [d["name"], signed(d["mean"], 1), _interval(d, 1), f"{d['wins']} of {d['n']}"] for d in found["differences"]
+    ]
+    caption = "Differences by seed, in points of test accuracy, with the 95 % t-interval of their mean."
+    learned, kept = (mean(values(final, m, "memorised", scale=100)) for m in ("sgd", "sam"))
+    early = difference(found["accuracy"]["sgd"]["best"], found["accuracy"]["sgd"]["last"])
+    decay = difference(found["accuracy"]["sgd_decay"]["last"], found["accuracy"]["sgd"]["last"])
+    gain = found["differences"][0]["mean"] or 0.0
+    return section(
+        "Accuracy on clean test labels",
+        paragraph(
+            f"SGD ends up saying {learned:.0f} % of the wrong labels it was shown, SAM {kept:.0f} %. "
+            f"Against SGD's last epoch, stopping SGD early is worth {signed(early.mean, 1)} points, tuned weight decay "
+            f"{signed(decay.mean, 1)}, SAM {signed(gain, 1)}. How much of SAM's gain is its own is what the comparison "
+            "with these two controls shows, not the one with plain SGD."
+        ),
+        draw.accuracy_table(final),
+        draw.accuracy_dots(final),
+        html_table(["", "difference", "95 % interval", "seeds where positive"], rows, caption),
+        identifier="accuracy",
+    )
+
+
+def _training(final: Results) -> Markup:
+    return section(
+        "Training",
+        paragraph(
+            "A network that fits noisy labels perfectly has learned the noise. The gap opens where the curves part."
+        ),
+        draw.training_curves(final),
+        identifier="training",
+    )
+
+
+def _sharpness(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
+    return section(
+        "Sharpness, and on which data",
+        paragraph(
+            "Every result is measured in its own optimizer's neighbourhood and in the other's: the highest rise of the "
+            f"loss within SAM's ball (rho = {found['chosen']['sam']:g}) and within ASAM's (rho = "
+            f"{found['chosen']['asam']:g}, scaled by each weight), for batches of {plan.batch_size}. Beside them the "
+            "Hessian and the gradient regret, and the loss, without which none of these numbers can be read."
+        ),
+        paragraph(interpolation_note(final), class_="aside"),
+        *(draw.sharpness_table(final, data) for data in DATA),
+        draw.sharpness_dots(final, NOISY),
+        tag(
+            "details",
+            tag("summary", "The same on clean labels and on test data"),
+            *(draw.sharpness_dots(final, d) for d in (CLEAN, TEST)),
+        ),
+        identifier="sharpness",
+    )
+
+
+def _flat_and_better(found: Mapping[str, Any], final: Results) -> Markup:
+    groups = {
+        data: [c for c in found["correlations"] if c["data"] == data and c["measure"] in SHARPNESS] for data in DATA
+    }
+    tau, loss = _tau(found, "sam_ball", NOISY), _tau(found, "loss", TEST)
+    return section(
+        "Did flatter go with better?",
+        paragraph(
+            f"Over all {tau['n']} runs, counting a direction only where the 95 % interval of Kendall's τ leaves out 0:"
+        ),
+        bullets([join(tag("strong", f"On {data}: "), flatter_went_with(group), ".") for data, group in groups.items()]),
+        paragraph(
+            f"Sharpness in SAM's ball on the noisy training labels: {draw.tau_text(tau)}. Five methods are no random "
+            "sample of networks: SAM lowers this number by construction, so part of any such correlation is the choice "
+            f"of methods. Among the methods of one seed τ is {signed(tau['by_factor'].get('method'))}; among the seeds "
+            f"of one method, where only chance differs, {signed(tau['by_factor'].get('seed'))}. On test data the loss "
+            f"alone has {draw.tau_text(loss)}, and a sharpness measured there has seen the test labels: it explains, "
+            "it does not predict."
+        ),
+        draw.key(),
+        draw.correlation_scatters(run_table(final), found["correlations"], "sam_ball"),
+        draw.correlation_scatters(run_table(final), found["correlations"], "lambda_max"),
+        draw.correlation_intervals(found["correlations"]),
+        folded("All correlations as numbers", draw.correlation_table(found["correlations"])),
+        identifier="correlation",
+    )
+
+
+def _landscapes(final: Results) -> Markup:
+    test = draw.planes(final, TEST)
+    return section(
+        "The loss around the weights",
+        paragraph(
+            "Pictures of two or three directions out of tens of thousands. They show the shape near each result, not a "
+            "reason for it; the intervals above are the evidence."
+        ),
+        draw.slices(final),
+        draw.planes(final, NOISY),
+        folded("The same planes on test data", test) if test else None,
+        identifier="landscapes",
+    )
+
+
+def _caveats(plan: Plan, found: Mapping[str, Any]) -> Markup:
+    budget = len(next(iter(plan.grids.values()))) * plan.num_tuning_seeds
+    return section(
+        "What this does not show",
+        bullets(
+            [
+                f"One small network on one small data set (1,797 images of 8 × 8 pixels), {plan.num_seeds} seeds, one "
+                "kind of label noise. The ranking may be another one elsewhere.",
+                f"Weight decay, SAM's rho and ASAM's rho were each chosen from {budget} trainings, by validation "
+                "accuracy at the last epoch, on seeds that are not reported. The validation labels are clean, which "
+                "real noisy data do not offer; learning rate, momentum and epochs are the same for all, not tuned.",
+                "SAM and ASAM take two passes for each step. SGD with twice the epochs has the same number of passes.",
+                f"Sharpness is measured on {plan.num_measured} fixed examples of each data set. The ± are standard "
+                "deviations over seeds; the measures' own standard errors are in the data inside this page's source.",
+                "The interval of τ resamples runs as if they were independent; runs of one method are alike, so it is "
+                "too narrow.",
+                "Published studies find that sharpness often does not correlate with generalization, and sometimes the "
+                "other way round (arXiv:2302.07011). One demo confirms or refutes nothing.",
+            ]
+        ),
+        identifier="caveats",
+    )
+
+
+def _settings(plan: Plan, found: Mapping[str, Any]) -> Markup:
+    rows = []
+    for method, grid in found["tuning"].items():
+        chosen = found["chosen"][method]
+        for row in grid:
+            mark = "chosen" if row["value"] == chosen else ""
+            accuracy = spread([100 * v for v in row["validation_accuracy"]], decimals=1)
+            rows.append([METHODS[method].name, METHODS[method].tuned, f"{row['value']:g}", accuracy, mark])
+    best = [i for i, row in enumerate(rows) if row[-1]]
+    settings = {
+        "network": "3 convolutions (32, 64, 64 channels), ReLU, no normalisation, no dropout",
+        "data": "scikit-learn digits: 898 training images, "
+        f"{100 * plan.validation_fraction:.0f} % of them held out for validation, and 899 test images",
+        "training": f"{plan.epochs} epochs, batches of {plan.batch_size}, learning rate {plan.lr:g}, "
+        f"momentum {plan.momentum:g}",
+        "label noise": f"{100 * plan.label_noise:.0f} % of the training labels drawn anew, uniformly from all ten",
+        "sharpness": f"Auto-PGD, {plan.num_steps} steps from the weights, mean over batches of {plan.batch_size}",
+        "trace": f"Hutchinson, {plan.num_probes} probes",
+        "landscapes": f"{plan.points_1d} and {plan.points_2d} × {plan.points_2d} points; filter-normalised, no biases",
+        "computing": f"{found['cpu_s']:.0f} CPU seconds for all runs, one thread each",
+    }
+    known = [[name, value] for name, value in (settings | found["provenance"]).items()]
+    caption = "Validation accuracy at the last epoch in %, over the tuning seeds."
+    return section(
+        "Settings and versions",
+        html_table(["method", "setting", "value", "validation", ""], rows, caption, best=best),
+        tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in known), class_="pairs"),
+        identifier="settings",
+    )
+
+
+def _your_model() -> Markup:
+    return section(
+        "The same with your model",
+        paragraph("Change one line of the training, then measure what it did:"),
+        code_block(YOUR_MODEL),
+        paragraph(
+            "This page is the output of ",
+            tag("code", "make demo"),
+            "; the numbers behind it are in ",
+            tag("code", "results.json"),
+            " beside it.",
+        ),
+        identifier="your-model",
+    )
+
+
+def folded(title: str, *content: Child) -> Markup:
+    return tag("details", tag("summary", title), *content)
+
+
+def code(content: str) -> Markup:
+    return tag("code", content)
+
+
+def _interval(found: Mapping[str, Any], decimals: int = 2) -> str:
+    return f"{signed(found['low'], decimals)} to {signed(found['high'], decimals)}"
+
+
+def _hardest(differences: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """SAM against the control that does best."""
+    controls = [d for d in differences if d["name"].startswith("SAM minus") and d["name"] != differences[0]["name"]]
+    return min(controls, key=lambda d: float("inf") if d["mean"] is None else d["mean"])
+
+
+def _tau(found: Mapping[str, Any], measure: str, data: str) -> Mapping[str, Any]:
+    return next(c for c in found["correlations"] if c["measure"] == measure and c["data"] == data)

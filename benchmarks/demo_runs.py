@@ -1,0 +1,155 @@
+"""One run of the demo: train, then measure the weights of the last epoch on three data sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from benchmarks.data import Batches, Splits, derive, digits
+from benchmarks.demo_plan import CLEAN, NOISY, TEST, fingerprint
+from benchmarks.engine import NonFiniteLoss, evaluate, train_epoch
+from benchmarks.models import build
+from sam_optim.geometry import Ball
+from sam_optim.landscape import slice_1d, slice_2d
+from sam_optim.loss import Loss
+from sam_optim.measures import gradient_regret, hessian_eigenvalues, hessian_trace, worst_case_sharpness
+from sam_optim.optimizers import ASAM, SAM
+from sam_optim.results import plain
+from sam_optim.rng import Stream
+
+CRITERION = nn.CrossEntropyLoss()
+CURVES = ("train_loss", "train_accuracy", "validation_accuracy", "test_accuracy", "test_loss")
+NAN = float("nan")
+
+
+def execute(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of one job of the plan as strict JSON; deterministic up to its CPU time."""
+    torch.set_num_threads(1)
+    start = time.thread_time()
+    splits = digits(label_noise=job["label_noise"], seed=job["seed"], validation_fraction=job["validation_fraction"])
+    model = initialised(splits, job["seed"])
+    curves, failed = train(model, optimizer_for(model, job), splits, job)
+    found: dict[str, Any] = {"job": dict(job), "fingerprint": fingerprint(job), "curves": curves, "failed": failed}
+    found |= {"last": _at(curves, job["epochs"]), "best": _at(curves, _best_epoch(curves))}
+    if job["kind"] == "final" and not failed:
+        found |= labels_learned(model, splits) | measure(model, splits, job)
+    return plain(found | {"cpu_s": time.thread_time() - start})
+
+
+def initialised(splits: Splits, seed: int) -> nn.Module:
+    """The same weights for every method with this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "weights"))
+        return build("cnn3", num_classes=splits.num_classes, image_size=splits.image_size)
+
+
+def optimizer_for(model: nn.Module, job: Mapping[str, Any]) -> torch.optim.Optimizer:
+    settings = {name: job[name] for name in ("lr", "momentum", "weight_decay")}
+    if job["rho"] is None:
+        return torch.optim.SGD(model.parameters(), **settings)
+    kind = {"sam": SAM, "asam": ASAM}[job["method"]]
+    return kind(model.parameters(), torch.optim.SGD, rho=job["rho"], module=model, **settings)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, splits: Splits, job: Mapping[str, Any]
+) -> tuple[dict[str, list[float]], str | None]:
+    """One number per epoch and curve, nan from the epoch in which training diverged; and why it did."""
+    batches = Batches(splits.train, job["batch_size"], shuffle=True, seed=job["seed"])
+    curves: dict[str, list[float]] = {name: [] for name in CURVES}
+    for epoch in range(job["epochs"]):
+        batches.set_epoch(epoch)
+        try:
+            trained = train_epoch(model, optimizer, batches, CRITERION)
+        except NonFiniteLoss:
+            missing = [NAN] * (job["epochs"] - epoch)
+            return {name: c + missing for name, c in curves.items()}, f"diverged in epoch {epoch + 1}"
+        validation, test = (evaluate(model, Batches(d, 256), CRITERION) for d in (splits.validation, splits.test))
+        values = (trained["loss"], trained["accuracy"], validation["accuracy"], test["accuracy"], test["loss"])
+        for name, value in zip(CURVES, values, strict=True):
+            curves[name].append(value)
+    return curves, None
+
+
+def measured_batches(dataset: TensorDataset, labels: Tensor, job: Mapping[str, Any], size: int) -> list[Any]:
+    """The same examples for every method: `num_measured` drawn once, in batches of `size`."""
+    rows = Stream(derive(job["seed"], "measured")).permutation(len(labels))[: job["measuring"]["num_measured"]]
+    return [(dataset.tensors[0][part], labels[part]) for part in rows.split(size)]
+
+
+def measure(model: nn.Module, splits: Splits, job: Mapping[str, Any]) -> dict[str, Any]:
+    data = {
+        NOISY: (splits.train, splits.train.tensors[1]),
+        CLEAN: (splits.train, splits.clean_train_labels),
+        TEST: (splits.test, splits.test.tensors[1]),
+    }
+    found: dict[str, Any] = {"measures": {}, "slices": {}, "planes": {}}
+    for name, (dataset, labels) in data.items():
+        mini = Loss(model, CRITERION, measured_batches(dataset, labels, job, job["batch_size"]))
+        whole = Loss(model, CRITERION, measured_batches(dataset, labels, job, len(labels)))
+        found["measures"][name] = _numbers(mini, whole, job["measuring"])
+        if name != CLEAN:
+            found["slices"][name], found["planes"][name] = _landscapes(whole, job)
+    return found
+
+
+def _numbers(mini: Loss, whole: Loss, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sharpness and regret are over batches of the training's size (m-sharpness), curvature over all examples."""
+    found: dict[str, Any] = {"loss": {"value": float(whole.value())}}
+    for name, ball in settings["balls"].items():
+        sharpness = worst_case_sharpness(mini, as_ball(ball), num_steps=settings["num_steps"])
+        found[name] = _short(sharpness)
+    spectrum = hessian_eigenvalues(whole, num=1, tol=1e-3)
+    found["lambda_max"] = {"value": float(spectrum.eigenvalues[0]), "converged": spectrum.converged}
+    found["trace"] = _short(hessian_trace(whole, num_probes=settings["num_probes"]))
+    found["regret"] = _short(gradient_regret(mini))
+    return found
+
+
+def _landscapes(whole: Loss, job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A line in a random direction of this seed, and for one seed a plane: the same draws for every method."""
+    settings = job["measuring"]
+    seed = 2 * job["seed"]
+    line = slice_1d(whole, coordinates=torch.linspace(-1, 1, settings["points_1d"]), seed=seed)
+    if not job["plane"]:
+        return line.to_dict(), None
+    axis = torch.linspace(-1, 1, settings["points_2d"])
+    return line.to_dict(), slice_2d(whole, coordinates=(axis, axis), seed=seed).to_dict()
+
+
+@torch.no_grad()
+def labels_learned(model: nn.Module, splits: Splits) -> dict[str, float]:
+    """Of the training examples with a wrong label: for what part the model says that label, and the true one."""
+    images, given = splits.train.tensors
+    wrong = given != splits.clean_train_labels
+    said = model.eval()(images[wrong]).argmax(1)
+    return {
+        "memorised": float((said == given[wrong]).double().mean()),
+        "corrected": float((said == splits.clean_train_labels[wrong]).double().mean()),
+    }
+
+
+def as_ball(settings: Mapping[str, Any]) -> Ball:
+    """The ball of `Ball.to_dict()`."""
+    return Ball(**{name: value for name, value in settings.items() if value is not None})
+
+
+def _short(estimate: Any) -> dict[str, Any]:
+    return {
+        key: value for key, value in estimate.to_dict().items() if key in ("value", "stderr", "reason", "converged")
+    }
+
+
+def _best_epoch(curves: Mapping[str, list[float]]) -> int:
+    """The first epoch with the highest validation accuracy, counted from 1: what early stopping would have kept."""
+    validation = [v if v == v else -1.0 for v in curves["validation_accuracy"]]
+    return validation.index(max(validation)) + 1
+
+
+def _at(curves: Mapping[str, list[float]], epoch: int) -> dict[str, float]:
+    return {"epoch": epoch} | {name: curves[name][epoch - 1] for name in ("validation_accuracy", "test_accuracy")}

@@ -1,0 +1,250 @@
+"""The demo in miniature, end to end: what it writes, what it reuses, and that what it says follows from its numbers."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from benchmarks import command, demo
+from benchmarks.data import digits
+from benchmarks.demo_findings import Difference, correlations, difference, headline, interpolation_note, sign
+from benchmarks.demo_plan import (
+    DATA,
+    MEASURES,
+    METHODS,
+    NOISY,
+    QUICK,
+    TEST,
+    Plan,
+    balls,
+    final_jobs,
+    fingerprint,
+    tuning_jobs,
+)
+from benchmarks.demo_runs import as_ball, execute, initialised, optimizer_for
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert demo.main(["--quick", "--workers", "0", "--out", str(out)]) == 0
+    return out
+
+
+def strict(path):
+    return json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} in {path.name}"))
+
+
+def test_the_demo_writes_one_page_with_everything(finished):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    results = strict(finished / "results.json")
+    assert results["headline"] in page
+    assert not re.findall(r"https?://|<script(?! type=\"application/json\")|url\(", page)
+    for method in METHODS.values():
+        assert method.name in page
+    for identifier in (
+        "accuracy",
+        "training",
+        "sharpness",
+        "correlation",
+        "landscapes",
+        "caveats",
+        "settings",
+        "your-model",
+    ):
+        assert f'id="{identifier}"' in page
+    assert "the numbers mean nothing" in page
+    assert page.count("data:image/png;base64,") == 2 * len(METHODS)
+    assert "nan" not in re.sub(r"<script.*</script>", "", page, flags=re.S).lower().replace("provenance", "")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert len(data["runs"]) == len(METHODS) * QUICK.num_seeds
+
+
+def test_every_run_measures_everything_on_all_data(finished):
+    runs = [strict(p) for p in (finished / "runs").glob("*.json") if not p.name.startswith("tune")]
+    assert len(runs) == len(METHODS) * QUICK.num_seeds
+    for run in runs:
+        assert set(run["measures"]) == set(DATA)
+        for found in run["measures"].values():
+            assert set(found) == set(MEASURES)
+            assert all(math.isfinite(number["value"]) for number in found.values())
+        assert set(run["slices"]) == {NOISY, TEST}
+        epochs = QUICK.epochs * METHODS[run["job"]["method"]].epochs_factor
+        assert {len(curve) for curve in run["curves"].values()} == {epochs}
+
+
+def test_finished_runs_are_reused_and_a_missing_one_is_made_again(finished, capsys):
+    files = sorted((finished / "runs").iterdir())
+    before = {p: p.stat().st_mtime_ns for p in files}
+    files[0].unlink()
+    assert demo.main(["--quick", "--workers", "0", "--out", str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "are reused" in printed
+    assert (finished / "report.html").resolve().as_uri() in printed
+    after = {p: p.stat().st_mtime_ns for p in sorted((finished / "runs").iterdir())}
+    assert set(after) == set(before)
+    assert {p for p in before if after[p] != before[p]} == {files[0]}
+
+
+def test_a_run_is_the_same_whenever_and_wherever_it_is_made():
+    job = final_jobs(QUICK, {"sgd_decay": 0.01, "sam": 0.1, "asam": 1.0})["sam-seed0"]
+    first = execute(job)
+    torch.randn(7)
+    second = execute(job)
+    first.pop("cpu_s"), second.pop("cpu_s")
+    assert first == second
+
+
+def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    real, done = execute, []
+
+    def interrupted(job):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(job)
+        return real(job)
+
+    monkeypatch.setattr("benchmarks.demo_runs.execute", interrupted)
+    assert demo.main(["--quick", "--workers", "0", "--out", str(tmp_path)]) == 130
+    assert "kept" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 2
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_two_worker_processes_give_the_same_numbers(finished, tmp_path):
+    jobs = dict(list(tuning_jobs(QUICK).items())[:2])
+    found = demo.run_all(jobs, tmp_path, 2, "two processes")
+    for name, job in jobs.items():
+        kept = strict(finished / "runs" / f"{name}-{fingerprint(job)}.json")
+        assert found[name]["curves"] == kept["curves"]
+
+
+def test_training_that_diverges_is_a_result_not_a_crash(tmp_path):
+    job = final_jobs(QUICK, {"sgd_decay": 0.01, "sam": 0.1, "asam": 1.0})["sgd-seed0"] | {"lr": 1e30}
+    found = execute(job)
+    assert "diverged in epoch 1" in found["failed"]
+    assert found["last"]["test_accuracy"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_methods_start_from_the_same_weights_and_the_measured_balls_are_those_of_the_optimizers():
+    chosen = {"sgd_decay": 0.01, "sam": 0.1, "asam": 1.0}
+    jobs, splits = final_jobs(QUICK, chosen), digits(label_noise=0.4, validation_fraction=0.2)
+    models = {m: initialised(splits, 0) for m in METHODS}
+    for a, b in zip(models["sgd"].parameters(), models["asam"].parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name in ("sam", "asam"):
+        optimizer = optimizer_for(models[name], jobs[f"{name}-seed0"])
+        assert optimizer.ball == balls(chosen)[f"{name}_ball"]
+        assert as_ball(jobs["sgd-seed0"]["measuring"]["balls"][f"{name}_ball"]) == optimizer.ball
+
+
+def test_tuned_methods_have_one_budget_and_seeds_of_their_own():
+    plan = Plan()
+    assert len({len(grid) for grid in plan.grids.values()}) == 1
+    assert not set(plan.seeds) & set(plan.tuning_seeds)
+    assert {m for m, method in METHODS.items() if method.tuned} == set(plan.grids)
+
+
+def test_the_setting_with_the_best_validation_accuracy_is_chosen():
+    plan = Plan(grids={"sam": (0.1, 0.2, 0.3)})
+    scores = {0.1: (0.5, 0.6, 0.7), 0.2: (0.7, 0.7, None), 0.3: (0.6, 0.65, 0.6)}
+    tuning = {
+        f"{rho}-{i}": {"job": {"method": "sam", "rho": rho}, "last": {"validation_accuracy": v}}
+        for rho, found in scores.items()
+        for i, v in enumerate(found)
+    }
+    assert demo.choose(plan, tuning) == {"sam": 0.3}  # a run that diverged counts as 0
+
+
+def test_a_difference_is_the_mean_of_pairs_with_its_t_interval():
+    found = difference([3.0, 5.0, math.nan, 7.0], [1.0, 2.0, 5.0, 3.0])  # 2, 3, 4: mean 3, std 1, t(2) = 4.303
+    assert found == Difference(3.0, pytest.approx(3 - 4.302653 / 3**0.5), pytest.approx(3 + 4.302653 / 3**0.5), 3, 3)
+    assert sign(found) == 1
+    assert sign(difference([1.0, 2.0], [2.0, 1.0])) == 0
+    assert math.isnan(difference([math.nan], [1.0]).mean)
+
+
+def accuracies(sam, sgd, decay):
+    table = {m: {"last": sgd, "best": sgd} for m in METHODS}
+    return table | {"sam": {"last": sam, "best": sam}, "sgd_decay": {"last": decay, "best": decay}}
+
+
+@pytest.mark.parametrize(
+    ("sam", "decay", "expected"),
+    [
+        (90, 80, "20.0 percentage points more accurate than SGD on clean test digits, and SAM beats the best control"),
+        (
+            90,
+            95,
+            "more accurate than SGD on clean test digits, but the best control, SGD with tuned weight decay, beats SAM by 5.0",
+        ),
+        (60, 80, "10.0 percentage points less accurate than SGD on clean test digits, and the best control"),
+        (90, 90, "but SAM cannot be told from the best control, SGD with tuned weight decay"),
+        (70, 60, "SAM and SGD cannot be told apart on clean test digits, and SAM cannot be told from the best control"),
+    ],
+)
+def test_the_headline_follows_from_the_numbers(sam, decay, expected):
+    jitter = [-0.5, -0.1, 0.0, 0.2, 0.4]
+    other = [0.1, -0.2, 0.0, -0.3, 0.4]
+    sgd = [70.0 + j for j in jitter]
+    found = headline(accuracies([sam + j for j in other], sgd, [decay + j for j in jitter]))
+    assert expected in found
+
+
+def fake_runs(curvature, accuracy):
+    runs = {}
+    for seed in range(5):
+        for i, method in enumerate(METHODS):
+            numbers = {m: {"value": curvature[i] + 0.01 * seed} for m in MEASURES}
+            runs[f"{method}-{seed}"] = {
+                "job": {"method": method, "seed": seed},
+                "last": {"test_accuracy": (accuracy[i] + 0.1 * seed) / 100},
+                "measures": dict.fromkeys(DATA, numbers),
+            }
+    return runs
+
+
+def test_the_note_on_interpolation_says_what_the_numbers_say():
+    assert "no better" in interpolation_note(fake_runs([40, 3, 20, 5, 5], [80, 67, 90, 94, 94]))
+    assert "flatness would predict" in interpolation_note(fake_runs([40, 60, 20, 5, 5], [80, 67, 90, 94, 94]))
+
+
+def test_tau_points_the_way_of_the_runs_and_survives_missing_ones():
+    flat_is_better = fake_runs([5, 4, 3, 2, 1], [50, 60, 70, 80, 90])
+    assert all(c["tau"] > 0.5 for c in correlations(flat_is_better))
+    flat_is_worse = fake_runs([1, 2, 3, 4, 5], [50, 60, 70, 80, 90])
+    assert all(c["tau"] < -0.5 for c in correlations(flat_is_worse))
+    flat_is_better["sam-0"]["measures"] = {}
+    assert {(c["n"], c["num_dropped"]) for c in correlations(flat_is_better)} == {(24, 1)}
+
+
+@pytest.mark.parametrize(
+    "argv", [["--out", "/dev/null/here"], ["--out", "a\0b"], ["--out", "x" * 300]], ids=["a file", "NUL", "too long"]
+)
+def test_an_output_folder_that_cannot_be_is_one_line(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.run(demo.main, ["--quick", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot create")
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_run_is_named(finished, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    kept = next((finished / "runs").glob("tune-*.json"))
+    (tmp_path / "runs" / kept.name).write_text(kept.read_text()[:100])
+    assert command.run(demo.main, ["--quick", "--workers", "0", "--out", str(tmp_path)]) == 2
+    assert kept.name in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    """The finding of the field that is robust here: SAM memorises less of the noise than SGD, in every seed."""
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    runs = [strict(p) for p in (tmp_path / "runs").glob("s*.json")]
+    learned = {(r["job"]["method"], r["job"]["seed"]): r["memorised"] for r in runs}
+    assert all(learned["sam", seed] < learned["sgd", seed] for seed in Plan().seeds)
+    assert strict(tmp_path / "results.json")["seconds"] < 900

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,8 +83,8 @@ class Loss:
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
-        values, total = [], _Sum(self.params)
         with self._evaluating(grad=True):
+            values, total = [], _Sum(self.params)
             for weight, batch in self._weighted_batches():
                 loss = self._batch_loss(batch)
                 total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
@@ -181,15 +181,9 @@ class Loss:
     @contextmanager
     def _evaluating(self, *, grad: bool) -> Iterator[None]:
         cuda = [self.device] if self.device.type == "cuda" else []
-        contexts: list[AbstractContextManager[Any]] = [
-            batchnorm.measured(self.model, batch_statistics=self.batch_statistics),
-            rng.Aside(0, cuda),  # a model that draws in eval mode draws the same in every pass
-            torch.inference_mode(False),
-            torch.set_grad_enabled(grad),
-        ]
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context)
+        measured = batchnorm.measured(self.model, batch_statistics=self.batch_statistics)
+        aside = rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
+        with measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
             yield
 
     def _outputs(self, batch: Any) -> tuple[Any, Any]:

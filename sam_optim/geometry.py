@@ -1,7 +1,7 @@
 """Balls around the weights w:  {w + d : ||T^-1 d||_p <= rho},  T = 1, |w| + eta, or a norm per filter or layer.
 
-The optimizers move along the steepest ascent in a ball, the measures search it. Both use the coordinates u = d / (rho T),
-in which every ball is the unit ball of the p-norm, so that a projection is a rescaling (p = 2) or a clamp (p = inf).
+The optimizers move along the steepest ascent in a ball, the measures search it. Both use coordinates u = d / (rho T), in
+which every ball is the unit ball of the p-norm, so that a projection is a rescaling (p = 2) or a clamp (p = inf).
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ def canonical_norm(norm: Any) -> float:
 def scale(w: Tensor, adaptive: str | None, eta: float) -> Tensor:
     """T of one parameter, in units of w, broadcastable to its shape.
 
-        None           1
-        "elementwise"  |w| + eta                                 (arXiv:2102.11600)
-        "filter"       ||w_f||_2 + eta for each slice f of the first dimension; elementwise for biases and other
-                       tensors with fewer than two dimensions, as in the same paper
-        "layer"        ||w||_2 + eta for the whole tensor
+    None           1
+    "elementwise"  |w| + eta                                 (arXiv:2102.11600)
+    "filter"       ||w_f||_2 + eta for each slice f of the first dimension; elementwise for biases and other
+                   tensors with fewer than two dimensions, as in the same paper
+    "layer"        ||w||_2 + eta for the whole tensor
     """
     w = w.detach()
+    if w.dtype in (torch.bfloat16, torch.float16):
+        w = w.float()  # a T that is rounded to 8 bits is another T
     if adaptive is None:
         return torch.ones((), dtype=w.dtype, device=w.device)
     if adaptive == "layer":

@@ -64,7 +64,7 @@ def _wrapped(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class FirstForward:
-    """Remembers the generators' state before the first forward pass of a step, for a second pass with the same draws."""
+    """The generators' state before the first forward pass of a step, for a second pass with the same draws."""
 
     def __init__(self, module: nn.Module | None):
         self.state: rng.GlobalState | None = None

@@ -71,8 +71,8 @@ class SAM(Optimizer):
     ):
         if isinstance(base_optimizer, Optimizer):
             raise TypeError(
-                f"base_optimizer is a {type(base_optimizer).__name__} that exists already and holds its own parameters: "
-                f"pass its class, or use {type(self).__name__}.wrap(base_optimizer, rho=...)"
+                f"base_optimizer is a {type(base_optimizer).__name__} that exists already and holds its own "
+                f"parameters: pass its class, or use {type(self).__name__}.wrap(base_optimizer, rho=...)"
             )
         if not callable(base_optimizer):
             raise TypeError(f"base_optimizer must be an optimizer class or a callable, got {base_optimizer!r}")
@@ -363,7 +363,7 @@ def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[
     normal = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
     params = [p for p in model.parameters() if p.requires_grad]
     plain = [p.ndim < 2 or id(p) in normal for p in params]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p, is_plain in zip(params, plain, strict=True) if not is_plain], "adaptive": adaptive},
         {"params": [p for p, is_plain in zip(params, plain, strict=True) if is_plain], "adaptive": False},
     ]
@@ -434,7 +434,6 @@ def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:
     for group, value in zip(groups, values, strict=False):
         for key in value:
             group.setdefault(key, value[key])
-
 
 
 def _values(grad: Tensor) -> Tensor:

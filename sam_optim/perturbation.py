@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ class Perturbation:
         self.num_unperturbed: int | Tensor = 0
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
-        self._storage: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stores: list[kernels.Store | None] = []
         self._buckets: list[kernels.Bucket] | None = None
         self._held: list[Tensor] = []
         self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
@@ -119,9 +120,7 @@ class Perturbation:
     @property
     def balls(self) -> list[Ball]:
         """The ball of each group, as it is now."""
-        return [
-            Ball(float(g["rho"]), norm=g["norm"], adaptive=g["adaptive"], eta=g["eta"]) for g in self.param_groups
-        ]
+        return [Ball(float(g["rho"]), norm=g["norm"], adaptive=g["adaptive"], eta=g["eta"]) for g in self.param_groups]
 
     @property
     def ball(self) -> Ball:
@@ -363,8 +362,8 @@ class Perturbation:
             self._warned = True  # read once, on the first step: later ones must not wait for the device
             if (share := float(self._realized)) < 0.9:
                 warnings.warn(
-                    f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the weights "
-                    "in float32 under autocast, or pass rounding='stochastic'",
+                    f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the "
+                    "weights in float32 under autocast, or pass rounding='stochastic'",
                     stacklevel=6,
                 )
 
@@ -379,54 +378,37 @@ class Perturbation:
             self._clean_buffers.restore()
         if self._rng_now is not None:
             self._rng_now.restore()
+        if self._first_forward is not None:
+            self._first_forward.state = None
         self._rng_now, self._hooks = None, []
         _perturbed_now.difference_update(map(id, self._held))
         self._held, self._buckets = [], None
 
     def _plan(self) -> list[kernels.Bucket]:
         """The buckets of this step: parameters with a gradient in groups with rho > 0."""
-        buckets: dict[tuple[Any, ...], kernels.Bucket] = {}
-        stochastic, storage = self._noise is not None, {}
+        buckets: list[kernels.Bucket] = []
         wants_gradient = False
+        del self._stores[len(self.param_groups) :]
         for k, group in enumerate(self.param_groups):
-            rho = group["rho"]
             check_group(group)
+            rho, eta = group["rho"], float(group["eta"])
             if _is_zero(rho):
                 continue
             wants_gradient = True
-            adaptive, p = canonical_adaptive(group["adaptive"]), canonical_norm(group["norm"])
-            eta = float(group["eta"]) if adaptive == "elementwise" else None
-            for param in group["params"]:
-                g = param.grad
-                if g is None:
-                    continue
-                w, t = param, None
-                if eta is None and adaptive is not None:
-                    t = scale(param, adaptive, group["eta"])
-                if param.is_complex():
-                    w, g = torch.view_as_real(param.detach()), torch.view_as_real(g)
-                    t = None if t is None else t.unsqueeze(-1)
-                body = kernels.choose(w, g, self.foreach, stochastic)
-                key = (k, w.device, w.dtype, body)
-                b = buckets.get(key)
-                if b is None:
-                    signed = -rho if group.get("maximize", False) else rho
-                    b = buckets[key] = kernels.Bucket(p, signed, eta, body, self._noise, t=None if t is None else [])
-                b.params.append(param)
-                b.w.append(w)
-                b.g.append(g)
-                kept = self._storage.get(id(param))
-                if kept is None or kept[0] is not param or kept[1].shape != w.shape or kept[1].dtype != w.dtype:
-                    kept = (param, torch.empty_like(w.detach()))
-                storage[id(param)] = kept
-                b.buffer.append(kept[1])
-                if b.t is not None:
-                    assert t is not None
-                    b.t.append(t)
+            adaptive, params = canonical_adaptive(group["adaptive"]), group["params"]
+            self._stores += [None] * (k + 1 - len(self._stores))
+            store = self._stores[k]
+            if store is None or not store.matches(params):
+                store = self._stores[k] = kernels.Store(params, self.foreach, self._noise)
+            buckets += store.buckets(
+                canonical_norm(group["norm"]),
+                -rho if group.get("maximize", False) else rho,
+                eta if adaptive == "elementwise" else None,
+                functools.partial(scale, adaptive=adaptive, eta=eta) if adaptive in ("filter", "layer") else None,
+            )
         if wants_gradient and not buckets:
             raise RuntimeError("no parameter has a gradient: run loss.backward() before the perturbed pass")
-        self._storage = storage
-        return list(buckets.values())
+        return buckets
 
     def _is_plain(self) -> bool:
         return all(_is_zero(g["rho"]) for g in self.param_groups)
@@ -443,7 +425,7 @@ class Perturbation:
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
             raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
-        transient = {"_storage": {}, "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_ascent": None}
+        transient = {"_stores": [], "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_ascent": None}
         return self.__dict__ | transient | {"_realized": None, "_losses": (None, None)}
 
 

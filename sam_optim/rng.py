@@ -51,7 +51,7 @@ def _draw_dtype(w: Tensor) -> torch.dtype:
 
 
 class GlobalState:
-    """A snapshot of the global generators: torch's (CPU and the CUDA devices asked for), Python's, numpy's if loaded."""
+    """A snapshot of the global generators: torch's (and those of the CUDA devices asked for), Python's, numpy's."""
 
     def __init__(self, cuda_devices: Iterable[torch.device] = ()):
         self._cpu = torch.get_rng_state()

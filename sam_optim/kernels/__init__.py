@@ -1,13 +1,15 @@
 """The weight moves of a step: one `Bucket`, several bodies, and the only `if` on device and backend.
 
-    dual_power(b)        sum |T g|^q, q = 2 (p = 2) or 1 (p = inf): a float on the CPU, a 0-d tensor on a device
-    ascend_(b, factor)   w <- w + factor T^2 g  (p = 2)   or   w + factor T sign(g)  (p = inf)
-    restore_(b)          w <- the bits that it had, in the storage that it had
+dual_power(b)        sum |T g|^q, q = 2 (p = 2) or 1 (p = inf): a float on the CPU, a 0-d tensor on a device
+ascend_(b, factor)   w <- w + factor T^2 g  (p = 2)   or   w + factor T sign(g)  (p = inf)
+restore_(b)          w <- the bits that it had, in the storage that it had
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,44 +27,125 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 class Bucket:
     """Parameters that move alike, of one dtype on one device.
 
-    params: as the user knows them. w, g: weights and ascent gradients (real views of complex ones). buffer: persistent storage like w. saved: what holds the clean weights while w
-    is perturbed; shorter than w when a move was interrupted. T is |w| + eta where eta is given, else t (broadcastable
-    tensors), else 1. rho: the radius, negative where the loss is maximised. noise: draws for stochastic rounding.
+    params: as the user knows them. w, g: weights and ascent gradients (real views of complex ones). saved: what holds
+    the clean weights while w is perturbed; shorter than w when a move was interrupted. T is |w| + eta where eta is
+    given, else t (broadcastable tensors), else 1. rho: the radius, negative where the loss is maximised. noise: draws for
+    stochastic rounding. workspace, index: persistent storage, and the place of each parameter in it.
     """
 
     p: float
     rho: Scalar
     eta: float | None
     body: ModuleType
+    workspace: Any
     noise: Any = None
     params: list[Tensor] = field(default_factory=list)
     w: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)
-    buffer: list[Tensor] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
     t: list[Tensor] | None = None
     saved: list[Tensor] = field(default_factory=list)
 
 
+class Store:
+    """The persistent storage of one parameter group, and the choice of the body that moves each of its parameters.
+
+    The choice is made anew only when a parameter or gradient changes its type, layout or presence.
+    """
+
+    def __init__(self, params: list[Tensor], foreach_flag: bool | None, noise: Any):
+        self.params = list(params)
+        self._foreach = foreach_flag
+        self._noise = noise
+        self._inplace: dict[int, Tensor] = {}
+        self._chosen_for: Any = None
+        self._plan: list[tuple[ModuleType, Any, list[int], list[int]]] = []  # body, workspace, parameters, places
+        fitting = [] if foreach_flag else [i for i, p in enumerate(params) if swap.fits(p)]
+        self._place: dict[int, tuple[swap.Workspace, int]] = {}
+        for dtype in {params[i].dtype for i in fitting}:
+            members = [i for i in fitting if params[i].dtype == dtype]
+            workspace = swap.Workspace([params[i].detach() for i in members])
+            self._place |= {i: (workspace, k) for k, i in enumerate(members)}
+
+    def matches(self, params: list[Tensor]) -> bool:
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+    def buckets(self, p: float, rho: Scalar, eta: float | None, t: Callable[[Tensor], Tensor] | None) -> list[Bucket]:
+        """The parameters that have a gradient now, by the body that moves them. `t` makes T of one parameter."""
+        params = self.params
+        grads = [w.grad for w in params]
+        kinds = [
+            None if g is None else (w.dtype, w.shape, w.stride(), g.dtype, g.layout, _stride(g))
+            for w, g in zip(params, grads, strict=True)
+        ]
+        unshared = [swap.is_unshared(params[i]) for i in self._place]
+        if self._chosen_for != (kinds, unshared):
+            self._plan = self._choose(grads, dict(zip(self._place, unshared, strict=True)))
+            self._chosen_for = (kinds, unshared)
+        found = []
+        for body, workspace, members, places in self._plan:
+            b = Bucket(p, rho, eta, body, workspace, self._noise)
+            b.params, b.index = [params[i] for i in members], places
+            b.w, b.g = b.params, [grads[i] for i in members]  # type: ignore[misc]
+            if t is not None:
+                b.t = [t(w).unsqueeze(-1) if w.is_complex() else t(w) for w in b.params]
+            if b.params[0].is_complex():
+                b.w = [torch.view_as_real(w.detach()) for w in b.params]
+                b.g = [torch.view_as_real(g) for g in b.g]
+            found.append(b)
+        return found
+
+    def _choose(
+        self, grads: list[Any], unshared: dict[int, bool]
+    ) -> list[tuple[ModuleType, Any, list[int], list[int]]]:
+        found: dict[Any, tuple[ModuleType, Any, list[int], list[int]]] = {}
+        for i, (w, g) in enumerate(zip(self.params, grads, strict=True)):
+            if g is None:
+                continue
+            if unshared.get(i) and _same_layout(w, g, self._place[i]):
+                workspace, place = self._place[i]
+                entry = found.setdefault(id(workspace), (swap, workspace, [], []))
+            else:
+                body, place = self._inplace_body(w, g), i
+                kept, like = self._inplace.get(i), torch.view_as_real(w.detach()) if w.is_complex() else w.detach()
+                if kept is None or (kept.shape, kept.dtype, kept.device) != (like.shape, like.dtype, like.device):
+                    self._inplace[i] = torch.empty_like(like)
+                entry = found.setdefault((w.device, w.dtype, body), (body, self._inplace, [], []))
+            entry[2].append(i)
+            entry[3].append(place)
+        return [swap.small_first(*entry) if entry[0] is swap else entry for entry in found.values()]
+
+    def _inplace_body(self, w: Tensor, g: Tensor) -> ModuleType:
+        if g.is_sparse:
+            if self._foreach:
+                raise ValueError(
+                    "foreach=True cannot move a parameter with sparse gradients: use foreach=None or False"
+                )
+            return reference
+        if self._noise is not None and w.dtype in LOW_PRECISION:
+            return reference
+        if self._foreach or (self._foreach is None and w.device.type != "cpu"):
+            return foreach
+        return reference
+
+
+def _stride(g: Tensor) -> tuple[int, ...] | None:
+    return g.stride() if g.layout is torch.strided else None
+
+
+def _same_layout(w: Tensor, g: Tensor, place: tuple[swap.Workspace, int]) -> bool:
+    """Whether w, which fitted, and this gradient have the layout and type of the storage that w may borrow."""
+    out = place[0].out[place[1]]
+    return w.dtype == g.dtype == out.dtype and w.shape == out.shape and w.stride() == out.stride() == _stride(g)
+
+
 class Ascent(NamedTuple):
-    """norm: ||T g||_q, dual to p, over all buckets. length: ||T^-1 e||_p. moved: False where norm is 0 or not finite."""
+    """norm: ||T g||_q, q dual to p. length: ||T^-1 e||_p. moved: False where the norm is 0 or not finite."""
 
     norm: Scalar
     length: Scalar
     moved: bool | Tensor
     factors: list[Scalar]
-
-
-def choose(w: Tensor, g: Tensor, foreach_flag: bool | None, stochastic: bool) -> ModuleType:
-    """The body that moves this parameter: the fastest that is right for it."""
-    if g.is_sparse:
-        if foreach_flag:
-            raise ValueError("foreach=True cannot move a parameter with sparse gradients: use foreach=None or False")
-        return reference
-    if stochastic and w.dtype in LOW_PRECISION:
-        return reference
-    if foreach_flag or (foreach_flag is None and w.device.type != "cpu"):
-        return foreach
-    return swap if swap.is_safe(w, g) else reference
 
 
 def ascend_(buckets: list[Bucket]) -> Ascent:
@@ -74,29 +157,34 @@ def ascend_(buckets: list[Bucket]) -> Ascent:
     sums = {p: _sum([x for b, x in zip(buckets, powers, strict=True) if b.p == p]) for p in {b.p for b in buckets}}
     norms = {p: power**0.5 if p == 2 else power for p, power in sums.items()}
     total = _sum(list(norms.values()))
-    if isinstance(total, Tensor):
-        moved: bool | Tensor = (total > 0) & (total < math.inf)
-    else:
-        moved = 0 < total < math.inf
+    moved: bool | Tensor = 0 < total < math.inf if isinstance(total, float) else (total > 0) & (total < math.inf)
     if moved is False:
         return Ascent(total, 0.0, False, [0.0] * len(buckets))
-    factors, square, largest = [], 0.0, 0.0
-    for b, power in zip(buckets, powers, strict=True):
-        factor, radius = b.rho, abs(b.rho)
-        if b.p == 2:
-            norm, square_norm = _to(norms[2], b), _to(sums[2], b)
-            factor = b.rho / norm
-            square = _sum([square, radius**2 * power / square_norm])
-        else:
-            largest = radius if isinstance(largest, float) and largest == 0 else _larger(largest, radius)
-        if isinstance(moved, Tensor):
-            factor = torch.where(_to(moved, b), torch.as_tensor(factor, device=b.w[0].device), 0.0)
-        elif isinstance(factor, Tensor):
-            factor = factor.item()
+    factors = [_factor(b, norms.get(b.p, 1.0), moved) for b in buckets]
+    for b, factor in zip(buckets, factors, strict=True):
         b.body.ascend_(b, factor)
-        factors.append(factor)
-    length = _larger(square**0.5, largest)
-    return Ascent(total, torch.where(moved, length, 0.0) if isinstance(moved, Tensor) else length, moved, factors)
+    return Ascent(total, _length(buckets, powers, sums, moved), moved, factors)
+
+
+def _factor(b: Bucket, norm: Scalar, moved: bool | Tensor) -> Scalar:
+    """What multiplies the direction: rho / ||T g||_2 or rho; 0 on the device where the gradient is 0 or not finite."""
+    device = b.w[0].device
+    factor = b.rho / (norm.to(device) if isinstance(norm, Tensor) else norm) if b.p == 2 else b.rho
+    if isinstance(moved, Tensor):
+        factor = torch.as_tensor(factor, dtype=torch.float64, device=device)
+        return torch.where(moved.to(device), factor, 0.0)
+    return float(factor)
+
+
+def _length(buckets: list[Bucket], powers: list[Scalar], sums: dict[float, Scalar], moved: bool | Tensor) -> Scalar:
+    """||T^-1 e||_p: rho where all groups have the same."""
+    shares = [b.rho**2 * x / sums[2] for b, x in zip(buckets, powers, strict=True) if b.p == 2]
+    lengths = [_sum(shares) ** 0.5] if shares else []
+    lengths += [abs(b.rho) for b in buckets if b.p == math.inf]
+    if not isinstance(moved, Tensor):
+        return max(float(x) for x in lengths)
+    largest = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(moved.device) for x in lengths]).max()
+    return torch.where(moved, largest, 0.0)
 
 
 def restore_(buckets: list[Bucket]) -> None:
@@ -106,11 +194,12 @@ def restore_(buckets: list[Bucket]) -> None:
 
 
 def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
-    """<e', e> / ||e||^2 over bf16 and fp16 weights, e the perturbation asked for and e' the one that their rounding left.
+    """<e', e> / ||e||^2 over bf16 and fp16 weights, e the perturbation asked for, e' what their rounding left of it.
 
     None where there are none: float32 keeps it to better than 1e-3. Needs the ascent gradients.
     """
-    dots, squares = [], []
+    dots: list[Scalar] = []
+    squares: list[Scalar] = []
     for b, factor in zip(buckets, factors, strict=True):
         if b.w[0].dtype in LOW_PRECISION:
             for i, (w, clean) in enumerate(zip(b.w, b.saved, strict=False)):
@@ -121,19 +210,6 @@ def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
 
 
 def _sum(values: list[Scalar]) -> Scalar:
-    total = values[0]
-    for x in values[1:]:
-        total = total + (x.to(total.device) if isinstance(x, Tensor) and isinstance(total, Tensor) else x)
-    return total
-
-
-def _to(x: Any, b: Bucket) -> Any:
-    return x.to(b.w[0].device, non_blocking=True) if isinstance(x, Tensor) else x
-
-
-def _larger(x: Scalar, y: Scalar) -> Scalar:
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
-        x, y = torch.as_tensor(x), torch.as_tensor(y)
-        device = x.device if x.device.type != "cpu" else y.device
-        return torch.maximum(x.to(device), y.to(device))
-    return max(x, y)
+    """On the device of the first tensor among them, without a host sync."""
+    device = next((x.device for x in values if isinstance(x, Tensor)), None)
+    return sum(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in values)

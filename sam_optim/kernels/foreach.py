@@ -23,28 +23,30 @@ def dual_power(b: Bucket) -> Scalar:
     x = _wide([g for _, g in pairs])
     t = _scales(b, [i for i, _ in pairs])
     if t is not None:
-        x = torch._foreach_mul(x, t)
+        x = list(torch._foreach_mul(x, t))
     norms = torch._foreach_norm(x, 2 if b.p == 2 else 1)
     stacked = torch.stack([_plain(n).double() for n in norms])
     return stacked.square().sum() if b.p == 2 else stacked.sum()
 
 
 def ascend_(b: Bucket, factor: Scalar) -> None:
-    for w, kept in zip(b.w, b.buffer, strict=True):  # _foreach_copy_ has no sharding strategy for DTensor
+    for w, kept in zip(
+        b.w, (b.workspace[i] for i in b.index), strict=True
+    ):  # _foreach_copy_ has no sharding strategy for DTensor
         kept.copy_(w)
         b.saved.append(kept)
     g = _wide(b.g)
     direction = [x.sgn() for x in g] if b.p != 2 else g
     t = _scales(b, range(len(b.w)))
     if t is not None:
-        direction = torch._foreach_mul(direction, t)
+        direction = list(torch._foreach_mul(direction, t))
         if b.p == 2:
             torch._foreach_mul_(direction, t)
     if isinstance(factor, Tensor):
         # a factor of 0 must give 0 also for a gradient that is not finite, without asking the device
         moves = [torch.where(factor == 0, 0.0, x * factor.to(x.dtype)) for x in direction]
     else:
-        moves = torch._foreach_mul(direction, factor)
+        moves = list(torch._foreach_mul(direction, factor))
     if all(w.dtype == e.dtype for w, e in zip(b.w, moves, strict=True)):
         torch._foreach_add_(b.w, moves)
     else:

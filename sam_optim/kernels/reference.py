@@ -31,7 +31,9 @@ def dual_power(b: Bucket) -> Scalar:
 
 def ascend_(b: Bucket, factor: Scalar) -> None:
     """saved <- w;  w <- w + factor T^2 g  or  w + factor T sign(g)."""
-    for w, kept in zip(b.w, b.buffer, strict=True):  # all copies first: two parameters may share storage
+    for w, kept in zip(
+        b.w, (b.workspace[i] for i in b.index), strict=True
+    ):  # all copies first: two parameters may share storage
         kept.copy_(w)
         b.saved.append(kept)
     for i, w in enumerate(b.w):
@@ -49,7 +51,7 @@ def restore_(b: Bucket) -> None:
 
 
 def step(b: Bucket, i: int, w: Tensor, factor: Scalar) -> Tensor:
-    """factor T^2 g or factor T sign(g) of parameter i at the weights w, dense; 0 where the factor is 0, also for NaN."""
+    """factor T^2 g or factor T sign(g) of parameter i at weights w, dense; 0 where the factor is 0, also for NaN."""
     g = _wide(b.g[i].to_dense() if b.g[i].is_sparse else b.g[i])
     t = _scale(b, i, w)
     direction = g if b.p == 2 else g.sgn()

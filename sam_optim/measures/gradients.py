@@ -136,7 +136,7 @@ def _regret(gram: Tensor, loss: Loss, own: dict[str, Any], solutions: Sequence[_
         stderr,
         num_samples=len(p),
         converged=solved,
-        reason=None if solved else f"conjugate gradients stopped above tol: worst {max(s.residual for s in solutions)}",
+        reason=None if solved or not math.isfinite(value) else "conjugate gradients stopped with residuals above tol",
         details=details,
         settings=settings("gradient_regret", loss, **own),
     )

@@ -1,0 +1,206 @@
+"""Eigenvalues and traces against dense matrices from double backward, in float64."""
+
+import json
+import math
+
+import pytest
+import torch
+from networks import NETWORKS, Dense, batches, cnn, flat, mlp, network
+from quadratic import Quadratic, symmetric, unshifted
+from torch import nn
+
+from sam_optim.geometry import Ball, ProductBall
+from sam_optim.loss import MATRICES, Loss
+from sam_optim.measures import hessian_eigenvalues, hessian_trace
+
+EPS = torch.finfo(torch.float64).eps
+cross_entropy = nn.CrossEntropyLoss()
+
+
+def whole(data):
+    return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+
+def of_diagonal(*values):
+    return unshifted(Quadratic(torch.diag(torch.tensor(values, dtype=torch.float64)), None, None))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_all_eigenvalues_of_a_network(kind, matrix):
+    """1e-4 relative is asked for; a complete basis gives them to rounding of the largest."""
+    model, data = network(kind).eval(), batches(kind)
+    expected = torch.linalg.eigvalsh(Dense(model, cross_entropy, whole(data)).matrix(matrix)).flip(0)
+    found = hessian_eigenvalues(Loss(model, cross_entropy, data), num=len(expected), matrix=matrix)
+    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(expected[0]))
+    assert found.converged
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("adaptive", [False, True, "filter", "layer"])
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+def test_extreme_eigenvalues_in_the_geometry_of_a_ball(kind, adaptive, which):
+    model, data = network(kind).eval(), batches(kind)
+    loss, ball = Loss(model, cross_entropy, data), Ball(0.0, adaptive=adaptive)
+    t = flat([s.expand_as(p) for s, p in zip(ball.scales(loss.params), loss.params, strict=True)])
+    a = t[:, None] * Dense(model, cross_entropy, whole(data)).matrix("hessian") * t
+    values = torch.linalg.eigvalsh(a)
+    key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
+    expected = values[key.argsort()[:3]].sort(descending=True).values
+    found = hessian_eigenvalues(loss, num=3, ball=ball, which=which)
+    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(values.abs().max()))
+    for value, residual, vector in zip(found.eigenvalues, found.residuals, found.eigenvectors, strict=True):
+        assert [x.shape for x in vector] == [p.shape for p in loss.params]
+        x = flat(vector)
+        assert float(x.norm()) == pytest.approx(1, rel=100 * EPS)
+        true = float((a @ x - value * x).norm())
+        assert float(residual) == pytest.approx(true, abs=1e3 * EPS * float(values.abs().max()))
+    assert found.converged
+
+
+def test_the_largest_is_algebraic():
+    """PyHessian calls -5 the top eigenvalue here."""
+    loss = of_diagonal(-5.0, 2.0, 1.0)
+    for which, expected in {"largest": 2.0, "smallest": -5.0, "magnitude": -5.0}.items():
+        assert hessian_eigenvalues(loss, which=which).eigenvalues.tolist() == pytest.approx([expected], rel=100 * EPS)
+    assert hessian_eigenvalues(loss, num=3).eigenvalues.tolist() == pytest.approx([2.0, 1.0, -5.0], rel=100 * EPS)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(3.0, 3.0, 1.0, 0.5), (0.0,) * 6, (1.0,) * 6, (5.0, 5.0, 5.0, 1.0, 1.0, 0.0, 0.0), (-1.0, -1.0, -2.0, -2.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("num", [1, 2, 4])
+def test_equal_eigenvalues_are_all_found(values, num):
+    loss = unshifted(Quadratic(symmetric(values)))
+    found = hessian_eigenvalues(loss, num=num)
+    assert found.eigenvalues.tolist() == pytest.approx(sorted(values, reverse=True)[:num], rel=1e-12, abs=1e-12)
+    assert found.converged
+    vectors = torch.stack([flat(v) for v in found.eigenvectors])
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(num, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_no_more_products_than_parameters_and_few_for_one_eigenvalue():
+    spectrum = torch.linspace(0, 1, 400, dtype=torch.float64).pow(8).tolist()
+    loss = unshifted(Quadratic(symmetric([*spectrum, 2.0])), num=1)
+    found = hessian_eigenvalues(loss)
+    assert found.eigenvalues.tolist() == pytest.approx([2.0], rel=1e-7)  # the square of tol, times the gap
+    assert found.num_products <= 25
+    assert hessian_eigenvalues(of_diagonal(1.0, 2.0), num=2).num_products == 4  # two, and two to check the residuals
+
+
+def test_not_converged_is_said():
+    loss = unshifted(Quadratic(symmetric(torch.linspace(0, 1, 50).tolist())))
+    found = hessian_eigenvalues(loss, max_products=5)
+    assert not found.converged
+    assert "max_products" in found.reason
+    assert float(found.residuals) > 1e-4
+    assert abs(float(found.eigenvalues) - 1) <= float(found.residuals) + 100 * EPS or float(found.eigenvalues) < 1
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_float32_is_as_good_as_its_rounding(matrix):
+    model, data = network(cnn).eval(), batches(cnn)
+    expected = torch.linalg.eigvalsh(Dense(model, cross_entropy, whole(data)).matrix(matrix))[-2:].flip(0)
+    found = hessian_eigenvalues(
+        Loss(model.float(), cross_entropy, [(x.float(), y) for x, y in data]), num=2, matrix=matrix
+    )
+    torch.testing.assert_close(found.eigenvalues, expected, rtol=100 * torch.finfo(torch.float32).eps, atol=0)
+    assert found.converged
+
+
+def test_groups_of_a_product_ball_and_parameters_outside_it():
+    a = symmetric([3.0, 2.0, 1.0, 0.5, 4.0])
+    w = torch.linspace(1, 2, 5, dtype=torch.float64)
+    loss = unshifted(Quadratic(a, None, w, sizes=[2, 1, 2]))
+    first, _, last = loss.params
+    ball = ProductBall([(Ball(0.1), [first]), (Ball(0.5, adaptive=True, eta=0.0), [last])])
+    t = torch.cat([torch.ones(2), torch.zeros(1), w[3:]])
+    expected = t[:, None] * a * t
+    found = hessian_eigenvalues(loss, num=5, ball=ball)
+    torch.testing.assert_close(found.eigenvalues, torch.linalg.eigvalsh(expected).flip(0), rtol=1e-12, atol=1e-12)
+    trace = hessian_trace(loss, ball=ball, num_probes=200)
+    assert abs(trace.value - float(expected.trace())) < 4 * trace.stderr
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_trace_and_its_standard_error(kind, matrix):
+    """Var of one probe is 2 (||A||_F^2 - sum_i A_ii^2)."""
+    model, data = network(kind).eval(), batches(kind)
+    a = Dense(model, cross_entropy, whole(data)).matrix(matrix)
+    found = hessian_trace(Loss(model, cross_entropy, data), matrix=matrix, num_probes=150)
+    assert abs(found.value - float(a.trace())) < 4 * found.stderr
+    one = math.sqrt(2 * float(a.square().sum() - a.diagonal().square().sum()))
+    assert found.stderr == pytest.approx(one / 150**0.5, rel=0.3)  # of 150 probes, it is known to 6 to 10 %
+    assert found.num_samples == len(found.details["probes"]) == 150
+
+
+def test_the_trace_of_a_diagonal_matrix_is_exact():
+    found = hessian_trace(of_diagonal(1.0, 2.0, -4.0), num_probes=2)
+    assert found.value == pytest.approx(-1, rel=10 * EPS)
+    assert found.stderr <= 10 * EPS
+
+
+def test_trace_stops_on_the_standard_error():
+    loss = unshifted(Quadratic(symmetric([4.0, 2.0, 1.0, 1.0])))
+    found = hessian_trace(loss, num_probes=10_000, tol=0.02)
+    assert 10 <= found.num_samples < 10_000
+    assert found.stderr <= 0.02 * found.value
+    assert found.converged
+    short = hessian_trace(loss, num_probes=12, tol=1e-6)
+    assert not short.converged
+    assert "12 probes" in short.reason
+    assert math.isfinite(short.value)
+
+
+@pytest.mark.parametrize("measure", [hessian_eigenvalues, hessian_trace])
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_the_same_seed_gives_the_same_bits(measure, num_batches):
+    data = batches(mlp, (4,) * num_batches)
+    found = []
+    for seed in (0, 0, 1):
+        torch.rand(seed + 1)  # the global generator is somewhere else each time
+        state = torch.get_rng_state()
+        found.append(measure(Loss(network(mlp), cross_entropy, data), seed=seed).to_dict())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("measure", [hessian_eigenvalues, hessian_trace])
+def test_what_is_not_finite_is_not_a_number(measure):
+    data = [(x * torch.nan, y) for x, y in batches(mlp)]
+    found = measure(Loss(network(mlp), cross_entropy, data))
+    assert not found.converged
+    assert "not finite" in found.reason
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["eigenvalues"] == [None] if "eigenvalues" in written else written["value"] is None
+
+
+def test_results_say_how_they_were_made():
+    seen = []
+    loss = Loss(network(cnn), cross_entropy, batches(cnn))
+    hessian_trace(loss, num_probes=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    found = hessian_eigenvalues(
+        loss, ball=Ball(0.1, adaptive=True), progress=lambda done, total: seen.append((done, total))
+    )
+    assert len(seen) == found.num_products - 1
+    assert seen[0] == (1, min(210, loss.settings()["num_parameters"]))
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["settings"] | {"which": "largest", "matrix": "hessian", "tol": 1e-4, "m": 5} == written["settings"]
+    assert written["settings"]["ball"]["adaptive"] == "elementwise"
+    assert "eigenvectors" not in written
+    assert len(found.eigenvectors) == 1
+
+
+def test_wrong_arguments_are_refused():
+    loss = of_diagonal(1.0, 2.0)
+    for wrong in ({"num": 0}, {"num": 3}, {"which": "top"}, {"tol": 0.0}, {"matrix": "kfac"}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            hessian_eigenvalues(loss, **wrong)
+    for wrong in ({"num_probes": 1}, {"tol": -1.0}, {"matrix": "kfac"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            hessian_trace(loss, **wrong)

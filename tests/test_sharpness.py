@@ -1,0 +1,295 @@
+"""Sharpness in a ball against closed forms on quadratics."""
+
+import json
+import math
+
+import pytest
+import torch
+from networks import Attention, batches, cnn, flat, mlp, network
+from quadratic import Quadratic, mean, shifted, symmetric, unshifted
+from torch import nn
+
+from sam_optim.geometry import Ball, ProductBall
+from sam_optim.loss import Loss
+from sam_optim.measures import average_sharpness, worst_case_sharpness
+from sam_optim.results import mean_over_batches
+
+EPS = torch.finfo(torch.float64).eps
+EIGENVALUES = [5.0, 2.0, 0.5, 0.0, -1.0]
+W = torch.tensor([1.0, -2.0, 0.5, 0.1, 3.0], dtype=torch.float64)
+cross_entropy = nn.CrossEntropyLoss()
+
+
+def at_minimum(**kwargs):
+    return unshifted(Quadratic(symmetric(EIGENVALUES), W, W, **kwargs))
+
+
+def away(**kwargs):
+    return unshifted(Quadratic(symmetric(EIGENVALUES), torch.zeros_like(W), W, **kwargs))
+
+
+def scale(ball):
+    return torch.cat(list(ball.scales([W])[0].expand(5)[None]))
+
+
+def quadratic_maximum(a, g, rho):
+    """max g.d + 1/2 d A d over ||d||_2 <= rho: (mu - A) d = g with mu >= lambda_max such that ||d|| = rho."""
+    values, vectors = torch.linalg.eigh(a)
+    c = vectors.T @ g
+    low, high = float(values[-1]), float(values[-1] + c.norm() / rho + 1)
+    for _ in range(200):
+        mu = (low + high) / 2
+        low, high = (mu, high) if float((c / (mu - values)).norm()) > rho else (low, mu)
+    d = vectors @ (c / (high - values))
+    return float(g @ d + 0.5 * d @ a @ d)
+
+
+@pytest.mark.parametrize("ball", [Ball(1.0), Ball(1.0, adaptive=True), Ball(1.0, adaptive="layer")], ids=str)
+@pytest.mark.parametrize("rho", [1e-3, 0.1, 2.0])
+def test_worst_case_at_a_minimum_is_the_largest_eigenvalue(ball, rho):
+    """Exact on a quadratic for every rho; the search needs a direction to start in, so w is 1e-6 off the minimum."""
+    loss = at_minimum()
+    t = torch.diag(scale(ball))
+    expected = rho**2 / 2 * torch.linalg.eigvalsh(t @ loss.model.a @ t)[-1]
+    with loss.displaced([torch.full((5,), 1e-6 * rho, dtype=torch.float64)]):
+        found = worst_case_sharpness(loss, Ball(rho, adaptive=ball.adaptive), num_steps=100)
+    assert found.value == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("adaptive", [False, True, "layer"])
+@pytest.mark.parametrize("rho", [1e-4, 0.1, 3.0])
+def test_worst_case_is_the_maximum_of_the_quadratic(rho, adaptive):
+    loss, ball = away(sizes=[2, 3]), Ball(rho, adaptive=adaptive)
+    t = flat([s.expand_as(p) for s, p in zip(ball.scales(loss.params), loss.params, strict=True)])
+    g, a = loss.model.gradient(), loss.model.a
+    expected = quadratic_maximum(t[:, None] * a * t, t * g, rho)
+    found = worst_case_sharpness(loss, ball, num_steps=50)
+    assert found.value == pytest.approx(expected, rel=1e-3)
+    assert found.value <= expected + 100 * EPS * (expected + float(loss.value()))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_worst_case_in_the_cube_is_at_a_vertex(adaptive):
+    """Where all g_i have the sign of their neighbours' pull, A = diag: rho |g| t + rho^2/2 t^2 A_ii."""
+    a = torch.diag(torch.tensor([3.0, 1.0, 0.5, 2.0, 0.1], dtype=torch.float64))
+    loss, ball = unshifted(Quadratic(a, None, W)), Ball(0.3, norm=math.inf, adaptive=adaptive, eta=0.5)
+    t = scale(ball)
+    expected = float((0.3 * t * loss.model.gradient().abs() + 0.045 * t**2 * a.diagonal()).sum())
+    assert worst_case_sharpness(loss, ball).value == pytest.approx(expected, rel=100 * EPS)
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_one_step_is_the_perturbation_of_the_optimizer(norm, adaptive):
+    loss, ball = away(), Ball(0.2, norm=norm, adaptive=adaptive)
+    before = loss.value()
+    with loss.displaced(ball.ascent(loss.gradient(), loss.params)):
+        expected = float(loss.value() - before)
+    assert worst_case_sharpness(loss, ball, num_steps=1).value == pytest.approx(expected, rel=100 * EPS)
+
+
+def test_worst_case_of_batches_is_weighted_by_their_size():
+    loss = shifted(Quadratic(symmetric(EIGENVALUES), None, W), [6, 3, 1])
+    found = worst_case_sharpness(loss, Ball(0.1))
+    alone = [worst_case_sharpness(single, Ball(0.1)).value for single in loss.single_batches()]
+    assert found.details["batch_values"] == alone
+    assert found.value == pytest.approx(0.6 * alone[0] + 0.3 * alone[1] + 0.1 * alone[2], rel=4 * EPS)
+    assert found.num_samples == 3
+    equal = shifted(Quadratic(symmetric(EIGENVALUES), None, W), [4, 4, 4, 4])
+    found = worst_case_sharpness(equal, Ball(0.1))
+    x = torch.tensor(found.details["batch_values"], dtype=torch.float64)
+    assert found.stderr == pytest.approx(float(x.std() / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("ball", [Ball(0.1), Ball(0.01, norm=math.inf, adaptive=True)], ids=["l2", "linf"])
+@pytest.mark.parametrize("kind", [mlp, cnn, Attention])
+def test_worst_case_does_not_depend_on_the_order_of_the_batches(kind, ball):
+    data = batches(kind, (5, 5, 2))
+    values = [
+        worst_case_sharpness(Loss(network(kind), cross_entropy, order), ball, num_steps=5, num_restarts=2).value
+        for order in (data, data[::-1], data[1:] + data[:1])
+    ]
+    assert values[0] == values[1] == values[2]
+    assert values[0] > 0
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("adaptive", [False, True, "filter", "layer"])
+def test_the_points_tried_are_in_the_ball_and_the_best_one_counts(norm, adaptive, monkeypatch):
+    loss = Loss(network(cnn), cross_entropy, batches(cnn, (6,)))
+    ball, tried = Ball(0.5, norm=norm, adaptive=adaptive), []
+    clean = [p.detach().clone() for p in loss.params]
+    real = Loss.value_and_gradient
+
+    def recorded(self):
+        d = [p.detach() - w for p, w in zip(self.params, clean, strict=True)]
+        value, gradient = real(self)
+        tried.append((float(ball.length(d, clean)), float(value)))
+        return value, gradient
+
+    monkeypatch.setattr(Loss, "value_and_gradient", recorded)
+    found = worst_case_sharpness(loss, ball, num_steps=10, num_restarts=3)
+    assert len(tried) == 3 * 10  # one forward and backward for each step, and the last needs no gradient
+    assert max(length for length, _ in tried) <= 0.5 * (1 + 1e3 * EPS)
+    assert found.value >= max(value for _, value in tried) - tried[0][1]
+    assert found.value >= worst_case_sharpness(loss, ball, num_steps=10).value > 0
+
+
+def test_a_maximum_at_the_weights_is_zero():
+    loss = unshifted(Quadratic(-symmetric([1.0, 2.0]), None, None))
+    found = worst_case_sharpness(loss, Ball(0.1), num_restarts=3)
+    assert found.value == 0
+    assert found.details["lengths"] == [0.0]
+
+
+def test_weights_of_zero_do_not_move_without_eta():
+    """The published code divides 0 by 0 here, and then never projects."""
+    w = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
+    loss = unshifted(Quadratic(symmetric([1.0, 3.0, 2.0]), torch.ones(3, dtype=torch.float64), w))
+    for norm in (2, math.inf):
+        ball = Ball(0.5, norm=norm, adaptive=True, eta=0.0)
+        t = torch.diag(w.abs()[[0, 2]])
+        a, g = (t @ loss.model.a[[0, 2]][:, [0, 2]] @ t), t @ loss.model.gradient()[[0, 2]]
+        found = worst_case_sharpness(loss, ball, num_steps=50, num_restarts=3).value
+        if norm == 2:
+            assert found == pytest.approx(quadratic_maximum(a, g, 0.5), rel=1e-3)
+        average = average_sharpness(loss, ball, num_samples=1000)
+        expected = 0.125 * float(a.trace()) / (1 if norm == 2 else 3)
+        assert abs(average.value - expected) < 4 * average.stderr
+
+
+def test_groups_of_a_product_ball_have_their_own_radius():
+    loss = away(sizes=[2, 3])
+    first, second = loss.params
+    g, a = loss.model.gradient(), loss.model.a
+    ball = ProductBall([(Ball(0.3), [first]), (Ball(0.1, adaptive=True), [second])])
+    s = torch.cat([torch.full((2,), 0.3).double(), 0.1 * (W[2:].abs() + 0.01)])
+    expected = quadratic_maximum(s[:, None] * a * s, s * g, 1.0)
+    assert worst_case_sharpness(loss, ball, num_steps=50).value == pytest.approx(expected, rel=1e-3)
+    only = ProductBall([(Ball(0.3), [first])])
+    expected = quadratic_maximum(a[:2, :2] * 0.09, 0.3 * g[:2], 1.0)
+    assert worst_case_sharpness(loss, only, num_steps=50).value == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("rho", [1e-3, 1.0])
+def test_average_is_half_the_trace(rho, adaptive, norm):
+    """Exact on a quadratic for every rho, also where the gradient is not 0: the pairs cancel it."""
+    loss, ball = away(), Ball(rho, norm=norm, adaptive=adaptive)
+    expected = rho**2 / 2 * float((scale(ball) ** 2 * loss.model.a.diagonal()).sum()) / (1 if norm == 2 else 3)
+    found = average_sharpness(loss, ball, num_samples=2000)
+    assert found.stderr == found.details["stderr_draws"] < 0.1 * abs(expected)
+    assert abs(found.value - expected) < 4 * found.stderr
+    assert found.num_samples == 1000
+
+
+@pytest.mark.parametrize("kind", [mlp, Attention])
+def test_average_of_a_network_for_small_rho_is_half_the_trace(kind):
+    loss = Loss(network(kind), cross_entropy, batches(kind))
+    trace = 0.0
+    for i, p in enumerate(loss.params):
+        for j in range(p.numel()):
+            v = [torch.zeros_like(q) for q in loss.params]
+            v[i].view(-1)[j] = 1
+            trace += float(loss.hessian_product(v)[i].view(-1)[j])
+    found = average_sharpness(loss, Ball(1e-4), num_samples=400)
+    assert abs(2e8 * found.value - trace) < 4 * 2e8 * found.details["stderr_draws"]
+    assert found.details["stderr_draws"] < 0.5 * found.value
+
+
+def assert_errors_are_the_spread(values, errors):
+    """stderr^2 estimates the variance of the value without bias; the variance of 200 values is known to 0.2 or so."""
+    variance = torch.tensor(values).double().var()
+    assert float(torch.tensor(errors).double().square().mean() / variance) == pytest.approx(1, abs=0.4)
+
+
+def test_the_standard_error_over_draws_is_that_of_repetitions():
+    loss = away()
+    found = [average_sharpness(loss, Ball(0.1), num_samples=20, seed=seed) for seed in range(200)]
+    assert_errors_are_the_spread([f.value for f in found], [f.details["stderr_draws"] for f in found])
+
+
+def test_the_standard_error_over_draws_and_batches_is_that_of_repetitions():
+    """New batches and new draws in every repetition, a loss whose sharpness differs between batches."""
+
+    class Scaled(Quadratic):
+        def forward(self, x=None):
+            return super().forward() * (1 + 0.3 * x[:, 0])
+
+    model, found = Scaled(symmetric([1.0, 0.5, 2.0])), []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        data = [(torch.randn(1, 3, generator=generator).double(), torch.zeros(1)) for _ in range(5)]
+        found.append(average_sharpness(Loss(model, mean, data), Ball(0.1), num_samples=20, seed=seed))
+    assert_errors_are_the_spread([f.value for f in found], [f.stderr for f in found])
+    assert all(f.stderr >= f.details["stderr_draws"] for f in found)
+
+
+@pytest.mark.parametrize("measure", [average_sharpness, worst_case_sharpness])
+def test_the_same_seed_gives_the_same_bits(measure):
+    results = []
+    own = {"num_restarts": 2} if measure is worst_case_sharpness else {"num_samples": 8}
+    for global_seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(global_seed)
+            loss = Loss(network(cnn), cross_entropy, batches(cnn))
+            state = torch.get_rng_state()
+            results.append(measure(loss, Ball(2.0), seed=3, **own))
+            assert torch.equal(torch.get_rng_state(), state)
+    assert results[0] == results[1]
+    assert measure(loss, Ball(2.0), seed=4, **own).value != results[0].value
+
+
+def test_what_is_not_finite_is_not_a_number():
+    model = network(mlp)
+    data = batches(mlp)
+    loss = Loss(model, lambda o, y: cross_entropy(o, y) + (model[0].weight.abs().max() - 3).clamp(min=0).log(), data)
+    bad = Loss(model, cross_entropy, [(x * torch.nan, y) for x, y in data])
+    overflowing = Loss(model, lambda o, y: cross_entropy(o, y) * (1e308 * (1 + model[0].weight[0, 0])), data)
+    for case in (loss, bad, overflowing):
+        for found in (worst_case_sharpness(case, Ball(5.0)), average_sharpness(case, Ball(50.0), num_samples=4)):
+            assert math.isnan(found.value)
+            assert not found.converged
+            assert "finite" in found.reason
+            assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+
+
+def test_results_say_how_they_were_made():
+    seen = []
+    loss = Loss(network(cnn), cross_entropy, batches(cnn))
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    found = worst_case_sharpness(loss, Ball(0.1, adaptive=True), num_steps=3, num_restarts=2, seed=5, progress=progress)
+    assert seen == [(i, 18) for i in range(1, 19)]
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["settings"]["ball"] == {"rho": 0.1, "norm": 2, "adaptive": "elementwise", "eta": 0.01}
+    assert (
+        written["settings"] | {"measure": "worst_case_sharpness", "num_steps": 3, "seed": 5, "m": 5}
+        == written["settings"]
+    )
+    assert written["settings"]["batch_norm"] == "running statistics"
+    assert set(written["provenance"]) >= {"sam_optim", "torch"}
+    assert len(written["details"]["batch_values"]) == 3
+    seen.clear()
+    average_sharpness(loss, Ball(0.1, norm=math.inf), num_samples=3, progress=progress)
+    assert seen == [(i, 4) for i in range(1, 5)]
+    assert math.isnan(average_sharpness(loss, Ball(0.1), num_samples=2).stderr)
+
+
+@pytest.mark.parametrize("measure", [average_sharpness, worst_case_sharpness])
+def test_wrong_arguments_are_refused(measure):
+    loss = away()
+    with pytest.raises(ValueError, match="rho > 0"):
+        measure(loss, Ball(0.0))
+    with pytest.raises(ValueError, match="seed"):
+        measure(loss, Ball(0.1), seed=-1)
+    for name in ("num_steps", "num_restarts") if measure is worst_case_sharpness else ("num_samples",):
+        with pytest.raises(ValueError, match=name):
+            measure(loss, Ball(0.1), **{name: 0})
+
+
+def test_mean_over_batches():
+    mean_, stderr = mean_over_batches([1.0, 2.0, 6.0], [2, 2, 2])
+    assert mean_ == pytest.approx(3.0, rel=EPS)
+    assert stderr == pytest.approx(math.sqrt(7 / 3), rel=4 * EPS)
+    assert math.isnan(mean_over_batches([1.0], [7])[1])

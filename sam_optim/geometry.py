@@ -1,7 +1,7 @@
 """Balls around the weights w:  {w + d : ||T^-1 d||_p <= rho},  T = 1, |w| + eta, or a norm per filter or layer.
 
-The optimizers move along the steepest ascent in a ball, the measures search it. Both use coordinates u = d / (rho T), in
-which every ball is the unit ball of the p-norm, so that a projection is a rescaling (p = 2) or a clamp (p = inf).
+The optimizers move along the steepest ascent in a ball, the measures search it. Both use coordinates u = d / (rho T),
+in which every ball is the unit ball of the p-norm: a projection is a rescaling (p = 2) or a clamp (p = inf).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -126,3 +127,19 @@ class LeftoverProbe:
         first = self._version_at_first
         untouched = (self._grad._version if first is None else first) == self._version
         return untouched and bool(self._before.count_nonzero())
+
+
+@contextmanager
+def gradients_apart(params: list[Tensor]) -> Iterator[None]:
+    """Sets gradients aside, and adds those made inside to them, in the tensors that they were in.
+
+    On an exception inside, nothing is added: the caller's rollback brings the gradients back.
+    """
+    earlier = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    yield
+    with torch.no_grad():
+        for p, g in zip(params, earlier, strict=True):
+            if g is not None:
+                p.grad = g if p.grad is None else g.add_(p.grad)

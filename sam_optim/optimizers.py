@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sam_optim.batchnorm import NORM_LAYERS
 from sam_optim.geometry import Ball, ProductBall
-from sam_optim.perturbation import Closure, LastStep, Perturbation, check_group
+from sam_optim.groups import check_group, listed
+from sam_optim.perturbation import Closure, Perturbation
+from sam_optim.results import LastStep
 
 _KEYS = ("rho", "adaptive", "eta", "norm")
 
@@ -79,7 +80,7 @@ class SAM(Optimizer):
         given = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         check_group(given)
         flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
-        params, members = _listed(params)
+        params, members = listed(params)
         base = base_optimizer(params, **_accepted(base_optimizer, flags), **base_kwargs)
         held = {id(p) for group in base.param_groups for p in group["params"]}
         if members is not None and held != members:
@@ -338,54 +339,9 @@ class ASAM(SAM):
         replay_rng: bool = False,
         **base_kwargs: Any,
     ):
-        super().__init__(
-            params,
-            base_optimizer,
-            rho=rho,
-            adaptive=adaptive,
-            eta=eta,
-            norm=norm,
-            module=module,
-            foreach=foreach,
-            fused=fused,
-            rounding=rounding,
-            replay_rng=replay_rng,
-            **base_kwargs,
-        )
-
-
-def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[dict[str, Any]]:
-    """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalisation parameters.
-
-    Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
-    not require a gradient are left out; an empty group is, too.
-    """
-    normal = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
-    params = [p for p in model.parameters() if p.requires_grad]
-    plain = [p.ndim < 2 or id(p) in normal for p in params]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p, is_plain in zip(params, plain, strict=True) if not is_plain], "adaptive": adaptive},
-        {"params": [p for p, is_plain in zip(params, plain, strict=True) if is_plain], "adaptive": False},
-    ]
-    return [g for g in groups if g["params"]]
-
-
-def _listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
-    """params as a list that can be read twice, and the ids in it; None where the base must judge the input itself."""
-    if isinstance(params, (Tensor, dict)) or not isinstance(params, Iterable):
-        return params, None
-    found = list(params)
-    members: list[Any] = []
-    for i, entry in enumerate(found):
-        if isinstance(entry, dict) and "params" in entry:
-            inner = entry["params"]
-            if not isinstance(inner, (Tensor, list)):
-                inner = list(inner)
-                found[i] = entry | {"params": inner}
-            members += [inner] if isinstance(inner, Tensor) else inner
-        else:
-            members.append(entry)
-    return found, {id(m[1] if isinstance(m, tuple) else m) for m in members}
+        options = {"module": module, "foreach": foreach, "fused": fused, "rounding": rounding, "replay_rng": replay_rng}
+        given = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
+        super().__init__(params, base_optimizer, **given, **options, **base_kwargs)
 
 
 def _accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,29 +13,13 @@ from torch import Tensor, nn
 
 from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
-from sam_optim.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm, check_eta, check_rho, scale
-from sam_optim.guards import CleanStateDict, FirstForward, LeftoverProbe, Rollback
+from sam_optim.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm, scale
+from sam_optim.groups import as_groups, check_group
+from sam_optim.guards import FirstForward, LeftoverProbe, Rollback, gradients_apart
+from sam_optim.passes import PerturbedPass
+from sam_optim.results import LastStep
 
 Closure = Callable[[], Any]
-_perturbed_now: set[int] = set()  # ids of parameters; who moved them holds them, so that no id is reused
-
-
-@dataclass(frozen=True)
-class LastStep:
-    """What the last step saw, free of charge: 0-d tensors on the device, None for what it could not know.
-
-    loss, perturbed_loss: what the closure returned at w and at w + e; sharpness: their difference, in units of L.
-    grad_norm: ||T g||_q of the ascent gradient, q dual to p, so that rho * grad_norm is the rise to first order.
-    perturbation_norm: ||T^-1 e||_p: rho, or 0 if the ascent gradient was 0 or not finite.
-    realized: <e', e> / ||e||^2, the share of e that the rounding of bf16 and fp16 weights left; 1 for wider ones.
-    """
-
-    loss: Tensor | None
-    perturbed_loss: Tensor | None
-    sharpness: Tensor | None
-    grad_norm: Tensor | None
-    perturbation_norm: Tensor | None
-    realized: Tensor | None
 
 
 class Perturbation:
@@ -93,7 +76,7 @@ class Perturbation:
             module = model_or_params if module is None else module
             model_or_params = list(model_or_params.parameters())
         defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "maximize": maximize}
-        self.param_groups = _as_groups(model_or_params, defaults)
+        self.param_groups = as_groups(model_or_params, defaults)
         self.module = module
         self.foreach = foreach
         self.rounding = rounding
@@ -102,13 +85,10 @@ class Perturbation:
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
         self._stores: list[kernels.Store | None] = []
-        self._buckets: list[kernels.Bucket] | None = None
-        self._held: list[Tensor] = []
+        self._pass: PerturbedPass | None = None
         self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
         self._in_transaction = False
         self._rollback: Rollback | None = None
-        self._hooks: list[Any] = []
-        self._rng_now: rng.GlobalState | None = None
         self._first_forward = FirstForward(self.module) if replay_rng else None
         self._ascent: kernels.Ascent | None = None
         self._realized: kernels.Scalar | None = None
@@ -135,7 +115,7 @@ class Perturbation:
     @property
     def active(self) -> bool:
         """Whether the weights are perturbed now."""
-        return self._buckets is not None
+        return self._pass is not None
 
     @property
     def last_step(self) -> LastStep:
@@ -164,19 +144,13 @@ class Perturbation:
         """
         params = self._params()
         with self._all_or_nothing():
-            earlier = [p.grad for p in params]
-            for p in params:
-                p.grad = None
             self.completed = False
             if self._first_forward is not None:
                 self._first_forward.state = self._rng_state()
-            yield
-            if not self.completed:
-                raise RuntimeError("microbatch() ended without a second pass: run it inside `with sam.perturbed():`")
-            with torch.no_grad():
-                for p, g in zip(params, earlier, strict=True):
-                    if g is not None:
-                        p.grad = g if p.grad is None else g.add_(p.grad)
+            with gradients_apart(params):
+                yield
+                if not self.completed:
+                    raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -223,7 +197,7 @@ class Perturbation:
                 p.grad = None
             passes = []
             for c in closures:
-                with self._apart(params):
+                with gradients_apart(params):
                     passes.append(self._two_passes(c, None))
             grads = [p.grad for p in params if p.grad is not None]
             with torch.no_grad():
@@ -241,26 +215,17 @@ class Perturbation:
         if self.active:
             raise RuntimeError("the weights are perturbed already: finish that pass before the next one begins")
         params = self._params()
-        if not _perturbed_now.isdisjoint(map(id, params)):
-            raise RuntimeError("another perturbation holds some of these parameters: only one at a time can move them")
-        buckets = self._plan()
+        stay = PerturbedPass(params, self._plan(), self.module, self._clean_buffers, self._first_forward)
         if not self._in_transaction:
             self._rollback = Rollback(params, self._rng_state(), None, self._entry_buffers)
-        self.completed = False
+        self.completed, self._losses = False, (None, None)
         try:
-            self._held = params
-            _perturbed_now.update(map(id, params))
-            self._buckets = buckets
-            self._move(buckets)
-            if self.module is not None:
-                self._clean_buffers.save(self.module)
-                self._hooks = CleanStateDict.register(self.module, self.clean)
-            if zero_grad:
-                for p in params:
-                    p.grad = None
-            if self._first_forward is not None:
-                self._rng_now = self._rng_state()
-                self._first_forward.replay()
+            self._pass = stay
+            self._ascent, self._realized = stay.begin(self._rng_state, zero_grad=zero_grad)
+            if self._ascent is not None:
+                moved = self._ascent.moved
+                self.num_unperturbed = self.num_unperturbed + (~moved if isinstance(moved, Tensor) else 1 - moved)
+            self._warn_once()
         except BaseException:
             self.exit(failed=True)
             raise
@@ -269,27 +234,30 @@ class Perturbation:
     @torch.no_grad()
     def exit(self, *, failed: bool = False) -> None:
         """w + e -> w, with buffers and, after a fault, gradients and generators as `enter` found them."""
+        if self._pass is None:
+            return
         try:
-            self._restore()
+            self._pass.end()
         except BaseException:  # Ctrl-C in the middle: every part of it may be done again
-            self._restore()
+            self._pass.end()
             raise
         finally:
+            self._pass = None
             rollback, self._rollback = self._rollback, None
             if failed and rollback is not None:
                 rollback.undo()
         self.completed = not failed
 
-    def clean(self, tensor: Tensor) -> Tensor | None:
-        """The clean value of a parameter or buffer while it is perturbed; None if it is not."""
-        if not self.active:
-            return None
-        for b in self._buckets or ():
-            for param, saved in zip(b.params, b.saved, strict=False):
-                if param is tensor:
-                    clean = torch.view_as_complex(saved) if param.is_complex() else saved
-                    return clean.detach() if b.body is kernels.swap else clean.detach().clone()
-        return self._clean_buffers.clean_copy(tensor)
+    def _warn_once(self) -> None:
+        """Read on the first step only: later ones must not wait for the device."""
+        if self._realized is not None and not self._warned:
+            self._warned = True
+            if (share := float(self._realized)) < 0.9:
+                warnings.warn(
+                    f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the "
+                    "weights in float32 under autocast, or pass rounding='stochastic'",
+                    stacklevel=6,
+                )
 
     def _two_passes(self, closure: Closure, ascent_closure: Closure | None) -> tuple[Any, Any]:
         first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
@@ -321,18 +289,6 @@ class Perturbation:
         return loss, perturbed
 
     @contextmanager
-    def _apart(self, params: list[Tensor]) -> Iterator[None]:
-        """As `microbatch`, also for closures that have nothing to perturb."""
-        earlier = [p.grad for p in params]
-        for p in params:
-            p.grad = None
-        yield
-        with torch.no_grad():
-            for p, g in zip(params, earlier, strict=True):
-                if g is not None:
-                    p.grad = g if p.grad is None else g.add_(p.grad)
-
-    @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """After an exception inside: gradients, buffers and generators as before."""
         if self._in_transaction:
@@ -347,42 +303,6 @@ class Perturbation:
             raise
         finally:
             self._in_transaction = False
-
-    def _move(self, buckets: list[kernels.Bucket]) -> None:
-        self._ascent, self._realized, self._losses = None, None, (None, None)
-        if not buckets:
-            return
-        self._ascent = kernels.ascend_(buckets)
-        moved = self._ascent.moved
-        self.num_unperturbed = self.num_unperturbed + (1 - moved if isinstance(moved, bool) else ~moved)
-        torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
-        if moved is not False:
-            self._realized = kernels.realized(buckets, self._ascent.factors)
-        if self._realized is not None and not self._warned:
-            self._warned = True  # read once, on the first step: later ones must not wait for the device
-            if (share := float(self._realized)) < 0.9:
-                warnings.warn(
-                    f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the "
-                    "weights in float32 under autocast, or pass rounding='stochastic'",
-                    stacklevel=6,
-                )
-
-    def _restore(self) -> None:
-        if self._buckets is None:
-            return
-        kernels.restore_(self._buckets)
-        torch.clear_autocast_cache()
-        for hook in self._hooks:
-            hook.remove()
-        if self.module is not None and self._hooks:
-            self._clean_buffers.restore()
-        if self._rng_now is not None:
-            self._rng_now.restore()
-        if self._first_forward is not None:
-            self._first_forward.state = None
-        self._rng_now, self._hooks = None, []
-        _perturbed_now.difference_update(map(id, self._held))
-        self._held, self._buckets = [], None
 
     def _plan(self) -> list[kernels.Bucket]:
         """The buckets of this step: parameters with a gradient in groups with rho > 0."""
@@ -427,34 +347,6 @@ class Perturbation:
             raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
         transient = {"_stores": [], "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_ascent": None}
         return self.__dict__ | transient | {"_realized": None, "_losses": (None, None)}
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError for a radius, norm or T that does not exist."""
-    check_rho(group["rho"])
-    check_eta(group["eta"])
-    canonical_adaptive(group["adaptive"])
-    canonical_norm(group["norm"])
-
-
-def _as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors or groups, got one tensor: pass [tensor]")
-    found = list(params)
-    if not found:
-        raise ValueError("got an empty list of parameters")
-    groups = found if isinstance(found[0], dict) else [{"params": found}]
-    for group in groups:
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["params"] = [m[1] if isinstance(m, tuple) else m for m in members]
-        for p in group["params"]:
-            if not isinstance(p, Tensor):
-                raise TypeError(f"params must hold tensors, got {type(p).__name__}")
-        for key, value in defaults.items():
-            group.setdefault(key, value)
-        check_group(group)
-    return groups
 
 
 def _is_zero(rho: float | Tensor) -> bool:

@@ -124,3 +124,21 @@ def mean_over_batches(values: Sequence[float], sizes: Sequence[int]) -> tuple[fl
         return mean, math.nan
     spread = math.fsum((n / total * (x - mean)) ** 2 for n, x in zip(sizes, values, strict=True))
     return mean, math.sqrt(len(values) / (len(values) - 1) * spread)
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What the last step saw, free of charge: 0-d tensors on the device, None for what it could not know.
+
+    loss, perturbed_loss: what the closure returned at w and at w + e; sharpness: their difference, in units of L.
+    grad_norm: ||T g||_q of the ascent gradient, q dual to p, so that rho * grad_norm is the rise to first order.
+    perturbation_norm: ||T^-1 e||_p: rho, or 0 if the ascent gradient was 0 or not finite.
+    realized: <e', e> / ||e||^2, the share of e that the rounding of bf16 and fp16 weights left; 1 for wider ones.
+    """
+
+    loss: Tensor | None
+    perturbed_loss: Tensor | None
+    sharpness: Tensor | None
+    grad_norm: Tensor | None
+    perturbation_norm: Tensor | None
+    realized: Tensor | None

@@ -70,7 +70,7 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(body, adaptive,
     before = [(p.detach().clone(), p.data_ptr()) for p in params]
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, norm=norm, foreach=BODIES[body]["foreach"])
     with sam.perturbed():
-        used = {b.body for b in sam._buckets if b.w[0].numel()}
+        used = {b.body for b in sam._pass._buckets if b.w[0].numel()}
         if dtype != torch.bfloat16:
             assert used == {getattr(kernels, body)}
         close_to(params, truth, dtype)
@@ -123,7 +123,7 @@ def test_channels_last_weights_and_contiguous_gradients():
     truth, strides = expected(params, 0.1, True), [p.stride() for p in params]
     sam = Perturbation(params, rho=0.1, adaptive=True)
     with sam.perturbed():
-        assert {b.body for b in sam._buckets} == {reference, swap}
+        assert {b.body for b in sam._pass._buckets} == {reference, swap}
         close_to(params, truth, torch.float32)
         assert [p.stride() for p in params] == strides
 

@@ -1,0 +1,73 @@
+"""Parameter groups: what torch.optim takes, what a radius needs, and what the ASAM paper moves how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam_optim.batchnorm import NORM_LAYERS
+from sam_optim.geometry import canonical_adaptive, canonical_norm, check_eta, check_rho
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError for a radius, norm or T that does not exist."""
+    check_rho(group["rho"])
+    check_eta(group["eta"])
+    canonical_adaptive(group["adaptive"])
+    canonical_norm(group["norm"])
+
+
+def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of tensors or groups, got one tensor: pass [tensor]")
+    found = list(params)
+    if not found:
+        raise ValueError("got an empty list of parameters")
+    groups = found if isinstance(found[0], dict) else [{"params": found}]
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = [m[1] if isinstance(m, tuple) else m for m in members]
+        for p in group["params"]:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params must hold tensors, got {type(p).__name__}")
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+        check_group(group)
+    return groups
+
+
+def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[dict[str, Any]]:
+    """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalisation parameters.
+
+    Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
+    not require a gradient are left out; an empty group is, too.
+    """
+    normal = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
+    params = [p for p in model.parameters() if p.requires_grad]
+    plain = [p.ndim < 2 or id(p) in normal for p in params]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, is_plain in zip(params, plain, strict=True) if not is_plain], "adaptive": adaptive},
+        {"params": [p for p, is_plain in zip(params, plain, strict=True) if is_plain], "adaptive": False},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
+    """params as a list that can be read twice, and the ids in it; None where the base must judge the input itself."""
+    if isinstance(params, (Tensor, dict)) or not isinstance(params, Iterable):
+        return params, None
+    found = list(params)
+    members: list[Any] = []
+    for i, entry in enumerate(found):
+        if isinstance(entry, dict) and "params" in entry:
+            inner = entry["params"]
+            if not isinstance(inner, (Tensor, list)):
+                inner = list(inner)
+                found[i] = entry | {"params": inner}
+            members += [inner] if isinstance(inner, Tensor) else inner
+        else:
+            members.append(entry)
+    return found, {id(m[1] if isinstance(m, tuple) else m) for m in members}

@@ -148,18 +148,27 @@ def timm_splits(name: str, directory: Path) -> tuple[Any, None, Any]:
     """Train and test of a data set that `timm.data.create_dataset` knows, e.g. torch/cifar10 or hfds/OWNER/NAME."""
     from timm.data import create_dataset
 
+    def opened(split: str) -> Any:
+        try:
+            return create_dataset(name, str(directory), split=split)
+        except (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError) as error:
+            raise InputError(f"timm cannot open data set {name!r} in {directory}: {one_line(error)}") from None
+
+    train = opened("train")
     try:
-        splits = [create_dataset(name, str(directory), split=split) for split in ("train", "validation")]
-    except (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError) as error:
-        raise InputError(f"timm cannot open data set {name!r} in {directory}: {one_line(error)}") from None
-    return splits[0], None, splits[1]
+        return train, None, opened("validation")
+    except InputError:  # some of Hugging Face's have only this one
+        return train, None, opened("test")
 
 
 def labels_of(source: Any) -> Tensor:
     """(n,) int64; decodes every example where the data set does not list its labels."""
     labels = getattr(source, "targets", None)
-    if labels is None and hasattr(getattr(source, "reader", None), "samples"):
-        labels = [label for _, label in source.reader.samples]
+    reader = getattr(source, "reader", None)
+    if labels is None and hasattr(reader, "samples"):
+        labels = [label for _, label in reader.samples]
+    if labels is None and hasattr(reader, "iter_targets"):
+        labels = list(reader.iter_targets())
     if labels is None:
         labels = [source[i][1] for i in range(len(source))]
     return torch.as_tensor(labels, dtype=torch.int64)

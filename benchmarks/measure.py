@@ -9,28 +9,28 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-import sam_optim
 from benchmarks import checkpoint, command, data, options, recipe
 from benchmarks.command import InputError, one_line, unknown
-from sam_optim import Perturbation, asam_param_groups, rng
+from sam_optim import Perturbation, asam_param_groups, measures, rng
 from sam_optim.geometry import ProductBall
 from sam_optim.loss import Loss
 from sam_optim.results import provenance
 
 MEASURES: dict[str, Callable[[Loss, Any], Any]] = {
-    "worst": lambda loss, ball: sam_optim.worst_case_sharpness(loss, ball, num_steps=20),
-    "average": lambda loss, ball: sam_optim.average_sharpness(loss, ball, num_samples=30),
-    "eigenvalue": lambda loss, ball: sam_optim.hessian_eigenvalues(loss, num=1, tol=1e-3),
-    "trace": lambda loss, ball: sam_optim.hessian_trace(loss, num_probes=30),
-    "gradient_regret": lambda loss, ball: sam_optim.gradient_regret(loss),
-    "gradient_coherence": lambda loss, ball: sam_optim.gradient_coherence(loss),
-    "gradient_noise_scale": lambda loss, ball: sam_optim.gradient_noise_scale(loss),
-    "fisher_rao_norm": lambda loss, ball: sam_optim.fisher_rao_norm(loss),
+    "worst": lambda loss, ball: measures.worst_case_sharpness(loss, ball, num_steps=20),
+    "average": lambda loss, ball: measures.average_sharpness(loss, as_noise(ball, loss), num_samples=30),
+    "eigenvalue": lambda loss, ball: measures.hessian_eigenvalues(loss, num=1, tol=1e-3),
+    "trace": lambda loss, ball: measures.hessian_trace(loss, num_probes=30),
+    "gradient_regret": lambda loss, ball: measures.gradient_regret(loss),
+    "gradient_coherence": lambda loss, ball: measures.gradient_coherence(loss),
+    "gradient_noise_scale": lambda loss, ball: measures.gradient_noise_scale(loss),
+    "fisher_rao_norm": lambda loss, ball: measures.fisher_rao_norm(loss),
 }
 DEFAULT_RHO = 0.05
 
@@ -120,6 +120,16 @@ def neighborhood(args: argparse.Namespace, model: nn.Module, rho: float | None, 
     groups = asam_param_groups(model, adaptive=adaptive) if adaptive else model.parameters()
     radius = rho or args.sam_rho or DEFAULT_RHO
     return Perturbation(groups, rho=radius, eta=args.sam_eta, norm=float(args.sam_norm)).neighborhood
+
+
+def as_noise(ball: ProductBall, loss: Loss) -> ProductBall:
+    """The ball whose Gaussian noise is as long as `ball`'s radius: E ||T^-1 d||^2 = rho^2 for d = rho / sqrt(P) T z.
+
+    With rho itself as the standard deviation of every weight, the noise would be sqrt(P) times longer than the
+    perturbation that the worst case is over, and no longer near the weights. For the sup norm rho is kept.
+    """
+    num = 1.0 if ball.norm == math.inf else math.sqrt(sum(p.numel() for p in loss.params))
+    return ProductBall([(replace(b, rho=b.rho / num), params) for b, params in ball.groups])
 
 
 def _batches(

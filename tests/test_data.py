@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +268,45 @@ def test_timms_torchvision_data_sets(tmp_path):
     cifar_files(tmp_path)
     with pytest.raises(InputError, match=r"timm cannot open data set 'torch/cifar10'"):
         data.load("torch/cifar10", tmp_path)
+
+
+def test_streams_are_refused_with_what_to_use_instead(tmp_path, monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr("timm.data.create_dataset", lambda *args, **kwargs: Stream())
+    with pytest.raises(InputError, match="map-style"):
+        data.load("wds/imagenet", tmp_path)
+
+
+@pytest.mark.slow
+def test_mnist_by_timms_name(tmp_path):
+    archive = SHARED / "MNIST" / "raw"
+    if not archive.exists():
+        pytest.skip(f"{archive} is not there")
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in archive.glob("*.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    splits = data.load("torch/mnist", tmp_path, label_noise=0.1)
+    assert (len(splits.train), len(splits.test)) == (60_000, 10_000)
+    assert splits.image_size == (1, 28, 28)
+    x, _ = next(iter(data.batches(splits.train, 8, splits.image_size, train=True, augment=Augment(hflip=0))))
+    assert x.shape == (8, 1, 28, 28)
+
+
+@pytest.mark.slow
+def test_cifar_files_made_from_the_jpegs(tmp_path):
+    """torchvision's layout written by the data's own script, against the images themselves."""
+    if not (SHARED / "unpack.py").exists():
+        pytest.skip(f"{SHARED / 'unpack.py'} is not there")
+    for layout in (["--layout", "batches"], ["--subset", "1,1", "--test-name", "test"]):
+        subprocess.run([sys.executable, SHARED / "unpack.py", "cifar10", tmp_path, *layout], check=True)
+    splits = data.load("cifar10", tmp_path)
+    assert splits.train.tensors[1].bincount().tolist() == [5000] * 10
+    image = np.asarray(Image.open(tmp_path / "test" / "airplane" / "0000.jpg")).transpose(2, 0, 1)
+    assert np.array_equal(splits.test.tensors[0][0].numpy(), image)
 
 
 @pytest.mark.parametrize("name", ["cifar11", "imagnet"])

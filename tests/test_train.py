@@ -487,14 +487,14 @@ class TestMeasure:
 
 @pytest.mark.slow
 def test_real_cifar_images(tmp_path):
-    """CIFAR-10 (JPEG q75), 200 images of each class: both optimizers learn far beyond chance."""
+    """CIFAR-10 (JPEG q75), 100 images of each class: both optimizers learn far beyond chance."""
     archive = SHARED / "cifar10-jpg.tar.gz"
     if not archive.exists():
         pytest.skip(f"{archive} is not there")
     import tarfile
 
     with tarfile.open(archive) as tar:
-        wanted = [m for m in tar if int(m.name[-8:-4]) < (200 if m.name.startswith("train") else 50)]
+        wanted = [m for m in tar if int(m.name[-8:-4]) < (100 if m.name.startswith("train") else 50)]
         tar.extractall(tmp_path / "data", members=wanted, filter="data")
     for rho in (0, 0.05):
         out = tmp_path / f"rho{rho}"

@@ -346,13 +346,17 @@ class ASAM(SAM):
 
 
 def _accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that the base knows; torch's and most of timm's do, others cannot be told."""
+    """The flags that the base knows. foreach also means SAM's own moves, fused only the base's."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
         return flags
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {k: v for k, v in flags.items() if takes_any or k in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return flags
+    if flags.get("fused") and "fused" not in parameters:
+        name = getattr(factory, "__name__", repr(factory))
+        raise ValueError(f"fused=True: {name} has no fused implementation: use fused=None or another base")
+    return {k: v for k, v in flags.items() if k in parameters}
 
 
 def _check_base(base: Any) -> None:

@@ -407,6 +407,21 @@ def test_wrap_takes_an_optimizer_that_exists():
         SAM.wrap(torch.optim.SGD)
 
 
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+def test_foreach_and_fused_reach_the_base_and_agree(flags):
+    model, twin = network(), network()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1, **flags)
+    assert all(optimizer.param_groups[0][k] == v for k, v in flags.items())
+    found, truth = (
+        train(model, optimizer, range(3)),
+        train(twin, SAM(twin.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1), range(3)),
+    )
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        SAM(model.parameters(), torch.optim.AdamW, lr=0.01, foreach=True, fused=True)
+
+
 def test_named_parameters_and_groups():
     model = network()
     optimizer = SAM(model.named_parameters(), torch.optim.SGD, lr=0.1)
@@ -476,6 +491,7 @@ def test_what_cannot_work_is_refused_with_the_remedy():
         (ValueError, "norm must be 2 or inf .* got 1", lambda: SAM(params, norm=1)),
         (ValueError, "differentiable", lambda: SAM(params, torch.optim.SGD, lr=0.1, differentiable=True)),
         (ValueError, "empty parameter list", lambda: SAM([], torch.optim.SGD, lr=0.1)),
+        (ValueError, "Rprop has no fused implementation", lambda: SAM(params, torch.optim.Rprop, fused=True)),
         (ValueError, "SAM already", lambda: SAM.wrap(SAM(params, lr=0.1))),
         (TypeError, "callable", lambda: SAM(params, "sgd")),
     ]

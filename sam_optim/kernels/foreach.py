@@ -25,7 +25,7 @@ def dual_power(b: Bucket) -> Scalar:
     if t is not None:
         x = list(torch._foreach_mul(x, t))
     norms = torch._foreach_norm(x, 2 if b.p == 2 else 1)
-    stacked = torch.stack([_plain(n).double() for n in norms])
+    stacked = torch.stack([_plain(n) for n in norms]).double()
     return stacked.square().sum() if b.p == 2 else stacked.sum()
 
 

@@ -139,10 +139,10 @@ def _progress(jobs: Mapping[str, Job], found: Mapping[str, Any], title: str) -> 
 
 
 def _cost(job: Job) -> float:
-    """What a job costs, in epochs of SGD: SAM takes two passes, the measures of a reported run as much as 60 epochs."""
+    """What a job costs, in epochs of SGD: SAM takes two passes, the measures of a reported run as much as 90 epochs."""
     passes = 1 if job["rho"] is None else 1.8
     measured = job.get("measuring")
-    return job["epochs"] * passes + (60 + 30 * job["plane"] if measured else 0)
+    return job["epochs"] * passes + (90 + 80 * job["plane"] if measured else 0)
 
 
 def _prepare(out: Path) -> None:

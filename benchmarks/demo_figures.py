@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.demo_findings import NAN, Results, mean, values
-from benchmarks.demo_plan import DATA, MEASURES, METHODS, NOISY, STYLE, TEST
+from benchmarks.demo_plan import DATA, MEASURES, METHODS, STYLE
 from sam_optim.report.axes import marker
 from sam_optim.report.charts import (
     Curves,
@@ -43,7 +43,7 @@ def accuracy_table(final: Results) -> Markup:
         "method",
         "last epoch, %",
         "best epoch, %",
-        "best epoch is",
+        "best epoch, number",
         "wrong labels learned, %",
         "wrong labels seen through, %",
     ]
@@ -67,17 +67,12 @@ def accuracy_table(final: Results) -> Markup:
 
 
 def accuracy_dots(final: Results) -> Markup:
-    drawn = [
-        strip(
-            title,
-            [
-                Group(m.name, values(final, name, when, "test_accuracy", scale=100), STYLE[name])
-                for name, m in METHODS.items()
-            ],
-            x_label="test accuracy, %",
-        )
-        for title, when in (("Last epoch", "last"), ("Best epoch by validation", "best"))
-    ]
+    kinds = {
+        "Last epoch": (("last", "test_accuracy"), "test accuracy, %"),
+        "Best epoch by validation": (("best", "test_accuracy"), "test accuracy, %"),
+        "Wrong labels learned": (("memorised",), "% of the wrong training labels"),
+    }
+    drawn = [strip(title, _groups(final, *at, scale=100), x_label=label) for title, (at, label) in kinds.items()]
     return figure(
         panels(*drawn),
         "One marker for each seed; the bar is their mean, the line one standard deviation to both sides.",
@@ -99,7 +94,8 @@ def training_curves(final: Results) -> Markup:
                 lines.append(Curves(method.name, list(range(1, len(runs[0]) + 1)), runs, STYLE[name]))
         drawn.append(curves(title, lines, x_label="epoch", y_label=label))
     caption = (
-        "Mean over seeds; the band goes from the lowest to the highest. SAM and ASAM take two passes in each epoch."
+        "Mean over seeds; the band goes from the lowest to the highest. The two SGD curves are the same runs, one of "
+        "them stopped half-way. SAM and ASAM take two passes in each epoch."
     )
     return join(key(), figure(panels(*drawn), caption))
 
@@ -116,14 +112,11 @@ def sharpness_table(final: Results, data: str) -> Markup:
 def sharpness_dots(final: Results, data: str) -> Markup:
     drawn = []
     for measure, title in MEASURES.items():
-        groups = [
-            Group(m.name, values(final, name, "measures", data, measure, "value"), STYLE[name])
-            for name, m in METHODS.items()
-        ]
+        groups = _groups(final, "measures", data, measure, "value")
         positive = all(v > 0 for group in groups for v in group.values if math.isfinite(v))
         scale = "logarithmic" if positive else "linear"
         drawn.append(strip(title[0].upper() + title[1:], groups, x_label=f"{_unit(measure)} ({scale})", log=positive))
-    return figure(panels(*drawn), f"On {data}. One marker for each seed.")
+    return figure(panels(*drawn), f"On {data}: one marker for each seed, their mean, one standard deviation.")
 
 
 def correlation_scatters(rows: Sequence[Mapping[str, Any]], found: Correlations, measure: str) -> Markup:
@@ -190,20 +183,17 @@ def correlation_table(found: Correlations) -> Markup:
 
 def slices(final: Results) -> Markup:
     drawn = []
-    for data, title in ((NOISY, "On noisy training labels"), (TEST, "On test data")):
+    for data in DATA:
         lines = []
         for name, method in METHODS.items():
-            found = [
-                run["slices"][data] for run in final.values() if run["job"]["method"] == name and run.get("slices")
-            ]
+            runs = [run for run in final.values() if run["job"]["method"] == name]
+            found = [run["slices"][data] for run in runs if data in run.get("slices", {})]
             if found:
                 axis = found[0]["coordinates"][0]
                 lines.append(Curves(method.name, axis, [[_float(v) for v in f["losses"]] for f in found], STYLE[name]))
         if lines:
             drawn.append(
-                curves(
-                    title, lines, x_label="distance along a random direction", y_label="loss (logarithmic)", log=True
-                )
+                curves(f"On {data}", lines, x_label="random direction", y_label="loss (logarithmic)", log=True)
             )
     caption = (
         "One filter-normalised random direction for each seed, the same draw for every method; mean and range over "
@@ -236,7 +226,7 @@ def planes(final: Results, data: str) -> Markup | None:
     ticks = [
         (i / (len(levels.values) + 1) + 1 / (len(levels.values) + 1), number(v, 2)) for i, v in enumerate(levels.values)
     ]
-    scale = bar_scale("Loss, the same scale for all", levels.colours(), ticks[::3])
+    scale = bar_scale("Loss, the same scale for all", levels.colours(), ticks[::5])
     caption = (
         f"Loss on {data} over the plane of two filter-normalised random directions, first seed; the cross is where "
         "training ended. Contours are at equal ratios of the loss. The directions are one draw, scaled to the filters "
@@ -249,6 +239,10 @@ def tau_text(correlation: Mapping[str, Any]) -> str:
     if correlation["tau"] is None:
         return str(correlation["reason"])
     return f"τ = {signed(correlation['tau'])} ({signed(correlation['low'])} to {signed(correlation['high'])})"
+
+
+def _groups(final: Results, *at: str, scale: float = 1.0) -> list[Group]:
+    return [Group(m.name, values(final, name, *at, scale=scale), STYLE[name]) for name, m in METHODS.items()]
 
 
 def _unit(measure: str) -> str:

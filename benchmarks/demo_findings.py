@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks.demo_plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan, plan_dict
 from sam_optim.correlation import correlate
 from sam_optim.report.charts import mean_and_std
-from sam_optim.report.tables import spread, text_table
+from sam_optim.report.tables import number, signed, spread, text_table
 from sam_optim.results import plain, provenance
 
 NAN = float("nan")
@@ -40,7 +40,7 @@ def summary(plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Res
     found = {
         "accuracy": accuracy,
         "headline": headline(accuracy),
-        "differences": [row._asdict() | {"name": name} for name, row in differences(accuracy)],
+        "differences": differences(accuracy),
         "correlations": correlations(final),
         "chosen": dict(chosen),
         "tuning": tuning_table(plan, tuning),
@@ -94,14 +94,18 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     return Difference(center, center - half, center + half, wins, len(pairs))
 
 
-def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[tuple[str, Difference]]:
-    """SAM and ASAM against SGD and each control, in points (1 %) of test accuracy at the last epoch."""
-    rows = [("SAM minus SGD", difference(accuracy["sam"]["last"], accuracy["sgd"]["last"]))]
+def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    """SAM and ASAM against SGD and each control, in points (1 %) of test accuracy; `control` marks the latter."""
+
+    def row(ours: str, when: str, theirs: str, at: str, name: str, control: bool) -> dict[str, Any]:
+        found = difference(accuracy[ours][when], accuracy[theirs][at])
+        return {"name": f"{METHODS[ours].name} minus {name}", "control": control, "ours": ours} | found._asdict()
+
+    rows = []
     for ours in ("sam", "asam"):
-        for control, (when, name) in CONTROLS.items():
-            rows.append(
-                (f"{METHODS[ours].name} minus {name}", difference(accuracy[ours]["last"], accuracy[control][when]))
-            )
+        rows.append(row(ours, "last", "sgd", "last", "SGD", False))
+        rows += [row(ours, "last", control, at, name, True) for control, (at, name) in CONTROLS.items()]
+        rows.append(row(ours, "best", "sgd", "best", "SGD, both stopped early", False))
     return rows
 
 
@@ -115,8 +119,8 @@ def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
         0: "SAM and SGD cannot be told apart on clean test digits",
     }[sign(gain)]
     second = {
-        1: f"SAM beats the best control, {name}, by {rest.mean:.1f}",
-        -1: f"the best control, {name}, beats SAM by {-rest.mean:.1f}",
+        1: f"SAM beats the best control, {name}, by {rest.mean:.1f} points",
+        -1: f"the best control, {name}, beats SAM by {-rest.mean:.1f} points",
         0: f"SAM cannot be told from the best control, {name}",
     }[sign(rest)]
     return f"{first}, {'and' if sign(gain) == sign(rest) else 'but'} {second}."
@@ -157,39 +161,61 @@ def correlations(final: Results) -> list[dict[str, Any]]:
     ]
 
 
-def flatter_went_with(found: Sequence[Mapping[str, Any]]) -> str:
-    """The answer for one group of correlations: counts of what the intervals exclude."""
+def directions(found: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """How many of these correlations say that flatter went with better, with worse, and how many leave it open."""
     better, worse = (sum(_excludes_zero(c, side) for c in found) for side in (1, -1))
-    unclear = len(found) - better - worse
-    parts = [(better, "flatter went with better"), (worse, "flatter went with worse"), (unclear, "no clear direction")]
-    return "; ".join(f"{what} by {count} of {len(found)} measures" for count, what in parts if count)
+    return better, worse, len(found) - better - worse
+
+
+def verdict(found: Sequence[Mapping[str, Any]]) -> str:
+    """The answer of all sharpness measures on all data sets, and whether it holds where only chance differs."""
+    better, worse, unclear = directions(found)
+    n = len(found)
+    if better == n:
+        first = f"Here it did, by all {n} combinations of a sharpness measure and a data set."
+    elif worse == n:
+        first = f"Here it went with worse, by all {n} combinations of a sharpness measure and a data set."
+    else:
+        first = (
+            f"It depends on what is measured where: of {n} combinations of a sharpness measure and a data set, in "
+            f"{better} flatter went with better, in {worse} with worse, and in {unclear} the interval leaves it open."
+        )
+    between, within = (_mean_tau(found, factor) for factor in ("method", "seed"))
+    return (
+        f"{first} Among the five methods of one seed τ averages {signed(between)} over these combinations; among the "
+        f"seeds of one method, where only chance differs, {signed(within)}."
+    )
+
+
+def flatter_went_with(found: Sequence[Mapping[str, Any]]) -> str:
+    names = ("flatter went with better", "flatter went with worse", "no clear direction")
+    parts = [(count, name) for count, name in zip(directions(found), names, strict=True) if count]
+    return "; ".join(f"{name} by {count} of {len(found)} measures" for count, name in parts)
 
 
 def interpolation_note(final: Results) -> str:
     """Does a low training-set curvature mislead, as it does once SGD has memorised the noise?"""
-    short, long = (
-        {
-            "lambda": mean(values(final, m, "measures", NOISY, "lambda_max", "value")),
-            "loss": mean(values(final, m, "measures", NOISY, "loss", "value")),
-            "accuracy": mean(values(final, m, "last", "test_accuracy", scale=100)),
-            "test": mean(values(final, m, "measures", TEST, "lambda_max", "value")),
-        }
-        for m in ("sgd", "sgd_long")
-    )
+    paths = {
+        "loss": ("measures", NOISY, "loss", "value"),
+        "curvature": ("measures", NOISY, "lambda_max", "value"),
+        "on test data": ("measures", TEST, "lambda_max", "value"),
+        "accuracy": ("last", "test_accuracy"),
+    }
+    short, long = ({name: values(final, m, *path) for name, path in paths.items()} for m in ("sgd", "sgd_long"))
+    before, after = (100 * mean(numbers["accuracy"]) for numbers in (short, long))
+    change = {name: f"from {number(mean(short[name]))} to {number(mean(long[name]))}" for name in paths}
+    curvature, accuracy = (difference(long[name], short[name]) for name in ("curvature", "accuracy"))
     numbers = (
-        f"Doubling the epochs of SGD takes the loss on the noisy training labels from {short['loss']:.2f} to "
-        f"{long['loss']:.2f}, the largest Hessian eigenvalue there from {short['lambda']:.1f} to {long['lambda']:.1f}, "
-        f"and test accuracy from {short['accuracy']:.1f} to {long['accuracy']:.1f} %. On the test data the eigenvalue "
-        f"goes from {short['test']:.1f} to {long['test']:.1f}."
+        f"Doubling the epochs of SGD takes the loss on the noisy training labels {change['loss']}, the largest Hessian "
+        f"eigenvalue there {change['curvature']} (lower in {curvature.n - curvature.wins} of {curvature.n} seeds) and "
+        f"test accuracy from {before:.1f} to {after:.1f} %. On test data the eigenvalue goes {change['on test data']}."
     )
-    misleads = long["lambda"] < short["lambda"] and long["accuracy"] <= short["accuracy"] + 1
-    verdict = (
-        "So the flattest-looking of the two is no better: once a network fits its labels, wrong ones included, "
-        "training-set curvature falls because the loss does, and says nothing about new data."
-        if misleads
-        else "Here the two move in the direction that flatness would predict."
-    )
-    return f"{numbers} {verdict}"
+    if curvature.mean < 0 and accuracy.mean < 0.01:
+        return (
+            f"{numbers} The flatter of the two on its training data is no better: where a network fits its labels, "
+            "wrong ones included, loss and curvature vanish together there, whatever happens on new data."
+        )
+    return f"{numbers} Here the two move in the direction that flatness would predict."
 
 
 def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
@@ -224,6 +250,10 @@ def mean(numbers: Sequence[float]) -> float:
 def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
     ends = correlation.get("low"), correlation.get("high")
     return all(end is not None and end * side > 0 for end in ends)
+
+
+def _mean_tau(found: Sequence[Mapping[str, Any]], factor: str) -> float:
+    return mean([NAN if (tau := c["by_factor"].get(factor)) is None else tau for c in found])
 
 
 def _or_low(value: float) -> float:

@@ -15,6 +15,7 @@ from benchmarks.demo_findings import (
     mean,
     run_table,
     values,
+    verdict,
 )
 from benchmarks.demo_plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
 from sam_optim.report.markup import Child, Markup, join, tag
@@ -77,9 +78,9 @@ def _header(plan: Plan, found: Mapping[str, Any]) -> Markup:
     items: list[tuple[Child, Child]] = [
         (
             signed(gain["mean"], 1),
-            f"SAM minus SGD, points of test accuracy; better in {gain['wins']} of {gain['n']} seeds",
+            f"points of test accuracy: SAM minus SGD; {_support(gain)}",
         ),
-        (signed(rest["mean"], 1), f"{rest['name']}; better in {rest['wins']} of {rest['n']} seeds"),
+        (signed(rest["mean"], 1), f"points: {rest['name']}; {_support(rest)}"),
         (
             signed(tau["tau"]),
             f"Kendall's τ of sharpness on the training data with test error, {tau['n']} runs; "
@@ -152,23 +153,21 @@ def _sharpness(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
 
 
 def _flat_and_better(found: Mapping[str, Any], final: Results) -> Markup:
-    groups = {
-        data: [c for c in found["correlations"] if c["data"] == data and c["measure"] in SHARPNESS] for data in DATA
-    }
-    tau, loss = _tau(found, "sam_ball", NOISY), _tau(found, "loss", TEST)
+    sharpness = [c for c in found["correlations"] if c["measure"] in SHARPNESS]
+    groups = {data: [c for c in sharpness if c["data"] == data] for data in DATA}
+    tau = _tau(found, "sam_ball", NOISY)
     return section(
         "Did flatter go with better?",
+        paragraph(tag("strong", verdict(sharpness))),
         paragraph(
             f"Over all {tau['n']} runs, counting a direction only where the 95 % interval of Kendall's τ leaves out 0:"
         ),
-        bullets([join(tag("strong", f"On {data}: "), flatter_went_with(group), ".") for data, group in groups.items()]),
+        bullets([join(tag("strong", f"On {name}: "), flatter_went_with(group), ".") for name, group in groups.items()]),
         paragraph(
-            f"Sharpness in SAM's ball on the noisy training labels: {draw.tau_text(tau)}. Five methods are no random "
-            "sample of networks: SAM lowers this number by construction, so part of any such correlation is the choice "
-            f"of methods. Among the methods of one seed τ is {signed(tau['by_factor'].get('method'))}; among the seeds "
-            f"of one method, where only chance differs, {signed(tau['by_factor'].get('seed'))}. On test data the loss "
-            f"alone has {draw.tau_text(loss)}, and a sharpness measured there has seen the test labels: it explains, "
-            "it does not predict."
+            f"The loss on the noisy training labels alone has {draw.tau_text(_tau(found, 'loss', NOISY))}, on the test "
+            f"data {draw.tau_text(_tau(found, 'loss', TEST))}. A sharpness measured on test data has seen the test "
+            "labels: it explains, it does not predict. And five methods are no random sample of networks: SAM and ASAM "
+            "lower these numbers by construction, so part of any such correlation is the choice of methods."
         ),
         draw.key(),
         draw.correlation_scatters(run_table(final), found["correlations"], "sam_ball"),
@@ -277,9 +276,13 @@ def _interval(found: Mapping[str, Any], decimals: int = 2) -> str:
     return f"{signed(found['low'], decimals)} to {signed(found['high'], decimals)}"
 
 
+def _support(found: Mapping[str, Any]) -> str:
+    return f"95 % interval {_interval(found, 1)}, positive in {found['wins']} of {found['n']} seeds"
+
+
 def _hardest(differences: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """SAM against the control that does best."""
-    controls = [d for d in differences if d["name"].startswith("SAM minus") and d["name"] != differences[0]["name"]]
+    controls = [d for d in differences if d["control"] and d["ours"] == "sam"]
     return min(controls, key=lambda d: float("inf") if d["mean"] is None else d["mean"])
 
 

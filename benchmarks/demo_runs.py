@@ -93,8 +93,7 @@ def measure(model: nn.Module, splits: Splits, job: Mapping[str, Any]) -> dict[st
         mini = Loss(model, CRITERION, measured_batches(dataset, labels, job, job["batch_size"]))
         whole = Loss(model, CRITERION, measured_batches(dataset, labels, job, len(labels)))
         found["measures"][name] = _numbers(mini, whole, job["measuring"])
-        if name != CLEAN:
-            found["slices"][name], found["planes"][name] = _landscapes(whole, job)
+        found["slices"][name], found["planes"][name] = _landscapes(whole, job, plane=job["plane"] and name != CLEAN)
     return found
 
 
@@ -111,12 +110,12 @@ def _numbers(mini: Loss, whole: Loss, settings: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _landscapes(whole: Loss, job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _landscapes(whole: Loss, job: Mapping[str, Any], *, plane: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A line in a random direction of this seed, and for one seed a plane: the same draws for every method."""
     settings = job["measuring"]
     seed = 2 * job["seed"]
     line = slice_1d(whole, coordinates=torch.linspace(-1, 1, settings["points_1d"]), seed=seed)
-    if not job["plane"]:
+    if not plane:
         return line.to_dict(), None
     axis = torch.linspace(-1, 1, settings["points_2d"])
     return line.to_dict(), slice_2d(whole, coordinates=(axis, axis), seed=seed).to_dict()

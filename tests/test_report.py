@@ -203,7 +203,7 @@ def test_levels_and_colours():
     levels = Levels.geometric(0.1, 10, 5)
     assert levels.values == pytest.approx((0.1, 0.1 * 10**0.5, 1, 10**0.5, 10))
     assert [levels.band(v) for v in (0.05, 0.1, 1.5, 10, math.inf, math.nan)] == [0, 1, 3, 5, 5, 5]
-    assert (levels.colours()[0], levels.colours()[-1]) == ("#00224e", "#fee838")
+    assert (levels.colours()[0], levels.colours()[-1]) == ("#440154", "#fde725")
 
 
 def test_scales_and_ticks():

@@ -67,8 +67,8 @@ def strip(title: str, groups: Sequence[Group], *, x_label: str, log: bool = Fals
             mean, spread = mean_and_std(known)
             ends = (panel.x.clipped(mean - spread), panel.x.clipped(mean + spread))
             panel.add(line(*_flat(*ends, at), class_=f"whisker s{group.style}"))
-            panel.add(line(panel.x(mean), at - 7, panel.x(mean), at + 7, class_=f"mean s{group.style}"))
-        panel.add(*(marker(panel.x(v), at, group.style, class_=f"dot s{group.style}") for v in known))
+            panel.add(*(marker(panel.x(v), at, group.style, class_=f"dot s{group.style}") for v in known))
+            panel.add(line(panel.x(mean), at - 8, panel.x(mean), at + 8, class_="mean"))
     return panel.render(_described(groups, x_label), grid="x")
 
 

@@ -9,12 +9,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sam_optim.report.axes import Panel, Scale, marker, path
+from sam_optim.report.axes import Panel, Scale, marker, path, words
 from sam_optim.report.charts import WIDTH
 from sam_optim.report.markup import Markup, tag
 
-# Cividis, sampled: dark blue to yellow, readable with any colour vision and in grey (Nunez et al., 2018).
-CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
+# Viridis, sampled: dark violet to yellow, evenly lighter, readable with any colour vision and in grey.
+VIRIDIS = ("#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 CELLS = 4  # colour samples between two grid points, in each direction
 
 Grid = Sequence[Sequence[float]]
@@ -27,7 +27,7 @@ class Levels:
     values: tuple[float, ...]
 
     @staticmethod
-    def geometric(low: float, high: float, count: int = 13) -> Levels:
+    def geometric(low: float, high: float, count: int = 22) -> Levels:
         """`count` levels with equal ratios: losses differ by factors."""
         low = max(low, 1e-6)
         high = max(high, low * 1.01)
@@ -51,7 +51,10 @@ def contour_map(
     side = WIDTH - 60
     left, top = 46.0, 34.0
     x, y = Scale(b[0], b[-1], left, left + side), Scale(a[0], a[-1], top + side, top)
-    panel = Panel(title, x, y, WIDTH, top + side + 40, "second direction", "", y_ticks=None)
+    panel = Panel(title, x, y, WIDTH, top + side + 40, "second direction")
+    middle = top + side / 2
+    turned = f"rotate(-90 12 {middle:g})"
+    panel.add(words(12, middle, "first direction", class_="label", text_anchor="middle", transform=turned))
     uri = "data:image/png;base64," + base64.b64encode(_png(_colours(losses, levels))).decode()
     panel.add(tag("image", x=left, y=top, width=side, height=side, href=uri, preserveAspectRatio="none"))
     for level in levels.values[1:]:
@@ -108,9 +111,9 @@ def _at(axis: Sequence[float], position: float) -> float:
 
 
 def _blend(position: float) -> tuple[int, int, int]:
-    where = min(max(position, 0.0), 1.0) * (len(CIVIDIS) - 1)
-    k = min(int(where), len(CIVIDIS) - 2)
-    low, high = (tuple(int(c[n : n + 2], 16) for n in (1, 3, 5)) for c in CIVIDIS[k : k + 2])
+    where = min(max(position, 0.0), 1.0) * (len(VIRIDIS) - 1)
+    k = min(int(where), len(VIRIDIS) - 2)
+    low, high = (tuple(int(c[n : n + 2], 16) for n in (1, 3, 5)) for c in VIRIDIS[k : k + 2])
     r, g, b = (round(u + (where - k) * (v - u)) for u, v in zip(low, high, strict=True))
     return r, g, b
 

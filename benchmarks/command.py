@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 EXIT_BAD_INPUT = 2
 
 
@@ -37,12 +39,20 @@ def one_line(error: BaseException) -> str:
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """The exit code of a command; what the user can mend becomes one line on stderr and exit code 2."""
+    """The exit code of a command; what the user can mend becomes one line on stderr and exit code 2.
+
+    ValueError is what the library raises for users; its messages name the remedy.
+    """
     try:
         return main(argv)
-    except (InputError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except torch.OutOfMemoryError as error:
+        print(f"error: {one_line(error)} Lower --batch-size, or set --amp bf16", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return EXIT_BAD_INPUT
 
 
 def fsync_directory(directory: Path) -> None:

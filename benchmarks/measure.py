@@ -20,7 +20,7 @@ from benchmarks.command import InputError, one_line, unknown
 from sam_optim import Perturbation, asam_param_groups, measures, rng
 from sam_optim.geometry import ProductBall
 from sam_optim.loss import Loss
-from sam_optim.results import provenance
+from sam_optim.results import plain, provenance
 
 MEASURES: dict[str, Callable[[Loss, Any], Any]] = {
     "worst": lambda loss, ball: measures.worst_case_sharpness(loss, ball, num_steps=20),
@@ -108,7 +108,7 @@ def run(
         "measures": results,
         "provenance": provenance(device=str(device)),
     }
-    command.write_json(directory / "measures.json", report)
+    command.write_json(directory / "measures.json", plain(report))
     return 0 if all(_has_value(result) for result in results.values()) else 1
 
 

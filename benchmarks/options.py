@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from benchmarks.command import InputError, read_json
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
-PLACEMENT = ("out", "resume", "force", "device", "workers", "data_dir", "checkpoint_steps")  # may change on a resume
+MAY_CHANGE = ("out", "resume", "force", "device", "workers", "data_dir", "checkpoint_steps", "measures")  # on a resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return args
     kept = read_json(args.out / "config.json").get("options", {})
     for key in given(argv):
-        if key not in PLACEMENT and key in kept and kept[key] != plain(args)[key]:
+        if key not in MAY_CHANGE and key in kept and kept[key] != plain(args)[key]:
             option = "--" + key.replace("_", "-")
             raise InputError(f"{option} {plain(args)[key]} differs from the run's {kept[key]}; leave it out to resume")
         kept[key] = getattr(args, key)

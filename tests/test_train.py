@@ -100,6 +100,33 @@ class TestResume:
         assert run("--out", cut, "--resume") == 0
         assert_same_run(whole, cut)
 
+    def test_a_signal_while_evaluating(self, tmp_path, monkeypatch):
+        """All batches of the epoch are done then, and are not done again."""
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        assert run(*DIGITS, "--epochs", 2, "--out", whole) == 0
+        evaluate = engine.evaluate
+
+        def stopped(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGINT)
+            return evaluate(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "evaluate", stopped)
+            assert run(*DIGITS, "--epochs", 2, "--out", cut) == 130
+        assert final(cut)["position"] == {"epoch": 0, "batch": 14, "updates": 14}
+        assert run("--out", cut, "--resume") == 0
+        assert_same_run(whole, cut)
+
+    def test_a_second_ctrl_c_acts_at_once(self, tmp_path, monkeypatch, capsys):
+        def twice(self, batch):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second signal was only noted, too")
+
+        monkeypatch.setattr(Training, "_after_update", twice)
+        assert run(*DIGITS, "--out", tmp_path) == 130
+        assert capsys.readouterr().err == "stopped\n"
+
     def test_kill_9_at_any_time_changes_no_bit(self, tmp_path):
         """A real process, killed between two checkpoints, then resumed in this one."""
         whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -38,7 +38,9 @@ class Splits(NamedTuple):
     clean_train_labels: Tensor
 
 
-def digits(*, label_noise: float = 0.0, seed: int = 0, validation_fraction: float = 0.0) -> Splits:
+def digits(
+    *, label_noise: float = 0.0, seed: int = 0, validation_fraction: float = 0.0, num_train: int | None = None
+) -> Splits:
     """scikit-learn's 1,797 handwritten digits, 8x8: the first 898 for training, the last 899 for testing.
 
     That is the split of scikit-learn's example "Recognizing hand-written digits" (unshuffled halves). Images are
@@ -46,8 +48,9 @@ def digits(*, label_noise: float = 0.0, seed: int = 0, validation_fraction: floa
 
     Args:
         label_noise: fraction of the training labels that is replaced by a label drawn uniformly from all ten.
-        seed: draws the noise, and which examples go to validation.
+        seed: draws the noise, and which examples go to validation and to a smaller training set.
         validation_fraction: fraction of the 898 held out, with clean labels.
+        num_train: this many training examples, drawn from the others; None for all.
     """
     try:
         from sklearn.datasets import load_digits
@@ -57,7 +60,7 @@ def digits(*, label_noise: float = 0.0, seed: int = 0, validation_fraction: floa
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     images = (images - images[:DIGITS_TRAIN].mean()) / images[:DIGITS_TRAIN].std()
-    kept, held = hold_out(DIGITS_TRAIN, validation_fraction, seed)
+    kept, held = hold_out(DIGITS_TRAIN, validation_fraction, seed, num_train)
     clean = labels[kept]
     return Splits(
         train=TensorDataset(images[kept], noisy(clean, 10, label_noise, seed)),
@@ -69,13 +72,16 @@ def digits(*, label_noise: float = 0.0, seed: int = 0, validation_fraction: floa
     )
 
 
-def hold_out(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(n: int, fraction: float, seed: int, num_train: int | None = None) -> tuple[Tensor, Tensor]:
     """Sorted indices of the examples to train on, and of round(fraction * n) drawn for validation."""
     if not 0 <= fraction < 1:
         raise InputError(f"--validation-fraction is a part of the training set and must be in [0, 1), got {fraction}")
     order = Stream(derive(seed, "validation")).permutation(n)
     num_held = round(fraction * n)
-    return order[num_held:].sort().values, order[:num_held].sort().values
+    num_train = n - num_held if num_train is None else num_train
+    if not 0 < num_train <= n - num_held:
+        raise InputError(f"there are {n - num_held} examples to train on, --train-examples cannot be {num_train}")
+    return order[num_held : num_held + num_train].sort().values, order[:num_held].sort().values
 
 
 def noisy(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
@@ -166,6 +172,7 @@ def load(
     label_noise: float = 0.0,
     seed: int = 0,
     validation_fraction: float = 0.0,
+    num_train: int | None = None,
     image_size: int | None = None,
     default_size: tuple[int, int] = (224, 224),
 ) -> Splits:
@@ -177,6 +184,7 @@ def load(
         image_size: H = W; None keeps images of at most 64 pixels as they are and takes `default_size` for others.
     """
     common = {"label_noise": label_noise, "seed": seed, "validation_fraction": validation_fraction}
+    common["num_train"] = num_train
     if name == "digits":
         if directory is not None or image_size not in (None, 8):
             raise InputError("digits come with scikit-learn, 8x8: leave --data-dir and --img-size out")
@@ -198,10 +206,12 @@ def load(
     return _pictures(images.timm_splits(name, directory), None, image_size, default_size, **common)
 
 
-def _in_memory(name: str, directory: Path, *, label_noise: float, seed: int, validation_fraction: float) -> Splits:
+def _in_memory(
+    name: str, directory: Path, *, label_noise: float, seed: int, validation_fraction: float, num_train: int | None
+) -> Splits:
     (train, labels), (test, test_labels) = cifar.read(name, directory)
     num_classes = int(name.removeprefix("cifar"))
-    kept, held = hold_out(len(train), validation_fraction, seed)
+    kept, held = hold_out(len(train), validation_fraction, seed, num_train)
     statistics = cifar.STATISTICS[name]
     return Splits(
         train=Pixels(train[kept], noisy(labels[kept], num_classes, label_noise, seed), *statistics),
@@ -222,6 +232,7 @@ def _pictures(
     label_noise: float,
     seed: int,
     validation_fraction: float,
+    num_train: int | None,
 ) -> Splits:
     train, validation, test = found
     if isinstance(train, IterableDataset):
@@ -234,7 +245,7 @@ def _pictures(
     height_width = (first.height, first.width) if max(first.size) <= SMALL else default_size
     size = (len(mode) if mode == "RGB" else 1, *((image_size, image_size) if image_size else height_width))
     num_classes = int(labels.max()) + 1
-    kept, held = hold_out(len(labels), validation_fraction, seed)
+    kept, held = hold_out(len(labels), validation_fraction, seed, num_train)
     if len(held) and validation is not None:
         raise InputError("there is a validation folder already: leave --validation-fraction out")
     if len(held):

@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
     add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
     add("--validation-fraction", type=_number(float, 0, 0.99), default=0.0, help="of the training set, held out")
+    add("--train-examples", type=count, metavar="N", help="only so many, drawn by --seed; default: all")
     add("--workers", type=natural, default=0, help="processes that decode images")
 
     add("--opt", default="sgd", help="any timm optimizer")
@@ -102,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=natural, default=0)
     add("--measures", default="worst,average,eigenvalue,trace", help="after the last epoch; 'none' for no measures")
     add("--out", type=Path, metavar="RUN_DIR", help="default: runs/DATA-MODEL-...")
+    add("--eval-every", type=count, default=1, metavar="EPOCHS", help="and after the last epoch")
     add("--checkpoint-steps", type=count, help="also every so many updates, not only after each epoch")
     add("--resume", action="store_true", help="go on from the newest valid checkpoint of --out; its options hold")
     add("--force", action="store_true", help="replace the run in --out")

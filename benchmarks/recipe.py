@@ -34,6 +34,7 @@ def splits(args: argparse.Namespace) -> data.Splits:
         label_noise=args.label_noise,
         seed=args.seed,
         validation_fraction=args.validation_fraction,
+        num_train=args.train_examples,
         image_size=args.img_size,
         default_size=models.default_size(args.model),
     )

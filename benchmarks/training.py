@@ -154,7 +154,8 @@ class Training:
             )
         record = {"epoch": epoch + 1, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"train_{k}": found[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness")}
-        record |= self._evaluate()
+        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+            record |= self._evaluate()
         record |= {"images_per_s": found["images_per_s"], "seconds": time.perf_counter() - start}
         self._log(record)
         self.position.epoch, self.position.batch, self.totals = epoch + 1, 0, Totals(self.device)
@@ -188,12 +189,11 @@ class Training:
         earlier = [r for r in command.read_jsonl(path) if r["epoch"] < record["epoch"]]
         lines = [json.dumps(r, allow_nan=False) + "\n" for r in [*earlier, record]]
         command.write_atomic(path, "".join(lines).encode())
-        print(
-            f"epoch {record['epoch']:3d}  loss {record['train_loss']:.4f}  accuracy {record['train_accuracy']:.4f}  "
-            f"sharpness {record['train_sharpness']:.4f}  test loss {record['test_loss']:.4f}  "
-            f"test accuracy {record['test_accuracy']:.4f}  {record['images_per_s']:.0f} images/s",
-            flush=True,
-        )
+        shown = [
+            k for k in ("train_loss", "train_accuracy", "train_sharpness", "test_loss", "test_accuracy") if k in record
+        ]
+        numbers = "  ".join(f"{k.replace('_', ' ').removeprefix('train ')} {record[k]:.4f}" for k in shown)
+        print(f"epoch {record['epoch']:3d}  {numbers}  {record['images_per_s']:.0f} images/s", flush=True)
 
 
 def _seeded(batches: Iterable[Batch], seed: int, epoch: int, first: int) -> Iterator[Batch]:

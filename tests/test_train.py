@@ -223,7 +223,18 @@ class TestOptions:
         ["--model", "test_resnet", "--sam-rho", "0.5", "--adaptive", "filter", "--channels-last", "--no-aug"],
         ["--opt", "lookahead_adam", "--sam-rho", "0.05", "--sched", "wsd", "--warmup-epochs", "0.5"],
         ["--opt", "lion", "--opt-kwargs", "betas=(0.9, 0.98)", "--validation-fraction", "0.25", "--sched", "none"],
-        ["--label-noise", "0.5", "--color-jitter", "0.4", "--hflip", "0"],
+        [
+            "--label-noise",
+            "0.5",
+            "--color-jitter",
+            "0.4",
+            "--hflip",
+            "0",
+            "--train-examples",
+            "12",
+            "--eval-every",
+            "9",
+        ],
     )
 
     @pytest.mark.parametrize("options", COMBINATIONS, ids=" ".join)
@@ -375,6 +386,7 @@ class TestBadInput:
         (["--model-kwargs", "width"], "must be KEY=VALUE"),
         (["--resume", "--force"], "choose one"),
         (["--nonsense"], "unrecognized arguments"),
+        (["--train-examples", "899"], "there are 898 examples to train on"),
         (["--epochs", "0"], "--epochs: must be >= 1"),
     )
 

@@ -109,6 +109,7 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    running = {}
     try:
         running = {pool.submit(execute, jobs[name]): name for name in names}
         while running:
@@ -118,6 +119,8 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
         raise command.InputError("a worker process died (out of memory?); start again with --workers 1") from None
     except KeyboardInterrupt:
         print("\nFinishing the runs in progress (seconds) ...", file=sys.stderr)
+        for future in [f for f in running if not f.cancel()]:
+            yield running[future], future.result()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -150,6 +153,8 @@ def _prepare(out: Path) -> None:
         (out / "runs").mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise command.InputError(f"cannot create {str(out)!r} ({error}); choose another --out") from None
+    if (out / "report.html").exists() and not (out / "results.json").exists():
+        raise command.InputError(f"{out / 'report.html'} is there already and not from this demo; choose another --out")
 
 
 def _positive(text: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from benchmarks import command, demo
 from benchmarks.data import digits
 from benchmarks.demo_findings import Difference, correlations, difference, headline, interpolation_note, sign
+from benchmarks.demo_page import YOUR_MODEL
 from benchmarks.demo_plan import (
     DATA,
     MEASURES,
@@ -230,12 +231,32 @@ def test_an_output_folder_that_cannot_be_is_one_line(argv, capsys, tmp_path, mon
     assert error.count("\n") == 1
 
 
+def test_a_page_of_somebody_else_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "report.html").write_text("mine")
+    assert command.run(demo.main, ["--quick", "--out", str(tmp_path)]) == 2
+    assert "not from this demo" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
 def test_a_damaged_run_is_named(finished, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     kept = next((finished / "runs").glob("tune-*.json"))
     (tmp_path / "runs" / kept.name).write_text(kept.read_text()[:100])
     assert command.run(demo.main, ["--quick", "--workers", "0", "--out", str(tmp_path)]) == 2
     assert kept.name in capsys.readouterr().err
+
+
+def test_the_code_on_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    before = [w.clone() for w in model.parameters()]
+    names = {"model": model, "criterion": torch.nn.CrossEntropyLoss(), "loader": batches, "batches": batches}
+    exec(YOUR_MODEL, names)
+    assert not any(torch.equal(w, b) for w, b in zip(model.parameters(), before, strict=True))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in ("my optimizer", "largest eigenvalue", "gradient regret", "landscape"))
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ class TestResume:
     def test_kill_9_at_any_time_changes_no_bit(self, tmp_path):
         """A real process, killed between two checkpoints, then resumed in this one."""
         whole, cut = tmp_path / "whole", tmp_path / "cut"
-        options = [*DIGITS, "--epochs", "25", "--checkpoint-steps", "5"]
+        options = [*DIGITS, "--epochs", "15", "--checkpoint-steps", "5"]
         assert run(*options, "--out", whole) == 0
         arguments = [sys.executable, "-m", "benchmarks.train", *options, "--out", str(cut)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -147,7 +147,7 @@ class TestResume:
 
     def test_ctrl_c_in_a_real_process(self, tmp_path):
         whole, cut = tmp_path / "whole", tmp_path / "cut"
-        options = [*DIGITS, "--epochs", "25"]
+        options = [*DIGITS, "--epochs", "15"]
         assert run(*options, "--out", whole) == 0
         arguments = [sys.executable, "-m", "benchmarks.train", *options, "--out", str(cut)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -270,7 +270,7 @@ class TestOptions:
         assert facts["data"]["source"] == "cifar10, not the files of the published archive"
 
     def test_fp16_scales_and_still_learns(self, tmp_path):
-        assert run(*DIGITS, "--epochs", 6, "--amp", "fp16", "--clip-grad", 5, "--out", tmp_path) == 0
+        assert run(*DIGITS, "--epochs", 4, "--amp", "fp16", "--clip-grad", 5, "--out", tmp_path) == 0
         records = metrics(tmp_path)
         assert records[-1]["train_loss"] < records[0]["train_loss"]
         assert final(tmp_path)["scaler"]["scale"] > 0

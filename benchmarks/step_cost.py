@@ -2,10 +2,13 @@
 
     python -m benchmarks.step_cost [--models resnet50 ...] [--rounds 21] [--json FILE]
 
-Everything runs in one process on one thread, interleaved in random order, on clones of the same weights and gradients;
-compared are paired ratios of thread CPU time: robust where other processes share the machine. The peer is
-`pytorch_optimizer`'s SAM. The floor is what no exact SAM on torch operations can go below: one norm of the gradient and
-one out-of-place add of the size of the weights, as few and as large calls as possible.
+Everything runs in one process on one thread, in a new random order in each round, on clones of the same weights and
+gradients. Compared are paired ratios of thread CPU time, which hold where other processes share the machine. The peer
+is `pytorch_optimizer`'s SAM, whose adaptive variant has T = |w|; ours is measured in that form (eta = 0) and with the eta
+of the ASAM paper.
+
+The floor is one norm and one out-of-place add for each tensor into persistent storage, and no bookkeeping; for ASAM the
+same two with T = |w| in them, which is one multiplication more in each.
 """
 
 from __future__ import annotations
@@ -20,43 +23,51 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from sam_optim import ASAM, SAM, __version__
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
 RHO = 0.05
+CHUNK = 65536
+
+Run = Callable[[], None]
 
 
 class NoStep(torch.optim.Optimizer):
     """A base whose update is nothing: what remains of a step is SAM's own part."""
 
-    def __init__(self, params, lr: float = 0.1):
+    def __init__(self, params: Any, lr: float = 0.1):
         super().__init__(params, {"lr": lr})
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         return None
 
 
 def shapes_of(model: str) -> list[torch.Size]:
+    """Those of the parameters of a timm model, made without memory."""
     import timm
 
     with torch.device("meta"):
         return [p.shape for p in timm.create_model(model).parameters()]
 
 
-def make(shapes: list[torch.Size], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda: [torch.randn(s, generator=generator).mul_(0.05) for s in shapes]  # noqa: E731
-    return [torch.nn.Parameter(w) for w in draw()], draw()
+def make(shapes: list[torch.Size]) -> tuple[list[Tensor], list[Tensor]]:
+    """The same weights and gradients at every call."""
+    generator = torch.Generator().manual_seed(0)
+    weights, grads = ([torch.randn(s, generator=generator).mul_(0.05) for s in shapes] for _ in range(2))
+    return [torch.nn.Parameter(w) for w in weights], grads
 
 
-def ours(cls: type[SAM], shapes: list[torch.Size], **kwargs) -> tuple[Callable[[], None], Callable[[], None]]:
+def step_of(make_optimizer: Callable[[list[Tensor]], Any], shapes: list[torch.Size]) -> tuple[Run, Run]:
+    """(what comes before the clock, what is timed): `first_step` and `second_step`, which the peer has, too."""
     params, grads = make(shapes)
-    optimizer = cls(params, NoStep, rho=RHO, **kwargs)
+    optimizer = make_optimizer(params)
 
     def prepare() -> None:
         for p, g in zip(params, grads, strict=True):
@@ -69,54 +80,53 @@ def ours(cls: type[SAM], shapes: list[torch.Size], **kwargs) -> tuple[Callable[[
     return prepare, run
 
 
-def peer(adaptive: bool, shapes: list[torch.Size]) -> tuple[Callable[[], None], Callable[[], None]]:
-    from pytorch_optimizer import SAM as Peer
-
+def rho_zero(shapes: list[torch.Size]) -> tuple[Run, Run]:
+    """A whole step(closure) with rho = 0, over a base and a closure that do nothing: what is left is bookkeeping."""
     params, grads = make(shapes)
-    optimizer = Peer(params, NoStep, rho=RHO, adaptive=adaptive)
-
-    def prepare() -> None:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-
-    def run() -> None:
-        optimizer.first_step()
-        optimizer.second_step()
-
-    return prepare, run
+    optimizer = SAM(params, NoStep, rho=0.0)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return lambda: None, lambda: optimizer.step(lambda: None)
 
 
-def floor(shapes: list[torch.Size]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One norm and one out-of-place add for each tensor into persistent storage, and nothing else."""
+def floor(shapes: list[torch.Size], *, adaptive: bool = False) -> tuple[Run, Run]:
     params, grads = make(shapes)
-    weights = [p.data for p in params]
-    out = [torch.empty_like(w) for w in weights]
-    norms = torch.empty(len(weights)).unbind()
+    triples = [(p.data.view(-1), g.view(-1), torch.empty_like(g.view(-1))) for p, g in zip(params, grads, strict=True)]
+    norm = torch.linalg.vector_norm
+    result, spare = torch.empty(()), torch.empty(CHUNK)
 
-    def run() -> None:
-        for g, n in zip(grads, norms, strict=True):
-            torch.linalg.vector_norm(g, out=n)
-        for w, g, o in zip(weights, grads, out, strict=True):
-            torch.add(w, g, alpha=1e-3, out=o)
+    def plain() -> None:
+        for _, g, _ in triples:
+            norm(g, out=result)
+        for w, g, out in triples:
+            torch.add(w, g, alpha=1e-3, out=out)
 
-    return lambda: None, run
+    def with_t() -> None:
+        for w, g, _ in triples:
+            for a, b in zip(w.split(CHUNK), g.split(CHUNK), strict=True):
+                norm(torch.mul(a, b, out=spare[: len(a)]), out=result)
+        for w, g, out in triples:
+            for a, b, c in zip(w.split(CHUNK), g.split(CHUNK), out.split(CHUNK), strict=True):
+                torch.addcmul(a, a, torch.mul(a, b, out=spare[: len(a)]), value=1e-3, out=c)
+
+    return lambda: None, with_t if adaptive else plain
 
 
-def measure(runs: dict[str, tuple[Callable[[], None], Callable[[], None]]], rounds: int) -> dict[str, list[float]]:
-    """Thread CPU seconds of every run in every round, the order shuffled in each."""
+def interleaved(runs: dict[str, tuple[Run, Run]], rounds: int, label: str) -> dict[str, list[float]]:
+    """Thread CPU seconds of every run in every round; the first three rounds are warm-up."""
     shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     gc.disable()
     try:
-        for i in range(rounds + 3):
+        for i in tqdm(range(rounds + 3), desc=label, leave=False):
             shuffle(names)
             for name in names:
                 prepare, run = runs[name]
                 prepare()
                 start = time.thread_time()
                 run()
-                if i >= 3:  # warm-up
+                if i >= 3:
                     times[name].append(time.thread_time() - start)
             gc.collect()
     finally:
@@ -126,46 +136,68 @@ def measure(runs: dict[str, tuple[Callable[[], None], Callable[[], None]]], roun
 
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     """Median and quartiles of the paired ratios a / b."""
-    paired = sorted(x / y for x, y in zip(a, b, strict=True))
-    low, mid, high = statistics.quantiles(paired, n=4)
-    return {"median": mid, "q1": low, "q3": high, "n": len(paired)}
+    low, mid, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
+    return {"median": mid, "q1": low, "q3": high, "n": len(a)}
 
 
-def allocated_bytes(prepare: Callable[[], None], run: Callable[[], None]) -> int:
-    """Bytes that one step in the steady state asks the allocator for."""
+def allocated(prepare: Run, run: Run) -> dict[str, int]:
+    """What one step in the steady state asks the allocator for: bytes in all, and the largest piece."""
     for _ in range(3):
         prepare()
         run()
     prepare()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
-    events = prof.profiler.kineto_results.events() if prof.profiler is not None else []
-    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
+    sizes = [e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    return {"bytes": sum(sizes), "largest": max(sizes, default=0)}
 
 
-def compare(model: str, rounds: int) -> dict[str, object]:
+def compare(model: str, rounds: int) -> dict[str, Any]:
+    from pytorch_optimizer import SAM as Peer
+
     shapes = shapes_of(model)
     runs = {
-        "sam": ours(SAM, shapes),
-        "asam": ours(ASAM, shapes),
-        "rho=0": ours(SAM, shapes, **{}),
-        "peer sam": peer(False, shapes),
-        "peer asam": peer(True, shapes),
-        "floor": floor(shapes),
+        "SAM": step_of(lambda p: SAM(p, NoStep, rho=RHO), shapes),
+        "ASAM": step_of(lambda p: ASAM(p, NoStep, rho=RHO, eta=0.0), shapes),
+        "ASAM eta=0.01": step_of(lambda p: ASAM(p, NoStep, rho=RHO), shapes),
+        "peer SAM": step_of(lambda p: Peer(p, NoStep, rho=RHO), shapes),
+        "peer ASAM": step_of(lambda p: Peer(p, NoStep, rho=RHO, adaptive=True), shapes),
+        "floor SAM": floor(shapes),
+        "floor ASAM": floor(shapes, adaptive=True),
+        "rho=0": rho_zero(shapes),
     }
-    del runs["rho=0"]
-    times = measure(runs, rounds)
+    times = interleaved(runs, rounds, model)
+    against = {"SAM": ("SAM", "SAM"), "ASAM": ("ASAM", "ASAM"), "ASAM eta=0.01": ("ASAM", "ASAM")}
     return {
         "model": model,
         "parameters": sum(s.numel() for s in shapes),
         "tensors": len(shapes),
         "milliseconds": {name: 1e3 * statistics.median(t) for name, t in times.items()},
-        "peer / ours, SAM": ratio(times["peer sam"], times["sam"]),
-        "peer / ours, ASAM": ratio(times["peer asam"], times["asam"]),
-        "ours / floor, SAM": ratio(times["sam"], times["floor"]),
-        "ours / floor, ASAM": ratio(times["asam"], times["floor"]),
-        "bytes allocated": {name: allocated_bytes(*runs[name]) for name in ("sam", "asam")},
+        "peer / ours": {k: ratio(times[f"peer {peer}"], times[k]) for k, (peer, _) in against.items()},
+        "ours / floor": {k: ratio(times[k], times[f"floor {base}"]) for k, (_, base) in against.items()},
+        "allocated": {k: allocated(*runs[k]) for k in against},
     }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = f"{'shapes':22s}{'':15s}{'ms':>7s}{'peer ms':>9s}{'peer / ours':>22s}{'ours / floor':>22s}{'largest alloc.':>16s}"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        name = f"{r['model']} ({r['parameters'] / 1e6:.1f} M)"
+        for k in r["peer / ours"]:
+            cells = [
+                f"{x['median']:.2f} [{x['q1']:.2f}, {x['q3']:.2f}]" for x in (r["peer / ours"][k], r["ours / floor"][k])
+            ]
+            ms = r["milliseconds"]
+            lines.append(
+                f"{name:22.22s}{k:>15s}{ms[k]:7.2f}{ms['peer ' + k.split()[0]]:9.2f}{cells[0]:>22s}{cells[1]:>22s}"
+                f"{r['allocated'][k]['largest']:>14d} B"
+            )
+            name = ""
+        lines.append(
+            f"{'':22s}{'rho=0':>15s}{r['milliseconds']['rho=0']:7.2f}   a step without ascent, bookkeeping alone"
+        )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,23 +207,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = []
-    print(f"{'':24s}{'ms (thread CPU, median)':^34s}{'peer / ours':^28s}{'ours / floor':^16s}{'allocated':>10s}")
-    print(f"{'shapes':24s}{'SAM':>8s}{'ASAM':>8s}{'peer':>9s}{'floor':>8s}{'SAM':>14s}{'ASAM':>14s}{'SAM':>9s}{'ASAM':>7s}")
-    for model in args.models:
-        r = compare(model, args.rounds)
-        results.append(r)
-        ms = r["milliseconds"]
-        cells = [f"{r[f'peer / ours, {k}']['median']:.2f} [{r[f'peer / ours, {k}']['q1']:.2f}, {r[f'peer / ours, {k}']['q3']:.2f}]" for k in ("SAM", "ASAM")]
-        print(
-            f"{model:24s}{ms['sam']:8.1f}{ms['asam']:8.1f}{ms['peer sam']:9.1f}{ms['floor']:8.1f}"
-            f"  {cells[0]:18s}{cells[1]:18s}"
-            f"{r['ours / floor, SAM']['median']:6.2f}{r['ours / floor, ASAM']['median']:7.2f}"
-            f"{max(r['bytes allocated'].values()):8d} B"
-        )
+    results = [compare(model, args.rounds) for model in args.models]
+    print(table(results))
+    print("thread CPU time, medians of paired ratios [quartiles]; the peer is pytorch_optimizer's SAM")
     if args.json:
-        facts = {"sam_optim": __version__, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        args.json.write_text(json.dumps({"facts": facts, "threads": 1, "rounds": args.rounds, "results": results}, indent=1))
+        import pytorch_optimizer
+
+        facts = {
+            "sam_optim": __version__,
+            "torch": torch.__version__,
+            "pytorch_optimizer": pytorch_optimizer.__version__,
+            "machine": platform.processor() or platform.machine(),
+            "threads": 1,
+            "rounds": args.rounds,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
     return 0
 
 

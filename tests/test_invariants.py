@@ -179,7 +179,7 @@ def test_nan_in_the_ascent_gradient_does_not_reach_the_weights(make):
 
 @every_optimizer
 def test_float64_follows_float32(make):
-    """The gradient at w + e, which the base has not touched; 1e-3 is the error of a float32 backward through this net."""
+    """The gradient at w + e, which the base has not touched; 1e-3 is the error of a float32 backward here."""
     found = []
     for dtype in (torch.float32, torch.float64):
         model = network(dtype)

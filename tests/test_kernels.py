@@ -9,7 +9,13 @@ from sam_optim import SAM, Perturbation, kernels
 from sam_optim.kernels import foreach, reference, swap
 from sam_optim.rng import Stream
 
-SHAPES = [[(1,)], [(7,), (3, 5), ()], [(1025,), (0,), (4, 3, 3, 3)], [(70000,), (300, 300), (2, 8191), (5,)]]
+SHAPES = [
+    [(1,)],
+    [(7,), (3, 5), ()],
+    [(1025,), (0,), (4, 3, 3, 3)],
+    [(70000,), (300, 300), (2, 8191), (5,)],
+    [(600, 1000), (9,), *[(4000,)] * 40],
+]
 ADAPTIVE = [False, True, "filter", "layer"]
 BODIES = {"reference": {"foreach": False, "alias": True}, "foreach": {"foreach": True}, "swap": {"foreach": None}}
 

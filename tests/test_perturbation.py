@@ -72,11 +72,16 @@ def test_a_fault_in_the_second_pass_leaves_everything_as_before(kind, adaptive, 
     sam = Perturbation(model, rho=0.5, adaptive=adaptive, foreach=foreach)
     LOSS(model(x), y).backward()
     state, where, grads, drawn = snapshot(model), pointers(model), [p.grad for p in model.parameters()], global_rng()
-    with pytest.raises(kind, match="on purpose"), sam.perturbed():
-        assert not same(model, state)
-        LOSS(model(x), y).backward()
-        random.random(), numpy.random.rand()
-        raise kind("on purpose")
+
+    def second_pass():
+        with sam.perturbed():
+            assert not same(model, state)
+            LOSS(model(x), y).backward()
+            random.random(), numpy.random.rand()
+            raise kind("on purpose")
+
+    with pytest.raises(kind, match="on purpose"):
+        second_pass()
     assert same(model, state)
     assert pointers(model) == where
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
@@ -216,10 +221,15 @@ def test_microbatch_keeps_the_tensor_that_gradients_accumulate_in_and_brings_it_
         p.grad = torch.ones_like(p)
     static = [p.grad for p in model.parameters()]
     state, drawn = snapshot(model), global_rng()
-    with pytest.raises(ZeroDivisionError), sam.microbatch():
-        LOSS(model(x), y).backward()
-        with sam.perturbed():
-            raise ZeroDivisionError
+
+    def faulty():
+        with sam.microbatch():
+            LOSS(model(x), y).backward()
+            with sam.perturbed():
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        faulty()
     assert same(model, state)
     assert global_rng() == drawn
     assert all(p.grad is g and bool((g == 1).all()) for p, g in zip(model.parameters(), static, strict=True))

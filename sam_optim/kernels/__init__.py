@@ -29,8 +29,8 @@ class Bucket:
 
     params: as the user knows them. w, g: weights and ascent gradients (real views of complex ones). saved: what holds
     the clean weights while w is perturbed; shorter than w when a move was interrupted. T is |w| + eta where eta is
-    given, else t (broadcastable tensors), else 1. rho: the radius, negative where the loss is maximised. noise: draws for
-    stochastic rounding. workspace, index: persistent storage, and the place of each parameter in it.
+    given, else t (broadcastable tensors), else 1. rho: the radius, negative where the loss is maximised. noise: draws
+    for stochastic rounding. workspace, index: persistent storage, and the place of each parameter in it.
     """
 
     p: float

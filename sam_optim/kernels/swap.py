@@ -1,13 +1,13 @@
 """The CPU's fast way: one out-of-place add into persistent storage, which the parameter borrows for pass 2.
 
-As `reference`, with a third of the bytes: nothing is copied to save w or to bring it back, and w ends in its own storage. Large tensors are walked in chunks that stay in the cache; small ones are gathered and moved as one.
+As `reference`, with a third of the bytes: nothing is copied to save w or to bring it back, and w ends in its own
+storage. Large tensors are walked in chunks that stay in the cache; small ones are gathered and moved as one.
 """
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sam_optim.kernels import Bucket
 
-CHUNK = 65536  # entries: w, g and a temporary of this length stay in a second-level cache; also the rows of the norm
+ROW = 65536  # entries of one float32 norm: a longer sum loses digits, 1e-3 of them at 25 M
+CHUNK = 8 * ROW  # entries of what needs several operations: short enough for a cache, long against the cost of a call
 SMALL = 4096  # entries: below, calling an operation costs more than its work
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is known to be safe
@@ -57,7 +58,7 @@ class Workspace:
         self.is_small = [w.numel() <= SMALL for w in params]
         self.num_small = sum(self.is_small)
         sizes = [w.numel() if small else 0 for w, small in zip(params, self.is_small, strict=True)]
-        self.flat_w, self.flat_g, self.flat_t, self.flat_out = (torch.zeros(sum(sizes), dtype=dtype) for _ in range(4))
+        self.flat_w, self.flat_g, self.flat_out = (torch.zeros(sum(sizes), dtype=dtype) for _ in range(3))
         self.w: list[Tensor] = []
         self.g: list[Tensor] = []
         self.out: list[Tensor] = []
@@ -68,38 +69,33 @@ class Workspace:
             self.g.append(torch.as_strided(self.flat_g, *place))
             self.out.append(torch.as_strided(self.flat_out, *place) if size else torch.empty_like(w.detach()))
             start += size
-        self.norms = torch.zeros(1 + sum(-(-w.numel() // CHUNK) for w in params), dtype=dtype)
+        rows = 2 + sum(sizes) // ROW + sum(1 + w.numel() // ROW for w in params)
+        self.norms = torch.zeros(rows, dtype=dtype)
         self.norm = self.norms.unbind()
         self.total = torch.zeros((), dtype=torch.float64)
-        self.temporary = torch.empty(CHUNK, dtype=dtype)
+        longest = max(w.numel() for w in params)
+        self.temporary = torch.empty(max(min(CHUNK, longest), sum(sizes)), dtype=dtype)
 
 
 def dual_power(b: Bucket) -> float:
-    """Norms of rows first, then theirs in float64: one long float32 sum is off by 1e-3 at 25 M entries."""
-    ws, order, at, norm = b.workspace, 2 if b.p == 2 else 1, 0, torch.linalg.vector_norm
+    """Also leaves T g, up to signs that cancel in `ascend_`, in the storage to be borrowed, where T = |w| + eta."""
+    ws, order, at = b.workspace, 2 if b.p == 2 else 1, 0
     small = _gather(b)
     if small:
-        x = ws.flat_g if b.eta is None else _scaled(b.eta, ws.flat_w, ws.flat_g, ws.flat_t)
-        norm(x, order, out=ws.norm[0])
-        at = 1
+        x = ws.flat_g if b.eta is None else _scaled(b.eta, ws.flat_w, ws.flat_g, ws.flat_out)
+        at = _row_norms(x, order, ws, at)
     for i in range(small, len(b.w)):
         g = b.g[i]
         if b.t is not None:
-            norm(_partial_norms(g, b.t[i], order), order, out=ws.norm[at])
-        elif b.eta is not None:
-            for clean, part in zip(_flat(b.w[i].data).split(CHUNK), _flat(g).split(CHUNK), strict=True):
-                norm(_scaled(b.eta, clean, part, ws.temporary), order, out=ws.norm[at])
-                at += 1
-            continue
-        elif g.numel() <= CHUNK:
-            norm(g, order, out=ws.norm[at])
+            torch.linalg.vector_norm(_partial_norms(g, b.t[i], order), order, out=ws.norm[at])
+            at += 1
+        elif b.eta is None:
+            at = _row_norms(_flat(g), order, ws, at)
         else:
-            flat, rows = _flat(g), g.numel() // CHUNK
-            norm(flat[: rows * CHUNK].view(rows, CHUNK), order, 1, out=ws.norms[at : at + rows])
-            norm(flat[rows * CHUNK :], order, out=ws.norm[at + rows])
-            at += rows
-        at += 1
-    return norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
+            parts = (_flat(x).split(CHUNK) for x in (b.w[i].data, g, ws.out[b.index[i]]))
+            for w, gradient, out in zip(*parts, strict=True):
+                at = _row_norms(_scaled(b.eta, w, gradient, out), order, ws, at)
+    return torch.linalg.vector_norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
 
 
 def ascend_(b: Bucket, factor: float) -> None:
@@ -108,19 +104,19 @@ def ascend_(b: Bucket, factor: float) -> None:
     if small:  # gathered by `dual_power`
         if b.eta is None:
             torch._foreach_copy_([ws.w[i] for i in b.index[:small]], [w.data for w in b.w[:small]])
-        _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, ws.flat_t, factor)
+        _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, factor)
     for k, (i, w, g) in enumerate(zip(b.index, b.w, b.g, strict=True)):
         clean, out = w.data, ws.out[i]
         if k < small:
             pass
         elif plain:
             torch.add(clean, g, alpha=factor, out=out)
-        elif b.t is not None:
-            _move(b, b.t[k], clean, g, out, None, factor)
+        elif b.eta is None:
+            _move(b, None if b.t is None else b.t[k], clean, g, out, factor)
         else:
             parts = (_flat(x).split(CHUNK) for x in (clean, g, out))
             for part, gradient, target in zip(*parts, strict=True):
-                _move(b, None, part, gradient, target, ws.temporary, factor)
+                _move(b, None, part, gradient, target, factor)
         b.saved.append(clean)  # before the weights move: what is recorded can be brought back
         w.data = out
     torch.autograd.graph.increment_version(b.w)  # a backward through the graph of pass 1 must fail, as in place
@@ -157,29 +153,33 @@ def _count_small(b: Bucket) -> int:
     return 0 if b.t is not None else sum([b.workspace.is_small[i] for i in b.index])
 
 
-def _move(b: Bucket, t: Tensor | None, w: Tensor, g: Tensor, out: Tensor, spare: Tensor | None, factor: float) -> None:
-    """out <- w + factor T^2 g  or  w + factor T sign(g).  T is |w| + eta, with `spare` for temporaries, or t, or 1."""
-    if b.p == math.inf:
-        torch.sgn(g, out=out)
-        g = out
-    if b.eta is None and t is None:
-        torch.add(w, g, alpha=factor, out=out)
-    elif b.p == math.inf:
-        torch.addcmul(w, _elementwise(b.eta, w, spare) if t is None else t, g, value=factor, out=out)
-    elif b.eta == 0:
-        torch.addcmul(w, w, torch.mul(w, g, out=_part(spare, w)), value=factor, out=out)
-    elif t is None:
-        t = _elementwise(b.eta, w, spare)
-        torch.addcmul(w, t.mul_(t), g, value=factor, out=out)
+def _move(b: Bucket, t: Tensor | None, w: Tensor, g: Tensor, out: Tensor, factor: float) -> None:
+    """out <- w + factor T^2 g  or  w + factor T sign(g);  T is |w| + eta, and then T g in `out` already, or t, or 1."""
+    if b.eta is not None:
+        direction = out if b.p == 2 else torch.sgn(out, out=out)
+        t = w if b.eta == 0 else _elementwise(b.eta, w, b.workspace.temporary)
+        torch.addcmul(w, t, direction, value=factor, out=out)
+    elif b.p == 2:
+        torch.add(w, g, alpha=factor, out=out) if t is None else torch.addcmul(w, t * t, g, value=factor, out=out)
     else:
-        torch.addcmul(w, t * t, g, value=factor, out=out)
+        torch.sgn(g, out=out)
+        torch.add(w, out, alpha=factor, out=out) if t is None else torch.addcmul(w, t, out, value=factor, out=out)
 
 
-def _scaled(eta: float, w: Tensor, g: Tensor, spare: Tensor) -> Tensor:
-    """T g up to signs, which no norm sees."""
-    if eta == 0:
-        return torch.mul(w, g, out=_part(spare, w))
-    return _elementwise(eta, w, spare).mul_(g)
+def _scaled(eta: float, w: Tensor, g: Tensor, out: Tensor) -> Tensor:
+    """T g in `out`; without eta w g, whose sign meets that of w again in `_move`."""
+    return torch.mul(w, g, out=out) if eta == 0 else _elementwise(eta, w, out).mul_(g)
+
+
+def _row_norms(x: Tensor, order: int, ws: Workspace, at: int) -> int:
+    """Norms of the rows of a flat x into ws.norms[at:]; returns the end of them."""
+    norm, rows = torch.linalg.vector_norm, len(x) // ROW
+    if rows:
+        norm(x[: rows * ROW].view(rows, ROW), order, 1, out=ws.norms[at : at + rows])
+    if rows * ROW < len(x):
+        norm(x[rows * ROW :] if rows else x, order, out=ws.norm[at + rows])
+        rows += 1
+    return at + rows
 
 
 def _partial_norms(g: Tensor, t: Tensor, order: int) -> Tensor:
@@ -191,14 +191,9 @@ def _partial_norms(g: Tensor, t: Tensor, order: int) -> Tensor:
     return (t * torch.linalg.vector_norm(g, order, dim=shared, keepdim=t.ndim > 0, dtype=dtype)).to(g.dtype)
 
 
-def _elementwise(eta: Any, w: Tensor, spare: Tensor | None) -> Tensor:
+def _elementwise(eta: float, w: Tensor, spare: Tensor) -> Tensor:
     """|w| + eta for a flat w, in a temporary that is at least as long."""
-    return torch.abs(w, out=_part(spare, w)).add_(eta)
-
-
-def _part(spare: Tensor | None, w: Tensor) -> Tensor:
-    assert spare is not None
-    return spare if spare.shape == w.shape else spare[: w.numel()]
+    return torch.abs(w, out=spare if spare.shape == w.shape else spare[: w.numel()]).add_(eta)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def run_all(jobs: Mapping[str, Job], folder: Path, workers: int, title: str) -> 
     paths = {name: folder / f"{name}-{fingerprint(job)}.json" for name, job in jobs.items()}
     found = {name: command.read_json(path) for name, path in paths.items() if path.exists()}
     if found:
-        print(f"{len(found)} of {len(jobs)} runs ({title}) have the same settings as before and are reused.")
+        print(f"{len(found)} of {len(jobs)} runs ({title}) have the same settings and code as before and are reused.")
     left = {name: job for name, job in jobs.items() if name not in found}
     with _progress(jobs, found, title) as bar:
         for name, result in _execute(left, workers):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.demo_findings import NAN, Results, mean, values
+from benchmarks.demo_findings import NAN, Results, mean, values, values_by_epoch
 from benchmarks.demo_plan import DATA, MEASURES, METHODS, STYLE
 from sam_optim.report.axes import marker
 from sam_optim.report.charts import (
@@ -89,7 +89,7 @@ def training_curves(final: Results) -> Markup:
     for curve, (title, label, scale) in kinds.items():
         lines = []
         for name, method in METHODS.items():
-            runs = [_curve(run, curve, scale) for run in final.values() if run["job"]["method"] == name]
+            runs = [[scale * v for v in run] for run in values_by_epoch(final, name, curve)]
             if runs:
                 lines.append(Curves(method.name, list(range(1, len(runs[0]) + 1)), runs, STYLE[name]))
         drawn.append(curves(title, lines, x_label="epoch", y_label=label))
@@ -249,10 +249,6 @@ def _unit(measure: str) -> str:
     if measure in ("loss", "sam_ball", "asam_ball"):
         return "nats"
     return "gradient norm" if measure == "regret" else "per unit of weight²"
-
-
-def _curve(run: Mapping[str, Any], name: str, scale: float) -> list[float]:
-    return [NAN if v is None else scale * v for v in run["curves"][name]]
 
 
 def _float(value: float | None) -> float:

@@ -218,6 +218,27 @@ def interpolation_note(final: Results) -> str:
     return f"{numbers} Here the two move in the direction that flatness would predict."
 
 
+def training_note(final: Results) -> str:
+    """Where SGD's test accuracy is highest, and what the rest of its training does."""
+    test, train = (
+        [100 * mean(column) for column in zip(*values_by_epoch(final, "sgd_long", name), strict=True)]
+        for name in ("test_accuracy", "train_accuracy")
+    )
+    peak = max(range(len(test)), key=lambda epoch: _or_low(test[epoch]))
+    numbers = (
+        f"Averaged over seeds, SGD's test accuracy is highest after {peak + 1} epochs, {test[peak]:.1f} %, and "
+        f"{test[-1]:.1f} % after {len(test)}; the part of the noisy labels that it says goes from {train[peak]:.0f} to "
+        f"{train[-1]:.0f} %."
+    )
+    return f"{numbers} What it learns after the peak is the noise." if test[-1] < test[peak] - 2 else numbers
+
+
+def values_by_epoch(final: Results, method: str, curve: str) -> list[list[float]]:
+    """One curve for each seed; nan after a run failed."""
+    runs = [run["curves"][curve] for run in final.values() if run["job"]["method"] == method]
+    return [[NAN if value is None else value for value in run] for run in runs]
+
+
 def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
     head = ["", "test %, last epoch", "test %, best epoch", "wrong labels learned %", "loss, train", "SAM ball, train"]
     rows = []

@@ -14,6 +14,7 @@ from benchmarks.demo_findings import (
     interpolation_note,
     mean,
     run_table,
+    training_note,
     values,
     verdict,
 )
@@ -37,9 +38,10 @@ def closure():
     return loss
 
 for x, y in loader:
-    optimizer.step(closure)              # runs the closure twice: at w and at the worst point nearby
+    optimizer.step(closure)  # runs the closure twice: at w and at the worst point nearby
 
-loss = Loss(model, criterion, batches)   # batches: a list, or a DataLoader without shuffling or augmentation
+# batches: a list, or a DataLoader without shuffling or augmentation
+loss = Loss(model, criterion, batches)
 write_page("report.html", results_page({
     "sharpness in my optimizer's ball": worst_case_sharpness(loss, optimizer.ball),
     "sharpness in ASAM's ball": worst_case_sharpness(loss, Ball(1.0, adaptive=True)),
@@ -123,9 +125,7 @@ def _accuracy(found: Mapping[str, Any], final: Results) -> Markup:
 def _training(final: Results) -> Markup:
     return section(
         "Training",
-        paragraph(
-            "A network that fits noisy labels perfectly has learned the noise. The gap opens where the curves part."
-        ),
+        paragraph(training_note(final)),
         draw.training_curves(final),
         identifier="training",
     )

@@ -9,7 +9,15 @@ import torch
 
 from benchmarks import command, demo
 from benchmarks.data import digits
-from benchmarks.demo_findings import Difference, correlations, difference, headline, interpolation_note, sign
+from benchmarks.demo_findings import (
+    Difference,
+    correlations,
+    difference,
+    headline,
+    interpolation_note,
+    sign,
+    training_note,
+)
 from benchmarks.demo_page import YOUR_MODEL
 from benchmarks.demo_plan import (
     DATA,
@@ -209,6 +217,17 @@ def fake_runs(curvature, accuracy):
 def test_the_note_on_interpolation_says_what_the_numbers_say():
     assert "is no better" in interpolation_note(fake_runs([40, 3, 20, 5, 5], [80, 67, 90, 94, 94]))
     assert "flatness would predict" in interpolation_note(fake_runs([40, 60, 20, 5, 5], [80, 67, 90, 94, 94]))
+
+
+def test_the_note_on_training_finds_the_peak():
+    def runs(test):
+        curves = {"test_accuracy": test, "train_accuracy": [0.2, 0.6, 0.95]}
+        return {str(seed): {"job": {"method": "sgd_long", "seed": seed}, "curves": curves} for seed in range(2)}
+
+    assert "after 2 epochs, 87.0 %, and 64.0 % after 3" in training_note(runs([0.5, 0.87, 0.64]))
+    assert training_note(runs([0.5, 0.87, 0.64])).endswith("is the noise.")
+    assert training_note(runs([0.5, 0.87, None])).endswith("95 %.")
+    assert training_note(runs([0.5, 0.8, 0.9])).endswith("95 %.")
 
 
 def test_tau_points_the_way_of_the_runs_and_survives_missing_ones():

@@ -83,8 +83,8 @@ class PerturbedPass:
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value of a parameter or buffer; None of what is none of the model's."""
         for b in self._buckets:
-            for param, saved in zip(b.params, b.saved, strict=False):
+            for param, saved, shared in zip(b.params, b.saved, b.shared, strict=False):
                 if param is tensor:
                     clean = torch.view_as_complex(saved) if param.is_complex() else saved
-                    return clean.detach() if b.body is kernels.swap else clean.detach().clone()
+                    return clean.detach().clone() if shared else clean.detach()
         return self._buffers.clean_copy(tensor) if self._buffers_saved else None

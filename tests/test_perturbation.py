@@ -89,29 +89,44 @@ def test_a_fault_in_the_second_pass_leaves_everything_as_before(kind, adaptive, 
     assert not sam.active
 
 
-def test_an_interrupt_between_two_tensors_of_the_move_leaves_no_mixture(monkeypatch):
-    """Ctrl-C may come at any instruction: after each number of moved tensors, all must come back."""
-    from sam_optim.kernels import reference
+@pytest.mark.parametrize("where", ["swap", "shared", "reference"])
+def test_an_interrupt_between_two_tensors_of_the_move_leaves_no_mixture(where, monkeypatch):
+    """Ctrl-C may come at any instruction: wherever the move stopped, all must come back."""
+    from sam_optim.kernels import reference, swap
 
+    if where == "reference":
+        monkeypatch.setattr(swap, "fits", lambda w: False)
+    target = {"swap": (torch, "add"), "shared": (swap.Workspace, "copy_of"), "reference": (reference, "step")}[where]
+    stopped = 0
     for stop in range(6):
-        model, (x, y) = network(), batch()
-        kept = model.state_dict()  # shared storage: moved in place, one by one
+        model, (x, y) = wide_network(), batch()
+        kept = model.state_dict() if where == "shared" else None
         LOSS(model(x), y).backward()
-        state, calls = snapshot(model), [0]
-        real = reference.step
+        state, calls, real = snapshot(model), [0], getattr(*target)
 
-        def interrupted(*args, real=real, calls=calls, stop=stop):
+        def interrupted(*args, real=real, calls=calls, stop=stop, **kwargs):
             calls[0] += 1
             if calls[0] > stop:
                 raise KeyboardInterrupt
-            return real(*args)
+            return real(*args, **kwargs)
 
-        monkeypatch.setattr(reference, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt), Perturbation(model, rho=0.5).perturbed():
-            pass
-        monkeypatch.undo()
+        sam = Perturbation(model, rho=0.5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*target, interrupted)
+            try:
+                with sam.perturbed():
+                    pass
+            except KeyboardInterrupt:
+                stopped += 1
         assert same(model, state)
+        assert not sam.active
         del kept
+    assert stopped > 1
+
+
+def wide_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 1000), nn.ReLU(), nn.Linear(1000, 10), nn.ReLU(), nn.Linear(10, 3))
 
 
 def test_buffers_are_those_of_the_first_pass():

@@ -30,7 +30,8 @@ class Bucket:
     params: as the user knows them. w, g: weights and ascent gradients (real views of complex ones). saved: what holds
     the clean weights while w is perturbed; shorter than w when a move was interrupted. T is |w| + eta where eta is
     given, else t (broadcastable tensors), else 1. rho: the radius, negative where the loss is maximised. noise: draws
-    for stochastic rounding. workspace, index: persistent storage, and the place of each parameter in it.
+    for stochastic rounding. workspace, index: persistent storage, and the place of each parameter in it. shared: moved
+    in place, so that whoever looks into the same storage sees the perturbed weights.
     """
 
     p: float
@@ -44,6 +45,7 @@ class Bucket:
     g: list[Tensor] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
     t: list[Tensor] | None = None
+    shared: list[bool] = field(default_factory=list)
     saved: list[Tensor] = field(default_factory=list)
 
 
@@ -78,14 +80,13 @@ class Store:
             None if g is None else (w.dtype, w.shape, w.stride(), g.dtype, g.layout, _stride(g))
             for w, g in zip(params, grads, strict=True)
         ]
-        unshared = [swap.is_unshared(params[i]) for i in self._place]
-        if self._chosen_for != (kinds, unshared):
-            self._plan = self._choose(grads, dict(zip(self._place, unshared, strict=True)))
-            self._chosen_for = (kinds, unshared)
+        if self._chosen_for != kinds:
+            self._plan, self._chosen_for = self._choose(grads), kinds
         found = []
         for body, workspace, members, places in self._plan:
             b = Bucket(p, rho, eta, body, workspace, self._noise)
             b.params, b.index = [params[i] for i in members], places
+            b.shared = [body is not swap or swap.is_shared(w) for w in b.params]
             b.w, b.g = b.params, [grads[i] for i in members]  # type: ignore[misc]
             if t is not None:
                 b.t = [t(w).unsqueeze(-1) if w.is_complex() else t(w) for w in b.params]
@@ -95,14 +96,12 @@ class Store:
             found.append(b)
         return found
 
-    def _choose(
-        self, grads: list[Any], unshared: dict[int, bool]
-    ) -> list[tuple[ModuleType, Any, list[int], list[int]]]:
+    def _choose(self, grads: list[Any]) -> list[tuple[ModuleType, Any, list[int], list[int]]]:
         found: dict[Any, tuple[ModuleType, Any, list[int], list[int]]] = {}
         for i, (w, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is None:
                 continue
-            if unshared.get(i) and _same_layout(w, g, self._place[i]):
+            if i in self._place and _same_layout(w, g, self._place[i]):
                 workspace, place = self._place[i]
                 entry = found.setdefault(id(workspace), (swap, workspace, [], []))
             else:

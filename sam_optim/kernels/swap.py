@@ -19,16 +19,13 @@ ROW = 65536  # entries of one float32 norm: a longer sum loses digits, 1e-3 of t
 CHUNK = 8 * ROW  # entries of what needs several operations: short enough for a cache, long against the cost of a call
 SMALL = 4096  # entries: below, calling an operation costs more than its work
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is known to be safe
-_probe = torch.empty(1)
-_UNSHARED = _use_count(_probe.untyped_storage()._cdata) if _use_count else 0
+_use_count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it every storage counts as shared
 
 
 def fits(w: Tensor) -> bool:
     """Whether this kind of parameter may borrow storage: plain, dense, on the CPU, in the precision of the sums."""
     return (
-        _use_count is not None
-        and type(w) in (torch.nn.Parameter, Tensor)
+        type(w) in (torch.nn.Parameter, Tensor)
         and w.dtype in (torch.float32, torch.float64)
         and w.device.type == "cpu"
         and w.layout == torch.strided
@@ -37,14 +34,15 @@ def fits(w: Tensor) -> bool:
     )
 
 
-def is_unshared(w: Tensor) -> bool:
-    """Whether nobody else looks into the storage of w.
+def is_shared(w: Tensor) -> bool:
+    """Whether somebody else looks into the storage of w, who would miss that w has borrowed another.
 
-    A view of a flat buffer, a second parameter on the same storage, a numpy array or a state_dict that is being kept
-    would go on seeing the clean weights; those are moved in place.
+    A view of a flat buffer, a second parameter on the same storage, a numpy array, a state_dict that is being kept.
     """
-    assert _use_count is not None  # else nothing `fits`
-    return _use_count(w.untyped_storage()._cdata) <= _UNSHARED
+    if _use_count is None:
+        return True
+    storage = w.untyped_storage()  # one reference is this one, one is that of w
+    return _use_count(storage._cdata) > 2
 
 
 class Workspace:
@@ -75,6 +73,13 @@ class Workspace:
         self.total = torch.zeros((), dtype=torch.float64)
         longest = max(w.numel() for w in params)
         self.temporary = torch.empty(max(min(CHUNK, longest), sum(sizes)), dtype=dtype)
+        self._copies: dict[int, Tensor] = {}
+
+    def copy_of(self, i: int, w: Tensor) -> Tensor:
+        """The bits of a parameter that has to be moved in place."""
+        if i not in self._copies:
+            self._copies[i] = torch.empty_like(self.out[i])
+        return self._copies[i].copy_(w)
 
 
 def dual_power(b: Bucket) -> float:
@@ -99,33 +104,44 @@ def dual_power(b: Bucket) -> float:
 
 
 def ascend_(b: Bucket, factor: float) -> None:
+    ws = b.workspace
+    _compute(b, factor)
+    for i, w, shared in zip(b.index, b.w, b.shared, strict=True):  # all before the first move: two may share storage
+        b.saved.append(ws.copy_of(i, w) if shared else w.data)
+    for i, w, shared in zip(b.index, b.w, b.shared, strict=True):
+        if shared:
+            w.copy_(ws.out[i])
+        else:
+            w.data = ws.out[i]
+    torch.autograd.graph.increment_version(b.w)  # a backward through the graph of pass 1 must fail, as in place
+
+
+def restore_(b: Bucket) -> None:
+    for w, clean, shared in zip(b.w, b.saved, b.shared, strict=False):
+        if shared:
+            w.copy_(clean)
+        else:
+            w.data = clean
+    torch.autograd.graph.increment_version(b.w)
+
+
+def _compute(b: Bucket, factor: float) -> None:
+    """The perturbed weights, in the storage to be borrowed."""
     ws, plain = b.workspace, b.p == 2 and b.eta is None and b.t is None
     small = _count_small(b)
     if small:  # gathered by `dual_power`
         if b.eta is None:
             torch._foreach_copy_([ws.w[i] for i in b.index[:small]], [w.data for w in b.w[:small]])
         _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, factor)
-    for k, (i, w, g) in enumerate(zip(b.index, b.w, b.g, strict=True)):
-        clean, out = w.data, ws.out[i]
-        if k < small:
-            pass
-        elif plain:
-            torch.add(clean, g, alpha=factor, out=out)
+    for k in range(small, len(b.w)):
+        w, g, out = b.w[k].data, b.g[k], ws.out[b.index[k]]
+        if plain:
+            torch.add(w, g, alpha=factor, out=out)
         elif b.eta is None:
-            _move(b, None if b.t is None else b.t[k], clean, g, out, factor)
+            _move(b, None if b.t is None else b.t[k], w, g, out, factor)
         else:
-            parts = (_flat(x).split(CHUNK) for x in (clean, g, out))
-            for part, gradient, target in zip(*parts, strict=True):
+            for part, gradient, target in zip(*(_flat(x).split(CHUNK) for x in (w, g, out)), strict=True):
                 _move(b, None, part, gradient, target, factor)
-        b.saved.append(clean)  # before the weights move: what is recorded can be brought back
-        w.data = out
-    torch.autograd.graph.increment_version(b.w)  # a backward through the graph of pass 1 must fail, as in place
-
-
-def restore_(b: Bucket) -> None:
-    for w, clean in zip(b.w, b.saved, strict=False):
-        w.data = clean
-    torch.autograd.graph.increment_version(b.w)
 
 
 def small_first(

@@ -20,7 +20,9 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.demo_findings import mean, select, summary
+from benchmarks.demo_page import page
 from benchmarks.demo_plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
+from sam_optim.report import write_page
 
 Job = Mapping[str, Any]
 Results = dict[str, dict[str, Any]]
@@ -86,9 +88,6 @@ def report(
     plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Results, out: Path, *, quick: bool, seconds: float
 ) -> None:
     """Write the page and the numbers, close with a table and the path."""
-    from benchmarks.demo_page import page
-    from sam_optim.report import write_page
-
     found = summary(plan, chosen, tuning, final) | {"quick": quick, "seconds": seconds}
     command.write_json(out / "results.json", found)
     path = write_page(out / "report.html", page(plan, found, final))

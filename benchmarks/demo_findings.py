@@ -15,11 +15,13 @@ from sam_optim.results import plain, provenance
 NAN = float("nan")
 Results = Mapping[str, Mapping[str, Any]]
 SHARPNESS = tuple(name for name in MEASURES if name != "loss")
-CONTROLS = {
-    "sgd_long": ("last", "SGD with twice the epochs"),
-    "sgd_decay": ("last", "SGD with tuned weight decay"),
-    "sgd": ("best", "SGD stopped early"),
+CONTROL_NAMES = {
+    "sgd_long": "SGD with twice the epochs",
+    "sgd_decay": "SGD with tuned weight decay",
+    "sgd": "plain SGD",
 }
+# (method, which epoch): compared like with like, so SAM stops early, too, where the control does
+CONTROLS = (("sgd_long", "last"), ("sgd_decay", "last"), ("sgd", "best"), ("sgd_decay", "best"))
 
 
 class Difference(NamedTuple):
@@ -41,6 +43,7 @@ def summary(plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Res
         "accuracy": accuracy,
         "headline": headline(accuracy),
         "differences": differences(accuracy),
+        "best_control": best_control(accuracy),
         "correlations": correlations(final),
         "chosen": dict(chosen),
         "tuning": tuning_table(plan, tuning),
@@ -95,24 +98,27 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
 
 
 def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
-    """SAM and ASAM against SGD and each control, in points (1 %) of test accuracy; `control` marks the latter."""
-
-    def row(ours: str, when: str, theirs: str, at: str, name: str, control: bool) -> dict[str, Any]:
-        found = difference(accuracy[ours][when], accuracy[theirs][at])
-        return {"name": f"{METHODS[ours].name} minus {name}", "control": control, "ours": ours} | found._asdict()
-
+    """SAM and ASAM against SGD and each control, at the same kind of epoch, in points (1 %) of test accuracy."""
     rows = []
     for ours in ("sam", "asam"):
-        rows.append(row(ours, "last", "sgd", "last", "SGD", False))
-        rows += [row(ours, "last", control, at, name, True) for control, (at, name) in CONTROLS.items()]
-        rows.append(row(ours, "best", "sgd", "best", "SGD, both stopped early", False))
+        for theirs, when in (("sgd", "last"), *CONTROLS):
+            found = difference(accuracy[ours][when], accuracy[theirs][when])
+            name = f"{METHODS[ours].name} minus {CONTROL_NAMES[theirs]}" + (
+                ", both stopped early" if when == "best" else ""
+            )
+            rows.append({"name": name, "ours": ours, "theirs": theirs, "when": when} | found._asdict())
     return rows
+
+
+def best_control(accuracy: Mapping[str, Mapping[str, list[float]]]) -> tuple[str, str]:
+    """(method, which epoch) of the control with the highest mean test accuracy."""
+    return max(CONTROLS, key=lambda control: _or_low(mean(accuracy[control[0]][control[1]])))
 
 
 def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
     gain = difference(accuracy["sam"]["last"], accuracy["sgd"]["last"])
-    control, (when, name) = max(CONTROLS.items(), key=lambda item: _or_low(mean(accuracy[item[0]][item[1][0]])))
-    rest = difference(accuracy["sam"]["last"], accuracy[control][when])
+    control, when = best_control(accuracy)
+    rest, name = difference(accuracy["sam"][when], accuracy[control][when]), CONTROL_NAMES[control]
     first = {
         1: f"SAM is {gain.mean:.1f} percentage points more accurate than SGD on clean test digits",
         -1: f"SAM is {-gain.mean:.1f} percentage points less accurate than SGD on clean test digits",
@@ -123,7 +129,8 @@ def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
         -1: f"the best control, {name}, beats SAM by {-rest.mean:.1f} points",
         0: f"SAM cannot be told from the best control, {name}",
     }[sign(rest)]
-    return f"{first}, {'and' if sign(gain) == sign(rest) else 'but'} {second}."
+    joint = "and" if sign(gain) == sign(rest) else "but"
+    return f"{first}, {joint} {'with early stopping for both ' if when == 'best' else ''}{second}."
 
 
 def sign(difference: Difference) -> int:

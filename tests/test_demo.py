@@ -11,8 +11,10 @@ from benchmarks import command, demo
 from benchmarks.data import digits
 from benchmarks.demo_findings import (
     Difference,
+    best_control,
     correlations,
     difference,
+    differences,
     headline,
     interpolation_note,
     sign,
@@ -199,6 +201,22 @@ def test_the_headline_follows_from_the_numbers(sam, decay, expected):
     sgd = [70.0 + j for j in jitter]
     found = headline(accuracies([sam + j for j in other], sgd, [decay + j for j in jitter]))
     assert expected in found
+
+
+def test_the_best_control_may_be_one_that_stops_early_and_sam_then_does_too():
+    noise = [-0.4, 0.1, 0.0, 0.2, 0.1]
+    table = {m: {"last": [70.0] * 5, "best": [86.0] * 5} for m in METHODS}
+    table["sam"] = {"last": [90.0 + e for e in noise], "best": [92.0 + e for e in noise]}
+    found = headline(table)
+    assert "more accurate than SGD" in found
+    assert "and with early stopping for both SAM beats the best control, plain SGD, by 6.0 points" in found
+    table["sgd_decay"]["best"] = [92.0 - e for e in noise]
+    assert "but with early stopping for both SAM cannot be told from the best control, SGD with tuned" in headline(
+        table
+    )
+    assert best_control(table) == ("sgd_decay", "best")
+    rows = {d["name"]: d["mean"] for d in differences(table)}
+    assert rows["SAM minus SGD with tuned weight decay, both stopped early"] == pytest.approx(0)
 
 
 def fake_runs(curvature, accuracy):

@@ -67,6 +67,12 @@ class Estimate(_Result):
     def __float__(self) -> float:
         return self.value
 
+    def __str__(self) -> str:
+        text = f"{self.value:.4g}"
+        if math.isfinite(self.stderr) and self.stderr > 0:
+            text += f" ± {self.stderr:.2g} (n = {self.num_samples})"
+        return text + ("" if self.converged else f" (not converged: {self.reason or 'see details'})")
+
     def to_dict(self) -> dict[str, Any]:
         return {"value": None, "stderr": None} | super().to_dict()
 
@@ -90,6 +96,10 @@ class Spectrum(_Result):
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{x:.4g}" for x in self.eigenvalues.tolist())
+        return text + ("" if self.converged else f" (not converged: {self.reason or 'see residuals'})")
 
     def to_dict(self) -> dict[str, Any]:
         found = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "eigenvectors"}

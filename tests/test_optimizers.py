@@ -309,6 +309,35 @@ def test_resuming_is_not_stopping(base):
     assert equal(train(other, resumed, range(5, 10)), truth)
 
 
+def test_distributed_checkpoints_state_of_a_fresh_optimizer_and_back():
+    """torch.distributed.checkpoint makes state by step(closure=None) with zero gradients and a learning rate of 0."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, other = network(), network()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1)
+    get_optimizer_state_dict(model, optimizer)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other.load_state_dict(model.state_dict())
+    resumed = SAM(other.parameters(), torch.optim.AdamW, lr=0.5, rho=0.5)
+    set_optimizer_state_dict(other, resumed, saved)
+    assert equal(train(other, resumed, range(3, 6)), train(model, optimizer, range(3, 6)))
+
+
+def test_a_compiled_model_is_compiled_once_and_sees_the_perturbed_weights():
+    from torch._dynamo.testing import CompileCounter
+
+    model, twin, counter = network().eval(), network().eval(), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    optimizer, plain = (SAM(m.parameters(), BASES["momentum"], rho=0.1, module=m) for m in (model, twin))
+    for i in range(4):
+        optimizer.step(closure_of(compiled, optimizer, i))
+        plain.step(closure_of(twin, plain, i))
+        assert optimizer.last_step.sharpness > 0
+    assert counter.frame_count == 1
+    assert equal(model.parameters(), twin.parameters())
+
+
 def test_checkpoints_move_between_sam_and_its_base():
     model = network()
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -130,7 +130,7 @@ def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
         0: f"SAM cannot be told from the best control, {name}",
     }[sign(rest)]
     joint = "and" if sign(gain) == sign(rest) else "but"
-    return f"{first}, {joint} {'with early stopping for both ' if when == 'best' else ''}{second}."
+    return f"{first}, {joint} {'with early stopping for both, ' if when == 'best' else ''}{second}."
 
 
 def sign(difference: Difference) -> int:

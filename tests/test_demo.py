@@ -209,9 +209,9 @@ def test_the_best_control_may_be_one_that_stops_early_and_sam_then_does_too():
     table["sam"] = {"last": [90.0 + e for e in noise], "best": [92.0 + e for e in noise]}
     found = headline(table)
     assert "more accurate than SGD" in found
-    assert "and with early stopping for both SAM beats the best control, plain SGD, by 6.0 points" in found
+    assert "and with early stopping for both, SAM beats the best control, plain SGD, by 6.0 points" in found
     table["sgd_decay"]["best"] = [92.0 - e for e in noise]
-    assert "but with early stopping for both SAM cannot be told from the best control, SGD with tuned" in headline(
+    assert "but with early stopping for both, SAM cannot be told from the best control, SGD with tuned" in headline(
         table
     )
     assert best_control(table) == ("sgd_decay", "best")

@@ -4,8 +4,8 @@
 
 Everything runs in one process on one thread, in a new random order in each round, on clones of the same weights and
 gradients. Compared are paired ratios of thread CPU time, which hold where other processes share the machine. The peer
-is `pytorch_optimizer`'s SAM, whose adaptive variant has T = |w|; ours is measured in that form (eta = 0) and with the eta
-of the ASAM paper.
+is `pytorch_optimizer`'s SAM, whose adaptive variant has T = |w|; ours is measured in that form (eta = 0) and with the
+eta of the ASAM paper.
 
 The floor is one norm and one out-of-place add for each tensor into persistent storage, and no bookkeeping; for ASAM the
 same two with T = |w| in them, which is one multiplication more in each.
@@ -180,7 +180,7 @@ def compare(model: str, rounds: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = f"{'shapes':22s}{'':15s}{'ms':>7s}{'peer ms':>9s}{'peer / ours':>22s}{'ours / floor':>22s}{'largest alloc.':>16s}"
+    head = f"{'shapes':22s}{'':15s}{'ms':>7s}{'peer ms':>9s}{'peer / ours':>22s}{'ours / floor':>22s}{'largest':>10s}"
     lines = [head, "-" * len(head)]
     for r in results:
         name = f"{r['model']} ({r['parameters'] / 1e6:.1f} M)"
@@ -191,7 +191,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ms = r["milliseconds"]
             lines.append(
                 f"{name:22.22s}{k:>15s}{ms[k]:7.2f}{ms['peer ' + k.split()[0]]:9.2f}{cells[0]:>22s}{cells[1]:>22s}"
-                f"{r['allocated'][k]['largest']:>14d} B"
+                f"{r['allocated'][k]['largest']:>8d} B"
             )
             name = ""
         lines.append(

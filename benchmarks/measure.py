@@ -28,9 +28,6 @@ MEASURES: dict[str, Callable[[Loss, Any], Any]] = {
     "eigenvalue": lambda loss, ball: measures.hessian_eigenvalues(loss, num=1, tol=1e-3),
     "trace": lambda loss, ball: measures.hessian_trace(loss, num_probes=30),
     "gradient_regret": lambda loss, ball: measures.gradient_regret(loss),
-    "gradient_coherence": lambda loss, ball: measures.gradient_coherence(loss),
-    "gradient_noise_scale": lambda loss, ball: measures.gradient_noise_scale(loss),
-    "fisher_rao_norm": lambda loss, ball: measures.fisher_rao_norm(loss),
 }
 DEFAULT_RHO = 0.05
 

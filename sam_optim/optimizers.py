@@ -339,10 +339,9 @@ class ASAM(SAM):
         replay_rng: bool = False,
         **base_kwargs: Any,
     ):
-        options: dict[str, Any] = {"module": module, "foreach": foreach, "fused": fused}
-        options |= {"rounding": rounding, "replay_rng": replay_rng}
-        given: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
-        super().__init__(params, base_optimizer, **given, **options, **base_kwargs)
+        own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "module": module}
+        own |= {"foreach": foreach, "fused": fused, "rounding": rounding, "replay_rng": replay_rng}
+        super().__init__(params, base_optimizer, **own, **base_kwargs)
 
 
 def _accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:

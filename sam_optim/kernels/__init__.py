@@ -76,17 +76,14 @@ class Store:
         """The parameters that have a gradient now, by the body that moves them. `t` makes T of one parameter."""
         params = self.params
         grads = [w.grad for w in params]
-        kinds = [
-            None if g is None else (w.dtype, w.shape, w.stride(), g.dtype, g.layout, _stride(g))
-            for w, g in zip(params, grads, strict=True)
-        ]
+        kinds = _kinds(params, grads)
         if self._chosen_for != kinds:
             self._plan, self._chosen_for = self._choose(grads), kinds
         found = []
         for body, workspace, members, places in self._plan:
             b = Bucket(p, rho, eta, body, workspace, self._noise)
             b.params, b.index = [params[i] for i in members], places
-            b.shared = [body is not swap or swap.is_shared(w) for w in b.params]
+            b.shared = swap.shared(b.params) if body is swap else [True] * len(members)
             b.w, b.g = b.params, [grads[i] for i in members]  # type: ignore[misc]
             if t is not None:
                 b.t = [t(w).unsqueeze(-1) if w.is_complex() else t(w) for w in b.params]
@@ -126,6 +123,17 @@ class Store:
         if self._foreach or (self._foreach is None and w.device.type != "cpu"):
             return foreach
         return reference
+
+
+def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
+    """What the choice of a body depends on. A list without function calls where all gradients are there and dense."""
+    try:
+        return [(w.dtype, w.shape, w.stride(), g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
+    except (AttributeError, RuntimeError):
+        return [
+            None if g is None else (w.dtype, w.shape, w.stride(), g.dtype, g.layout, _stride(g))
+            for w, g in zip(params, grads, strict=True)
+        ]
 
 
 def _stride(g: Tensor) -> tuple[int, ...] | None:

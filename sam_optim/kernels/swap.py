@@ -34,15 +34,15 @@ def fits(w: Tensor) -> bool:
     )
 
 
-def is_shared(w: Tensor) -> bool:
-    """Whether somebody else looks into the storage of w, who would miss that w has borrowed another.
+def shared(params: list[Tensor]) -> list[bool]:
+    """Of each parameter, whether somebody else looks into its storage, who would miss that it has borrowed another.
 
     A view of a flat buffer, a second parameter on the same storage, a numpy array, a state_dict that is being kept.
     """
     if _use_count is None:
-        return True
-    storage = w.untyped_storage()  # one reference is this one, one is that of w
-    return _use_count(storage._cdata) > 2
+        return [True] * len(params)
+    storages = [w.untyped_storage() for w in params]  # holds one reference; the parameter has another
+    return [_use_count(storage._cdata) > 2 for storage in storages]
 
 
 class Workspace:
@@ -105,9 +105,11 @@ def dual_power(b: Bucket) -> float:
 
 def ascend_(b: Bucket, factor: float) -> None:
     ws = b.workspace
-    _compute(b, factor)
-    for i, w, shared in zip(b.index, b.w, b.shared, strict=True):  # all before the first move: two may share storage
-        b.saved.append(ws.copy_of(i, w) if shared else w.data)
+    clean = [w.data for w in b.w]
+    _compute(b, clean, factor)
+    if any(b.shared):  # all copies before the first move: two may share storage
+        clean = [ws.copy_of(i, w) if s else w for i, w, s in zip(b.index, clean, b.shared, strict=True)]
+    b.saved = clean  # before the first move: what is recorded can be brought back
     for i, w, shared in zip(b.index, b.w, b.shared, strict=True):
         if shared:
             w.copy_(ws.out[i])
@@ -125,16 +127,16 @@ def restore_(b: Bucket) -> None:
     torch.autograd.graph.increment_version(b.w)
 
 
-def _compute(b: Bucket, factor: float) -> None:
+def _compute(b: Bucket, weights: list[Tensor], factor: float) -> None:
     """The perturbed weights, in the storage to be borrowed."""
     ws, plain = b.workspace, b.p == 2 and b.eta is None and b.t is None
     small = _count_small(b)
     if small:  # gathered by `dual_power`
         if b.eta is None:
-            torch._foreach_copy_([ws.w[i] for i in b.index[:small]], [w.data for w in b.w[:small]])
+            torch._foreach_copy_([ws.w[i] for i in b.index[:small]], weights[:small])
         _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, factor)
     for k in range(small, len(b.w)):
-        w, g, out = b.w[k].data, b.g[k], ws.out[b.index[k]]
+        w, g, out = weights[k], b.g[k], ws.out[b.index[k]]
         if plain:
             torch.add(w, g, alpha=factor, out=out)
         elif b.eta is None:

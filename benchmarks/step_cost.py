@@ -8,7 +8,7 @@ is `pytorch_optimizer`'s SAM, whose adaptive variant has T = |w|; ours is measur
 eta of the ASAM paper.
 
 The floor is one norm and one out-of-place add for each tensor into persistent storage, and no bookkeeping; for ASAM the
-same two with T = |w| in them, which is one multiplication more in each.
+same two of T g and T^2 g, T = |w|, which is one multiplication more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from sam_optim import ASAM, SAM, __version__
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
 RHO = 0.05
-CHUNK = 65536
 
 Run = Callable[[], None]
 
@@ -93,7 +92,7 @@ def floor(shapes: list[torch.Size], *, adaptive: bool = False) -> tuple[Run, Run
     params, grads = make(shapes)
     triples = [(p.data.view(-1), g.view(-1), torch.empty_like(g.view(-1))) for p, g in zip(params, grads, strict=True)]
     norm = torch.linalg.vector_norm
-    result, spare = torch.empty(()), torch.empty(CHUNK)
+    result = torch.empty(())
 
     def plain() -> None:
         for _, g, _ in triples:
@@ -102,12 +101,10 @@ def floor(shapes: list[torch.Size], *, adaptive: bool = False) -> tuple[Run, Run
             torch.add(w, g, alpha=1e-3, out=out)
 
     def with_t() -> None:
-        for w, g, _ in triples:
-            for a, b in zip(w.split(CHUNK), g.split(CHUNK), strict=True):
-                norm(torch.mul(a, b, out=spare[: len(a)]), out=result)
         for w, g, out in triples:
-            for a, b, c in zip(w.split(CHUNK), g.split(CHUNK), out.split(CHUNK), strict=True):
-                torch.addcmul(a, a, torch.mul(a, b, out=spare[: len(a)]), value=1e-3, out=c)
+            norm(torch.mul(w, g, out=out), out=result)
+        for w, _, out in triples:
+            torch.addcmul(w, w, out, value=1e-3, out=out)
 
     return lambda: None, with_t if adaptive else plain
 

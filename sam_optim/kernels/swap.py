@@ -6,6 +6,7 @@ storage. Large tensors are walked in chunks that stay in the cache; small ones a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,11 @@ class Workspace:
         self.total = torch.zeros((), dtype=torch.float64)
         longest = max(w.numel() for w in params)
         self.temporary = torch.empty(max(min(CHUNK, longest), sum(sizes)), dtype=dtype)
+        self.flat_spare = self.temporary[: sum(sizes)]
+        self.out_flat = [_flat(x) for x in self.out]
+        self.spare = [
+            torch.as_strided(self.temporary, w.shape, w.stride()) if w.numel() <= CHUNK else None for w in params
+        ]
         self._copies: dict[int, Tensor] = {}
 
     def copy_of(self, i: int, w: Tensor) -> Tensor:
@@ -95,10 +101,12 @@ def dual_power(b: Bucket) -> float:
             torch.linalg.vector_norm(_partial_norms(g, b.t[i], order), order, out=ws.norm[at])
             at += 1
         elif b.eta is None:
-            at = _row_norms(_flat(g), order, ws, at)
+            at = _row_norms(g if g.numel() <= ROW else _flat(g), order, ws, at)
+        elif ws.spare[k := b.index[i]] is not None:
+            _scaled(b.eta, b.w[i].data, g, ws.out[k])
+            at = _row_norms(ws.out_flat[k], order, ws, at)
         else:
-            parts = (_flat(x).split(CHUNK) for x in (b.w[i].data, g, ws.out[b.index[i]]))
-            for w, gradient, out in zip(*parts, strict=True):
+            for w, gradient, out in _chunks(b.w[i].data, g, ws.out[k]):
                 at = _row_norms(_scaled(b.eta, w, gradient, out), order, ws, at)
     return torch.linalg.vector_norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
 
@@ -134,16 +142,16 @@ def _compute(b: Bucket, weights: list[Tensor], factor: float) -> None:
     if small:  # gathered by `dual_power`
         if b.eta is None:
             torch._foreach_copy_([ws.w[i] for i in b.index[:small]], weights[:small])
-        _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, factor)
+        _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, ws.flat_spare, factor)
     for k in range(small, len(b.w)):
-        w, g, out = weights[k], b.g[k], ws.out[b.index[k]]
+        w, g, i = weights[k], b.g[k], b.index[k]
         if plain:
-            torch.add(w, g, alpha=factor, out=out)
-        elif b.eta is None:
-            _move(b, None if b.t is None else b.t[k], w, g, out, factor)
+            torch.add(w, g, alpha=factor, out=ws.out[i])
+        elif b.eta is None or ws.spare[i] is not None:
+            _move(b, None if b.t is None else b.t[k], w, g, ws.out[i], ws.spare[i], factor)
         else:
-            for part, gradient, target in zip(*(_flat(x).split(CHUNK) for x in (w, g, out)), strict=True):
-                _move(b, None, part, gradient, target, factor)
+            for part, gradient, out in _chunks(w, g, ws.out[i]):
+                _move(b, None, part, gradient, out, ws.temporary[: len(part)], factor)
 
 
 def small_first(
@@ -171,11 +179,11 @@ def _count_small(b: Bucket) -> int:
     return 0 if b.t is not None else sum([b.workspace.is_small[i] for i in b.index])
 
 
-def _move(b: Bucket, t: Tensor | None, w: Tensor, g: Tensor, out: Tensor, factor: float) -> None:
+def _move(b: Bucket, t: Tensor | None, w: Tensor, g: Tensor, out: Tensor, spare: Tensor | None, factor: float) -> None:
     """out <- w + factor T^2 g  or  w + factor T sign(g);  T is |w| + eta, and then T g in `out` already, or t, or 1."""
     if b.eta is not None:
         direction = out if b.p == 2 else torch.sgn(out, out=out)
-        t = w if b.eta == 0 else _elementwise(b.eta, w, b.workspace.temporary)
+        t = w if b.eta == 0 else torch.abs(w, out=spare).add_(b.eta)
         torch.addcmul(w, t, direction, value=factor, out=out)
     elif b.p == 2:
         torch.add(w, g, alpha=factor, out=out) if t is None else torch.addcmul(w, t * t, g, value=factor, out=out)
@@ -186,16 +194,19 @@ def _move(b: Bucket, t: Tensor | None, w: Tensor, g: Tensor, out: Tensor, factor
 
 def _scaled(eta: float, w: Tensor, g: Tensor, out: Tensor) -> Tensor:
     """T g in `out`; without eta w g, whose sign meets that of w again in `_move`."""
-    return torch.mul(w, g, out=out) if eta == 0 else _elementwise(eta, w, out).mul_(g)
+    return torch.mul(w, g, out=out) if eta == 0 else torch.abs(w, out=out).add_(eta).mul_(g)
 
 
 def _row_norms(x: Tensor, order: int, ws: Workspace, at: int) -> int:
-    """Norms of the rows of a flat x into ws.norms[at:]; returns the end of them."""
-    norm, rows = torch.linalg.vector_norm, len(x) // ROW
-    if rows:
-        norm(x[: rows * ROW].view(rows, ROW), order, 1, out=ws.norms[at : at + rows])
-    if rows * ROW < len(x):
-        norm(x[rows * ROW :] if rows else x, order, out=ws.norm[at + rows])
+    """Norms of the rows of a flat x, or of one that is shorter, into ws.norms[at:]; returns the end of them."""
+    norm, n = torch.linalg.vector_norm, x.numel()
+    if n <= ROW:
+        norm(x, order, out=ws.norm[at])
+        return at + 1
+    rows = n // ROW
+    norm(x[: rows * ROW].view(rows, ROW), order, 1, out=ws.norms[at : at + rows])
+    if rows * ROW < n:
+        norm(x[rows * ROW :], order, out=ws.norm[at + rows])
         rows += 1
     return at + rows
 
@@ -209,9 +220,9 @@ def _partial_norms(g: Tensor, t: Tensor, order: int) -> Tensor:
     return (t * torch.linalg.vector_norm(g, order, dim=shared, keepdim=t.ndim > 0, dtype=dtype)).to(g.dtype)
 
 
-def _elementwise(eta: float, w: Tensor, spare: Tensor) -> Tensor:
-    """|w| + eta for a flat w, in a temporary that is at least as long."""
-    return torch.abs(w, out=spare if spare.shape == w.shape else spare[: w.numel()]).add_(eta)
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one dense layout, chunk by chunk in the order of memory."""
+    return zip(*(_flat(x).split(CHUNK) for x in tensors), strict=True)
 
 
 def _flat(x: Tensor) -> Tensor:

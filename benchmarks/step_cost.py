@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks import command
+from benchmarks.command import InputError, unknown
 from sam_optim import ASAM, SAM, __version__
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
@@ -52,6 +54,8 @@ def shapes_of(model: str) -> list[torch.Size]:
     """Those of the parameters of a timm model, made without memory."""
     import timm
 
+    if not timm.is_model(model):
+        raise unknown("model", model, timm.list_models())
     with torch.device("meta"):
         return [p.shape for p in timm.create_model(model).parameters()]
 
@@ -203,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
+    if args.rounds < 2:
+        raise InputError(f"--rounds must be >= 2, for quartiles, got {args.rounds}")
     torch.set_num_threads(1)
     results = [compare(model, args.rounds) for model in args.models]
     print(table(results))
@@ -224,4 +230,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -33,12 +33,12 @@ class Buffers:
     @torch.no_grad()
     def save(self, model: nn.Module) -> None:
         self._slots = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items()]
-        found = {id(b): b for _, _, b in self._slots if b is not None}
+        found = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)}
         stale = self._kept
         self._kept = {}
         for key, b in found.items():
             old = stale.get(key)
-            if old is not None and old[0] is b and old[1].shape == b.shape and old[1].dtype == b.dtype:
+            if old is not None and old[0] is b and _alike(old[1], b):
                 self._kept[key] = (b, old[1].copy_(b))
             else:
                 self._kept[key] = (b, b.detach().clone())
@@ -49,12 +49,24 @@ class Buffers:
             if owner.get(name) is not buffer:
                 owner[name] = buffer
         for buffer, copy in self._kept.values():
+            if buffer.shape != copy.shape:
+                buffer.resize_(copy.shape)
             buffer.copy_(copy)
 
     def clean_copy(self, buffer: Tensor) -> Tensor | None:
         """The saved value of `buffer`, or None if it is not one of those saved."""
         found = self._kept.get(id(buffer))
         return None if found is None else found[1]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _writable(buffer: Tensor) -> bool:
+    """Not of the buffers that no forward pass can change in place either: expanded, meta, made in inference mode."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    return not (expanded or buffer.is_meta or buffer.is_inference())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ in which every ball is the unit ball of the p-norm: a projection is a rescaling 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ def check_rho(rho: Any) -> None:
             raise ValueError(f"rho is one radius for each group, got a tensor of shape {tuple(rho.shape)}")
         if rho.is_cuda:
             return
-    elif isinstance(rho, bool) or not isinstance(rho, (int, float)):
+    elif isinstance(rho, bool) or not isinstance(rho, numbers.Real):
         raise ValueError(f"rho is a radius in weight space and must be a number, got {rho!r}")
     if not (math.isfinite(rho) and rho >= 0):
         raise ValueError(f"rho is a radius in weight space and must be finite and >= 0, got {rho}")
@@ -72,7 +73,8 @@ def scale(w: Tensor, adaptive: str | None, eta: float) -> Tensor:
     if adaptive is None:
         return torch.ones((), dtype=w.dtype, device=w.device)
     if adaptive == "layer":
-        return torch.linalg.vector_norm(w, dtype=torch.float64).to(w.real.dtype) + eta
+        real = torch.view_as_real(w) if w.is_complex() else w
+        return torch.linalg.vector_norm(real, dtype=torch.float64).to(real.dtype) + eta
     if adaptive == "filter" and w.ndim >= 2:
         return torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) + eta
     return w.abs() + eta

@@ -27,15 +27,19 @@ def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str,
     if not found:
         raise ValueError("got an empty list of parameters")
     groups = found if isinstance(found[0], dict) else [{"params": found}]
+    seen: list[int] = []
     for group in groups:
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         group["params"] = [m[1] if isinstance(m, tuple) else m for m in members]
+        seen += [id(p) for p in group["params"]]
         for p in group["params"]:
             if not isinstance(p, Tensor):
                 raise TypeError(f"params must hold tensors, got {type(p).__name__}")
         for key, value in defaults.items():
             group.setdefault(key, value)
         check_group(group)
+    if len(seen) != len(set(seen)):
+        raise ValueError("a parameter is listed twice, and would be moved twice: pass each one once")
     return groups
 
 
@@ -57,16 +61,17 @@ def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[
 
 def listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
     """params as a list that can be read twice, and the ids in it; None where the base must judge the input itself."""
-    if isinstance(params, (Tensor, dict)) or not isinstance(params, Iterable):
+    if isinstance(params, (Tensor, dict, set)) or not isinstance(params, Iterable):
         return params, None
     found = list(params)
     members: list[Any] = []
-    for i, entry in enumerate(found):
+    for entry in found:
         if isinstance(entry, dict) and "params" in entry:
             inner = entry["params"]
+            if isinstance(inner, set):
+                return found, None  # the base says what is wrong with a set
             if not isinstance(inner, (Tensor, list)):
-                inner = list(inner)
-                found[i] = entry | {"params": inner}
+                inner = entry["params"] = list(inner)  # in place, as torch.optim does
             members += [inner] if isinstance(inner, Tensor) else inner
         else:
             members.append(entry)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,20 +17,37 @@ from sam_optim.batchnorm import Buffers
 
 
 class Rollback:
-    """What a fault must bring back beside the weights: which gradients there were, buffers, generators."""
+    """What a fault must bring back beside the weights: which gradients there were, buffers, generators.
 
-    def __init__(self, params: list[Tensor], state: rng.GlobalState, module: nn.Module | None, buffers: Buffers):
-        self._grads = [(p, p.grad) for p in params]
+    With `keep`, the gradients themselves, which cost their memory meanwhile; else one that has gone comes back as 0.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        state: rng.GlobalState,
+        module: nn.Module | None,
+        buffers: Buffers | None,
+        *,
+        keep: bool,
+    ):
+        self._params = params
+        self._present = [p.grad is not None for p in params]
+        self._grads = [p.grad for p in params] if keep else None
         self._rng = state
         self._buffers = buffers if module is not None else None
-        if module is not None:
+        if module is not None and buffers is not None:
             buffers.save(module)
 
     @torch.no_grad()
     def undo(self) -> None:
-        for p, g in self._grads:
-            if p.grad is not g:
-                p.grad = g
+        for i, p in enumerate(self._params):
+            if self._grads is not None:
+                p.grad = self._grads[i]
+            elif not self._present[i]:
+                p.grad = None
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
         if self._buffers is not None:
             self._buffers.restore()
         self._rng.restore()
@@ -37,31 +56,38 @@ class Rollback:
 class CleanStateDict:
     """A state_dict hook that hands out clean values while the weights are perturbed.
 
-    A checkpoint from a signal handler, an EMA or a callback must not hold w + e. Registered only for that time: a hook
-    that stayed would be pickled with the model.
+    A checkpoint from a signal handler, an EMA or a callback must not hold w + e. It is on every submodule, whose own
+    entries it replaces, and registered only for that time: a hook that stayed would be pickled with the model.
     """
 
     def __init__(self, clean: Callable[[Tensor], Tensor | None]):
-        self._clean = clean
+        self._clean = weakref.WeakMethod(clean)  # the model must not keep a pass alive that its optimizer has dropped
 
-    @classmethod
-    def register(cls, module: nn.Module, clean: Callable[[Tensor], Tensor | None]) -> list[Any]:
-        """On the model and on what it wraps (DDP's `module`, a compiled model's `_orig_mod`); returns the handles."""
-        hook = cls(clean)
-        return [m.register_state_dict_post_hook(hook) for m in _wrapped(module)]
+    def register(self, module: nn.Module) -> Iterator[Any]:
+        """The handles, one by one, so that an interrupt loses none."""
+        for m in module.modules():
+            yield m.register_state_dict_post_hook(self)
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-        for name, tensor in named:
-            if prefix + name in state_dict and (value := self._clean(tensor)) is not None:
-                state_dict[prefix + name] = value
+        clean = self._clean()
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if clean is not None and tensor is not None and prefix + name in state_dict:
+                value = clean(tensor)
+                if value is not None:
+                    state_dict[prefix + name] = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._clean() is not None:
+            raise RuntimeError("the model's weights are perturbed: copy or pickle it when the perturbed pass has ended")
+        return _no_hook.__name__  # pickled as the module-level function that it is
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self.__reduce_ex__(4)
+        return _no_hook
 
 
-def _wrapped(module: nn.Module) -> Iterator[nn.Module]:
-    inner: Any = module
-    while isinstance(inner, nn.Module):
-        yield inner
-        inner = inner._modules.get("module") or inner._modules.get("_orig_mod")
+def _no_hook(*_: Any) -> None:
+    """What is left in a copy of a hook whose pass has ended."""
 
 
 class FirstForward:
@@ -71,6 +97,9 @@ class FirstForward:
         self.state: rng.GlobalState | None = None
         if module is not None:
             module.register_forward_pre_hook(_RememberState(self))
+
+    def forget(self) -> None:
+        self.state = None
 
     def replay(self) -> None:
         if self.state is None:
@@ -97,45 +126,40 @@ class _RememberState:
 class LeftoverProbe:
     """Whether a closure left gradients of before it in place, so that its own were added to them.
 
-    One parameter tells for all: either its gradient is gone, or another tensor, or was written to before the first
-    gradient of the closure was added (`zero_grad(set_to_none=False)`). No host sync unless it was left in place.
+    Looks at three parameters, when the first gradient of the closure is about to be added: is the earlier one still
+    there, not written to since, and not zero? No host sync unless it is there and not written to.
     """
 
     def __init__(self, params: list[Tensor]):
-        found = next((p for p in reversed(params) if p.grad is not None and not p.grad.is_sparse), None)
-        self._param = found
-        self._handle: Any = None
-        if found is None or found.grad is None:
-            return
-        self._grad = found.grad
-        self._before = found.grad.detach().clone()
-        self._version = found.grad._version
-        self._version_at_first: int | None = None
-        if found.requires_grad and found.is_leaf:
-            self._handle = found.register_post_accumulate_grad_hook(self._accumulated)
+        present = [p for p in params if p.grad is not None and not p.grad.is_sparse and p.requires_grad and p.is_leaf]
+        chosen = {id(p): p for p in (present[:1] + present[len(present) // 2 :][:1] + present[-1:])}
+        self._seen: list[tuple[Tensor, Tensor, int]] = [(p, p.grad, p.grad._version) for p in chosen.values()]  # type: ignore[misc,union-attr]
+        self._left = False
+        self._handles = [p.register_hook(functools.partial(self._check, i)) for i, (p, _, _) in enumerate(self._seen)]
 
-    def _accumulated(self, param: Tensor) -> None:
-        if self._version_at_first is None and param.grad is self._grad:
-            self._version_at_first = self._grad._version - 1  # the accumulation itself wrote once
+    def _check(self, i: int, _: Tensor | None = None) -> None:
+        p, grad, version = self._seen[i]
+        if p.grad is grad and grad._version == version and bool(grad.count_nonzero()):
+            self._left = True
+        self._handles[i].remove()  # what is added after the first is the closure's own
 
     def kept(self) -> bool:
         """To be called once, after the closure, also when it raised."""
-        if self._handle is not None:
-            self._handle.remove()
-        if self._param is None or self._param.grad is not self._grad:
-            return False
-        first = self._version_at_first
-        untouched = (self._grad._version if first is None else first) == self._version
-        return untouched and bool(self._before.count_nonzero())
+        for handle in self._handles:
+            handle.remove()
+        for i, (p, grad, version) in enumerate(self._seen):
+            if p.grad is grad and grad._version == version:  # no gradient came: it is still that of before
+                self._check(i)
+        return self._left
 
 
 @contextmanager
 def gradients_apart(params: list[Tensor]) -> Iterator[None]:
-    """Sets gradients aside, and adds those made inside to them, in the tensors that they were in.
+    """Sets gradients aside, and adds those made inside to them, in the tensors that they were in if they own them.
 
     On an exception inside, nothing is added: the caller's rollback brings the gradients back.
     """
-    earlier = [p.grad for p in params]
+    earlier = [None if p.grad is None else _own(p.grad) for p in params]
     for p in params:
         p.grad = None
     yield
@@ -143,3 +167,8 @@ def gradients_apart(params: list[Tensor]) -> Iterator[None]:
         for p, g in zip(params, earlier, strict=True):
             if g is not None:
                 p.grad = g if p.grad is None else g.add_(p.grad)
+
+
+def _own(grad: Tensor) -> Tensor:
+    """The gradient, or a copy of one that lives in storage that the next backward writes to (DDP's bucket views)."""
+    return grad.clone() if grad._is_view() else grad

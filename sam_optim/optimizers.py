@@ -92,8 +92,10 @@ class SAM(Optimizer):
         """Around an optimizer that exists, as timm's factory makes it; keyword arguments as for the class."""
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"wrap takes an optimizer instance, got {base_optimizer!r}")
-        signature = inspect.signature(cls.__init__).parameters
-        values = {k: v.default for k, v in signature.items() if v.kind is v.KEYWORD_ONLY and k != "fused"}
+        values: dict[str, Any] = {}
+        for ancestor in reversed(cls.__mro__[: cls.__mro__.index(SAM) + 1]):  # a subclass may name only what it changes
+            named = inspect.signature(ancestor.__init__).parameters.items()  # type: ignore[misc]
+            values |= {k: v.default for k, v in named if v.kind is v.KEYWORD_ONLY and k != "fused"}
         if unknown := [k for k in kwargs if k not in values]:
             raise TypeError(f"wrap has no argument {unknown[0]!r}; it takes {', '.join(values)}")
         values |= kwargs
@@ -105,6 +107,10 @@ class SAM(Optimizer):
 
     def _adopt(self, base: Optimizer, given: dict[str, Any], **options: Any) -> None:
         _check_base(base)
+        for key in [k for k in _KEYS if k in base.defaults]:  # of a SAM around it before
+            for group in base.param_groups:
+                if group.get(key) == base.defaults[key]:
+                    del group[key]
         for group in base.param_groups:
             check_group(given | {k: group[k] for k in _KEYS if k in group})
         super().__init__(base.param_groups, given)  # fills the groups, which it adopts as they are
@@ -152,8 +158,9 @@ class SAM(Optimizer):
         _refuse_grad_scaler()
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
-        with self.perturbation._all_or_nothing():
+        with self.perturbation.all_or_nothing():
             loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
+            self.perturbation.watch()
             self._base_step()
         return loss
 
@@ -182,7 +189,7 @@ class SAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self.perturbation.completed = False
+        self.perturbation.forget()
 
     def _finish(self) -> None:
         """The base update after a perturbed pass; without one only where no gradient could be misused."""
@@ -331,17 +338,9 @@ class ASAM(SAM):
         rho: float | Tensor = 0.5,
         adaptive: bool | str = True,
         eta: float = 0.01,
-        norm: float = 2,
-        module: nn.Module | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        rounding: str = "nearest",
-        replay_rng: bool = False,
-        **base_kwargs: Any,
+        **kwargs: Any,
     ):
-        own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "module": module}
-        own |= {"foreach": foreach, "fused": fused, "rounding": rounding, "replay_rng": replay_rng}
-        super().__init__(params, base_optimizer, **own, **base_kwargs)
+        super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
 
 
 def _accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:

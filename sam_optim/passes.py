@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ class PerturbedPass:
         first_forward: FirstForward | None,
     ):
         if not _perturbed_now.isdisjoint(map(id, params)):
-            raise RuntimeError("another perturbation holds some of these parameters: only one at a time can move them")
+            raise RuntimeError(
+                "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
+                "pass, or give it up with its exit(failed=True)"
+            )
         self._params = params
         self._buckets = buckets
         self._module = module
@@ -43,11 +47,13 @@ class PerturbedPass:
         self._hooks: list[Any] = []
         self._rng: rng.GlobalState | None = None
         self._buffers_saved = False
+        self._ended = True
 
     def begin(
         self, rng_state: Callable[[], rng.GlobalState], *, zero_grad: bool
     ) -> tuple[kernels.Ascent | None, kernels.Scalar | None]:
         """Moves the weights and clears the gradients. Returns the ascent and the share of it that rounding left."""
+        self._ended = False
         _perturbed_now.update(map(id, self._params))
         ascent = realized = None
         if self._buckets:
@@ -55,10 +61,13 @@ class PerturbedPass:
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             if ascent.moved is not False:
                 realized = kernels.realized(self._buckets, ascent.factors)
+            for b in self._buckets:
+                b.g, b.t = [], None  # the second pass needs their memory
         if self._module is not None:
             self._buffers.save(self._module)
             self._buffers_saved = True
-            self._hooks = CleanStateDict.register(self._module, self.clean)
+            for handle in CleanStateDict(self.clean).register(self._module):
+                self._hooks.append(handle)
         if zero_grad:
             for p in self._params:
                 p.grad = None
@@ -68,17 +77,26 @@ class PerturbedPass:
         return ascent, realized
 
     def end(self) -> None:
-        kernels.restore_(self._buckets)
-        torch.clear_autocast_cache()
-        for hook in self._hooks:
-            hook.remove()
-        if self._buffers_saved:
-            self._buffers.restore()
-        if self._rng is not None:
-            self._rng.restore()
-        if self._first_forward is not None:
-            self._first_forward.state = None
-        _perturbed_now.difference_update(map(id, self._params))
+        """Every part is done, whatever another one raises."""
+        with ExitStack() as parts:
+            parts.callback(_perturbed_now.difference_update, [id(p) for p in self._params])
+            if self._first_forward is not None:
+                parts.callback(self._first_forward.forget)
+            if self._rng is not None:
+                parts.callback(self._rng.restore)
+            if self._buffers_saved:
+                parts.callback(self._buffers.restore)
+            for hook in self._hooks:
+                parts.callback(hook.remove)
+            parts.callback(torch.clear_autocast_cache)
+            with torch.no_grad():
+                kernels.restore_(self._buckets)
+        self._ended = True
+
+    def __del__(self) -> None:
+        """An optimizer that is dropped between its two passes does not leave its weights at w + e."""
+        if not getattr(self, "_ended", True):
+            self.end()
 
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value of a parameter or buffer; None of what is none of the model's."""

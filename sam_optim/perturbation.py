@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +49,7 @@ class Perturbation:
         rounding: "nearest", or "stochastic", which keeps bf16 and fp16 weights at w + e on average where rounding to
             nearest loses most of a small e (see `last_step.realized`).
         replay_rng: the second pass draws the same random numbers (dropout masks) as the first.
-        seed: of the draws for stochastic rounding.
+        seed: of the draws for stochastic rounding, which begin anew when training is resumed.
 
     Raises:
         ValueError: a radius, norm or T that does not exist.
@@ -87,15 +89,14 @@ class Perturbation:
         self._stores: list[kernels.Store | None] = []
         self._pass: PerturbedPass | None = None
         self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
-        self._in_transaction = False
+        self._transaction: weakref.ref[Rollback] | None = None
+        self._watched: list[int] | None = None
         self._rollback: Rollback | None = None
         self._first_forward = FirstForward(self.module) if replay_rng else None
         self._ascent: kernels.Ascent | None = None
         self._realized: kernels.Scalar | None = None
         self._losses: tuple[Any, Any] = (None, None)
         self._warned = False
-
-    # what it searches
 
     @property
     def balls(self) -> list[Ball]:
@@ -131,8 +132,6 @@ class Perturbation:
             realized=None if ascent is None else _scalar(1.0 if realized is None else realized),
         )
 
-    # the two contexts, and the loop around them
-
     @contextmanager
     def microbatch(self) -> Iterator[None]:
         """Sets earlier gradients aside, and adds those of the perturbed pass inside to them at the end.
@@ -143,7 +142,7 @@ class Perturbation:
             RuntimeError: no perturbed pass inside: the gradients would be those of the plain optimizer.
         """
         params = self._params()
-        with self._all_or_nothing():
+        with self.all_or_nothing(keep_gradients=True):
             self.completed = False
             if self._first_forward is not None:
                 self._first_forward.state = self._rng_state()
@@ -156,18 +155,14 @@ class Perturbation:
     def perturbed(self) -> Iterator[None]:
         """w -> w + e with the gradients in `p.grad`, which are then cleared; on leaving, w is what it was, bit for bit.
 
-        On an exception inside, the gradients of the first pass, the buffers and the generators come back, too.
+        On an exception inside, the gradients of the first pass, the buffers and the generators come back, too. A loss
+        scale in the gradients does not matter: with GradScaler, `unscale_` only after this.
 
         Raises:
             RuntimeError: no parameter has a gradient, or one is perturbed already.
         """
-        self.enter()
-        failed = True
-        try:
+        with self._stay(keep_gradients=True):
             yield
-            failed = False
-        finally:
-            self.exit(failed=failed)
 
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
         """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
@@ -182,16 +177,16 @@ class Perturbation:
             RuntimeError: the closure forgot `backward()`, or left earlier gradients in place.
         """
         if callable(closure):
-            with self._all_or_nothing():
+            with self.all_or_nothing():
                 loss, perturbed = self._two_passes(closure, ascent_closure)
-                self._losses = (loss, perturbed)
+                self._losses = (_detached(loss), _detached(perturbed))
                 return loss
         if ascent_closure is not None:
             raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
-        closures = list(closure)
+        closures = list(closure) if isinstance(closure, Sequence) else []
         if not closures or not all(callable(c) for c in closures):
-            raise TypeError(f"step takes a closure or a list of at least one closure, got {closure!r}")
-        with self._all_or_nothing():
+            raise TypeError(f"expected a closure or a list of at least one closure, got {closure!r}")
+        with self.all_or_nothing():
             params = self._params()
             for p in params:
                 p.grad = None
@@ -203,21 +198,19 @@ class Perturbation:
             with torch.no_grad():
                 for g in grads:
                     g.div_(len(closures))
-            self._losses = tuple(_mean([losses[i] for losses in passes]) for i in (0, 1))
-            return self._losses[0]
-
-    # the mechanism, for optimizers on top of it
+            loss, perturbed = (_mean([losses[i] for losses in passes]) for i in (0, 1))
+            self._losses = (_detached(loss), _detached(perturbed))
+            return loss
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def enter(self, *, zero_grad: bool = True) -> None:
+    def enter(self, *, zero_grad: bool = True, keep_gradients: bool = True) -> None:
         """w -> w + e; `exit` must follow. Use `perturbed()` where a context can be used."""
-        if self.active:
-            raise RuntimeError("the weights are perturbed already: finish that pass before the next one begins")
+        self._check_inactive()
         params = self._params()
         stay = PerturbedPass(params, self._plan(), self.module, self._clean_buffers, self._first_forward)
-        if not self._in_transaction:
-            self._rollback = Rollback(params, self._rng_state(), None, self._entry_buffers)
+        if keep_gradients:
+            self._rollback = Rollback(params, self._rng_state(), None, None, keep=True)
         self.completed, self._losses = False, (None, None)
         try:
             self._pass = stay
@@ -233,37 +226,60 @@ class Perturbation:
     @torch._disable_dynamo
     @torch.no_grad()
     def exit(self, *, failed: bool = False) -> None:
-        """w + e -> w, with buffers and, after a fault, gradients and generators as `enter` found them."""
+        """w + e -> w, with buffers. With `failed`, also gradients and generators as `enter` found them: gives up."""
         if self._pass is None:
             return
         try:
-            self._pass.end()
-        except BaseException:  # Ctrl-C in the middle: every part of it may be done again
-            self._pass.end()
-            raise
+            try:
+                self._pass.end()
+            except BaseException:  # Ctrl-C in the middle: every part of it may be done again
+                self._pass.end()
+                raise
         finally:
-            self._pass = None
-            rollback, self._rollback = self._rollback, None
-            if failed and rollback is not None:
-                rollback.undo()
+            if failed and self._rollback is not None:
+                self._rollback.undo()
+            self._pass, self._rollback = None, None
         self.completed = not failed
+
+    @contextmanager
+    def _stay(self, *, keep_gradients: bool) -> Iterator[None]:
+        self._check_inactive()
+        failed = True
+        try:
+            self.enter(keep_gradients=keep_gradients)
+            yield
+            failed = False
+        finally:
+            try:
+                self.exit(failed=failed)
+            except BaseException:  # an interrupt on the way there
+                self.exit(failed=True)
+                raise
+
+    def _check_inactive(self) -> None:
+        if self.active:
+            raise RuntimeError(
+                "the weights are perturbed already: finish that pass before the next one begins, or give it up with "
+                "exit(failed=True) of the perturbation"
+            )
 
     def _warn_once(self) -> None:
         """Read on the first step only: later ones must not wait for the device."""
-        if self._realized is not None and not self._warned:
-            self._warned = True
-            if (share := float(self._realized)) < 0.9:
-                warnings.warn(
-                    f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the "
-                    "weights in float32 under autocast, or pass rounding='stochastic'",
-                    stacklevel=6,
-                )
+        if self._realized is None or self._warned:
+            return
+        self._warned = True
+        if (share := float(self._realized)) < 0.9:
+            warnings.warn(
+                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the weights in "
+                "float32 under autocast, or pass rounding='stochastic'",
+                stacklevel=7,
+            )
 
     def _two_passes(self, closure: Closure, ascent_closure: Closure | None) -> tuple[Any, Any]:
         first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
         if self._is_plain():  # the second pass would be the first one again
             loss = second()
-            self.completed = True
+            self._ascent, self._realized, self.completed = None, None, True
             return loss, loss
         if self._first_forward is not None:
             self._first_forward.state = self._rng_state()
@@ -281,28 +297,50 @@ class Perturbation:
             )
         if all(p.grad is None for p in params):
             if isinstance(loss, Tensor) and loss.requires_grad:
-                raise RuntimeError("the closure returned a loss but left no gradient: call loss.backward() in it")
-            self.completed = True
+                raise RuntimeError(
+                    "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
+                    "loss.backward() in it, and make the optimizer from the parameters that the model has now"
+                )
+            self._ascent, self._realized, self.completed = None, None, True
             return loss, None  # nothing to learn from, as a step of torch.optim without gradients
-        with self.perturbed():
+        with self._stay(keep_gradients=False):
             perturbed = second()
         return loss, perturbed
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """After an exception inside: gradients, buffers and generators as before."""
-        if self._in_transaction:
+    def all_or_nothing(self, *, keep_gradients: bool = False) -> Iterator[None]:
+        """After an exception inside: weights, gradients, buffers and generators as before.
+
+        Not if it has changed weights since `watch`: half an update of an optimizer cannot be taken back.
+        """
+        if self._transaction is not None and self._transaction() is not None:
             yield
             return
-        rollback = Rollback(self._params(), self._rng_state(), self.module, self._entry_buffers)
-        self._in_transaction = True
+        rollback = Rollback(self._params(), self._rng_state(), self.module, self._entry_buffers, keep=keep_gradients)
+        self._watched = None
         try:
+            self._transaction = weakref.ref(rollback)  # gone with it, also where an interrupt skips the next line
             yield
         except BaseException:
-            rollback.undo()
+            self.exit(failed=True)  # where an interrupt came before a context of its own could
+            if self._watched is None or self._watched == self._versions():
+                rollback.undo()
             raise
         finally:
-            self._in_transaction = False
+            self._transaction = None
+
+    def watch(self) -> None:
+        """From here on a change of the weights is an update."""
+        self._watched = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self._params()]
+
+    def forget(self) -> None:
+        """What was learnt from gradients that have been cleared: that they are of a perturbed pass, and its draws."""
+        self.completed = False
+        if self._first_forward is not None and not self.active:
+            self._first_forward.forget()
 
     def _plan(self) -> list[kernels.Bucket]:
         """The buckets of this step: parameters with a gradient in groups with rho > 0."""
@@ -314,6 +352,8 @@ class Perturbation:
             rho, eta = group["rho"], float(group["eta"])
             if _is_zero(rho):
                 continue
+            if isinstance(rho, Tensor):
+                rho = rho.reshape(())
             wants_gradient = True
             adaptive, params = canonical_adaptive(group["adaptive"]), group["params"]
             self._stores += [None] * (k + 1 - len(self._stores))
@@ -326,7 +366,7 @@ class Perturbation:
                 eta if adaptive == "elementwise" else None,
                 functools.partial(scale, adaptive=adaptive, eta=eta) if adaptive in ("filter", "layer") else None,
             )
-        if wants_gradient and not buckets:
+        if wants_gradient and not buckets and all(p.grad is None for p in self._params()):
             raise RuntimeError("no parameter has a gradient: run loss.backward() before the perturbed pass")
         return buckets
 
@@ -345,12 +385,25 @@ class Perturbation:
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
             raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
-        transient = {"_stores": [], "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_ascent": None}
-        return self.__dict__ | transient | {"_realized": None, "_losses": (None, None)}
+        transient = {"_stores": [], "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_first_forward": None}
+        transient |= {"_ascent": None, "_realized": None, "_losses": (None, None), "_transaction": None}
+        return self.__dict__ | transient
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.replay_rng:
+            self._first_forward = FirstForward(self.module)
 
 
 def _is_zero(rho: float | Tensor) -> bool:
     return not isinstance(rho, Tensor) and rho == 0
+
+
+def _detached(loss: Any) -> Any:
+    """The loss without its graph; None for what is no number."""
+    if isinstance(loss, Tensor):
+        return loss.detach()
+    return loss if isinstance(loss, numbers.Real) else None
 
 
 def _scalar(x: Any) -> Tensor | None:

@@ -96,7 +96,7 @@ def test_every_public_name_of_the_package_can_be_imported():
 
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_files_can_be_read_at_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 420
 
 
 def test_nothing_is_loaded_that_could_run_code():

@@ -128,10 +128,12 @@ class Store:
 def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
     """What the choice of a body depends on. A list without function calls where all gradients are there and dense."""
     try:
-        return [(w.dtype, w.shape, w.stride(), g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
+        return [
+            (w.device, w.dtype, w.shape, w.stride(), g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)
+        ]
     except (AttributeError, RuntimeError):
         return [
-            None if g is None else (w.dtype, w.shape, w.stride(), g.dtype, g.layout, _stride(g))
+            None if g is None else (w.device, w.dtype, w.shape, w.stride(), g.dtype, _stride(g))
             for w, g in zip(params, grads, strict=True)
         ]
 
@@ -143,7 +145,8 @@ def _stride(g: Tensor) -> tuple[int, ...] | None:
 def _same_layout(w: Tensor, g: Tensor, place: tuple[swap.Workspace, int]) -> bool:
     """Whether w, which fitted, and this gradient have the layout and type of the storage that w may borrow."""
     out = place[0].out[place[1]]
-    return w.dtype == g.dtype == out.dtype and w.shape == out.shape and w.stride() == out.stride() == _stride(g)
+    same = w.device == out.device and w.dtype == g.dtype == out.dtype and w.shape == out.shape
+    return same and w.stride() == out.stride() == _stride(g)
 
 
 class Ascent(NamedTuple):
@@ -176,22 +179,34 @@ def ascend_(buckets: list[Bucket]) -> Ascent:
 def _factor(b: Bucket, norm: Scalar, moved: bool | Tensor) -> Scalar:
     """What multiplies the direction: rho / ||T g||_2 or rho; 0 on the device where the gradient is 0 or not finite."""
     device = b.w[0].device
-    factor = b.rho / (norm.to(device) if isinstance(norm, Tensor) else norm) if b.p == 2 else b.rho
-    if isinstance(moved, Tensor):
-        factor = torch.as_tensor(factor, dtype=torch.float64, device=device)
-        return torch.where(moved.to(device), factor, 0.0)
-    return float(factor)
+    if not isinstance(moved, Tensor):
+        return 0.0 if norm == 0 else float(b.rho / norm if b.p == 2 else b.rho)
+    norm = torch.as_tensor(norm, dtype=torch.float64, device=device)
+    factor = torch.as_tensor(b.rho / norm if b.p == 2 else b.rho, dtype=torch.float64, device=device)
+    return torch.where(moved.to(device) & (norm > 0), factor, 0.0)
 
 
 def _length(buckets: list[Bucket], powers: list[Scalar], sums: dict[float, Scalar], moved: bool | Tensor) -> Scalar:
     """||T^-1 e||_p: rho where all groups have the same."""
-    shares = [b.rho**2 * x / sums[2] for b, x in zip(buckets, powers, strict=True) if b.p == 2]
-    lengths = [_sum(shares) ** 0.5] if shares else []
-    lengths += [abs(b.rho) for b in buckets if b.p == math.inf]
+    lengths: list[Scalar] = [
+        b.rho.abs() if isinstance(b.rho, Tensor) else abs(b.rho) for b in buckets if b.p == math.inf
+    ]
+    if any(b.p == 2 for b in buckets):
+        shares: list[Scalar] = []
+        for b, x in zip(buckets, powers, strict=True):
+            if b.p == 2:
+                shares.append(b.rho * b.rho * _share(x, sums[2]))
+        lengths.append(_sum(shares) ** 0.5)
     if not isinstance(moved, Tensor):
         return max(float(x) for x in lengths)
     largest = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(moved.device) for x in lengths]).max()
     return torch.where(moved, largest, 0.0)
+
+
+def _share(x: Scalar, total: Scalar) -> Scalar:
+    if isinstance(x, Tensor) or isinstance(total, Tensor):
+        return torch.as_tensor(x / total).nan_to_num(0.0)
+    return x / total if total else 0.0
 
 
 def restore_(buckets: list[Bucket]) -> None:
@@ -213,7 +228,10 @@ def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
                 e = reference.step(b, i, clean, factor)
                 dots.append(((w.detach().float() - clean.float()) * e).sum(dtype=torch.float64))
                 squares.append(e.square().sum(dtype=torch.float64))
-    return _sum(dots) / _sum(squares) if dots else None
+    if not dots:
+        return None
+    square = torch.as_tensor(_sum(squares))
+    return torch.where(square > 0, _sum(dots) / square, 1.0)
 
 
 def _sum(values: list[Scalar]) -> Scalar:

@@ -118,11 +118,15 @@ def ascend_(b: Bucket, factor: float) -> None:
     if any(b.shared):  # all copies before the first move: two may share storage
         clean = [ws.copy_of(i, w) if s else w for i, w, s in zip(b.index, clean, b.shared, strict=True)]
     b.saved = clean  # before the first move: what is recorded can be brought back
-    for i, w, shared in zip(b.index, b.w, b.shared, strict=True):
-        if shared:
-            w.copy_(ws.out[i])
-        else:
+    moved: set[int] = set()
+    for i, w, bits, shared in zip(b.index, b.w, clean, b.shared, strict=True):
+        if not shared:
             w.data = ws.out[i]
+        elif (storage := w.untyped_storage().data_ptr()) in moved:
+            w.add_(ws.out[i] - bits)  # two parameters on one storage: both moves count
+        else:
+            w.copy_(ws.out[i])
+            moved.add(storage)
     torch.autograd.graph.increment_version(b.w)  # a backward through the graph of pass 1 must fail, as in place
 
 

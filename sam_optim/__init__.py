@@ -1,7 +1,7 @@
 """Sharpness-Aware Minimization for PyTorch, and the means to check that it worked."""
 
 from sam_optim._version import __version__
-from sam_optim.correlation import correlate
+from sam_optim.correlation import Correlation, correlate
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import asam_param_groups
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
@@ -21,6 +21,7 @@ __all__ = [
     "ASAM",
     "SAM",
     "Ball",
+    "Correlation",
     "Estimate",
     "Landscape",
     "LastStep",

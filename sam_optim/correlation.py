@@ -45,6 +45,11 @@ class Correlation:
     def __float__(self) -> float:
         return self.tau
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high)."""
+        return self.low, self.high
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python for strict JSON; what is not finite is None, and `reason` says why."""
         return {"type": "Correlation"} | {name: plain(value) for name, value in vars(self).items()}

@@ -34,7 +34,8 @@ class Perturbation:
         optimizer.step()                           # any optimizer, or scaler.step(optimizer)
 
     p = 2: e = rho T^2 g / ||T g||_2; p = inf: e = rho T sign(g). T = 1 (SAM, arXiv:2010.01412) or adaptive (ASAM,
-    arXiv:2102.11600). One norm runs over all groups, and each group is moved by its own rho; rho = 0 stays where it is.
+    arXiv:2102.11600). One norm runs over all groups, and each group is moved by its own rho; groups with rho = 0 stay
+    where they are, and out of the norm.
     If g is 0 or not finite, e = 0 for that step, and `num_unperturbed` counts it. A loss scale in g does not matter.
 
     Args:
@@ -121,16 +122,9 @@ class Perturbation:
     @property
     def last_step(self) -> LastStep:
         """Diagnostics of the last perturbed pass."""
-        loss, perturbed = (_scalar(x) for x in self._losses)
-        ascent, realized = self._ascent, self._realized
-        return LastStep(
-            loss=loss,
-            perturbed_loss=perturbed,
-            sharpness=None if loss is None or perturbed is None else perturbed - loss,
-            grad_norm=None if ascent is None else _scalar(ascent.norm),
-            perturbation_norm=None if ascent is None else _scalar(ascent.length),
-            realized=None if ascent is None else _scalar(1.0 if realized is None else realized),
-        )
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in self._params())
+        known = (None, None, None) if self._ascent is None else (self._ascent.norm, self._ascent.length, self._realized)
+        return LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
@@ -183,7 +177,7 @@ class Perturbation:
                 return loss
         if ascent_closure is not None:
             raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
-        closures = list(closure) if isinstance(closure, Sequence) else []
+        closures = list(closure) if isinstance(closure, Iterable) and not isinstance(closure, Tensor) else []
         if not closures or not all(callable(c) for c in closures):
             raise TypeError(f"expected a closure or a list of at least one closure, got {closure!r}")
         with self.all_or_nothing():
@@ -396,7 +390,8 @@ class Perturbation:
 
 
 def _is_zero(rho: float | Tensor) -> bool:
-    return not isinstance(rho, Tensor) and rho == 0
+    """Of a tensor on a device it is not asked: that would wait for the device."""
+    return (rho.device.type == "cpu" if isinstance(rho, Tensor) else True) and bool(rho == 0)
 
 
 def _detached(loss: Any) -> Any:
@@ -404,13 +399,6 @@ def _detached(loss: Any) -> Any:
     if isinstance(loss, Tensor):
         return loss.detach()
     return loss if isinstance(loss, numbers.Real) else None
-
-
-def _scalar(x: Any) -> Tensor | None:
-    if x is None:
-        return None
-    x = x.detach() if isinstance(x, Tensor) else torch.tensor(float(x))
-    return x.reshape(()) if x.numel() == 1 else x.mean()
 
 
 def _mean(losses: list[Any]) -> Any:

@@ -152,3 +152,18 @@ class LastStep:
     grad_norm: Tensor | None
     perturbation_norm: Tensor | None
     realized: Tensor | None
+
+    @classmethod
+    def of(cls, loss: Any, perturbed: Any, norm: Any, length: Any, realized: Any, *, dtype: torch.dtype) -> LastStep:
+        """From numbers or tensors; what is a number becomes a tensor of `dtype`. `norm` None: nothing was perturbed."""
+
+        def scalar(x: Any) -> Tensor | None:
+            if x is None:
+                return None
+            x = x.detach() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=dtype)
+            return x.reshape(()) if x.numel() == 1 else x.mean()
+
+        before, after = scalar(loss), scalar(perturbed)
+        sharpness = None if before is None or after is None else after - before
+        share = 1.0 if realized is None and norm is not None else realized
+        return cls(before, after, sharpness, scalar(norm), scalar(length), scalar(share))

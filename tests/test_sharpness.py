@@ -181,7 +181,8 @@ def test_average_is_half_the_trace(rho, adaptive, norm):
     found = average_sharpness(loss, ball, num_samples=2000)
     assert found.stderr == found.details["stderr_draws"] < 0.1 * abs(expected)
     assert abs(found.value - expected) < 4 * found.stderr
-    assert found.num_samples == 1000
+    assert found.num_samples == 2000
+    assert found.details["num_pairs"] == 1000
 
 
 @pytest.mark.parametrize("kind", [mlp, Attention])

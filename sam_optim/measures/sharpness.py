@@ -132,15 +132,16 @@ def average_sharpness(
     return estimate(
         value,
         stderr,
-        num_samples=num_pairs,
+        num_samples=num_samples,
         reason=None if math.isfinite(value) else "the loss is not finite at the weights or at a displaced point",
         details={
+            "num_pairs": num_pairs,
             "stderr_draws": draws,
             "stderr_batches": batches,
             "batch_values": rises.mean(dim=0).tolist(),
             "base_losses": base.tolist(),
         },
-        settings=settings("average_sharpness", loss, ball=ball, num_samples=2 * num_pairs, seed=seed),
+        settings=settings("average_sharpness", loss, ball=ball, num_samples=num_samples, seed=seed),
     )
 
 
@@ -250,5 +251,7 @@ def _two_way_errors(x: Tensor, p: Tensor) -> tuple[float, float, float]:
 
 
 def _check_ball(ball: Ball | ProductBall) -> None:
+    if not isinstance(ball, (Ball, ProductBall)):
+        raise TypeError(f"sharpness needs a ball: pass Ball(rho) or optimizer.ball, got {type(ball).__name__}")
     if not ball.rho > 0:
         raise ValueError(f"sharpness needs a ball with rho > 0 (at rho = 0 it is 0 for every loss), got rho={ball.rho}")

@@ -158,7 +158,7 @@ def correlation_intervals(found: Correlations) -> Markup:
     return figure(
         panels(*drawn),
         "Kendall's tau with its 95 % bootstrap interval over all runs. To the right of 0 flatter went with better; to "
-        "the left, flatter went with worse. The loss is in grey: a sharpness that tells no more than it is no news.",
+        "the left, flatter went with worse. In grey the loss: a sharpness that tells no more is no news.",
     )
 
 

@@ -205,6 +205,7 @@ def interpolation_note(final: Results) -> str:
     paths = {
         "loss": ("measures", NOISY, "loss", "value"),
         "curvature": ("measures", NOISY, "lambda_max", "value"),
+        "adaptive": ("measures", NOISY, "asam_ball", "value"),
         "on test data": ("measures", TEST, "lambda_max", "value"),
         "accuracy": ("last", "test_accuracy"),
     }
@@ -217,11 +218,16 @@ def interpolation_note(final: Results) -> str:
         f"eigenvalue there {change['curvature']} (lower in {curvature.n - curvature.wins} of {curvature.n} seeds) and "
         f"test accuracy from {before:.1f} to {after:.1f} %. On test data the eigenvalue goes {change['on test data']}."
     )
+    adaptive = difference(long["adaptive"], short["adaptive"])
     if curvature.mean < 0 and accuracy.mean < 0.01:
-        return (
-            f"{numbers} The flatter of the two on its training data is no better: where a network fits its labels, "
-            "wrong ones included, loss and curvature vanish together there, whatever happens on new data."
+        other = (
+            f"In ASAM's ball, where a large weight may move far, the sharpness of the same networks goes "
+            f"{change['adaptive']}: which of the two is flatter depends on the ball."
         )
+        return (
+            f"{numbers} By that eigenvalue the longer training is the flatter one on its own labels, wrong ones "
+            f"included, and it is no better. {other if adaptive.mean > 0 else ''}"
+        ).strip()
     return f"{numbers} Here the two move in the direction that flatness would predict."
 
 
@@ -234,7 +240,7 @@ def training_note(final: Results) -> str:
     peak = max(range(len(test)), key=lambda epoch: _or_low(test[epoch]))
     numbers = (
         f"Averaged over seeds, SGD's test accuracy is highest after {peak + 1} epochs, {test[peak]:.1f} %, and "
-        f"{test[-1]:.1f} % after {len(test)}; the part of the noisy labels that it says goes from {train[peak]:.0f} to "
+        f"{test[-1]:.1f} % after {len(test)}; the share of noisy labels that it says goes from {train[peak]:.0f} to "
         f"{train[-1]:.0f} %."
     )
     return f"{numbers} What it learns after the peak is the noise." if test[-1] < test[peak] - 2 else numbers

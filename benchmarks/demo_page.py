@@ -43,7 +43,7 @@ for x, y in loader:
 # batches: a list, or a DataLoader without shuffling or augmentation
 loss = Loss(model, criterion, batches)
 write_page("report.html", results_page({
-    "sharpness in my optimizer's ball": worst_case_sharpness(loss, optimizer.ball),
+    "sharpness in my optimizer's ball": worst_case_sharpness(loss, optimizer.neighborhood),
     "sharpness in ASAM's ball": worst_case_sharpness(loss, Ball(1.0, adaptive=True)),
     "largest eigenvalue": hessian_eigenvalues(loss),
     "gradient regret": gradient_regret(loss),
@@ -75,7 +75,7 @@ def _header(plan: Plan, found: Mapping[str, Any]) -> Markup:
     lead = (
         f"{warning}A small convolutional network, {100 * plan.label_noise:.0f} % of its training labels replaced at "
         f"random, clean test labels. {len(METHODS)} ways to train it from the same {plan.num_seeds} initialisations; "
-        "settings chosen on a validation split that the test data never touched."
+        "settings chosen on a validation split, which shares no image with the test data."
     )
     items: list[tuple[Child, Child]] = [
         (
@@ -85,7 +85,7 @@ def _header(plan: Plan, found: Mapping[str, Any]) -> Markup:
         (signed(rest["mean"], 1), f"points: {rest['name']}; {_support(rest)}"),
         (
             signed(tau["tau"]),
-            f"Kendall's τ of sharpness on the training data with test error, {tau['n']} runs; "
+            f"Kendall's τ of sharpness in SAM's ball on the noisy training labels with test error, {tau['n']} runs; "
             f"95 % interval {_interval(tau)}",
         ),
     ]
@@ -105,9 +105,9 @@ def _accuracy(found: Mapping[str, Any], final: Results) -> Markup:
     caption = "Differences by seed, in points of test accuracy, with the 95 % t-interval of their mean."
     learned, kept = (mean(values(final, m, "memorised", scale=100)) for m in ("sgd", "sam"))
     accuracy = found["accuracy"]
-    early, decay, both = (
+    early, decay, both, stopped = (
         signed(difference(accuracy[method][when], accuracy["sgd"]["last"]).mean, 1)
-        for method, when in (("sgd", "best"), ("sgd_decay", "last"), ("sgd_decay", "best"))
+        for method, when in (("sgd", "best"), ("sgd_decay", "last"), ("sgd_decay", "best"), ("sam", "best"))
     )
     gain = found["differences"][0]["mean"] or 0.0
     return section(
@@ -115,8 +115,8 @@ def _accuracy(found: Mapping[str, Any], final: Results) -> Markup:
         paragraph(
             f"SGD ends up saying {learned:.0f} % of the wrong labels it was shown, SAM {kept:.0f} %. "
             f"Against SGD's last epoch, stopping SGD early is worth {early} points, tuned weight decay {decay}, both "
-            f"together {both}, SAM {signed(gain, 1)}. How much of SAM's gain is its own is what the comparison with "
-            "these controls shows, not the one with plain SGD."
+            f"together {both}; SAM {signed(gain, 1)}, stopped early {stopped}. Compare SAM with these controls, not "
+            "with plain SGD: the table of differences does."
         ),
         draw.accuracy_table(final),
         draw.accuracy_dots(final),
@@ -138,8 +138,8 @@ def _sharpness(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
     return section(
         "Sharpness, and on which data",
         paragraph(
-            "Every result is measured in its own optimizer's neighbourhood and in the other's: the highest rise of the "
-            f"loss within SAM's ball (rho = {found['chosen']['sam']:g}) and within ASAM's (rho = "
+            "Every network, SGD's too, is measured in the neighbourhoods that SAM and ASAM searched: the highest rise "
+            f"of the loss within SAM's ball (rho = {found['chosen']['sam']:g}) and within ASAM's (rho = "
             f"{found['chosen']['asam']:g}, scaled by each weight), for batches of {plan.batch_size}. Beside them the "
             "Hessian and the gradient regret, and the loss, without which none of these numbers can be read."
         ),
@@ -186,7 +186,7 @@ def _landscapes(final: Results) -> Markup:
     return section(
         "The loss around the weights",
         paragraph(
-            "Pictures of two or three directions out of tens of thousands. They show the shape near each result, not a "
+            "Pictures of one or two directions out of tens of thousands. They show the shape near each result, not a "
             "reason for it; the intervals above are the evidence."
         ),
         draw.slices(final),

@@ -69,6 +69,8 @@ def _check_out(args: argparse.Namespace) -> dict[str, Any] | None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; choose a directory")
     if not out.exists() or not any(out.iterdir()) or args.force:
+        if args.resume:
+            print(f"{out} holds no run to resume: a new one starts", flush=True)
         return None
     if not args.resume:
         raise InputError(

@@ -242,7 +242,8 @@ class SAM(Optimizer):
 
     @property
     def ball(self) -> Ball:
-        """The ball of the first group: `worst_case_sharpness(loss, optimizer.ball)` is what training minimised."""
+        """The ball of the first group. Where all have the same, `worst_case_sharpness(loss, optimizer.ball)` is what
+        training minimised; where they differ, that is `optimizer.neighborhood`."""
         return self.balls[0]
 
     @property

@@ -273,7 +273,7 @@ class Perturbation:
         first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
         if self._is_plain():  # the second pass would be the first one again
             loss = second()
-            self._ascent, self._realized, self.completed = None, None, True
+            self._ascent, self._realized, self.completed = kernels.Ascent(None, 0.0, False, []), None, True
             return loss, loss
         if self._first_forward is not None:
             self._first_forward.state = self._rng_state()

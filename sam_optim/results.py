@@ -142,7 +142,7 @@ class LastStep:
 
     loss, perturbed_loss: what the closure returned at w and at w + e; sharpness: their difference, in units of L.
     grad_norm: ||T g||_q of the ascent gradient, q dual to p, so that rho * grad_norm is the rise to first order.
-    perturbation_norm: ||T^-1 e||_p: rho, or 0 if the ascent gradient was 0 or not finite.
+    perturbation_norm: ||T^-1 e||_p: rho, or 0 if the ascent gradient was 0 or not finite. It is ||e||_2 where T = 1.
     realized: <e', e> / ||e||^2, the share of e that the rounding of bf16 and fp16 weights left; 1 for wider ones.
     """
 
@@ -155,7 +155,7 @@ class LastStep:
 
     @classmethod
     def of(cls, loss: Any, perturbed: Any, norm: Any, length: Any, realized: Any, *, dtype: torch.dtype) -> LastStep:
-        """From numbers or tensors; what is a number becomes a tensor of `dtype`. `norm` None: nothing was perturbed."""
+        """From numbers or tensors; what is a number becomes a tensor of `dtype`."""
 
         def scalar(x: Any) -> Tensor | None:
             if x is None:
@@ -165,5 +165,5 @@ class LastStep:
 
         before, after = scalar(loss), scalar(perturbed)
         sharpness = None if before is None or after is None else after - before
-        share = 1.0 if realized is None and norm is not None else realized
+        share = 1.0 if realized is None and length is not None else realized
         return cls(before, after, sharpness, scalar(norm), scalar(length), scalar(share))

@@ -228,7 +228,8 @@ def test_last_step_forgets_what_it_no_longer_knows():
     assert not optimizer.last_step.loss.requires_grad
     optimizer.param_groups[0]["rho"] = 0.0
     optimizer.step(squares(optimizer, w))
-    assert optimizer.last_step.perturbation_norm is None
+    assert optimizer.last_step.perturbation_norm == 0
+    assert optimizer.last_step.grad_norm is None
     assert optimizer.last_step.sharpness == 0
 
 

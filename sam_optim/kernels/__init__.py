@@ -150,9 +150,9 @@ def _same_layout(w: Tensor, g: Tensor, place: tuple[swap.Workspace, int]) -> boo
 
 
 class Ascent(NamedTuple):
-    """norm: ||T g||_q, q dual to p. length: ||T^-1 e||_p. moved: False where the norm is 0 or not finite."""
+    """norm: ||T g||_q, q dual to p, or None. length: ||T^-1 e||_p. moved: False where norm is 0 or not finite."""
 
-    norm: Scalar
+    norm: Scalar | None
     length: Scalar
     moved: bool | Tensor
     factors: list[Scalar]

@@ -177,7 +177,7 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it."""
         self._sync()
-        self.perturbation.enter(zero_grad=zero_grad)
+        self.perturbation.enter(zero_grad=zero_grad, keep_gradients=False)  # no context, so no fault to answer for
 
     def second_step(self, zero_grad: bool = False) -> None:
         """w + e -> w, then the base update with the gradients in `p.grad`."""

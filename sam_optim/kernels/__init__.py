@@ -83,8 +83,8 @@ class Store:
         for body, workspace, members, places in self._plan:
             b = Bucket(p, rho, eta, body, workspace, self._noise)
             b.params, b.index = [params[i] for i in members], places
-            b.shared = swap.shared(b.params) if body is swap else [True] * len(members)
             b.w, b.g = b.params, [grads[i] for i in members]  # type: ignore[misc]
+            b.shared = workspace.shared() if isinstance(workspace, swap.Selection) else [True] * len(members)
             if t is not None:
                 b.t = [t(w).unsqueeze(-1) if w.is_complex() else t(w) for w in b.params]
             if b.params[0].is_complex():
@@ -109,7 +109,14 @@ class Store:
                 entry = found.setdefault((w.device, w.dtype, body), (body, self._inplace, [], []))
             entry[2].append(i)
             entry[3].append(place)
-        return [swap.small_first(*entry) if entry[0] is swap else entry for entry in found.values()]
+        return [self._selected(*entry) if entry[0] is swap else entry for entry in found.values()]
+
+    def _selected(
+        self, body: ModuleType, workspace: swap.Workspace, members: list[int], places: list[int]
+    ) -> tuple[ModuleType, Any, list[int], list[int]]:
+        order = sorted(range(len(places)), key=lambda k: not workspace.is_small[places[k]])
+        members, places = [members[k] for k in order], [places[k] for k in order]
+        return body, swap.Selection(workspace, places, [self.params[i] for i in members]), members, places
 
     def _inplace_body(self, w: Tensor, g: Tensor) -> ModuleType:
         if g.is_sparse:
@@ -126,16 +133,23 @@ class Store:
 
 
 def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
-    """What the choice of a body depends on. A list without function calls where all gradients are there and dense."""
+    """What the choice of a body depends on. Few small objects where all gradients are there and dense: storage that is
+    where it was holds what it held, and gradients have the layout of their parameter."""
     try:
-        return [
-            (w.device, w.dtype, w.shape, w.stride(), g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)
-        ]
+        return [(w.data_ptr(), w.dtype, g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
     except (AttributeError, RuntimeError):
         return [
-            None if g is None else (w.device, w.dtype, w.shape, w.stride(), g.dtype, _stride(g))
+            None if g is None else (w.device, w.dtype, w.shape, w.stride(), g.dtype, _stride(g), _address(w))
             for w, g in zip(params, grads, strict=True)
         ]
+
+
+def _address(w: Tensor) -> int | None:
+    """None where a tensor subclass has no storage of its own."""
+    try:
+        return w.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _stride(g: Tensor) -> tuple[int, ...] | None:

@@ -7,7 +7,6 @@ storage. Large tensors are walked in chunks that stay in the cache; small ones a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,17 +32,6 @@ def fits(w: Tensor) -> bool:
         and w.numel() > 0
         and (w.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(w))
     )
-
-
-def shared(params: list[Tensor]) -> list[bool]:
-    """Of each parameter, whether somebody else looks into its storage, who would miss that it has borrowed another.
-
-    A view of a flat buffer, a second parameter on the same storage, a numpy array, a state_dict that is being kept.
-    """
-    if _use_count is None:
-        return [True] * len(params)
-    storages = [w.untyped_storage() for w in params]  # holds one reference; the parameter has another
-    return [_use_count(storage._cdata) > 2 for storage in storages]
 
 
 class Workspace:
@@ -88,46 +76,88 @@ class Workspace:
         return self._copies[i].copy_(w)
 
 
+class Selection:
+    """The part of a workspace that the parameters with a gradient use, small ones first: `out[k]` is for the k-th."""
+
+    def __init__(self, workspace: Workspace, places: list[int], params: list[Tensor]):
+        self.workspace = workspace
+        self.small = sum(workspace.is_small[i] for i in places)
+        self.small_w = [workspace.w[i] for i in places[: self.small]]
+        self.small_g = [workspace.g[i] for i in places[: self.small]]
+        self.out = [workspace.out[i] for i in places]
+        self.out_flat = [workspace.out_flat[i] for i in places]
+        self.spare = [workspace.spare[i] for i in places]
+        self._storages = [w.untyped_storage() for w in params]  # one reference to each; the parameter has another
+        self._addresses = [storage._cdata for storage in self._storages]
+
+    def shared(self) -> list[bool]:
+        """Of each parameter, whether somebody else looks into its storage, who would miss that it has borrowed another.
+
+        A view of a flat buffer, a second parameter on the same storage, a numpy array, a state_dict that is being kept.
+        """
+        if _use_count is None:
+            return [True] * len(self._addresses)
+        return [_use_count(address) > 2 for address in self._addresses]
+
+
 def dual_power(b: Bucket) -> float:
     """Also leaves T g, up to signs that cancel in `ascend_`, in the storage to be borrowed, where T = |w| + eta."""
-    ws, order, at = b.workspace, 2 if b.p == 2 else 1, 0
-    small = _gather(b)
+    of: Selection = b.workspace
+    ws, order, at, norm = of.workspace, 2 if b.p == 2 else 1, 0, torch.linalg.vector_norm
+    small = of.small if b.t is None else 0
     if small:
+        if small < ws.num_small:
+            ws.flat_g.zero_()  # some have no gradient in this step
+        torch._foreach_copy_(of.small_g, b.g[:small])
+        if b.eta is not None:
+            torch._foreach_copy_(of.small_w, [w.data for w in b.w[:small]])
         x = ws.flat_g if b.eta is None else _scaled(b.eta, ws.flat_w, ws.flat_g, ws.flat_out)
         at = _row_norms(x, order, ws, at)
-    for i in range(small, len(b.w)):
-        g = b.g[i]
+    for k in range(small, len(b.w)):
+        g = b.g[k]
         if b.t is not None:
-            torch.linalg.vector_norm(_partial_norms(g, b.t[i], order), order, out=ws.norm[at])
+            norm(_partial_norms(g, b.t[k], order), order, out=ws.norm[at])
             at += 1
         elif b.eta is None:
-            at = _row_norms(g if g.numel() <= ROW else _flat(g), order, ws, at)
-        elif ws.spare[k := b.index[i]] is not None:
-            _scaled(b.eta, b.w[i].data, g, ws.out[k])
-            at = _row_norms(ws.out_flat[k], order, ws, at)
+            if g.numel() <= ROW:
+                norm(g, order, out=ws.norm[at])
+                at += 1
+            else:
+                at = _row_norms(_flat(g), order, ws, at)
+        elif of.spare[k] is not None:
+            _scaled(b.eta, b.w[k].data, g, of.out[k])
+            at = _row_norms(of.out_flat[k], order, ws, at)
         else:
-            for w, gradient, out in _chunks(b.w[i].data, g, ws.out[k]):
+            for w, gradient, out in _chunks(b.w[k].data, g, of.out[k]):
                 at = _row_norms(_scaled(b.eta, w, gradient, out), order, ws, at)
-    return torch.linalg.vector_norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
+    return norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
 
 
 def ascend_(b: Bucket, factor: float) -> None:
-    ws = b.workspace
+    of: Selection = b.workspace
     clean = [w.data for w in b.w]
     _compute(b, clean, factor)
-    if any(b.shared):  # all copies before the first move: two may share storage
-        clean = [ws.copy_of(i, w) if s else w for i, w, s in zip(b.index, clean, b.shared, strict=True)]
-    b.saved = clean  # before the first move: what is recorded can be brought back
-    moved: set[int] = set()
-    for i, w, bits, shared in zip(b.index, b.w, clean, b.shared, strict=True):
-        if not shared:
-            w.data = ws.out[i]
-        elif (storage := w.untyped_storage().data_ptr()) in moved:
-            w.add_(ws.out[i] - bits)  # two parameters on one storage: both moves count
-        else:
-            w.copy_(ws.out[i])
-            moved.add(storage)
+    if not any(b.shared):
+        b.saved = clean  # before the first move: what is recorded can be brought back
+        for w, out in zip(b.w, of.out, strict=True):
+            w.data = out
+    else:
+        copies = zip(b.index, clean, b.shared, strict=True)  # all before the first move: two may share storage
+        b.saved = [of.workspace.copy_of(i, w) if shared else w for i, w, shared in copies]
+        _move_shared(b, of.out)
     torch.autograd.graph.increment_version(b.w)  # a backward through the graph of pass 1 must fail, as in place
+
+
+def _move_shared(b: Bucket, perturbed: list[Tensor]) -> None:
+    moved: set[int] = set()
+    for w, bits, out, shared in zip(b.w, b.saved, perturbed, b.shared, strict=True):
+        if not shared:
+            w.data = out
+        elif (storage := w.untyped_storage().data_ptr()) in moved:
+            w.add_(out - bits)  # two parameters on one storage: both moves count
+        else:
+            w.copy_(out)
+            moved.add(storage)
 
 
 def restore_(b: Bucket) -> None:
@@ -141,46 +171,22 @@ def restore_(b: Bucket) -> None:
 
 def _compute(b: Bucket, weights: list[Tensor], factor: float) -> None:
     """The perturbed weights, in the storage to be borrowed."""
-    ws, plain = b.workspace, b.p == 2 and b.eta is None and b.t is None
-    small = _count_small(b)
+    of: Selection = b.workspace
+    ws, small = of.workspace, of.small if b.t is None else 0
     if small:  # gathered by `dual_power`
         if b.eta is None:
-            torch._foreach_copy_([ws.w[i] for i in b.index[:small]], weights[:small])
+            torch._foreach_copy_(of.small_w, weights[:small])
         _move(b, None, ws.flat_w, ws.flat_g, ws.flat_out, ws.flat_spare, factor)
+    if b.p == 2 and b.eta is None and b.t is None:
+        for w, g, out in zip(weights[small:], b.g[small:], of.out[small:], strict=True):
+            torch.add(w, g, alpha=factor, out=out)
+        return
     for k in range(small, len(b.w)):
-        w, g, i = weights[k], b.g[k], b.index[k]
-        if plain:
-            torch.add(w, g, alpha=factor, out=ws.out[i])
-        elif b.eta is None or ws.spare[i] is not None:
-            _move(b, None if b.t is None else b.t[k], w, g, ws.out[i], ws.spare[i], factor)
+        if b.eta is None or of.spare[k] is not None:
+            _move(b, None if b.t is None else b.t[k], weights[k], b.g[k], of.out[k], of.spare[k], factor)
         else:
-            for part, gradient, out in _chunks(w, g, ws.out[i]):
+            for part, gradient, out in _chunks(weights[k], b.g[k], of.out[k]):
                 _move(b, None, part, gradient, out, ws.temporary[: len(part)], factor)
-
-
-def small_first(
-    body: ModuleType, ws: Workspace, members: list[int], places: list[int]
-) -> tuple[ModuleType, Workspace, list[int], list[int]]:
-    """The order in which the other functions want the parameters of a bucket."""
-    order = sorted(range(len(places)), key=lambda k: not ws.is_small[places[k]])
-    return body, ws, [members[k] for k in order], [places[k] for k in order]
-
-
-def _gather(b: Bucket) -> int:
-    """Brings the gradients of the small parameters side by side; returns how many there are."""
-    ws = b.workspace
-    small = _count_small(b)
-    if small:
-        if small < ws.num_small:
-            ws.flat_g.zero_()  # some have no gradient in this step
-        torch._foreach_copy_([ws.g[i] for i in b.index[:small]], b.g[:small])
-        if b.eta is not None:
-            torch._foreach_copy_([ws.w[i] for i in b.index[:small]], [w.data for w in b.w[:small]])
-    return small
-
-
-def _count_small(b: Bucket) -> int:
-    return 0 if b.t is not None else sum([b.workspace.is_small[i] for i in b.index])
 
 
 def _move(b: Bucket, t: Tensor | None, w: Tensor, g: Tensor, out: Tensor, spare: Tensor | None, factor: float) -> None:

@@ -105,6 +105,12 @@ def test_buffers_of_every_kind(kind):
             model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    expected = {"resized": (5,), "expanded": (4, 3)}.get(kind, (3,))
+    assert model.extra.shape == expected
+    if kind == "replaced":
+        assert torch.equal(model.extra, torch.ones(3))
+    elif kind != "resized":
+        assert torch.equal(model.extra, torch.arange(3.0).expand(expected))
 
 
 @pytest.mark.parametrize("how", ["head without gradient", "create_graph", "data.zero_", "set_to_none=False"])

@@ -260,6 +260,19 @@ def test_models_that_change_between_steps():
         assert torch.equal(model.weight, before) == (not model.weight.requires_grad)
 
 
+@pytest.mark.parametrize("foreach", [None, True])
+def test_a_parameter_that_is_cut_short_in_its_own_storage(foreach):
+    """Pruning by `p.data = p.data[:k]`: the same address, strides and dtype, another shape."""
+    w = nn.Parameter(torch.ones(10))
+    sam = Perturbation([w], rho=1.0, foreach=foreach)
+    for length in (10, 4):
+        w.data, w.grad = w.data[:length], None
+        w.square().sum().backward()
+        with sam.perturbed():
+            torch.testing.assert_close(w.detach(), torch.full((length,), 1 + length**-0.5))
+        assert torch.equal(w, torch.ones(length))
+
+
 def test_wrapping_again_takes_the_new_radius():
     w = parameter(1.0)
     base = torch.optim.SGD([w], lr=0.1)

@@ -134,9 +134,9 @@ class Store:
 
 def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
     """What the choice of a body depends on. Few small objects where all gradients are there and dense: storage that is
-    where it was holds what it held, and gradients have the layout of their parameter."""
+    where it was, and as long, holds what it held, and gradients have the layout of their parameter."""
     try:
-        return [(w.data_ptr(), w.dtype, g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
+        return [(w.data_ptr(), w.numel(), w.dtype, g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
     except (AttributeError, RuntimeError):
         return [
             None if g is None else (w.device, w.dtype, w.shape, w.stride(), g.dtype, _stride(g), _address(w))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -153,18 +152,33 @@ class LeftoverProbe:
         return self._left
 
 
-@contextmanager
-def gradients_apart(params: list[Tensor]) -> Iterator[None]:
-    """Sets gradients aside, and adds those made inside to them, in the tensors that they were in if they own them.
+class Apart:
+    """Gradients that were there before, set aside while others are made.
 
-    On an exception inside, nothing is added: the caller's rollback brings the gradients back.
+    They are added at the end, in the tensors that they were in if they own them; or laid under the ones to come, for
+    DDP, which averages over its ranks what it finds in `p.grad`. On an exception meanwhile the caller's rollback brings
+    them back.
     """
-    earlier = [None if p.grad is None else _own(p.grad) for p in params]
-    for p in params:
-        p.grad = None
-    yield
-    with torch.no_grad():
-        for p, g in zip(params, earlier, strict=True):
+
+    def __init__(self, params: list[Tensor]):
+        self._params = params
+        self._earlier = [None if p.grad is None else _own(p.grad) for p in params]
+        self._is_laid = False
+        for p in params:
+            p.grad = None
+
+    def lay(self) -> None:
+        """Under the gradients to come, as copies: after an exception the earlier ones must be what they were."""
+        self._is_laid = True
+        for p, g in zip(self._params, self._earlier, strict=True):
+            if g is not None:
+                p.grad = g.clone()
+
+    @torch.no_grad()
+    def add(self) -> None:
+        if self._is_laid:
+            return
+        for p, g in zip(self._params, self._earlier, strict=True):
             if g is not None:
                 p.grad = g if p.grad is None else g.add_(p.grad)
 

@@ -42,8 +42,10 @@ class SAM(Optimizer):
         adaptive: T. False: 1. True or "elementwise": |w| + eta. "filter", "layer": their norm + eta.
         eta: added to T; matters only where adaptive.
         norm: p, 2 or inf.
-        module: the model. With it the second pass leaves no trace in its buffers (BatchNorm statistics), and its
-            `state_dict()` holds the clean weights at every moment.
+        module: the model, in its DDP or FSDP wrapper if it has one. With it the second pass leaves no trace in its
+            buffers (BatchNorm statistics), its `state_dict()` holds the clean weights at every moment, and each rank of
+            DDP has its own perturbation, with one exchange of gradients a step.
+        sync_ascent: True for one perturbation by the gradient of all of DDP's ranks.
         foreach, fused: as in torch.optim. None chooses.
         rounding, replay_rng: see `Perturbation`.
 
@@ -64,6 +66,7 @@ class SAM(Optimizer):
         eta: float = 0.01,
         norm: float = 2,
         module: nn.Module | None = None,
+        sync_ascent: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         rounding: str = "nearest",
@@ -85,7 +88,8 @@ class SAM(Optimizer):
         held = {id(p) for group in base.param_groups for p in group["params"]}
         if members is not None and held != members:
             raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
-        self._adopt(base, given, module=module, foreach=foreach, rounding=rounding, replay_rng=replay_rng)
+        options = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
+        self._adopt(base, given, **options, rounding=rounding, replay_rng=replay_rng)
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:

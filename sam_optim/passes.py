@@ -1,4 +1,4 @@
-"""One stay at w + e: what moves on the way in, and all that comes back on the way out."""
+"""The two passes of a step: what each of them changes, and how all of it comes back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,48 @@ from torch import Tensor, nn
 from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
 from sam_optim.guards import CleanStateDict, FirstForward
+from sam_optim.kernels import shards
+from sam_optim.ranks import Ranks
 
 _perturbed_now: set[int] = set()  # ids of parameters; the pass that moved them holds them, so that no id is reused
+
+
+class AscentPass:
+    """The first pass: no gradient for parameters that will not move, and no exchange between DDP's ranks.
+
+    Args:
+        idle: parameters in groups with rho = 0, whose gradient the ascent does not need.
+        ranks: who else has this model; where they share one ascent, DDP synchronises here, too.
+    """
+
+    def __init__(self, idle: list[Tensor], ranks: Ranks):
+        self._replicas = [(m, m.require_backward_grad_sync) for m in ranks.replicas]
+        self._sync = not ranks.per_rank
+        # what synchronises gradients waits for all of them
+        waits = ranks.is_sharded or (self._replicas and self._sync)
+        self._idle = [] if waits else [p for p in idle if p.requires_grad and p.is_leaf]
+        self.then_syncs = any(sync for _, sync in self._replicas)
+
+    def begin(self) -> None:
+        for p in self._idle:
+            p.requires_grad_(False)
+        for m, _ in self._replicas:
+            m.require_backward_grad_sync = self._sync
+
+    @property
+    def is_partial(self) -> bool:
+        return bool(self._idle)
+
+    def compute_all(self) -> None:
+        """From here on also the gradients that the ascent does not need."""
+        for p in self._idle:
+            p.requires_grad_(True)
+
+    def end(self) -> None:
+        """May be called again."""
+        self.compute_all()
+        for m, sync in self._replicas:
+            m.require_backward_grad_sync = sync
 
 
 class PerturbedPass:
@@ -24,6 +64,7 @@ class PerturbedPass:
         buckets: those that move.
         module, buffers: the model whose buffers the pass must not change, and storage for them.
         first_forward: what remembers the random state of the first pass, where the second has to draw the same.
+        agreeing: process groups whose ranks must all move, or none of them.
     """
 
     def __init__(
@@ -33,6 +74,7 @@ class PerturbedPass:
         module: nn.Module | None,
         buffers: Buffers,
         first_forward: FirstForward | None,
+        agreeing: shards.Groups,
     ):
         if not _perturbed_now.isdisjoint(map(id, params)):
             raise RuntimeError(
@@ -44,6 +86,7 @@ class PerturbedPass:
         self._module = module
         self._buffers = buffers
         self._first_forward = first_forward
+        self._agreeing = agreeing
         self._hooks: list[Any] = []
         self._rng: rng.GlobalState | None = None
         self._buffers_saved = False
@@ -57,7 +100,7 @@ class PerturbedPass:
         _perturbed_now.update(map(id, self._params))
         ascent = realized = None
         if self._buckets:
-            ascent = kernels.ascend_(self._buckets)
+            ascent = kernels.ascend_(self._buckets, agreeing=self._agreeing)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             if ascent.moved is not False:
                 realized = kernels.realized(self._buckets, ascent.factors)
@@ -103,6 +146,6 @@ class PerturbedPass:
         for b in self._buckets:
             for param, saved, shared in zip(b.params, b.saved, b.shared, strict=False):
                 if param is tensor:
-                    clean = torch.view_as_complex(saved) if param.is_complex() else saved
+                    clean = shards.whole(torch.view_as_complex(saved) if param.is_complex() else saved, param)
                     return clean.detach().clone() if shared else clean.detach()
         return self._buffers.clean_copy(tensor) if self._buffers_saved else None

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import numbers
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sam_optim import kernels, rng
+from sam_optim import rng
 from sam_optim.batchnorm import Buffers
-from sam_optim.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm, scale
-from sam_optim.groups import as_groups, check_group
-from sam_optim.guards import FirstForward, LeftoverProbe, Rollback, gradients_apart
-from sam_optim.passes import PerturbedPass
+from sam_optim.diagnostics import Diagnostics
+from sam_optim.geometry import Ball, ProductBall
+from sam_optim.groups import as_groups
+from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback
+from sam_optim.kernels import shards
+from sam_optim.passes import AscentPass, PerturbedPass
+from sam_optim.plan import Plan, is_zero
+from sam_optim.ranks import Ranks
 from sam_optim.results import LastStep
 
 Closure = Callable[[], Any]
@@ -44,8 +45,11 @@ class Perturbation:
         rho: the radius, in units of T w (of w where T = 1), not relative to ||w||.
         adaptive: T; False: 1; True or "elementwise": |w| + eta; "filter", "layer": their norm + eta.
         norm: p, 2 or inf.
-        module: the model. With it, its buffers (BatchNorm statistics, ...) after the second pass are those of the
-            first, and its `state_dict()` holds the clean weights also while they are perturbed.
+        module: the model, in its DDP or FSDP wrapper if it has one. With it, its buffers (BatchNorm statistics, ...)
+            after the second pass are those of the first, and its `state_dict()` holds the clean weights also while they
+            are perturbed; DDP synchronises only the second gradient, so that each rank has its own perturbation.
+        sync_ascent: with DDP, True for one perturbation by the gradient of all ranks. FSDP and tensor parallel have
+            no other.
         foreach: as in torch.optim. None chooses.
         rounding: "nearest", or "stochastic", which keeps bf16 and fp16 weights at w + e on average where rounding to
             nearest loses most of a small e (see `last_step.realized`).
@@ -65,6 +69,7 @@ class Perturbation:
         eta: float = 0.01,
         norm: float = 2,
         module: nn.Module | None = None,
+        sync_ascent: bool | None = None,
         foreach: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
@@ -81,23 +86,22 @@ class Perturbation:
         defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "maximize": maximize}
         self.param_groups = as_groups(model_or_params, defaults)
         self.module = module
+        self.sync_ascent = sync_ascent
         self.foreach = foreach
         self.rounding = rounding
         self.replay_rng = replay_rng
-        self.num_unperturbed: int | Tensor = 0
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
-        self._stores: list[kernels.Store | None] = []
+        self._plan = Plan(module, sync_ascent, foreach, self._noise)
         self._pass: PerturbedPass | None = None
+        self._first: AscentPass | None = None
+        self._apart: Apart | None = None
         self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
         self._transaction: weakref.ref[Rollback] | None = None
         self._watched: list[int] | None = None
         self._rollback: Rollback | None = None
         self._first_forward = FirstForward(self.module) if replay_rng else None
-        self._ascent: kernels.Ascent | None = None
-        self._realized: kernels.Scalar | None = None
-        self._losses: tuple[Any, Any] = (None, None)
-        self._warned = False
+        self._seen = Diagnostics()
 
     @property
     def balls(self) -> list[Ball]:
@@ -122,9 +126,12 @@ class Perturbation:
     @property
     def last_step(self) -> LastStep:
         """Diagnostics of the last perturbed pass."""
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in self._params())
-        known = (None, None, None) if self._ascent is None else (self._ascent.norm, self._ascent.length, self._realized)
-        return LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
+        return self._seen.last_step(self._params())
+
+    @property
+    def num_unperturbed(self) -> int | Tensor:
+        """How many ascent gradients were 0 or not finite, so that e = 0."""
+        return self._seen.num_unperturbed
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
@@ -140,10 +147,23 @@ class Perturbation:
             self.completed = False
             if self._first_forward is not None:
                 self._first_forward.state = self._rng_state()
-            with gradients_apart(params):
+            with self._first_pass(Apart(params)):
                 yield
                 if not self.completed:
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
+
+    @contextmanager
+    def _first_pass(self, apart: Apart | None = None) -> Iterator[AscentPass]:
+        """Around both passes: from here to `enter` they are the first one. Adds the gradients set aside at the end."""
+        self._apart, self._first = apart, AscentPass(self._idle(), self._ranks())
+        try:
+            self._first.begin()
+            yield self._first
+        finally:
+            self._first.end()
+            self._first = self._apart = None
+        if apart is not None:
+            apart.add()
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -173,7 +193,7 @@ class Perturbation:
         if callable(closure):
             with self.all_or_nothing():
                 loss, perturbed = self._two_passes(closure, ascent_closure)
-                self._losses = (_detached(loss), _detached(perturbed))
+                self._seen.losses(loss, perturbed)
                 return loss
         if ascent_closure is not None:
             raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
@@ -185,15 +205,15 @@ class Perturbation:
             for p in params:
                 p.grad = None
             passes = []
-            for c in closures:
-                with gradients_apart(params):
-                    passes.append(self._two_passes(c, None))
+            for i, c in enumerate(closures):  # DDP averages once, over the sum of all
+                with self._ranks().no_sync() if i < len(closures) - 1 else nullcontext():
+                    passes.append(self._two_passes(c, None, Apart(params)))
             grads = [p.grad for p in params if p.grad is not None]
             with torch.no_grad():
                 for g in grads:
                     g.div_(len(closures))
             loss, perturbed = (_mean([losses[i] for losses in passes]) for i in (0, 1))
-            self._losses = (_detached(loss), _detached(perturbed))
+            self._seen.losses(loss, perturbed)
             return loss
 
     @torch._disable_dynamo
@@ -202,17 +222,23 @@ class Perturbation:
         """w -> w + e; `exit` must follow. Use `perturbed()` where a context can be used."""
         self._check_inactive()
         params = self._params()
-        stay = PerturbedPass(params, self._plan(), self.module, self._clean_buffers, self._first_forward)
+        ranks = self._ranks()
+        ranks.check_resharded()
+        buckets = self._plan.buckets(self.param_groups)
+        stay = PerturbedPass(params, buckets, self.module, self._clean_buffers, self._first_forward, ranks.agreeing)
         if keep_gradients:
             self._rollback = Rollback(params, self._rng_state(), None, None, keep=True)
-        self.completed, self._losses = False, (None, None)
+        self.completed = False
         try:
             self._pass = stay
-            self._ascent, self._realized = stay.begin(self._rng_state, zero_grad=zero_grad)
-            if self._ascent is not None:
-                moved = self._ascent.moved
-                self.num_unperturbed = self.num_unperturbed + (~moved if isinstance(moved, Tensor) else 1 - moved)
-            self._warn_once()
+            self._seen.moved(*stay.begin(self._rng_state, zero_grad=zero_grad))
+            if self._first is None:
+                ranks.compare(self._seen.norm)
+            else:
+                self._first.end()
+                if self._apart is not None and self._first.then_syncs:
+                    self._apart.lay()
+            self._seen.warn_once(stacklevel=6)
         except BaseException:
             self.exit(failed=True)
             raise
@@ -257,49 +283,56 @@ class Perturbation:
                 "exit(failed=True) of the perturbation"
             )
 
-    def _warn_once(self) -> None:
-        """Read on the first step only: later ones must not wait for the device."""
-        if self._realized is None or self._warned:
-            return
-        self._warned = True
-        if (share := float(self._realized)) < 0.9:
-            warnings.warn(
-                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the weights in "
-                "float32 under autocast, or pass rounding='stochastic'",
-                stacklevel=7,
-            )
-
-    def _two_passes(self, closure: Closure, ascent_closure: Closure | None) -> tuple[Any, Any]:
+    def _two_passes(
+        self, closure: Closure, ascent_closure: Closure | None, apart: Apart | None = None
+    ) -> tuple[Any, Any]:
         first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
-        if self._is_plain():  # the second pass would be the first one again
+        if all(is_zero(g["rho"]) for g in self.param_groups):  # the second pass would be the first one again
             loss = second()
-            self._ascent, self._realized, self.completed = kernels.Ascent(None, 0.0, False, []), None, True
+            self._seen.without_ascent(plain=True)
+            self.completed = True
+            if apart is not None:
+                apart.add()
             return loss, loss
         if self._first_forward is not None:
             self._first_forward.state = self._rng_state()
         params = self._params()
-        probe = LeftoverProbe(params)
-        try:
-            loss = first()
-        finally:
-            kept = probe.kept()
-        if kept:
-            raise RuntimeError(
-                "the closure left gradients of before step(closure) in place: the second pass would not see what they "
-                "came from. Zero them in the closure; to accumulate, loop over the micro-batches inside the closure, "
-                "pass step a list of closures, or use microbatch() and perturbed()"
-            )
-        if all(p.grad is None for p in params):
-            if isinstance(loss, Tensor) and loss.requires_grad:
+        with self._first_pass(apart) as ascent:
+            probe = LeftoverProbe(params)
+            try:
+                loss = self._run_first(first, ascent)
+            finally:
+                kept = probe.kept()
+            if kept:
                 raise RuntimeError(
-                    "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
-                    "loss.backward() in it, and make the optimizer from the parameters that the model has now"
+                    "the closure left gradients of before step(closure) in place: the second pass would not see what "
+                    "they came from. Zero them in the closure; to accumulate, loop over the micro-batches inside the "
+                    "closure, pass step a list of closures, or use microbatch() and perturbed()"
                 )
-            self._ascent, self._realized, self.completed = None, None, True
-            return loss, None  # nothing to learn from, as a step of torch.optim without gradients
-        with self._stay(keep_gradients=False):
-            perturbed = second()
+            if all(p.grad is None for p in params) and not self._ranks().may_lack_gradients:
+                if isinstance(loss, Tensor) and loss.requires_grad:
+                    raise RuntimeError(
+                        "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
+                        "loss.backward() in it, and make the optimizer from the parameters that the model has now"
+                    )
+                self._seen.without_ascent(plain=False)
+                self.completed = True
+                return loss, None  # nothing to learn from, as a step of torch.optim without gradients
+            with self._stay(keep_gradients=False):
+                perturbed = second()
         return loss, perturbed
+
+    def _run_first(self, closure: Closure, ascent: AscentPass) -> Any:
+        """Once more, with all gradients, if the loss needs none of the parameters that will move."""
+        try:
+            return closure()
+        except RuntimeError as error:
+            rollback = self._transaction() if self._transaction is not None else None
+            if "does not require grad" not in str(error) or rollback is None or not ascent.is_partial:
+                raise
+            ascent.compute_all()
+            rollback.undo()
+        return closure()
 
     @contextmanager
     def all_or_nothing(self, *, keep_gradients: bool = False) -> Iterator[None]:
@@ -328,7 +361,7 @@ class Perturbation:
         self._watched = self._versions()
 
     def _versions(self) -> list[int]:
-        return [p._version for p in self._params()]
+        return [shards.local(p)._version for p in self._params()]
 
     def forget(self) -> None:
         """What was learnt from gradients that have been cleared: that they are of a perturbed pass, and its draws."""
@@ -336,36 +369,12 @@ class Perturbation:
         if self._first_forward is not None and not self.active:
             self._first_forward.forget()
 
-    def _plan(self) -> list[kernels.Bucket]:
-        """The buckets of this step: parameters with a gradient in groups with rho > 0."""
-        buckets: list[kernels.Bucket] = []
-        wants_gradient = False
-        del self._stores[len(self.param_groups) :]
-        for k, group in enumerate(self.param_groups):
-            check_group(group)
-            rho, eta = group["rho"], float(group["eta"])
-            if _is_zero(rho):
-                continue
-            if isinstance(rho, Tensor):
-                rho = rho.reshape(())
-            wants_gradient = True
-            adaptive, params = canonical_adaptive(group["adaptive"]), group["params"]
-            self._stores += [None] * (k + 1 - len(self._stores))
-            store = self._stores[k]
-            if store is None or not store.matches(params):
-                store = self._stores[k] = kernels.Store(params, self.foreach, self._noise)
-            buckets += store.buckets(
-                canonical_norm(group["norm"]),
-                -rho if group.get("maximize", False) else rho,
-                eta if adaptive == "elementwise" else None,
-                functools.partial(scale, adaptive=adaptive, eta=eta) if adaptive in ("filter", "layer") else None,
-            )
-        if wants_gradient and not buckets and all(p.grad is None for p in self._params()):
-            raise RuntimeError("no parameter has a gradient: run loss.backward() before the perturbed pass")
-        return buckets
+    def _ranks(self) -> Ranks:
+        return self._plan.ranks(self._params())
 
-    def _is_plain(self) -> bool:
-        return all(_is_zero(g["rho"]) for g in self.param_groups)
+    def _idle(self) -> list[Tensor]:
+        """What does not move: parameters in groups with rho = 0."""
+        return [p for g in self.param_groups if is_zero(g["rho"]) for p in g["params"]]
 
     def _params(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]
@@ -379,26 +388,15 @@ class Perturbation:
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
             raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
-        transient = {"_stores": [], "_clean_buffers": Buffers(), "_entry_buffers": Buffers(), "_first_forward": None}
-        transient |= {"_ascent": None, "_realized": None, "_losses": (None, None), "_transaction": None}
+        transient: dict[str, Any] = {"_plan": None, "_clean_buffers": Buffers(), "_entry_buffers": Buffers()}
+        transient |= {"_first_forward": None, "_transaction": None}
         return self.__dict__ | transient
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._plan = Plan(self.module, self.sync_ascent, self.foreach, self._noise)
         if self.replay_rng:
             self._first_forward = FirstForward(self.module)
-
-
-def _is_zero(rho: float | Tensor) -> bool:
-    """Of a tensor on a device it is not asked: that would wait for the device."""
-    return (rho.device.type == "cpu" if isinstance(rho, Tensor) else True) and bool(rho == 0)
-
-
-def _detached(loss: Any) -> Any:
-    """The loss without its graph; None for what is no number."""
-    if isinstance(loss, Tensor):
-        return loss.detach()
-    return loss if isinstance(loss, numbers.Real) else None
 
 
 def _mean(losses: list[Any]) -> Any:

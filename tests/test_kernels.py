@@ -246,8 +246,9 @@ def test_a_device_factor_selects_without_reading_it():
         p = torch.nn.Parameter(torch.ones(4))
         g = torch.tensor([math.nan, 1.0, math.inf, 0.0])
         b = kernels.Bucket(
-            2, 0.1, 0.01, body, {0: torch.empty(4)}, params=[p], w=[p.data], g=[g], index=[0], shared=[True]
+            2, 0.1, 0.01, body, {0: torch.empty(4)}, p.device, p.dtype, params=[p], w=[p.data], g=[g], index=[0]
         )
+        body.dual_power(b)
         body.ascend_(b, torch.tensor(0.0))
         assert torch.equal(p.data, torch.ones(4))
 

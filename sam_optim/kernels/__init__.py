@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sam_optim.kernels import foreach, reference, swap
+from sam_optim.kernels import foreach, reference, shards, swap
 
 Scalar = float | Tensor
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -39,7 +39,11 @@ class Bucket:
     eta: float | None
     body: ModuleType
     workspace: Any
+    device: torch.device
+    dtype: torch.dtype
     noise: Any = None
+    groups: shards.Groups = ()
+    scratch: dict[Any, Tensor] = field(default_factory=dict)
     params: list[Tensor] = field(default_factory=list)
     w: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)
@@ -49,20 +53,42 @@ class Bucket:
     saved: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
+class _Choice:
+    """What moves which parameters of a group: their indices, and their places in the workspace."""
+
+    body: ModuleType
+    workspace: Any
+    device: torch.device
+    dtype: torch.dtype
+    groups: shards.Groups
+    members: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+
 class Store:
     """The persistent storage of one parameter group, and the choice of the body that moves each of its parameters.
 
     The choice is made anew only when a parameter or gradient changes its type, layout or presence.
     """
 
-    def __init__(self, params: list[Tensor], foreach_flag: bool | None, noise: Any):
+    def __init__(
+        self,
+        params: list[Tensor],
+        foreach_flag: bool | None,
+        noise: Any,
+        groups_of: Callable[[Tensor], shards.Groups | None] = shards.groups_of,
+    ):
         self.params = list(params)
         self._foreach = foreach_flag
         self._noise = noise
+        self._groups = [groups_of(p) for p in params]  # None: whole, and in storage of its own
+        self._has_dtensor = any(shards.is_dtensor(p) for p in params)
         self._inplace: dict[int, Tensor] = {}
+        self._scratch: dict[Any, Tensor] = {}
         self._chosen_for: Any = None
-        self._plan: list[tuple[ModuleType, Any, list[int], list[int]]] = []  # body, workspace, parameters, places
-        fitting = [] if foreach_flag else [i for i, p in enumerate(params) if swap.fits(p)]
+        self._plan: list[_Choice] = []
+        fitting = [i for i, p in enumerate(params) if not foreach_flag and self._groups[i] is None and swap.fits(p)]
         self._place: dict[int, tuple[swap.Workspace, int]] = {}
         for dtype in {params[i].dtype for i in fitting}:
             members = [i for i in fitting if params[i].dtype == dtype]
@@ -75,48 +101,61 @@ class Store:
     def buckets(self, p: float, rho: Scalar, eta: float | None, t: Callable[[Tensor], Tensor] | None) -> list[Bucket]:
         """The parameters that have a gradient now, by the body that moves them. `t` makes T of one parameter."""
         params = self.params
-        grads = [w.grad for w in params]
-        kinds = _kinds(params, grads)
+        if self._has_dtensor:
+            weights, grads = [shards.local(w) for w in params], [shards.local_gradient(w) for w in params]
+        else:
+            weights, grads = params, [w.grad for w in params]
+        kinds = _kinds(weights, grads)
         if self._chosen_for != kinds:
-            self._plan, self._chosen_for = self._choose(grads), kinds
+            self._plan, self._chosen_for = self._choose(weights, grads), kinds
         found = []
-        for body, workspace, members, places in self._plan:
-            b = Bucket(p, rho, eta, body, workspace, self._noise)
-            b.params, b.index = [params[i] for i in members], places
-            b.w, b.g = b.params, [grads[i] for i in members]  # type: ignore[misc]
-            b.shared = workspace.shared() if isinstance(workspace, swap.Selection) else [True] * len(members)
+        for c in self._plan:
+            b = Bucket(p, rho, eta, c.body, c.workspace, c.device, c.dtype, self._noise, c.groups, self._scratch)
+            b.params, b.index = [params[i] for i in c.members], c.places
+            b.w, b.g = [weights[i] for i in c.members], [grads[i] for i in c.members]  # type: ignore[misc]
+            b.shared = c.workspace.shared() if isinstance(c.workspace, swap.Selection) else [True] * len(c.members)
             if t is not None:
                 b.t = [t(w).unsqueeze(-1) if w.is_complex() else t(w) for w in b.params]
-            if b.params[0].is_complex():
+            if b.w and b.w[0].is_complex():
                 b.w = [torch.view_as_real(w.detach()) for w in b.params]
                 b.g = [torch.view_as_real(g) for g in b.g]
             found.append(b)
         return found
 
-    def _choose(self, grads: list[Any]) -> list[tuple[ModuleType, Any, list[int], list[int]]]:
-        found: dict[Any, tuple[ModuleType, Any, list[int], list[int]]] = {}
-        for i, (w, g) in enumerate(zip(self.params, grads, strict=True)):
-            if g is None:
+    def _choose(self, weights: list[Tensor], grads: list[Any]) -> list[_Choice]:
+        found: dict[Any, _Choice] = {}
+        key: tuple[Any, ...]
+        workspace: Any
+        for i, (w, g, groups) in enumerate(zip(weights, grads, self._groups, strict=True)):
+            if groups:  # also with no gradient here: all ranks must add up the same sums
+                body = reference if self._foreach is False else foreach
+                key, workspace, place = (w.device, w.dtype, groups), self._inplace, i
+            elif g is None:
                 continue
-            if i in self._place and _same_layout(w, g, self._place[i]):
+            elif i in self._place and _same_layout(w, g, self._place[i]):
                 workspace, place = self._place[i]
-                entry = found.setdefault(id(workspace), (swap, workspace, [], []))
+                key, body = (id(workspace),), swap
             else:
-                body, place = self._inplace_body(w, g), i
-                kept, like = self._inplace.get(i), torch.view_as_real(w.detach()) if w.is_complex() else w.detach()
-                if kept is None or (kept.shape, kept.dtype, kept.device) != (like.shape, like.dtype, like.device):
-                    self._inplace[i] = torch.empty_like(like)
-                entry = found.setdefault((w.device, w.dtype, body), (body, self._inplace, [], []))
-            entry[2].append(i)
-            entry[3].append(place)
-        return [self._selected(*entry) if entry[0] is swap else entry for entry in found.values()]
+                body, workspace, place = self._inplace_body(w, g), self._inplace, i
+                key = (w.device, w.dtype, body)
+            choice = found.setdefault(key, _Choice(body, workspace, w.device, w.dtype, groups or ()))
+            if g is not None:
+                choice.members.append(i)
+                choice.places.append(place)
+                if workspace is self._inplace:
+                    self._make_room(i, w)
+        return [self._selected(c) if c.body is swap else c for c in found.values()]
 
-    def _selected(
-        self, body: ModuleType, workspace: swap.Workspace, members: list[int], places: list[int]
-    ) -> tuple[ModuleType, Any, list[int], list[int]]:
-        order = sorted(range(len(places)), key=lambda k: not workspace.is_small[places[k]])
-        members, places = [members[k] for k in order], [places[k] for k in order]
-        return body, swap.Selection(workspace, places, [self.params[i] for i in members]), members, places
+    def _make_room(self, i: int, w: Tensor) -> None:
+        kept, like = self._inplace.get(i), torch.view_as_real(w.detach()) if w.is_complex() else w.detach()
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (like.shape, like.dtype, like.device):
+            self._inplace[i] = torch.empty_like(like)
+
+    def _selected(self, c: _Choice) -> _Choice:
+        order = sorted(range(len(c.places)), key=lambda k: not c.workspace.is_small[c.places[k]])
+        members, places = [c.members[k] for k in order], [c.places[k] for k in order]
+        selection = swap.Selection(c.workspace, places, [self.params[i] for i in members])
+        return replace(c, workspace=selection, members=members, places=places)
 
     def _inplace_body(self, w: Tensor, g: Tensor) -> ModuleType:
         if g.is_sparse:
@@ -172,16 +211,21 @@ class Ascent(NamedTuple):
     factors: list[Scalar]
 
 
-def ascend_(buckets: list[Bucket]) -> Ascent:
-    """Moves all buckets to the steepest ascent in their ball; one norm runs over all of them.
+def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
+    """Moves all buckets to the steepest ascent in their ball; one norm runs over all of them, and over all ranks.
 
-    Groups of p = 2 and of p = inf, where both occur, have a norm each.
+    Groups of p = 2 and of p = inf, where both occur, have a norm each. All ranks of the process groups `agreeing` stay
+    where they are if one of them must.
     """
-    powers = [b.body.dual_power(b) for b in buckets]
+    powers = _over_ranks(buckets, [b.body.dual_power(b) for b in buckets])
     sums = {p: _sum([x for b, x in zip(buckets, powers, strict=True) if b.p == p]) for p in {b.p for b in buckets}}
     norms = {p: power**0.5 if p == 2 else power for p, power in sums.items()}
     total = _sum(list(norms.values()))
     moved: bool | Tensor = 0 < total < math.inf if isinstance(total, float) else (total > 0) & (total < math.inf)
+    if agreeing:
+        stays = not moved if isinstance(moved, bool) else ~moved
+        stays = shards.any_over(stays, agreeing, buckets[0].device)
+        moved = not stays if isinstance(stays, bool) else ~stays
     if moved is False:
         return Ascent(total, 0.0, False, [0.0] * len(buckets))
     factors = [_factor(b, norms.get(b.p, 1.0), moved) for b in buckets]
@@ -190,14 +234,24 @@ def ascend_(buckets: list[Bucket]) -> Ascent:
     return Ascent(total, _length(buckets, powers, sums, moved), moved, factors)
 
 
+def _over_ranks(buckets: list[Bucket], values: list[Scalar]) -> list[Scalar]:
+    """The values of buckets that are spread over ranks, summed over them: one collective for each process group."""
+    values = list(values)
+    for groups in dict.fromkeys(b.groups for b in buckets if b.groups):
+        spread = [i for i, b in enumerate(buckets) if b.groups == groups]
+        device = buckets[spread[0]].device
+        for i, x in zip(spread, shards.sum_over([values[i] for i in spread], groups, device), strict=True):
+            values[i] = x.item() if device.type == "cpu" else x
+    return values
+
+
 def _factor(b: Bucket, norm: Scalar, moved: bool | Tensor) -> Scalar:
     """What multiplies the direction: rho / ||T g||_2 or rho; 0 on the device where the gradient is 0 or not finite."""
-    device = b.w[0].device
     if not isinstance(moved, Tensor):
         return 0.0 if norm == 0 else float(b.rho / norm if b.p == 2 else b.rho)
-    norm = torch.as_tensor(norm, dtype=torch.float64, device=device)
-    factor = torch.as_tensor(b.rho / norm if b.p == 2 else b.rho, dtype=torch.float64, device=device)
-    return torch.where(moved.to(device) & (norm > 0), factor, 0.0)
+    norm = torch.as_tensor(norm, dtype=torch.float64, device=b.device)
+    factor = torch.as_tensor(b.rho / norm if b.p == 2 else b.rho, dtype=torch.float64, device=b.device)
+    return torch.where(moved.to(b.device) & (norm > 0), factor, 0.0)
 
 
 def _length(buckets: list[Bucket], powers: list[Scalar], sums: dict[float, Scalar], moved: bool | Tensor) -> Scalar:
@@ -234,18 +288,19 @@ def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
 
     None where there are none: float32 keeps it to better than 1e-3. Needs the ascent gradients.
     """
+    low = [(b, f) for b, f in zip(buckets, factors, strict=True) if b.dtype in LOW_PRECISION]
+    if not low:
+        return None
     dots: list[Scalar] = []
     squares: list[Scalar] = []
-    for b, factor in zip(buckets, factors, strict=True):
-        if b.w[0].dtype in LOW_PRECISION:
-            for i, (w, clean) in enumerate(zip(b.w, b.saved, strict=False)):
-                e = reference.step(b, i, clean, factor)
-                dots.append(((w.detach().float() - clean.float()) * e).sum(dtype=torch.float64))
-                squares.append(e.square().sum(dtype=torch.float64))
-    if not dots:
-        return None
-    square = torch.as_tensor(_sum(squares))
-    return torch.where(square > 0, _sum(dots) / square, 1.0)
+    for b, factor in low:
+        moves = [reference.step(b, i, clean, factor) for i, clean in enumerate(b.saved)]
+        realised = [w.detach().float() - clean.float() for w, clean in zip(b.w, b.saved, strict=False)]
+        dots.append(_sum([(x * e).sum(dtype=torch.float64) for x, e in zip(realised, moves, strict=True)]))
+        squares.append(_sum([e.square().sum(dtype=torch.float64) for e in moves]))
+    of = [b for b, _ in low]
+    square = torch.as_tensor(_sum(_over_ranks(of, squares)))
+    return torch.where(square > 0, torch.as_tensor(_sum(_over_ranks(of, dots))) / square, 1.0)
 
 
 def _sum(values: list[Scalar]) -> Scalar:

@@ -1,6 +1,7 @@
-"""Whole lists at once with torch._foreach_*, in place; also for DTensor and other tensor subclasses. No host sync.
+"""Whole lists at once with torch._foreach_*, in place; for devices, and the shards of DTensor. No host sync.
 
-As `reference`, in few launches. Temporaries are of the size of the gradients for T != 1 or p = inf, else one list.
+As `reference`, in few launches and persistent storage: nothing of the size of a weight is allocated after the first
+step, but where weights and gradients differ in dtype or layout, or are float64.
 """
 
 from __future__ import annotations
@@ -10,66 +11,112 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sam_optim.kernels import reference
-
 if TYPE_CHECKING:
     from sam_optim.kernels import Bucket, Scalar
 
 
 def dual_power(b: Bucket) -> Scalar:
-    pairs = [(i, g) for i, g in enumerate(b.g) if g.numel()]
-    if not pairs:
+    x = [v for v in _scaled_gradients(b) if v.numel()]
+    if not x:
         return 0.0
-    x = _wide([g for _, g in pairs])
-    t = _scales(b, [i for i, _ in pairs])
-    if t is not None:
-        x = list(torch._foreach_mul(x, t))
-    norms = torch._foreach_norm(x, 2 if b.p == 2 else 1)
-    stacked = torch.stack([_plain(n) for n in norms]).double()
-    return stacked.square().sum() if b.p == 2 else stacked.sum()
+    # one long float32 sum on the CPU is off by up to 1e-3; a device sums in chunks
+    wide = torch.float64 if x[0].device.type == "cpu" or x[0].dtype == torch.float64 else torch.float32
+    norms = torch.stack(torch._foreach_norm(x, 2 if b.p == 2 else 1, dtype=wide)).double()
+    return norms.square().sum() if b.p == 2 else norms.sum()
 
 
 def ascend_(b: Bucket, factor: Scalar) -> None:
-    for w, kept in zip(
-        b.w, (b.workspace[i] for i in b.index), strict=True
-    ):  # _foreach_copy_ has no sharding strategy for DTensor
-        kept.copy_(w)
-        b.saved.append(kept)
-    g = _wide(b.g)
-    direction = [x.sgn() for x in g] if b.p != 2 else g
-    t = _scales(b, range(len(b.w)))
-    if t is not None:
-        direction = list(torch._foreach_mul(direction, t))
-        if b.p == 2:
-            torch._foreach_mul_(direction, t)
+    if not b.w:
+        return
+    kept = [b.workspace[i] for i in b.index]
+    torch._foreach_copy_(kept, b.w)
+    b.saved = kept
+    direction = _direction(b)
+    if isinstance(factor, Tensor) and _fusible(b.w, direction):
+        # w + lr d as one kernel that does nothing where found_inf is set: a gradient of NaN must not reach w
+        torch._fused_sgd_(
+            b.w,
+            direction,
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=factor.float(),
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=(factor == 0).float(),
+        )
+        return
     if isinstance(factor, Tensor):
-        # a factor of 0 must give 0 also for a gradient that is not finite, without asking the device
-        moves = [torch.where(factor == 0, 0.0, x * factor.to(x.dtype)) for x in direction]
+        moves = [torch.where(factor == 0, 0.0, _wide(x) * factor.to(_wide(x).dtype)) for x in direction]
     else:
-        moves = list(torch._foreach_mul(direction, factor))
-    if all(w.dtype == e.dtype for w, e in zip(b.w, moves, strict=True)):
-        torch._foreach_add_(b.w, moves)
-    else:
-        for w, e in zip(b.w, moves, strict=True):
-            w.copy_(w.to(e.dtype) + e)
+        moves = list(torch._foreach_mul([_wide(x) for x in direction], factor))
+    for w, e in zip(b.w, moves, strict=True):
+        w.copy_(w.to(e.dtype) + e)
 
 
 def restore_(b: Bucket) -> None:
-    reference.restore_(b)
+    if b.saved:
+        torch._foreach_copy_(b.w, b.saved)
 
 
-def _scales(b: Bucket, indices: range | list[int]) -> list[Tensor] | None:
+def _scaled_gradients(b: Bucket) -> list[Tensor]:
+    """T g; in persistent storage where T is not 1."""
+    t = _scales(b)
+    if t is None:
+        return b.g
+    x = _storage(b, "direction")
+    torch._foreach_copy_(x, b.g)
+    torch._foreach_mul_(x, t)
+    return x
+
+
+def _direction(b: Bucket) -> list[Tensor]:
+    """T^2 g or T sign(g), of what `dual_power` left."""
+    if b.p == 2 and b.eta is None and b.t is None:
+        return b.g
+    x = _storage(b, "direction")
+    if b.p != 2:
+        torch._foreach_copy_(x, b.g)
+        torch._foreach_sign_(x)
     if b.eta is not None:
-        t = torch._foreach_abs(_wide([b.w[i].detach() for i in indices]))
+        torch._foreach_mul_(x, _storage(b, "scale"))
+    elif b.t is not None:
+        torch._foreach_mul_(x, [_wide(t) for t in b.t])
+    return x
+
+
+def _scales(b: Bucket) -> list[Tensor] | None:
+    if b.eta is None:
+        return None if b.t is None else [_wide(t) for t in b.t]
+    t = _storage(b, "scale")
+    if t:
+        torch._foreach_copy_(t, b.w)
+        torch._foreach_abs_(t)
         torch._foreach_add_(t, b.eta)
-        return list(t)
-    return None if b.t is None else _wide([b.t[i] for i in indices])
+    return t
 
 
-def _wide(tensors: list[Tensor]) -> list[Tensor]:
-    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+def _storage(b: Bucket, name: str) -> list[Tensor]:
+    """One tensor for each parameter, of its layout, in float32 or float64."""
+    found = []
+    for i, w in zip(b.index, b.w, strict=True):
+        x = b.scratch.get((name, i))
+        if x is None or (x.shape, x.device, x.stride()) != (w.shape, w.device, w.stride()):
+            dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+            x = b.scratch[name, i] = torch.empty_like(w, dtype=dtype, requires_grad=False)
+        found.append(x)
+    return found
 
 
-def _plain(x: Tensor) -> Tensor:
-    """The value of a DTensor's reduction on every rank; a plain tensor as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def _fusible(weights: list[Tensor], direction: list[Tensor]) -> bool:
+    """float32 is the type of a fused step's lr, too coarse for float64 weights."""
+    return all(
+        w.dtype == d.dtype != torch.float64 and w.stride() == d.stride() and w.numel()
+        for w, d in zip(weights, direction, strict=True)
+    ) and all(torch.ops.aten.is_non_overlapping_and_dense(w) for w in weights)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

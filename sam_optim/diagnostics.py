@@ -1,0 +1,75 @@
+"""What the passes of a step have seen: read by users afterwards, at no cost meanwhile."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_optim.kernels import Ascent, Scalar
+from sam_optim.results import LastStep
+
+
+class Diagnostics:
+    """Numbers or 0-d tensors on the device, whatever the passes had."""
+
+    def __init__(self) -> None:
+        self.num_unperturbed: int | Tensor = 0
+        self._ascent: Ascent | None = None
+        self._realized: Scalar | None = None
+        self._losses: tuple[Any, Any] = (None, None)
+        self._warned = False
+
+    def moved(self, ascent: Ascent | None, realized: Scalar | None) -> None:
+        """The weights have moved, or stayed where they are because there was nothing to follow."""
+        self._ascent, self._realized, self._losses = ascent, realized, (None, None)
+        if ascent is None:
+            return
+        if isinstance(ascent.moved, bool):
+            self.num_unperturbed += not ascent.moved
+        elif isinstance(self.num_unperturbed, Tensor):
+            self.num_unperturbed.add_(~ascent.moved)  # in place: a CUDA graph counts, too
+        else:
+            self.num_unperturbed = self.num_unperturbed + (~ascent.moved).long()
+
+    def without_ascent(self, *, plain: bool) -> None:
+        """One pass only: of the plain base (rho = 0), or one that left no gradient."""
+        self._ascent, self._realized = (Ascent(None, 0.0, False, []) if plain else None), None
+
+    def losses(self, loss: Any, perturbed: Any) -> None:
+        self._losses = (_detached(loss), _detached(perturbed))
+
+    @property
+    def norm(self) -> Scalar | None:
+        return None if self._ascent is None else self._ascent.norm
+
+    def last_step(self, params: Sequence[Tensor]) -> LastStep:
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        known = (None, None, None) if self._ascent is None else (self._ascent.norm, self._ascent.length, self._realized)
+        return LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
+
+    def warn_once(self, stacklevel: int) -> None:
+        """Read on the first step only: later ones must not wait for the device."""
+        if self._realized is None or self._warned:
+            return
+        self._warned = True
+        if (share := float(self._realized)) < 0.9:
+            warnings.warn(
+                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the weights in "
+                "float32 under autocast, or pass rounding='stochastic'",
+                stacklevel=stacklevel + 1,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ascent": None, "_realized": None, "_losses": (None, None)}
+
+
+def _detached(loss: Any) -> Any:
+    """The loss without its graph; None for what is no number."""
+    if isinstance(loss, Tensor):
+        return loss.detach()
+    return loss if isinstance(loss, numbers.Real) else None

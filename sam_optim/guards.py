@@ -155,28 +155,44 @@ class LeftoverProbe:
 class Apart:
     """Gradients that were there before, set aside while others are made.
 
-    They are added at the end, in the tensors that they were in if they own them; or laid under the ones to come, for
-    DDP, which averages over its ranks what it finds in `p.grad`. On an exception meanwhile the caller's rollback brings
-    them back.
+    They are added at the end, in the tensors that they were in if they own them; or, for DDP, which averages over its
+    ranks what a backward leaves in `p.grad`, put under the gradients to come. On an exception meanwhile the caller's
+    rollback brings them back.
     """
 
     def __init__(self, params: list[Tensor]):
         self._params = params
         self._earlier = [None if p.grad is None else _own(p.grad) for p in params]
-        self._is_laid = False
+        self._hooks: list[Any] = []
+        self._is_under = False
         for p in params:
             p.grad = None
 
-    def lay(self) -> None:
-        """Under the gradients to come, as copies: after an exception the earlier ones must be what they were."""
-        self._is_laid = True
+    def put_under(self) -> None:
+        """As copies: after an exception the earlier ones must be what they were."""
+        self._is_under = True
         for p, g in zip(self._params, self._earlier, strict=True):
             if g is not None:
                 p.grad = g.clone()
 
+    def put_under_next_backward(self) -> None:
+        """As `put_under`, for a closure that zeroes gradients first."""
+        self._is_under = True
+        for i, (p, g) in enumerate(zip(self._params, self._earlier, strict=True)):
+            if g is not None and p.requires_grad:
+                self._hooks.append(p.register_hook(functools.partial(self._join, i)))
+
+    def _join(self, i: int, grad: Tensor) -> Tensor:
+        earlier, self._earlier[i] = self._earlier[i], None
+        return grad if earlier is None else grad + earlier
+
+    def end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
     @torch.no_grad()
     def add(self) -> None:
-        if self._is_laid:
+        if self._is_under:
             return
         for p, g in zip(self._params, self._earlier, strict=True):
             if g is not None:

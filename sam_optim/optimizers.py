@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sam_optim.base import BaseUpdate, accepted, check_base, takes_found_inf
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import check_group, listed
 from sam_optim.perturbation import Closure, Perturbation
@@ -48,6 +49,10 @@ class SAM(Optimizer):
         sync_ascent: True for one perturbation by the gradient of all of DDP's ranks.
         foreach, fused: as in torch.optim. None chooses.
         rounding, replay_rng: see `Perturbation`.
+        nonfinite: what a gradient with an inf or NaN does. An ascent gradient gives e = 0 and counts in
+            `num_unperturbed`. A descent gradient: "skip" leaves weights and state as they are and counts in
+            `num_skipped`; "raise" raises; "ignore" lets the base have it. None: "skip" where that needs no host sync:
+            on the CPU, and on a device over a base with fused=True.
 
     Raises:
         ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
@@ -71,6 +76,7 @@ class SAM(Optimizer):
         fused: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
+        nonfinite: str | None = None,
         **base_kwargs: Any,
     ):
         if isinstance(base_optimizer, Optimizer):
@@ -84,12 +90,13 @@ class SAM(Optimizer):
         check_group(given)
         flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
         params, members = listed(params)
-        base = base_optimizer(params, **_accepted(base_optimizer, flags), **base_kwargs)
+        base = base_optimizer(params, **accepted(base_optimizer, flags), **base_kwargs)
         held = {id(p) for group in base.param_groups for p in group["params"]}
         if members is not None and held != members:
             raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
-        options = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
-        self._adopt(base, given, **options, rounding=rounding, replay_rng=replay_rng)
+        options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
+        options |= {"rounding": rounding, "replay_rng": replay_rng}
+        self._adopt(base, given, nonfinite=nonfinite, **options)
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:
@@ -109,8 +116,11 @@ class SAM(Optimizer):
         self._adopt(base_optimizer, given, **values)
         return self
 
-    def _adopt(self, base: Optimizer, given: dict[str, Any], **options: Any) -> None:
-        _check_base(base)
+    def _adopt(self, base: Optimizer, given: dict[str, Any], *, nonfinite: str | None, **options: Any) -> None:
+        if isinstance(base, SAM):
+            raise ValueError("the base is a SAM already: wrap the plain optimizer")
+        check_base(base, _KEYS)
+        update = BaseUpdate(base, nonfinite)
         for key in [k for k in _KEYS if k in base.defaults]:  # of a SAM around it before
             for group in base.param_groups:
                 if group.get(key) == base.defaults[key]:
@@ -121,6 +131,7 @@ class SAM(Optimizer):
         base.defaults.update(given)
         self.base_optimizer = base
         self._perturbation_options = options
+        self._update = update
         self._relink()
 
     def _relink(self) -> None:
@@ -159,13 +170,18 @@ class SAM(Optimizer):
                 raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
             self._finish()
             return None
-        _refuse_grad_scaler()
+        if "found_inf" in self.__dict__ or _called_by_grad_scaler():
+            raise RuntimeError(
+                "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
+                "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
+            )
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
         with self.perturbation.all_or_nothing():
             loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
             self.perturbation.watch()
-            self._base_step()
+            self._update(self.perturbation.together)
+            self.perturbation.completed = False
         return loss
 
     def perturbed(self) -> AbstractContextManager[None]:
@@ -197,29 +213,17 @@ class SAM(Optimizer):
 
     def _finish(self) -> None:
         """The base update after a perturbed pass; without one only where no gradient could be misused."""
-        found_inf, grad_scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
         if self.perturbation.active:
             self.perturbation.exit()
-            if found_inf is not None and bool(found_inf):
-                self.perturbation.completed = False
-                return
-            if grad_scale is not None:
-                for p in self._parameters():
-                    if p.grad is not None:
-                        p.grad.div_(grad_scale.to(p.grad.device))
         elif not self.perturbation.completed and self._any_gradient():
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
                 "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
             )
-        self._base_step()
-
-    def _base_step(self) -> None:
-        """The base's own update, without the hooks and the profiler range of its step: those are this step's."""
-        step = type(self.base_optimizer).step
-        unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
-        unhooked(self.base_optimizer)
-        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for schedulers made on the base
+        if "found_inf" in self.__dict__:
+            self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
+        else:
+            self._update(self.perturbation.together)
         self.perturbation.completed = False
 
     def _any_gradient(self) -> bool:
@@ -238,9 +242,10 @@ class SAM(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """While perturbed, GradScaler must call `step` whatever it found: skipping would leave the weights at w + e."""
+        """While perturbed, GradScaler must call `step` whatever it found: skipping would leave the weights at w + e.
+        And a fused base unscales by itself, without reading anything back."""
         perturbation = self.__dict__.get("perturbation")
-        return perturbation is not None and perturbation.active
+        return perturbation is not None and (perturbation.active or takes_found_inf(self.base_optimizer))
 
     # what it searches, and what it saw
 
@@ -271,6 +276,11 @@ class SAM(Optimizer):
         """How many steps had an ascent gradient of 0, or one that was not finite, and so e = 0."""
         return self.perturbation.num_unperturbed
 
+    @property
+    def num_skipped(self) -> int | Tensor:
+        """How many steps had a descent gradient that was not finite, and left everything as it was."""
+        return self._update.num_skipped
+
     # torch.optim's book-keeping
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -300,7 +310,7 @@ class SAM(Optimizer):
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base_optimizer", "perturbation", "_perturbation_options")
+        names = ("base_optimizer", "perturbation", "_perturbation_options", "_update")
         return super().__getstate__() | {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -348,50 +358,14 @@ class ASAM(SAM):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
 
 
-def _accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that the base knows. foreach also means SAM's own moves, fused only the base's."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        return flags
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return flags
-    if flags.get("fused") and "fused" not in parameters:
-        name = getattr(factory, "__name__", repr(factory))
-        raise ValueError(f"fused=True: {name} has no fused implementation: use fused=None or another base")
-    return {k: v for k, v in flags.items() if k in parameters}
-
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"the base must be a torch.optim.Optimizer, got {type(base).__name__}")
-    if isinstance(base, SAM):
-        raise ValueError("the base is a SAM already: wrap the plain optimizer")
-    closure = inspect.signature(type(base).step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(f"{type(base).__name__} needs a closure for its own step, and cannot be the base of SAM")
-    own = inspect.signature(type(base).__init__).parameters
-    if clash := [k for k in _KEYS if k in own and k in base.defaults]:
-        raise ValueError(
-            f"{type(base).__name__} has a hyperparameter {clash[0]!r} of its own, which means something else: use "
-            "sam_optim.Perturbation around it, which keeps its own groups"
-        )
-    if any(g.get("differentiable") for g in base.param_groups):
-        raise ValueError("differentiable=True is not supported: the perturbed weights are not part of a graph")
-
-
-def _refuse_grad_scaler() -> None:
+def _called_by_grad_scaler() -> bool:
     """GradScaler.step(optimizer, closure) would step with gradients that are still scaled; it is not caught there."""
     frame = sys._getframe(1)
     for _ in range(12):  # past the wrappers of no_grad, Dynamo, hooks and schedulers
-        if frame is None:
-            return
-        if frame.f_code.co_name == "_maybe_opt_step":
-            raise RuntimeError(
-                "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
-                "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
-            )
+        if frame is None or frame.f_code.co_name == "_maybe_opt_step":
+            break
         frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_name == "_maybe_opt_step"
 
 
 def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:

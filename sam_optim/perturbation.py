@@ -95,7 +95,7 @@ class Perturbation:
         self._plan = Plan(module, sync_ascent, foreach, self._noise)
         self._pass: PerturbedPass | None = None
         self._first: AscentPass | None = None
-        self._apart: Apart | None = None
+        self._put_under: Callable[[], None] | None = None
         self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
         self._transaction: weakref.ref[Rollback] | None = None
         self._watched: list[int] | None = None
@@ -147,21 +147,27 @@ class Perturbation:
             self.completed = False
             if self._first_forward is not None:
                 self._first_forward.state = self._rng_state()
-            with self._first_pass(Apart(params)):
+            apart = Apart(params)
+            with self._first_pass(apart, apart.put_under):
                 yield
                 if not self.completed:
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
 
     @contextmanager
-    def _first_pass(self, apart: Apart | None = None) -> Iterator[AscentPass]:
-        """Around both passes: from here to `enter` they are the first one. Adds the gradients set aside at the end."""
-        self._apart, self._first = apart, AscentPass(self._idle(), self._ranks())
+    def _first_pass(
+        self, apart: Apart | None = None, put_under: Callable[[], None] | None = None
+    ) -> Iterator[AscentPass]:
+        """Around both passes: until `enter` they are the first one. Adds the gradients set aside at the end, or, where
+        DDP is to average them, puts them under those of the second pass."""
+        self._put_under, self._first = put_under, AscentPass(self._idle(), self._ranks())
         try:
             self._first.begin()
             yield self._first
         finally:
             self._first.end()
-            self._first = self._apart = None
+            if apart is not None:
+                apart.end()
+            self._first = self._put_under = None
         if apart is not None:
             apart.add()
 
@@ -205,8 +211,10 @@ class Perturbation:
             for p in params:
                 p.grad = None
             passes = []
-            for i, c in enumerate(closures):  # DDP averages once, over the sum of all
-                with self._ranks().no_sync() if i < len(closures) - 1 else nullcontext():
+            ranks = self._ranks()
+            for i, c in enumerate(closures):
+                waits = ranks.averages_once and i < len(closures) - 1
+                with ranks.no_sync() if waits else nullcontext():
                     passes.append(self._two_passes(c, None, Apart(params)))
             grads = [p.grad for p in params if p.grad is not None]
             with torch.no_grad():
@@ -236,8 +244,8 @@ class Perturbation:
                 ranks.compare(self._seen.norm)
             else:
                 self._first.end()
-                if self._apart is not None and self._first.then_syncs:
-                    self._apart.lay()
+                if self._put_under is not None and self._first.then_syncs:
+                    self._put_under()
             self._seen.warn_once(stacklevel=6)
         except BaseException:
             self.exit(failed=True)
@@ -297,7 +305,8 @@ class Perturbation:
         if self._first_forward is not None:
             self._first_forward.state = self._rng_state()
         params = self._params()
-        with self._first_pass(apart) as ascent:
+        once = apart is not None and self._ranks().averages_once
+        with self._first_pass(apart, apart.put_under_next_backward if once else None) as ascent:  # type: ignore[union-attr]
             probe = LeftoverProbe(params)
             try:
                 loss = self._run_first(first, ascent)
@@ -368,6 +377,11 @@ class Perturbation:
         self.completed = False
         if self._first_forward is not None and not self.active:
             self._first_forward.forget()
+
+    @property
+    def together(self) -> shards.Groups:
+        """The process groups whose ranks must all take a step, or none of them."""
+        return self._ranks().together
 
     def _ranks(self) -> Ranks:
         return self._plan.ranks(self._params())

@@ -47,6 +47,8 @@ class Ranks:
             )
         self.may_lack_gradients = any(self._flat.values())  # FSDP1 cuts across parameters: a rank can have none of any
         self.per_rank = bool(self.replicas) and not self.is_sharded and not sync_ascent
+        # a parameter that the last of several closures does not use would keep what this rank had of it before
+        self.averages_once = bool(self.replicas) and not any(m.find_unused_parameters for m in self.replicas)
         together: dict[Any, None] = {m.process_group: None for m in self.replicas}
         for p in params:
             together |= dict.fromkeys(_mesh_groups(p))

@@ -1,4 +1,4 @@
-"""Two processes that train together: `spawn(worker, ...)` runs a function of this folder's test modules on each rank."""
+"""Two processes that train together: `spawn(worker, ...)` runs a function of a test module on each rank."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 WORLD = 2
 
 
-def _main(rank, world, file, worker, args, results, timeout):
+def _main(rank, world, folder, worker, args, timeout):
     import datetime
     import warnings
 
@@ -19,19 +19,20 @@ def _main(rank, world, file, worker, args, results, timeout):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
     )
     try:
-        results.put((rank, worker(rank, *args)))
+        torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def spawn(worker, *args, world=WORLD, timeout=120):
     """What worker(rank, *args) returned on each rank; plain Python, for it is pickled."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (world, f"{folder}/store", worker, args, results, timeout), nprocs=world)
-    found = dict(results.get() for _ in range(world))
-    return [found[rank] for rank in range(world)]
+        mp.spawn(_main, (world, folder, worker, args, timeout), nprocs=world)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]

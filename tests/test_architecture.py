@@ -13,7 +13,7 @@ ROWS = [
     {"rng", "batchnorm", "results"},
     {"geometry", "kernels", "loss", "guards"},
     {"groups", "ranks", "diagnostics"},
-    {"passes", "plan"},
+    {"passes", "plan", "base"},
     {"perturbation", "measures", "landscape", "reparametrize", "correlation"},
     {"optimizers", "report"},
     {"cli", "integrations"},

@@ -686,3 +686,74 @@ def test_schedule_free_and_other_attributes_of_the_base_are_reached():
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         optimizer.nothing_of_this_name  # noqa: B018
     assert "SAM over Base" in repr(optimizer)
+
+
+@pytest.mark.parametrize("passed", ["positionally", "by keyword"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_closure_through_grad_scaler_is_refused_also_over_a_fused_base(passed, fused):
+    """A fused base tells GradScaler that it unscales by itself; the scaler then hands over whatever it was given."""
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = data(0)
+    scaler.scale(LOSS(model(x), y)).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    closure = closure_of(model, optimizer, 0)
+    with pytest.raises(RuntimeError, match=r"without a closure|Closure use is not currently supported"):
+        scaler.step(optimizer, closure) if passed == "positionally" else scaler.step(optimizer, closure=closure)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_descent_gradient_that_is_not_finite_skips_the_step(fused):
+    model, control = network(), network()
+    optimizers = [SAM(m.parameters(), torch.optim.AdamW, lr=0.1, fused=fused) for m in (model, control)]
+    for i in range(4):
+        for m, optimizer in zip((model, control), optimizers, strict=True):
+            if i == 2 and m is control:
+                continue  # it skips what the other one has to
+            torch.manual_seed(i)
+            x, y = data(i)
+            LOSS(m(x), y).backward()
+            with optimizer.perturbed():
+                LOSS(m(x), y).backward()
+                if i == 2:
+                    m[4].bias.grad[1] = math.inf
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(model.parameters(), control.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [int(o.num_skipped) for o in optimizers] == [1, 0]
+
+
+def test_what_a_gradient_that_is_not_finite_does_can_be_chosen():
+    w = nn.Parameter(torch.ones(3))
+
+    def step(**options):
+        optimizer = SAM([w], lr=0.1, **options)
+        w.grad = torch.ones(3)
+        with optimizer.perturbed():
+            w.grad = torch.tensor([1.0, math.nan, 1.0])
+        optimizer.step()
+        return optimizer
+
+    with pytest.raises(FloatingPointError, match="nonfinite='raise'"):
+        step(nonfinite="raise")
+    assert torch.equal(w, torch.ones(3))
+    assert step(nonfinite="skip").num_skipped == 1
+    assert torch.equal(w, torch.ones(3))
+    assert step(nonfinite="ignore").num_skipped == 0
+    assert w.isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="nonfinite must be"):
+        SAM([w], lr=0.1, nonfinite="plain")
+
+
+def test_large_gradients_are_not_taken_for_infinite_ones():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SAM([w], lr=1e-30, rho=0.1)
+    w.grad = torch.ones(3)
+    with optimizer.perturbed():
+        w.grad = torch.full((3,), 1e30)  # their squares are not float32 numbers
+    optimizer.step()
+    assert optimizer.num_skipped == 0
+    assert torch.equal(w, torch.zeros(3))

@@ -303,6 +303,31 @@ def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
     return torch.where(square > 0, torch.as_tensor(_sum(_over_ranks(of, dots))) / square, 1.0)
 
 
+def finite(grads: list[Tensor]) -> bool | Tensor:
+    """Whether all entries are finite: known on the CPU, a 0-d tensor on a device, which is not read."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for g in grads:
+        g = shards.local(g)
+        g = g.coalesce().values() if g.is_sparse else g
+        g = torch.view_as_real(g) if g.is_complex() else g
+        if g.numel():
+            kinds.setdefault((g.device, g.dtype), []).append(g)
+    answers = [_finite(device, found) for (device, _), found in kinds.items()]
+    on_device = [x for x in answers if isinstance(x, Tensor)]
+    if not on_device:
+        return all(answers)
+    return torch.stack([torch.as_tensor(x).to(on_device[0].device, non_blocking=True) for x in answers]).all()
+
+
+def _finite(device: torch.device, grads: list[Tensor]) -> bool | Tensor:
+    wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    # the fastest pass over memory on either; on a device its sum overflows only beyond all gradients that make sense
+    total = torch.stack(torch._foreach_norm(grads, 2 if device.type == "cpu" else 1, dtype=wide)).sum().isfinite()
+    if device.type != "cpu":
+        return total
+    return bool(total) or all(bool(g.isfinite().all()) for g in grads)
+
+
 def _sum(values: list[Scalar]) -> Scalar:
     """On the device of the first tensor among them, without a host sync."""
     device = next((x.device for x in values if isinstance(x, Tensor)), None)

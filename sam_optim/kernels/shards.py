@@ -51,6 +51,12 @@ def groups_of(p: Tensor) -> Groups | None:
     return tuple(mesh.get_group(d) for d in spread if mesh.size(d) > 1)
 
 
+def own_group(optimizer: Any) -> Groups:
+    """The process group of an optimizer that spreads its state over ranks: ZeroRedundancyOptimizer."""
+    group = getattr(optimizer, "process_group", None)
+    return (group,) if group is not None and torch.distributed.is_initialized() else ()
+
+
 def sum_over(values: Sequence[float | Tensor], groups: Groups, device: torch.device) -> list[Tensor]:
     """Each value summed over the ranks of the groups, in one collective for each group: 0-d float64 tensors."""
     total = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values])

@@ -102,6 +102,7 @@ class Perturbation:
         self._rollback: Rollback | None = None
         self._first_forward = FirstForward(self.module) if replay_rng else None
         self._seen = Diagnostics()
+        self._ranks()  # says at once what cannot be
 
     @property
     def balls(self) -> list[Ball]:

@@ -15,7 +15,8 @@ def _main(rank, world, folder, worker, args, timeout):
     import warnings
 
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+    for message in ("FSDP2-wrapped module .* returned a view", "The `NO_SHARD` sharding strategy is deprecated"):
+        warnings.filterwarnings("ignore", message)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -756,4 +756,4 @@ def test_large_gradients_are_not_taken_for_infinite_ones():
         w.grad = torch.full((3,), 1e30)  # their squares are not float32 numbers
     optimizer.step()
     assert optimizer.num_skipped == 0
-    assert torch.equal(w, torch.zeros(3))
+    assert w.abs().max() < 1e-6

@@ -3,6 +3,7 @@
 from sam_optim._version import __version__
 from sam_optim.correlation import Correlation, correlate
 from sam_optim.geometry import Ball, ProductBall
+from sam_optim.graphs import GraphedStep
 from sam_optim.groups import asam_param_groups
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
 from sam_optim.loss import Loss
@@ -23,6 +24,7 @@ __all__ = [
     "Ball",
     "Correlation",
     "Estimate",
+    "GraphedStep",
     "Landscape",
     "LastStep",
     "Loss",

@@ -16,7 +16,7 @@ ROWS = [
     {"passes", "plan", "base"},
     {"perturbation", "measures", "landscape", "reparametrize", "correlation"},
     {"optimizers", "report"},
-    {"cli", "integrations"},
+    {"cli", "integrations", "graphs"},
     {"benchmarks"},
 ]
 # modules of one part: they may import each other, and stand in the row of that part

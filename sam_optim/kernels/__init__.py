@@ -174,19 +174,25 @@ class Store:
 def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
     """What the choice of a body depends on. Few small objects where all gradients are there and dense: storage that is
     where it was, and as long, holds what it held, and gradients have the layout of their parameter."""
-    try:
-        return [(w.data_ptr(), w.numel(), w.dtype, g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
-    except (AttributeError, RuntimeError):
-        return [
-            None if g is None else (w.device, w.dtype, w.shape, w.stride(), g.dtype, _stride(g), _address(w))
-            for w, g in zip(params, grads, strict=True)
-        ]
+    if all(map(_is_plain, params)):
+        try:
+            return [(w.data_ptr(), w.numel(), w.dtype, g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
+        except (AttributeError, RuntimeError):
+            pass
+    return [
+        None if g is None else (w.device, w.dtype, w.shape, w.stride(), g.dtype, _stride(g), _address(w))
+        for w, g in zip(params, grads, strict=True)
+    ]
+
+
+def _is_plain(w: Tensor) -> bool:
+    return type(w) is torch.nn.Parameter or type(w) is Tensor
 
 
 def _address(w: Tensor) -> int | None:
     """None where a tensor subclass has no storage of its own."""
     try:
-        return w.data_ptr()
+        return w.data_ptr() if _is_plain(w) else None
     except RuntimeError:
         return None
 

@@ -6,7 +6,8 @@ step, but where weights and gradients differ in dtype or layout, or are float64.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -112,10 +113,22 @@ def _storage(b: Bucket, name: str) -> list[Tensor]:
 
 def _fusible(weights: list[Tensor], direction: list[Tensor]) -> bool:
     """float32 is the type of a fused step's lr, too coarse for float64 weights."""
+    if type(weights[0]) not in (Tensor, torch.nn.Parameter) or weights[0].is_meta:
+        _teach_meta()
     return all(
         w.dtype == d.dtype != torch.float64 and w.stride() == d.stride() and w.numel()
         for w, d in zip(weights, direction, strict=True)
-    ) and all(torch.ops.aten.is_non_overlapping_and_dense(w) for w in weights)
+    ) and all(w.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(w) for w in weights)
+
+
+@functools.cache
+def _teach_meta() -> Any:
+    """Fake and meta tensors do not know this operation, of which there is nothing to know: it returns nothing."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_.tensor_lr", "Meta"):
+        return None
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None, "Meta")
+    return library  # which holds its registrations as long as it is held
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""What a device would see, without one: what SAM's own part reads back, and what it allocates."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sam_optim import ASAM, SAM, GraphedStep, Perturbation
+
+VARIANTS = {
+    "SAM": functools.partial(SAM, rho=0.05),
+    "ASAM": functools.partial(ASAM, rho=0.5),
+    "inf": functools.partial(SAM, rho=0.01, norm=math.inf),
+    "ASAM, inf": functools.partial(ASAM, rho=0.01, norm=math.inf),
+    "maximize": functools.partial(SAM, rho=0.05, maximize=True),
+}
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.nonzero.default}
+
+
+class Watched(TorchDispatchMode):
+    """Counts what reads a tensor back to the host, and lists storage that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+        self.allocated = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        if func in READS:
+            self.reads.append(str(func))
+        given = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(x)}
+        for x in torch.utils._pytree.tree_leaves(result):
+            if _is_tensor(x) and x.untyped_storage()._cdata not in given:
+                self.allocated.append((str(func), x.numel()))
+        return result
+
+
+def _is_tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+def parameters(dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    sizes = [(64, 32), (64,), (32, 64), (10, 8, 3, 3), (1,), ()]
+    params = [nn.Parameter(torch.randn(s, dtype=dtype, device=device)) for s in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sams_own_part_reads_nothing_back_and_allocates_nothing_in_the_steady_state(variant):
+    """The bodies for devices, run on the CPU: `foreach=True`. Norms, one number for each tensor, are all it makes."""
+    params = parameters()
+    sam = VARIANTS[variant](params, torch.optim.SGD, lr=0.1, foreach=True)
+    for i in range(4):
+        grads = [torch.randn_like(p) for p in params]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        with Watched() as watched:
+            sam.first_step()
+            sam.perturbation.exit()
+        sam.zero_grad()
+        if i > 0:
+            assert not watched.reads
+            assert max(size for _, size in watched.allocated) <= len(params)
+            assert watched.calls <= 40
+
+
+def test_the_watch_sees_what_reads_and_allocates():
+    w = torch.ones(100)
+    with Watched() as watched:
+        (w + 1).sum().item()
+    assert watched.reads
+    assert ("aten.add.Tensor", 100) in watched.allocated
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("base", ["sgd", "adamw fused", "adamw capturable"])
+def test_a_whole_step_reads_nothing_back_on_cuda_tensors(monkeypatch, variant, base):
+    """On fake CUDA tensors, of which no value can be read: whatever would wait for the device raises."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    factory, options = {
+        "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+        "adamw fused": (torch.optim.AdamW, {"fused": True}),
+        "adamw capturable": (torch.optim.AdamW, {"capturable": True, "foreach": True}),
+    }[base]
+    with FakeTensorMode():
+        params = parameters(device="cuda")
+        sam = VARIANTS[variant](params, factory, lr=0.1, **options)
+
+        def closure():
+            sam.zero_grad()
+            for p in params:  # by hand: autograd's threads want a real device
+                p.grad = 2 * p.detach()
+            return sum(p.detach().square().sum() for p in params)
+
+        for _ in range(3):
+            loss = sam.step(closure)
+        with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata-dependent|DataDependent"):
+            loss.item()  # the fake tensors do refuse
+        assert sam.last_step.grad_norm.device.type == "cuda"
+        assert sam.num_unperturbed.device.type == "cuda"
+        if base == "adamw fused":
+            assert sam.num_skipped.device.type == "cuda"
+
+
+def test_a_graph_needs_a_device():
+    sam = SAM([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"one CUDA device, and the parameters are on \['cpu'\]"):
+        GraphedStep(sam, lambda x: x)
+
+
+def test_unperturbed_steps_are_counted_in_place():
+    """A replayed graph runs the addition again, and never the Python around it."""
+    params = parameters()
+    sam = Perturbation(params, foreach=True)
+    counts = []
+    for value in (1.0, math.nan, math.nan):
+        for p in params:
+            p.grad = torch.full_like(p, value)
+        with sam.perturbed():
+            pass
+        counts.append(sam.num_unperturbed)
+    assert counts[0] is counts[1] is counts[2]
+    assert int(counts[0]) == 2

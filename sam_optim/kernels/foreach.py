@@ -48,6 +48,7 @@ def ascend_(b: Bucket, factor: Scalar) -> None:
             is_first_step=False,
             found_inf=(factor == 0).float(),
         )
+        torch.autograd.graph.increment_version(b.w)  # which fused kernels do not, and a backward at w must fail now
         return
     if isinstance(factor, Tensor):
         moves = [torch.where(factor == 0, 0.0, _wide(x) * factor.to(_wide(x).dtype)) for x in direction]

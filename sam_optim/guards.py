@@ -52,6 +52,28 @@ class Rollback:
         self._rng.restore()
 
 
+class UpdateProbe:
+    """Whether an update of these weights has begun: by their versions, and where the optimizer is fused, which does not
+    raise them, by the bits of a few entries."""
+
+    def __init__(self, weights: list[Tensor], *, is_fused: bool):
+        self._weights = weights
+        self._versions = [w._version for w in weights]
+        found = [w for w in weights if w.numel()] if is_fused else []
+        some = {id(w): w for w in (*found[:1], *found[len(found) // 2 :][:1], *found[-1:])}
+        self._entries = [(entries, entries.clone()) for entries in map(_first_entries, some.values())]
+
+    def has_begun(self) -> bool:
+        if self._versions != [w._version for w in self._weights]:
+            return True
+        return any(not torch.equal(now, before) for now, before in self._entries)
+
+
+def _first_entries(w: Tensor) -> Tensor:
+    row = w.detach()[(0,) * (w.ndim - 1)]
+    return row[:64] if w.ndim else row
+
+
 class CleanStateDict:
     """A state_dict hook that hands out clean values while the weights are perturbed.
 

@@ -15,7 +15,7 @@ from sam_optim.batchnorm import Buffers
 from sam_optim.diagnostics import Diagnostics
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import as_groups
-from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback
+from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, UpdateProbe
 from sam_optim.kernels import shards
 from sam_optim.passes import AscentPass, PerturbedPass
 from sam_optim.plan import Plan, is_zero
@@ -98,7 +98,7 @@ class Perturbation:
         self._put_under: Callable[[], None] | None = None
         self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
         self._transaction: weakref.ref[Rollback] | None = None
-        self._watched: list[int] | None = None
+        self._watched: UpdateProbe | None = None
         self._rollback: Rollback | None = None
         self._first_forward = FirstForward(self.module) if replay_rng else None
         self._seen = Diagnostics()
@@ -360,23 +360,21 @@ class Perturbation:
             yield
         except BaseException:
             self.exit(failed=True)  # where an interrupt came before a context of its own could
-            if self._watched is None or self._watched == self._versions():
+            if self._watched is None or not self._watched.has_begun():
                 rollback.undo()
             raise
         finally:
-            self._transaction = None
+            self._transaction = self._watched = None
 
     def watch(self) -> None:
         """From here on a change of the weights is an update."""
-        self._watched = self._versions()
-
-    def _versions(self) -> list[int]:
-        return [shards.local(p)._version for p in self._params()]
+        weights = [shards.local(p) for p in self._params() if p.grad is not None]
+        self._watched = UpdateProbe(weights, is_fused=any(g.get("fused") for g in self.param_groups))
 
     def forget(self) -> None:
         """What was learnt from gradients that have been cleared: that they are of a perturbed pass, and its draws."""
         self.completed = False
-        if self._first_forward is not None and not self.active:
+        if self._first_forward is not None and not self.active and self._first is None:
             self._first_forward.forget()
 
     @property

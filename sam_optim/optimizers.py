@@ -138,6 +138,7 @@ class SAM(Optimizer):
         """One truth: groups, state, defaults and hooks are the base's own objects."""
         base = self.base_optimizer
         self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
+        self._linked = {"param_groups": base.param_groups, "state": base.state}
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             if hooks in base.__dict__:
                 self.__dict__[hooks] = base.__dict__[hooks]
@@ -187,6 +188,7 @@ class SAM(Optimizer):
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
         self._sync()
+        self._forget_scale()
         return self.perturbation.perturbed()
 
     def microbatch(self) -> AbstractContextManager[None]:
@@ -197,6 +199,7 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it."""
         self._sync()
+        self._forget_scale()
         self.perturbation.enter(zero_grad=zero_grad, keep_gradients=False)  # no context, so no fault to answer for
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -210,6 +213,11 @@ class SAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.perturbation.forget()
+
+    def _forget_scale(self) -> None:
+        """Of a step that failed: GradScaler deletes its scale only after success, and multiplies one that it finds."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
 
     def _finish(self) -> None:
         """The base update after a perturbed pass; without one only where no gradient could be misused."""
@@ -233,11 +241,16 @@ class SAM(Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def _sync(self) -> None:
-        """Frameworks assign `param_groups` anew on whichever object they hold."""
-        if self.param_groups is not self.base_optimizer.param_groups:
-            self.base_optimizer.param_groups = self.param_groups
-        if self.state is not self.base_optimizer.state:
-            self.base_optimizer.state = self.state
+        """Frameworks assign `param_groups` and `state` anew, `base.load_state_dict` too: on whichever they hold."""
+        base = self.base_optimizer
+        for name, linked in self._linked.items():
+            if getattr(self, name) is linked and (found := getattr(base, name)) is not linked:
+                if name == "param_groups":
+                    _fill(found, [{k: g[k] for k in _KEYS} for g in linked])
+                setattr(self, name, found)
+            elif getattr(base, name) is not getattr(self, name):
+                setattr(base, name, getattr(self, name))
+            self._linked[name] = getattr(self, name)
         self.perturbation.param_groups = self.param_groups
 
     @property

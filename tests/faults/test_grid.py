@@ -1,0 +1,76 @@
+"""Every point x every kind of fault x every variant x every way of stepping: all or nothing."""
+
+from __future__ import annotations
+
+import functools
+
+from faults import tally
+from faults.cases import PATHS, VARIANTS, every_case
+from faults.harness import POINTS, RAISING, UPDATED, Rig, State, differences, only, raised_by, same_draws
+
+
+@functools.lru_cache(maxsize=4)
+def trajectory(variant: str, path: str) -> list[State]:
+    """The states before and after each step of a run without faults."""
+    rig = Rig(VARIANTS[variant], PATHS[path])
+    states = [rig.state()]
+    for i in range(3):
+        rig.step(i)
+        states.append(rig.state())
+    return states
+
+
+def expected_after(rig: Rig) -> State:
+    """What a fault at this point has to leave."""
+    if rig.point in rig.path.inside:
+        return rig.marked
+    if rig.point in rig.path.open:  # the caller gives the pass up: weights and buffers are those before it
+        back = ("weight", "buffer") + (("rng",) if rig.variant.sam.get("replay_rng") else ())
+        return rig.at_fault | only(rig.marked, *back)
+    return rig.at_fault  # nothing of SAM's is going on, and nothing of it may change a thing
+
+
+def check(rig: Rig, error: BaseException | None, clean: list[State]) -> list[str]:
+    """What is wrong after the fault in step 1, and after one more step."""
+    problems = [] if rig.fired == 1 else [f"the fault came {rig.fired} times"]
+    if not raised_by(rig.kind, error):
+        problems.append(f"raised {error!r}")
+    error = None
+    if rig.perturbation.active and rig.path.give_up is not None:
+        rig.path.give_up(rig)
+    found = rig.state()
+    problems += differences(found, expected_after(rig))
+    which = clean[2] if rig.point in UPDATED else clean[1]
+    problems += differences(only(found, "weight", "base", "group"), only(which, "weight", "base", "group"))
+    problems += rig.left_open()
+    rig.settle()
+    return problems + next_step(rig, clean)
+
+
+def next_step(rig: Rig, clean: list[State]) -> list[str]:
+    """A step from here is that of a run that was never disturbed, or of one that was resumed here."""
+    if not differences(rig.state(), clean[1]):
+        rig.step(1)
+        return differences(rig.state(), clean[2])
+    twin = Rig(rig.variant, rig.path)
+    twin.load(rig)
+    with same_draws():
+        twin.step(2)
+        truth = twin.state()
+    rig.step(2)
+    return differences(rig.state(), truth) + rig.left_open()
+
+
+@every_case
+def test_after_a_fault_all_is_as_before_the_step_or_as_after_it(variant, path):
+    clean, wrong = trajectory(variant, path), []
+    for point in POINTS:
+        for kind in RAISING:
+            rig = Rig(VARIANTS[variant], PATHS[path])
+            rig.step(0)
+            rig.arm(point, kind)
+            problems = check(rig, rig.attempt(1), clean)
+            tally.add(faults=1, wrong=bool(problems))
+            if problems:
+                wrong.append((point, kind, problems))
+    assert not wrong

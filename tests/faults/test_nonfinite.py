@@ -4,7 +4,6 @@ been."""
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 
 import pytest
@@ -16,9 +15,6 @@ from faults.cases import PATHS, VARIANTS, every_case
 from faults.control import Control
 from faults.harness import POINTS, POISON, Rig, differences, only, same_draws
 from sam_optim import ASAM, SAM
-
-HAS_POLICY = "nonfinite" in inspect.signature(SAM).parameters
-needs_policy = pytest.mark.skipif(not HAS_POLICY, reason="SAM has no policy for descent gradients that are not finite")
 
 
 def effect(rig: Rig) -> str | None:
@@ -40,7 +36,7 @@ def test_no_weight_follows_a_value_that_is_not_finite(variant, path):
             rig.arm(point, kind)
             expected = effect(rig)
             by_user = not rig.path.wrapped and rig.scaler is None  # a plain optimizer skips nothing
-            if expected is None or (expected == "skipped" and (by_user or (not HAS_POLICY and rig.scaler is None))):
+            if expected is None or (expected == "skipped" and by_user):
                 continue
             problems = compare(rig, expected)
             tally.add(poisoned=1, poisoned_wrong=bool(problems))
@@ -74,14 +70,9 @@ def compare(rig: Rig, expected: str) -> list[str]:
     num_unperturbed, num_skipped = int(rig.sam.num_unperturbed), int(getattr(rig.optimizer, "num_skipped", 0))
     if num_unperturbed != (expected == "unperturbed"):
         problems.append(f"num_unperturbed {num_unperturbed}")
-    if num_skipped != (expected == "skipped" and counts_skips(rig)):
+    if num_skipped != (expected == "skipped" and rig.scaler is None):  # GradScaler counts its own
         problems.append(f"num_skipped {num_skipped}")
     return problems + rig.left_open()
-
-
-def counts_skips(rig: Rig) -> bool:
-    """GradScaler does not call `step` outside of a perturbed pass, if it has found inf."""
-    return HAS_POLICY and (rig.scaler is None or bool(rig.path.open))
 
 
 KINDS = {
@@ -129,7 +120,7 @@ def by_hand(model, base, bad_pass: int, x: torch.Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:only .* survives the rounding")
-@pytest.mark.parametrize("bad_pass", [1, pytest.param(2, marks=needs_policy)])
+@pytest.mark.parametrize("bad_pass", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_bad_entry_of_each_parameter_in_turn(kind, dtype, bad_pass):
@@ -153,7 +144,6 @@ def test_one_bad_entry_of_each_parameter_in_turn(kind, dtype, bad_pass):
     assert wrong == 0
 
 
-@needs_policy
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_step_after_a_skipped_one_is_that_of_a_run_without_it(kind):
     for bad in (math.nan, math.inf):
@@ -169,9 +159,7 @@ def test_the_step_after_a_skipped_one_is_that_of_a_run_without_it(kind):
             assert int(two.num_skipped) == 0
 
 
-@needs_policy
-@pytest.mark.parametrize("bad_pass", [1, 2])
-def test_policy_raise_is_all_or_nothing(bad_pass):
+def test_policy_raise_is_all_or_nothing():
     model = small_network(torch.float32)
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3, module=model, nonfinite="raise")
     x, calls = torch.ones(2, 4), []
@@ -181,7 +169,7 @@ def test_policy_raise_is_all_or_nothing(bad_pass):
         optimizer.zero_grad()
         loss = model(x).square().mean()
         loss.backward()
-        if len(calls) == bad_pass:
+        if len(calls) == 2:
             model[0].bias.grad[0] = math.nan
         return loss
 
@@ -195,7 +183,6 @@ def test_policy_raise_is_all_or_nothing(bad_pass):
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@needs_policy
 def test_policy_ignore_does_what_the_plain_base_does():
     model, twin = small_network(torch.float32), small_network(torch.float32)
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, nonfinite="ignore")
@@ -215,18 +202,13 @@ def test_policy_ignore_does_what_the_plain_base_does():
     assert bool(model[0].bias[0].isnan())
 
 
-def policies():
-    return ("default", *(("skip", "raise", "ignore") if HAS_POLICY else ()))
-
-
-@pytest.mark.parametrize("policy", policies())
+@pytest.mark.parametrize("policy", [None, "skip", "raise", "ignore"])
 def test_a_loss_that_is_not_finite_with_gradients_that_are(policy):
     """It is reported, and steers nothing: the update is that of the finite loss with the same gradients."""
     found = []
     for constant in (0.0, math.inf):
         model = small_network(torch.float32)
-        kwargs = {} if policy == "default" else {"nonfinite": policy}
-        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, **kwargs)
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, nonfinite=policy)
 
         def closure(model=model, optimizer=optimizer, constant=constant):
             optimizer.zero_grad()

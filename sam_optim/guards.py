@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -109,6 +110,22 @@ class CleanStateDict:
 
 def _no_hook(*_: Any) -> None:
     """What is left in a copy of a hook whose pass has ended."""
+
+
+class EvaluationWarning:
+    """A forward hook for the time that the weights of a model in training mode are perturbed."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not module.training and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the model is evaluated while its weights are perturbed, so this is not the loss at w: evaluate it "
+                "after the perturbed pass, or a copy of it that loads model.state_dict()",
+                stacklevel=5,
+            )
 
 
 class FirstForward:

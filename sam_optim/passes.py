@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
-from sam_optim.guards import CleanStateDict, FirstForward
+from sam_optim.guards import CleanStateDict, EvaluationWarning, FirstForward
 from sam_optim.kernels import shards
 from sam_optim.ranks import Ranks
 
@@ -99,6 +99,13 @@ class PerturbedPass:
         self._ended = False
         _perturbed_now.update(map(id, self._params))
         ascent = realized = None
+        if self._module is not None:  # before anything moves: a signal handler may ask for a checkpoint at any moment
+            self._buffers.save(self._module)
+            self._buffers_saved = True
+            for handle in CleanStateDict(self.clean).register(self._module):
+                self._hooks.append(handle)
+            if self._module.training:
+                self._hooks.append(self._module.register_forward_pre_hook(EvaluationWarning()))
         if self._buckets:
             ascent = kernels.ascend_(self._buckets, agreeing=self._agreeing)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
@@ -106,11 +113,6 @@ class PerturbedPass:
                 realized = kernels.realized(self._buckets, ascent.factors)
             for b in self._buckets:
                 b.g, b.t = [], None  # the second pass needs their memory
-        if self._module is not None:
-            self._buffers.save(self._module)
-            self._buffers_saved = True
-            for handle in CleanStateDict(self.clean).register(self._module):
-                self._hooks.append(handle)
         if zero_grad:
             for p in self._params:
                 p.grad = None
@@ -120,17 +122,17 @@ class PerturbedPass:
         return ascent, realized
 
     def end(self) -> None:
-        """Every part is done, whatever another one raises."""
+        """Every part is done, whatever another one raises, the last one here first."""
         with ExitStack() as parts:
             parts.callback(_perturbed_now.difference_update, [id(p) for p in self._params])
             if self._first_forward is not None:
                 parts.callback(self._first_forward.forget)
             if self._rng is not None:
                 parts.callback(self._rng.restore)
-            if self._buffers_saved:
-                parts.callback(self._buffers.restore)
             for hook in self._hooks:
                 parts.callback(hook.remove)
+            if self._buffers_saved:
+                parts.callback(self._buffers.restore)
             parts.callback(torch.clear_autocast_cache)
             with torch.no_grad():
                 kernels.restore_(self._buckets)

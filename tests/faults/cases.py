@@ -23,6 +23,21 @@ def plain() -> nn.Module:
     return nn.Sequential(OrderedDict({"hidden": nn.Linear(4, 5), "act": nn.Tanh(), "head": nn.Linear(5, 3)}))
 
 
+def wide() -> nn.Module:
+    """With a weight that is not small, moved on its own."""
+    return nn.Sequential(OrderedDict({"hidden": nn.Linear(4, 1100), "act": nn.Tanh(), "head": nn.Linear(1100, 3)}))
+
+
+def flat() -> nn.Module:
+    """All parameters are views of one buffer, as in a flattened optimizer: they have to be moved in place."""
+    model = with_batchnorm()
+    whole = torch.cat([p.detach().flatten() for p in model.parameters()])
+    parts = whole.split([p.numel() for p in model.parameters()])
+    for p, part in zip(model.parameters(), parts, strict=True):
+        p.data = part.view_as(p)
+    return model
+
+
 def reaching(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The base, with the two points of its own step."""
 
@@ -61,6 +76,8 @@ VARIANTS = {
     "adamw": variant(functools.partial(AdamW, lr=0.01), adaptive=True),
     "fused": variant(functools.partial(AdamW, lr=0.01, fused=True)),
     "replay": variant(replay_rng=True),
+    "wide": variant(model=wide, rho=1.0),
+    "flat": variant(model=flat),
     "groups": variant(two_groups),
     "no module": variant(model=plain, with_module=False),
     "bfloat16": variant(model=plain, dtype=torch.bfloat16, rho=20.0),  # smaller radii are lost in rounding

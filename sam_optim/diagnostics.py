@@ -59,8 +59,9 @@ class Diagnostics:
         self._warned = True
         if (share := float(self._realized)) < 0.9:
             warnings.warn(
-                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: keep the weights in "
-                "float32 under autocast, or pass rounding='stochastic'",
+                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: pass "
+                "rounding='float32' with module=model, keep the weights in float32 under autocast, or pass "
+                "rounding='stochastic'",
                 stacklevel=stacklevel + 1,
             )
 

@@ -13,6 +13,7 @@ from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
 from sam_optim.guards import CleanStateDict, EvaluationWarning, FirstForward
 from sam_optim.kernels import shards
+from sam_optim.precision import Float32Pass
 from sam_optim.ranks import Ranks
 
 _perturbed_now: set[int] = set()  # ids of parameters; the pass that moved them holds them, so that no id is reused
@@ -64,6 +65,7 @@ class PerturbedPass:
         buckets: those that move.
         module, buffers: the model whose buffers the pass must not change, and storage for them.
         first_forward: what remembers the random state of the first pass, where the second has to draw the same.
+        float32: what makes low-precision weights float32 ones meanwhile.
         agreeing: process groups whose ranks must all move, or none of them.
     """
 
@@ -74,6 +76,7 @@ class PerturbedPass:
         module: nn.Module | None,
         buffers: Buffers,
         first_forward: FirstForward | None,
+        float32: Float32Pass | None,
         agreeing: shards.Groups,
     ):
         if not _perturbed_now.isdisjoint(map(id, params)):
@@ -86,6 +89,7 @@ class PerturbedPass:
         self._module = module
         self._buffers = buffers
         self._first_forward = first_forward
+        self._float32 = float32
         self._agreeing = agreeing
         self._hooks: list[Any] = []
         self._rng: rng.GlobalState | None = None
@@ -107,6 +111,8 @@ class PerturbedPass:
             if self._module.training:
                 self._hooks.append(self._module.register_forward_pre_hook(EvaluationWarning()))
         if self._buckets:
+            if self._float32 is not None and (moving := kernels.widening(self._buckets)):
+                self._float32.enter(moving)
             ascent = kernels.ascend_(self._buckets, agreeing=self._agreeing)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             if ascent.moved is not False:
@@ -134,6 +140,8 @@ class PerturbedPass:
             if self._buffers_saved:
                 parts.callback(self._buffers.restore)
             parts.callback(torch.clear_autocast_cache)
+            if self._float32 is not None:
+                parts.callback(self._float32.leave)
             with torch.no_grad():
                 kernels.restore_(self._buckets)
         self._ended = True
@@ -150,4 +158,6 @@ class PerturbedPass:
                 if param is tensor:
                     clean = shards.whole(torch.view_as_complex(saved) if param.is_complex() else saved, param)
                     return clean.detach().clone() if shared else clean.detach()
+        if self._float32 is not None and (own := self._float32.clean(tensor)) is not None:
+            return own
         return self._buffers.clean_copy(tensor) if self._buffers_saved else None

@@ -51,13 +51,14 @@ class Perturbation:
         sync_ascent: with DDP, True for one perturbation by the gradient of all ranks. FSDP and tensor parallel have
             no other.
         foreach: as in torch.optim. None chooses.
-        rounding: "nearest", or "stochastic", which keeps bf16 and fp16 weights at w + e on average where rounding to
-            nearest loses most of a small e (see `last_step.realized`).
+        rounding: of bf16 and fp16 weights. "nearest" loses much of a small e (see `last_step.realized`), "stochastic"
+            keeps it on average, "float32" keeps it: `module` is and computes in float32 in the second pass, for the
+            memory of a float32 copy of it and the time, activations and gradients of float32 (see `Float32Pass`).
         replay_rng: the second pass draws the same random numbers (dropout masks) as the first.
         seed: of the draws for stochastic rounding, which begin anew when training is resumed.
 
     Raises:
-        ValueError: a radius, norm or T that does not exist.
+        ValueError: a radius, norm or T that does not exist; rounding="float32" without a module that it can do it for.
     """
 
     def __init__(
@@ -76,8 +77,6 @@ class Perturbation:
         maximize: bool = False,
         seed: int = 0,
     ):
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"module must be the model, a torch.nn.Module, got {type(module).__name__}")
         if isinstance(model_or_params, nn.Module):
@@ -92,7 +91,7 @@ class Perturbation:
         self.replay_rng = replay_rng
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
-        self._plan = Plan(module, sync_ascent, foreach, self._noise)
+        self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise)
         self._pass: PerturbedPass | None = None
         self._first: AscentPass | None = None
         self._put_under: Callable[[], None] | None = None
@@ -234,7 +233,8 @@ class Perturbation:
         ranks = self._ranks()
         ranks.check_resharded()
         buckets = self._plan.buckets(self.param_groups)
-        stay = PerturbedPass(params, buckets, self.module, self._clean_buffers, self._first_forward, ranks.agreeing)
+        looked_after = (self.module, self._clean_buffers, self._first_forward, self._plan.float32)
+        stay = PerturbedPass(params, buckets, *looked_after, ranks.agreeing)
         if keep_gradients:
             self._rollback = Rollback(params, self._rng_state(), None, None, keep=True)
         self.completed = False
@@ -407,7 +407,7 @@ class Perturbation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._plan = Plan(self.module, self.sync_ascent, self.foreach, self._noise)
+        self._plan = Plan(self.module, self.sync_ascent, self.foreach, self.rounding, self._noise)
         if self.replay_rng:
             self._first_forward = FirstForward(self.module)
 

@@ -13,7 +13,10 @@ from sam_optim import kernels, rng
 from sam_optim.geometry import canonical_adaptive, canonical_norm, scale
 from sam_optim.groups import check_group
 from sam_optim.kernels import shards
+from sam_optim.precision import Float32Pass
 from sam_optim.ranks import Ranks
+
+ROUNDING = ("nearest", "stochastic", "float32")
 
 
 class Plan:
@@ -22,12 +25,21 @@ class Plan:
     Args:
         module, sync_ascent: what `Ranks` has to know.
         foreach: as in torch.optim.
+        rounding: "nearest", "stochastic" or "float32".
         noise: draws for stochastic rounding, or None.
     """
 
     def __init__(
-        self, module: nn.Module | None, sync_ascent: bool | None, foreach: bool | None, noise: rng.Stream | None
+        self,
+        module: nn.Module | None,
+        sync_ascent: bool | None,
+        foreach: bool | None,
+        rounding: str,
+        noise: rng.Stream | None,
     ):
+        if rounding not in ROUNDING:
+            raise ValueError(f"rounding must be 'nearest', 'stochastic' or 'float32', got {rounding!r}")
+        self.float32 = Float32Pass(module) if rounding == "float32" else None
         self._module = module
         self._sync_ascent = sync_ascent
         self._foreach = foreach
@@ -62,7 +74,8 @@ class Plan:
             self._stores += [None] * (k + 1 - len(self._stores))
             store = self._stores[k]
             if store is None or not _same(group["params"], store.params):
-                store = self._stores[k] = kernels.Store(group["params"], self._foreach, self._noise, ranks.groups_of)
+                how = (self._foreach, self._noise, ranks.groups_of)
+                store = self._stores[k] = kernels.Store(group["params"], *how, in_float32=self.float32 is not None)
             found += store.buckets(
                 canonical_norm(group["norm"]),
                 -rho if group.get("maximize", False) else rho,

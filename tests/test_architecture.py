@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {"_version"},
     {"rng", "batchnorm", "results"},
-    {"geometry", "kernels", "loss", "guards"},
+    {"geometry", "kernels", "loss", "guards", "precision"},
     {"groups", "ranks", "diagnostics"},
     {"passes", "plan", "base"},
     {"perturbation", "measures", "landscape", "reparametrize", "correlation"},

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sam_optim.kernels import foreach, reference, shards, swap
+from sam_optim.kernels import foreach, reference, shards, swap, widened
 
 Scalar = float | Tensor
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -78,10 +78,13 @@ class Store:
         foreach_flag: bool | None,
         noise: Any,
         groups_of: Callable[[Tensor], shards.Groups | None] = shards.groups_of,
+        *,
+        in_float32: bool = False,
     ):
         self.params = list(params)
         self._foreach = foreach_flag
         self._noise = noise
+        self._in_float32 = in_float32
         self._groups = [groups_of(p) for p in params]  # None: whole, and in storage of its own
         self._has_dtensor = any(shards.is_dtensor(p) for p in params)
         self._inplace: dict[int, Tensor] = {}
@@ -142,7 +145,7 @@ class Store:
             if g is not None:
                 choice.members.append(i)
                 choice.places.append(place)
-                if workspace is self._inplace:
+                if workspace is self._inplace and body is not widened:
                     self._make_room(i, w)
         return [self._selected(c) if c.body is swap else c for c in found.values()]
 
@@ -163,7 +166,9 @@ class Store:
                 raise ValueError(
                     "foreach=True cannot move a parameter with sparse gradients: use foreach=None or False"
                 )
-            return reference
+            return widened if self._in_float32 and w.dtype in LOW_PRECISION else reference
+        if self._in_float32 and w.dtype in LOW_PRECISION:
+            return widened
         if self._noise is not None and w.dtype in LOW_PRECISION:
             return reference
         if self._foreach or (self._foreach is None and w.device.type != "cpu"):
@@ -289,12 +294,17 @@ def restore_(buckets: list[Bucket]) -> None:
         b.body.restore_(b)
 
 
+def widening(buckets: list[Bucket]) -> list[Tensor]:
+    """The parameters that move in float32 copies of themselves, which must be there before `ascend_`."""
+    return [w for b in buckets if b.body is widened for w in b.params]
+
+
 def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
     """<e', e> / ||e||^2 over bf16 and fp16 weights, e the perturbation asked for, e' what their rounding left of it.
 
-    None where there are none: float32 keeps it to better than 1e-3. Needs the ascent gradients.
+    None where there are none: float32 keeps it to better than 1e-3, in copies, too. Needs the ascent gradients.
     """
-    low = [(b, f) for b, f in zip(buckets, factors, strict=True) if b.dtype in LOW_PRECISION]
+    low = [(b, f) for b, f in zip(buckets, factors, strict=True) if b.dtype in LOW_PRECISION and b.body is not widened]
     if not low:
         return None
     dots: list[Scalar] = []

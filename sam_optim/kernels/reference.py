@@ -38,7 +38,7 @@ def ascend_(b: Bucket, factor: Scalar) -> None:
         b.saved.append(kept)
     for i, w in enumerate(b.w):
         if b.g[i].is_sparse:
-            _ascend_sparse_(b, i, w, factor)
+            ascend_sparse_(b, i, w, factor)
         elif b.noise is not None and w.dtype in (torch.bfloat16, torch.float16):
             w.copy_(stochastic_round(w.float() + step(b, i, b.saved[i], factor), w.dtype, b.noise))
         else:
@@ -72,7 +72,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
     return torch.where(take & (rest != 0) & far.isfinite(), far, near)
 
 
-def _ascend_sparse_(b: Bucket, i: int, w: Tensor, factor: Scalar) -> None:
+def ascend_sparse_(b: Bucket, i: int, w: Tensor, factor: Scalar) -> None:
     """As `ascend_` on the rows that a sparse gradient names; the others do not move and are not made dense."""
     g = b.g[i].coalesce()
     index, values = g.indices(), _wide(g.values())

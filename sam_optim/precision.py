@@ -1,0 +1,155 @@
+"""The second pass in float32, for models with bf16 or fp16 weights, whose rounding would swallow most of e."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+_SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+Forward = Callable[..., Any]
+
+
+class Float32Pass:
+    """From `enter` to `leave` every bf16 and fp16 parameter and buffer of the module is a float32 copy of itself.
+
+    They are the same tensors with other data, and `leave` gives them theirs back, which nothing has written to. The
+    gradients that have come meanwhile are rounded to the dtype of their parameters. `module(...)` takes low-precision
+    arguments in float32, and runs with autocast off, which would round the copies again.
+
+    It costs the memory of one float32 copy of the module, kept for the next time, which then allocates nothing, and a
+    pass with the time, activations and gradients of float32. Limits:
+
+    - the outputs are float32: low-precision targets are cast by whoever computes the loss;
+    - parts of the module that are called on their own get neither float32 arguments nor protection from autocast, and
+      a backward inside an autocast region (which torch advises against) rounds in its products;
+    - what exists only in low precision (the flash-attn package, a cast to bf16 in a forward) cannot run in float32;
+    - fp16 gradients stay what `GradScaler.unscale_` refuses, with any rounding: scale the loss by a constant instead.
+
+    Raises:
+        ValueError: no module; one that shares its parameters with others (DDP, FSDP, DTensor) or among themselves.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        if module is None:
+            raise ValueError(
+                "rounding='float32' computes the second pass in float32, and needs the model: pass module=model"
+            )
+        for m in module.modules():
+            if found := {c.__name__ for c in type(m).__mro__}.intersection(_SHARDED):
+                raise ValueError(f"rounding='float32' is for models on one device, got a {found.pop()}: {_INSTEAD}")
+        _check_plain(_distinct(module.parameters()).values())
+        self._module = module
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._data: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own_forward: dict[str, Any] = {}
+        self._forward: Forward | None = None
+
+    def enter(self, moving: Iterable[Tensor]) -> None:
+        """`moving`: the parameters that are about to move, which must be the module's."""
+        params, buffers = (_distinct(found) for found in (self._module.parameters(), self._module.buffers()))
+        if strangers := [p for p in moving if id(p) not in params]:
+            raise ValueError(
+                f"rounding='float32' computes with the parameters of module, and one of shape "
+                f"{tuple(strangers[0].shape)} is not among them: pass the model that holds all that the optimizer moves"
+            )
+        _check_plain(params.values())
+        stale, self._copies = self._copies, {}
+        for key, tensor in (params | buffers).items():
+            known, copy = stale.get(key, (None, tensor))
+            if known is not tensor or copy.shape != tensor.shape or copy.device != tensor.device:
+                copy = torch.empty_like(tensor, dtype=torch.float32)
+            self._copies[key] = (tensor, copy.copy_(tensor))
+        for key, (tensor, copy) in self._copies.items():
+            self._data[key] = (tensor, tensor.data)  # before the change: what is recorded can be brought back
+            tensor.data = copy
+        torch.autograd.graph.increment_version(list(params.values()))  # as in place: graphs of pass 1 must not go on
+        self._replace_forward({p.device.type for p in params.values()})
+
+    def leave(self) -> None:
+        """May be called again after an interrupt."""
+        if self._forward is not None and vars(self._module).get("forward") is self._forward:
+            if self._own_forward:
+                vars(self._module).update(self._own_forward)
+            else:
+                del vars(self._module)["forward"]
+        for tensor, data in self._data.values():
+            tensor.data = data
+            if isinstance(tensor, nn.Parameter):
+                torch.autograd.graph.increment_version(tensor)
+                dtype = getattr(tensor, "grad_dtype", None) or data.dtype
+                if tensor.grad is not None and tensor.grad.dtype != dtype:
+                    tensor.grad = tensor.grad.to(dtype)
+        self._data = {}
+
+    def clean(self, tensor: Tensor) -> Tensor | None:
+        """The clean value, in its own dtype and storage, of what is a float32 copy now."""
+        found = self._data.get(id(tensor))
+        return None if found is None else found[1].detach()
+
+    def _replace_forward(self, devices: set[str]) -> None:
+        """By an attribute of the instance: forward hooks are not called on the way out of a KeyboardInterrupt."""
+        self._own_forward = {k: v for k, v in vars(self._module).items() if k == "forward"}
+        self._forward = _in_float32(self._module.forward, devices)
+        vars(self._module)["forward"] = self._forward
+
+
+_INSTEAD = "keep the weights in float32 and compute under autocast, or use rounding='stochastic'"
+
+
+def _distinct(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    return {id(t): t for t in tensors if t.dtype in LOW_PRECISION}
+
+
+def _check_plain(params: Iterable[Tensor]) -> None:
+    """Parameters that are each a tensor of their own, and not a part or another view of something else."""
+    spans = []
+    for p in params:
+        if type(p) is not nn.Parameter:
+            raise ValueError(f"rounding='float32' is for plain parameters, got a {type(p).__name__}: {_INSTEAD}")
+        if p.numel():
+            length = 1 + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+            spans.append((p.data_ptr(), p.data_ptr() + length * p.element_size()))
+    spans.sort()
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise ValueError(
+            "two parameters share memory, and rounding='float32' would give each a copy of its own: make them one "
+            f"Parameter, or {_INSTEAD}"
+        )
+
+
+def _in_float32(forward: Forward, devices: set[str]) -> Forward:
+    for device in sorted(devices):
+        forward = _without_autocast(forward, device)
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError(
+                f"rounding='float32' is for models on one device, and this one is inside a DistributedDataParallel, "
+                f"which would not see its gradients: {_INSTEAD}"
+            )
+        args, kwargs = tree_map_only(Tensor, _wide, (args, kwargs))
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _without_autocast(forward: Forward, device: str) -> Forward:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in LOW_PRECISION else x

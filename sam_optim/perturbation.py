@@ -386,8 +386,9 @@ class Perturbation:
         return self._plan.ranks(self._params())
 
     def _idle(self) -> list[Tensor]:
-        """What does not move: parameters in groups with rho = 0."""
-        return [p for g in self.param_groups if is_zero(g["rho"]) for p in g["params"]]
+        """What does not move, beside what does: parameters in groups with rho = 0."""
+        idle = [p for g in self.param_groups if is_zero(g["rho"]) for p in g["params"]]
+        return idle if len(idle) < len(self._params()) else []
 
     def _params(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]

@@ -391,3 +391,15 @@ def test_float32_weights_keep_the_perturbation():
     with sam.perturbed():
         pass
     assert float(sam.last_step.realized) == 1.0
+
+
+def test_microbatches_with_every_radius_0_are_the_plain_gradient():
+    """A radius that a schedule starts at 0: there must be something to compute a gradient of in the first pass."""
+    model, twin, (x, y) = network(), network(), batch()
+    LOSS(twin(x), y).backward()
+    sam = Perturbation(model, rho=0.0)
+    with sam.microbatch():
+        LOSS(model(x), y).backward()
+        with sam.perturbed():
+            LOSS(model(x), y).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

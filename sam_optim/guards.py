@@ -162,33 +162,52 @@ class _RememberState:
 
 
 class LeftoverProbe:
-    """Whether a closure left gradients of before it in place, so that its own were added to them.
+    """What a closure did to gradients of before it: zero them, add its own to them, or nothing.
 
     Looks at three parameters, when the first gradient of the closure is about to be added: is the earlier one still
-    there, not written to since, and not zero? No host sync unless it is there and not written to.
+    there, not written to since, and not zero? And afterwards: is it still there, with what was added to it? No host
+    sync unless it is there and not written to.
     """
 
     def __init__(self, params: list[Tensor]):
         present = [p for p in params if p.grad is not None and not p.grad.is_sparse and p.requires_grad and p.is_leaf]
         chosen = {id(p): p for p in (present[:1] + present[len(present) // 2 :][:1] + present[-1:])}
         self._seen: list[tuple[Tensor, Tensor, int]] = [(p, p.grad, p.grad._version) for p in chosen.values()]  # type: ignore[misc,union-attr]
-        self._left = False
+        self._left: set[int] = set()
         self._handles = [p.register_hook(functools.partial(self._check, i)) for i, (p, _, _) in enumerate(self._seen)]
+        self._num_nodes = torch.autograd._get_sequence_nr()
+        self.ran_nothing = False
 
     def _check(self, i: int, _: Tensor | None = None) -> None:
-        p, grad, version = self._seen[i]
-        if p.grad is grad and grad._version == version and bool(grad.count_nonzero()):
-            self._left = True
+        if self._is_untouched(i) and has_values(self._seen[i][1]):
+            self._left.add(i)
         self._handles[i].remove()  # what is added after the first is the closure's own
 
+    def _is_untouched(self, i: int) -> bool:
+        p, grad, version = self._seen[i]
+        return p.grad is grad and grad._version == version
+
     def kept(self) -> bool:
-        """To be called once, after the closure, also when it raised."""
+        """To be called once, after the closure, also when it raised. Sets `ran_nothing`: no graph made, none used."""
         for handle in self._handles:
             handle.remove()
-        for i, (p, grad, version) in enumerate(self._seen):
-            if p.grad is grad and grad._version == version:  # no gradient came: it is still that of before
-                self._check(i)
-        return self._left
+        untouched = [i for i in range(len(self._seen)) if self._is_untouched(i)]
+        for i in untouched:  # no gradient came: it is still that of before
+            self._check(i)
+        self.ran_nothing = len(untouched) == len(self._seen) and torch.autograd._get_sequence_nr() == self._num_nodes
+        return any(self._is_in(p.grad, grad) for p, grad, _ in (self._seen[i] for i in self._left))
+
+    @staticmethod
+    def _is_in(grad: Tensor | None, earlier: Tensor) -> bool:
+        """Autograd adds in place, but where it makes a graph; any other tensor is the closure's own choice."""
+        return grad is earlier or (grad is not None and grad.requires_grad)
+
+
+def has_values(grad: Tensor) -> bool:
+    """Whether any entry is not zero. Waits for the device."""
+    if grad.is_meta:
+        return False
+    return bool((grad.coalesce().values() if grad.is_sparse else grad).count_nonzero())
 
 
 class Apart:
@@ -200,7 +219,7 @@ class Apart:
     """
 
     def __init__(self, params: list[Tensor]):
-        self._params = params
+        self._params = params = list(dict.fromkeys(params))
         self._earlier = [None if p.grad is None else _own(p.grad) for p in params]
         self._hooks: list[Any] = []
         self._is_under = False

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_optim.base import BaseUpdate, accepted, check_base, takes_found_inf
+from sam_optim.foreign import adapted
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import check_group, listed
+from sam_optim.guards import has_values
 from sam_optim.perturbation import Closure, Perturbation
 from sam_optim.results import LastStep
 
@@ -143,7 +145,9 @@ class SAM(Optimizer):
             if hooks in base.__dict__:
                 self.__dict__[hooks] = base.__dict__[hooks]
         if "perturbation" not in self.__dict__:
-            self.perturbation = Perturbation(self.param_groups, **self._perturbation_options)
+            # torch.optim warns of a parameter that a group lists twice, and goes on
+            groups = [g | {"params": list(dict.fromkeys(g["params"]))} for g in self.param_groups]
+            self.perturbation = Perturbation(groups, **self._perturbation_options)
         self.perturbation.param_groups = self.param_groups
 
     # stepping
@@ -235,10 +239,10 @@ class SAM(Optimizer):
         self.perturbation.completed = False
 
     def _any_gradient(self) -> bool:
-        return any(p.grad is not None and bool(_values(p.grad).count_nonzero()) for p in self._parameters())
+        return any(p.grad is not None and has_values(p.grad) for p in self._parameters())
 
     def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
+        return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
 
     def _sync(self) -> None:
         """Frameworks assign `param_groups` and `state` anew, `base.load_state_dict` too: on whichever they hold."""
@@ -312,8 +316,9 @@ class SAM(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are."""
+        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `foreign`."""
         self._sync()
+        state_dict = adapted(state_dict, self.param_groups)
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:
             super().load_state_dict(state_dict)
             return
@@ -385,7 +390,3 @@ def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:
     for group, value in zip(groups, values, strict=False):
         for key in value:
             group.setdefault(key, value[key])
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_optim import rng
+from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
 from sam_optim.diagnostics import Diagnostics
 from sam_optim.geometry import Ball, ProductBall
@@ -207,7 +207,7 @@ class Perturbation:
         if not closures or not all(callable(c) for c in closures):
             raise TypeError(f"expected a closure or a list of at least one closure, got {closure!r}")
         with self.all_or_nothing():
-            params = self._params()
+            params = list(dict.fromkeys(self._params()))
             for p in params:
                 p.grad = None
             passes = []
@@ -313,6 +313,10 @@ class Perturbation:
                 loss = self._run_first(first, ascent)
             finally:
                 kept = probe.kept()
+            if kept and probe.ran_nothing and self._are_constant(loss):
+                self._seen.moved(kernels.Ascent(None, 0.0, False, []), None)
+                self.completed = True
+                return loss, loss
             if kept:
                 raise RuntimeError(
                     "the closure left gradients of before step(closure) in place: the second pass would not see what "
@@ -331,6 +335,13 @@ class Perturbation:
             with self._stay(keep_gradients=False):
                 perturbed = second()
         return loss, perturbed
+
+    def _are_constant(self, loss: Any) -> bool:
+        """Whether gradients that a closure has left alone are those at w + e, too: a perturbed pass's, or the user's.
+
+        Not where a loss was returned that still has its graph, or nothing, as by closures that stand for none.
+        """
+        return self.completed or not (loss is None or (isinstance(loss, Tensor) and loss.requires_grad))
 
     def _run_first(self, closure: Closure, ascent: AscentPass) -> Any:
         """Once more, with all gradients, if the loss needs none of the parameters that will move."""

@@ -73,7 +73,7 @@ class Plan:
             adaptive = canonical_adaptive(group["adaptive"])
             self._stores += [None] * (k + 1 - len(self._stores))
             store = self._stores[k]
-            if store is None or not _same(group["params"], store.params):
+            if store is None or not store.matches(group["params"]):
                 how = (self._foreach, self._noise, ranks.groups_of)
                 store = self._stores[k] = kernels.Store(group["params"], *how, in_float32=self.float32 is not None)
             found += store.buckets(

@@ -12,7 +12,7 @@ ROWS = [
     {"_version"},
     {"rng", "batchnorm", "results"},
     {"geometry", "kernels", "loss", "guards", "precision"},
-    {"groups", "ranks", "diagnostics"},
+    {"groups", "ranks", "diagnostics", "foreign"},
     {"passes", "plan", "base"},
     {"perturbation", "measures", "landscape", "reparametrize", "correlation"},
     {"optimizers", "report"},

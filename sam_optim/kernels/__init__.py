@@ -81,7 +81,8 @@ class Store:
         *,
         in_float32: bool = False,
     ):
-        self.params = list(params)
+        self.listed = list(params)
+        self.params = params = list(dict.fromkeys(params))  # one listed twice moves once
         self._foreach = foreach_flag
         self._noise = noise
         self._in_float32 = in_float32
@@ -99,7 +100,7 @@ class Store:
             self._place |= {i: (workspace, k) for k, i in enumerate(members)}
 
     def matches(self, params: list[Tensor]) -> bool:
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+        return len(params) == len(self.listed) and all(map(operator.is_, params, self.listed))
 
     def buckets(self, p: float, rho: Scalar, eta: float | None, t: Callable[[Tensor], Tensor] | None) -> list[Bucket]:
         """The parameters that have a gradient now, by the body that moves them. `t` makes T of one parameter."""
@@ -133,7 +134,7 @@ class Store:
             if groups:  # also with no gradient here: all ranks must add up the same sums
                 body = reference if self._foreach is False else foreach
                 key, workspace, place = (w.device, w.dtype, groups), self._inplace, i
-            elif g is None:
+            elif g is None or g.is_meta:
                 continue
             elif i in self._place and _same_layout(w, g, self._place[i]):
                 workspace, place = self._place[i]
@@ -161,14 +162,10 @@ class Store:
         return replace(c, workspace=selection, members=members, places=places)
 
     def _inplace_body(self, w: Tensor, g: Tensor) -> ModuleType:
-        if g.is_sparse:
-            if self._foreach:
-                raise ValueError(
-                    "foreach=True cannot move a parameter with sparse gradients: use foreach=None or False"
-                )
-            return widened if self._in_float32 and w.dtype in LOW_PRECISION else reference
         if self._in_float32 and w.dtype in LOW_PRECISION:
             return widened
+        if g.is_sparse:  # also with foreach=True, as in torch.optim: lists of sparse tensors have no operations
+            return reference
         if self._noise is not None and w.dtype in LOW_PRECISION:
             return reference
         if self._foreach or (self._foreach is None and w.device.type != "cpu"):

@@ -6,11 +6,14 @@ storage. Large tensors are walked in chunks that stay in the cache; small ones a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from sam_optim.kernels import reference
 
 if TYPE_CHECKING:
     from sam_optim.kernels import Bucket
@@ -130,7 +133,9 @@ def dual_power(b: Bucket) -> float:
         else:
             for w, gradient, out in _chunks(b.w[k].data, g, of.out[k]):
                 at = _row_norms(_scaled(b.eta, w, gradient, out), order, ws, at)
-    return norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
+    power: float = norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
+    # squares below 1e-45 or above 1e38 have left float32; or the gradient is 0 or not finite, and stays so
+    return power if 0 < power < math.inf else float(reference.dual_power(b))
 
 
 def ascend_(b: Bucket, factor: float) -> None:

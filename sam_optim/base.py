@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from sam_optim import kernels
 from sam_optim.kernels import shards
+from sam_optim.outside import inside
 
 NONFINITE = (None, "skip", "raise", "ignore")
 
@@ -110,6 +111,8 @@ class BaseUpdate:
         """Without the hooks and the profiler range of the base's step: those are this step's."""
         step = type(self.base).step
         unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
+        if type(self.base).__module__.startswith("torch.optim."):  # of others Dynamo would drop attributes
+            unhooked = inside(unhooked)
         if found_inf is None:
             unhooked(self.base)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sam_optim import rng
 from sam_optim.batchnorm import Buffers
+from sam_optim.outside import outside
 
 
 class Rollback:
@@ -152,6 +153,7 @@ class _RememberState:
     def __init__(self, owner: FirstForward | None = None):
         self._owner = owner
 
+    @outside
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self._owner is not None and self._owner.state is None and module.training and torch.is_grad_enabled():
             devices = {p.device for p in module.parameters() if p.is_cuda}
@@ -178,6 +180,7 @@ class LeftoverProbe:
         self._num_nodes = torch.autograd._get_sequence_nr()
         self.ran_nothing = False
 
+    @outside
     def _check(self, i: int, _: Tensor | None = None) -> None:
         if self._is_untouched(i) and has_values(self._seen[i][1]):
             self._left.add(i)

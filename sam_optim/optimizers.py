@@ -17,6 +17,7 @@ from sam_optim.foreign import adapted
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import check_group, listed
 from sam_optim.guards import has_values
+from sam_optim.outside import outside
 from sam_optim.perturbation import Closure, Perturbation
 from sam_optim.results import LastStep
 
@@ -152,8 +153,8 @@ class SAM(Optimizer):
 
     # stepping
 
+    @outside
     @torch.no_grad()
-    @torch._disable_dynamo
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, *, ascent_closure: Closure | None = None
     ) -> Any:
@@ -189,17 +190,20 @@ class SAM(Optimizer):
             self.perturbation.completed = False
         return loss
 
+    @outside
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
         self._sync()
         self._forget_scale()
         return self.perturbation.perturbed()
 
+    @outside
     def microbatch(self) -> AbstractContextManager[None]:
         """Context around one micro-batch's two passes: adds their gradient to those of earlier micro-batches."""
         self._sync()
         return self.perturbation.microbatch()
 
+    @outside
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it."""
         self._sync()
@@ -214,6 +218,7 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @outside
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.perturbation.forget()

@@ -17,6 +17,7 @@ from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import as_groups
 from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, UpdateProbe
 from sam_optim.kernels import shards
+from sam_optim.outside import inside, outside
 from sam_optim.passes import AscentPass, PerturbedPass
 from sam_optim.plan import Plan, is_zero
 from sam_optim.ranks import Ranks
@@ -184,6 +185,7 @@ class Perturbation:
         with self._stay(keep_gradients=True):
             yield
 
+    @outside
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
         """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
 
@@ -224,7 +226,7 @@ class Perturbation:
             self._seen.losses(loss, perturbed)
             return loss
 
-    @torch._disable_dynamo
+    @outside
     @torch.no_grad()
     def enter(self, *, zero_grad: bool = True, keep_gradients: bool = True) -> None:
         """w -> w + e; `exit` must follow. Use `perturbed()` where a context can be used."""
@@ -252,7 +254,7 @@ class Perturbation:
             self.exit(failed=True)
             raise
 
-    @torch._disable_dynamo
+    @outside
     @torch.no_grad()
     def exit(self, *, failed: bool = False) -> None:
         """w + e -> w, with buffers. With `failed`, also gradients and generators as `enter` found them: gives up."""
@@ -295,7 +297,7 @@ class Perturbation:
     def _two_passes(
         self, closure: Closure, ascent_closure: Closure | None, apart: Apart | None = None
     ) -> tuple[Any, Any]:
-        first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
+        first, second = (torch.enable_grad()(inside(c)) for c in (ascent_closure or closure, closure))
         if all(is_zero(g["rho"]) for g in self.param_groups):  # the second pass would be the first one again
             loss = second()
             self._seen.without_ascent(plain=True)

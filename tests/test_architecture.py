@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {"_version"},
-    {"rng", "batchnorm", "results"},
+    {"rng", "batchnorm", "results", "outside"},
     {"geometry", "kernels", "loss", "guards", "precision"},
     {"groups", "ranks", "diagnostics", "foreign"},
     {"passes", "plan", "base"},

@@ -1,0 +1,63 @@
+"""What stays outside of torch.compile's graphs, and what of it is compiled again.
+
+Dynamo silently drops `self.x = ...` on an Optimizer in a frame that also has tensor operations (torch 2.13, 2.15), and a
+perturbation that is not remembered is never taken back. So a step runs outside of Dynamo, and hands what the user
+brought, closures and an update of torch.optim, to the compiler of its caller, if there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+try:
+    from torch._C._dynamo.eval_frame import set_eval_frame
+except ImportError:  # private: without it all of a step runs uncompiled
+    set_eval_frame = None
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_caller = threading.local()
+
+
+def outside(function: Callable[P, R]) -> Callable[P, R]:
+    """Never traced, and nothing that it calls is, but by `inside`."""
+    if set_eval_frame is None:
+        return torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        compiler = set_eval_frame(None)
+        outer = getattr(_caller, "compiler", None)
+        try:
+            _caller.compiler = outer if compiler is None else compiler
+            return function(*args, **kwargs)
+        finally:
+            _caller.compiler = outer
+            set_eval_frame(compiler)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = "weights that move between two passes are no part of a graph"  # type: ignore[attr-defined]
+    return call
+
+
+def inside(function: Callable[P, R]) -> Callable[P, R]:
+    """As whoever called the outermost `outside`: compiled where that is."""
+
+    @functools.wraps(function, updated=())
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        compiler: Any = getattr(_caller, "compiler", None)
+        if set_eval_frame is None or compiler is None:
+            return function(*args, **kwargs)
+        before = set_eval_frame(compiler)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            set_eval_frame(before)
+
+    return call

@@ -1,0 +1,47 @@
+"""A perturbation around an optimizer that a framework made, for the integrations that leave it untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sam_optim.optimizers import SAM
+from sam_optim.perturbation import Perturbation
+
+ParamGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
+
+
+def missing(framework: str, error: ImportError) -> ImportError:
+    """What to raise where the framework cannot be imported."""
+    return ImportError(f"{framework} cannot be imported ({error}): pip install 'sam_optim[integrations]'")
+
+
+def perturbation_around(
+    model: nn.Module, optimizer: Optimizer, *, param_groups: ParamGroups | None, **settings: Any
+) -> Perturbation:
+    """Moves the parameters that `optimizer` trains, in the groups that `param_groups(model)` puts them in.
+
+    Raises:
+        ValueError: the optimizer is a SAM, so that both would perturb; the groups leave out all that it trains.
+    """
+    if isinstance(optimizer, SAM):
+        raise ValueError(
+            f"the optimizer is {type(optimizer).__name__}, which perturbs the weights itself: give the framework its "
+            f"base, {type(optimizer.base_optimizer).__name__}, or leave the integration out"
+        )
+    trained = parameters_of(optimizer)
+    if param_groups is None:
+        return Perturbation(trained, module=model, **settings)
+    members = {id(p) for p in trained}
+    groups = [g | {"params": [p for p in g["params"] if id(p) in members]} for g in param_groups(model)]
+    groups = [g for g in groups if g["params"]]
+    if not groups:
+        raise ValueError("param_groups(model) has none of the parameters that the optimizer trains")
+    return Perturbation(groups, module=model, **settings)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,175 @@
+"""SAM for Lightning's automatic optimization: one callback, and `configure_optimizers` returns what it returned before."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam_optim import rng
+from sam_optim.integrations.around import ParamGroups, missing, parameters_of, perturbation_around
+from sam_optim.perturbation import Perturbation
+
+try:
+    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+        from pytorch_lightning import Callback  # the same code under its older name
+    else:
+        from lightning.pytorch import Callback
+    from torchmetrics import Metric, MetricCollection
+except ImportError as error:
+    raise missing("lightning", error) from error
+
+
+class SAMCallback(Callback):
+    """After each backward: w -> w + e, `training_step` and backward once more, and w comes back bit for bit.
+
+    e = argmax <g, e> over ||T^-1 e||_p <= rho, g the gradient of the batch, as `Perturbation` says. What reaches the
+    optimizer, `gradient_clip_val` and the loss scaler is the gradient at w + e. In the second pass `self.log` does
+    nothing, and buffers (BatchNorm statistics) and torchmetrics stay those of the first.
+
+        trainer = Trainer(callbacks=[SAMCallback(rho=0.05)], precision="16-mixed", accumulate_grad_batches=2)
+
+    With `accumulate_grad_batches` each batch has its own perturbation: m-sharpness, m its size. A distributed strategy
+    averages also the gradient of the first pass over the ranks, where it averages at all: one e for all of them.
+
+    Put it first: callbacks before it see the first pass's gradients in `on_after_backward`. What `training_step` does
+    beside computing a loss (counters, draws of its own, `self.logger.experiment`) it does twice.
+
+    Args:
+        rho, adaptive, eta, norm, rounding, replay_rng: as of `Perturbation`.
+        param_groups: from the module to groups with an "adaptive", "rho", "eta" or "norm" of their own:
+            `asam_param_groups`, say. What the optimizer does not train is left out.
+
+    Raises:
+        RuntimeError: when training starts, for a module that steps its optimizers itself, with several of them, or
+            with a `training_step` that takes an iterator; for a strategy with a backward of its own (DeepSpeed).
+        ValueError: when training starts with a `SAM` from `configure_optimizers`.
+
+    Source: Foret et al. (2020), arXiv:2010.01412.
+    """
+
+    def __init__(
+        self,
+        *,
+        rho: float | Tensor = 0.05,
+        adaptive: bool | str = False,
+        eta: float = 0.01,
+        norm: float = 2,
+        param_groups: ParamGroups | None = None,
+        rounding: str = "nearest",
+        replay_rng: bool = False,
+    ):
+        self._settings = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "rounding": rounding}
+        Perturbation([nn.Parameter()], **self._settings)  # what is wrong with them is said where they are given
+        self._param_groups = param_groups
+        self._replay_rng = replay_rng
+        self.perturbation: Perturbation | None = None
+        self._batch: tuple[Any, ...] = ()
+        self._before: rng.GlobalState | None = None
+        self._micro_batch: ExitStack | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        _check(trainer, pl_module)
+        self.perturbation = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        trained = parameters_of(trainer.optimizers[0])
+        if self.perturbation is None or len(trained) != self._num_trained:  # a callback has unfrozen some
+            self.perturbation = perturbation_around(
+                trainer.strategy.model, trainer.optimizers[0], param_groups=self._param_groups, **self._settings
+            )
+            self._num_trained = len(trained)
+            self._devices = {p.device for p in trained if p.is_cuda}
+        self._batch = (batch, batch_idx) if _takes_index(pl_module.training_step) else (batch,)
+        self._before = rng.GlobalState(self._devices) if self._replay_rng else None
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        assert self.perturbation is not None
+        with ExitStack() as entered:
+            entered.enter_context(self.perturbation.microbatch())
+            self._micro_batch = entered.pop_all()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        assert self.perturbation is not None
+        assert self._micro_batch is not None
+        micro_batch, self._micro_batch = self._micro_batch, None
+        with micro_batch, self.perturbation.perturbed(), _unseen(pl_module), self._draws():
+            output = trainer.strategy.training_step(*self._batch)
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            if loss is None:
+                raise RuntimeError("training_step returned a loss at w and None at w + e: return a loss, or None, in both")
+            loss = loss / trainer.accumulate_grad_batches
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            loss = loss if scaler is None else scaler.scale(loss)
+            trainer.precision_plugin.backward(loss, pl_module, trainer.optimizers[0])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._batch, self._before = (), None  # their memory
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """A fault in the first backward: gradients, buffers and generators as before it."""
+        micro_batch, self._micro_batch = self._micro_batch, None
+        if micro_batch is not None:
+            micro_batch.__exit__(type(exception), exception, exception.__traceback__)
+
+    @contextmanager
+    def _draws(self) -> Iterator[None]:
+        """With replay_rng the second pass draws what the first drew, and the generators advance once."""
+        if self._before is None:
+            yield
+            return
+        with rng.kept(self._devices):
+            self._before.restore()
+            yield
+
+
+def _check(trainer: Any, pl_module: Any) -> None:
+    if not pl_module.automatic_optimization:
+        raise RuntimeError(
+            f"SAMCallback needs automatic optimization, and {type(pl_module).__name__} steps its optimizers itself: in "
+            "its training_step use the contexts of sam_optim.Perturbation around self.manual_backward"
+        )
+    if len(trainer.optimizers) != 1:
+        raise RuntimeError(f"SAMCallback needs one optimizer, got {len(trainer.optimizers)} from configure_optimizers")
+    if trainer.strategy.handles_gradient_accumulation:
+        raise RuntimeError(f"{type(trainer.strategy).__name__} runs a backward of its own, which SAM cannot come between")
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise RuntimeError("training_step(dataloader_iter) would see another batch in the second pass: take `batch`")
+    perturbation_around(pl_module, trainer.optimizers[0], param_groups=None)  # refuses what is perturbed already
+
+
+def _takes_index(training_step: Any) -> bool:
+    """As Lightning decides whether to pass batch_idx: a second argument, whatever its name."""
+    found = inspect.getfullargspec(getattr(training_step, "__wrapped__", training_step))
+    return found.varargs is not None or len(found.args) > 2
+
+
+@contextmanager
+def _unseen(pl_module: nn.Module) -> Iterator[None]:
+    """What training_step tells the world besides its loss is not told: `log`, and the state of torchmetrics."""
+    with ExitStack() as restored:
+        for module in pl_module.modules():
+            if isinstance(module, (Metric, MetricCollection)):
+                restored.callback(_bring_back, module, dict(module.__dict__))
+                for name in getattr(module, "_defaults", ()):
+                    state = module.__dict__[name]
+                    module.__dict__[name] = state.clone() if isinstance(state, Tensor) else list(state)
+            elif hasattr(type(module), "log_dict"):  # pl_module, and modules of its kind inside it
+                for name in ("log", "log_dict"):
+                    restored.callback(module.__dict__.pop, name)
+                    module.__dict__[name] = _log_nothing
+        yield
+
+
+def _bring_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    module.__dict__.update(attributes)
+    for name in module.__dict__.keys() - attributes.keys():
+        del module.__dict__[name]
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """In place of `log` and `log_dict`."""

@@ -1,0 +1,81 @@
+"""SAM for the Trainer of Hugging Face transformers, around the optimizer that its arguments name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam_optim.integrations.around import ParamGroups, missing, perturbation_around
+from sam_optim.perturbation import Perturbation
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise missing("transformers", error) from error
+
+
+class SAMTrainer(Trainer):
+    """Trainer whose every training step is two: at w, and at w + e; then w comes back bit for bit.
+
+    e = argmax <g, e> over ||T^-1 e||_p <= rho, g the gradient at w, as `Perturbation` says. What reaches
+    `max_grad_norm` and the optimizer, which stays the one of the arguments, is the gradient at w + e; the loss that is
+    logged is the one at w. With `gradient_accumulation_steps` each micro-batch has its own perturbation.
+
+        trainer = SAMTrainer(model, arguments, train_dataset=dataset, rho=0.05)
+
+    A trainer that is a subclass already takes the seven lines of `training_step` instead.
+
+    Args:
+        rho, adaptive, eta, norm, rounding, replay_rng: as of `Perturbation`.
+        param_groups: from the model to groups with an "adaptive", "rho", "eta" or "norm" of their own:
+            `asam_param_groups`, say. What the optimizer does not train is left out.
+        args, kwargs: the Trainer's own.
+
+    Raises:
+        RuntimeError: with DeepSpeed, whose engine runs a backward of its own.
+        ValueError: when training starts with a `SAM` in `optimizers`.
+
+    Source: Foret et al. (2020), arXiv:2010.01412.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        rho: float | Tensor = 0.05,
+        adaptive: bool | str = False,
+        eta: float = 0.01,
+        norm: float = 2,
+        param_groups: ParamGroups | None = None,
+        rounding: str = "nearest",
+        replay_rng: bool = False,
+        **kwargs: Any,
+    ):
+        self._sam_settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
+        self._sam_settings |= {"rounding": rounding, "replay_rng": replay_rng}
+        Perturbation([nn.Parameter()], **self._sam_settings)  # what is wrong with them is said where they are given
+        self._sam_param_groups = param_groups
+        self._sam_is_for: tuple[Any, Any] = (None, None)
+        self.perturbation: Perturbation | None = None
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            raise RuntimeError("DeepSpeed runs a backward of its own, which SAM cannot come between: use FSDP or DDP")
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        perturbation = self._around(model)
+        with perturbation.microbatch():
+            loss = super().training_step(model, *args, **kwargs)
+            with perturbation.perturbed():
+                super().training_step(model, *args, **kwargs)
+        return loss
+
+    def _around(self, model: nn.Module) -> Perturbation:
+        """Made when `train` has prepared model and optimizer, which FSDP does by replacing parameters."""
+        if self._sam_is_for[0] is not model or self._sam_is_for[1] is not self.optimizer:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+            self.perturbation = perturbation_around(
+                model, optimizer, param_groups=self._sam_param_groups, **self._sam_settings
+            )
+            self._sam_is_for = model, self.optimizer
+        assert self.perturbation is not None
+        return self.perturbation

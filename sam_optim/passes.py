@@ -33,7 +33,8 @@ class AscentPass:
         # what synchronises gradients waits for all of them
         waits = ranks.is_sharded or (self._replicas and self._sync)
         self._idle = [] if waits else [p for p in idle if p.requires_grad and p.is_leaf]
-        self.then_syncs = any(sync for _, sync in self._replicas)
+        # DDP that nobody passed as `module` may average what the second pass leaves, too
+        self.then_syncs = any(sync for _, sync in self._replicas) if self._replicas else ranks.are_several
 
     def begin(self) -> None:
         for p in self._idle:

@@ -59,6 +59,11 @@ class Ranks:
         self._compared = False
 
     @property
+    def are_several(self) -> bool:
+        distributed = torch.distributed
+        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+    @property
     def agreeing(self) -> shards.Groups:
         """The process groups whose ranks must move all, or none of them."""
         return () if self.per_rank else self._agreeing

@@ -82,30 +82,43 @@ def seed_step(k):
 
 
 def train(
-    model, optimizer, data, *, rho, accumulate=1, clip=None, loss_of=None, autocast=None, after=None, scale=1.0, **where
+    model,
+    optimizer,
+    data,
+    *,
+    rho,
+    accumulate=1,
+    divide=None,
+    clip=None,
+    scale=1.0,
+    autocast=None,
+    loss_of=lambda m, x, y: LOSS(m(x), y),
+    after=lambda: None,
+    **where,
 ):
-    """The plain loop: each micro-batch has its own perturbation, their gradients are averaged. Returns the losses."""
-    losses = []
+    """The plain loop: each micro-batch has its own perturbation, and their gradients are added. Returns the losses.
+
+    divide: what the loss of a micro-batch is divided by, `accumulate` where nothing is said. scale: of a GradScaler.
+    """
+    divide, losses = accumulate if divide is None else divide, []
     for i, (x, y) in enumerate(data):
         if i % accumulate == 0:
             seed_step(i // accumulate)
 
         def loss_at(m, x=x, y=y):
             with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = LOSS(m(x), y) if loss_of is None else loss_of(m, x, y)
-            return loss / accumulate
+                loss = loss_of(m, x, y)
+            return loss / divide
 
-        losses.append(add_sam_gradient(model, loss_at, rho=rho, scale=scale, **where) * accumulate)
+        losses.append(float(add_sam_gradient(model, loss_at, rho=rho, scale=scale, **where) * divide))
         if (i + 1) % accumulate == 0:
-            if scale != 1.0:
-                for p in model.parameters():
-                    p.grad = p.grad / scale
+            for p in model.parameters():
+                p.grad = None if p.grad is None else p.grad / scale
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
-            if after is not None:
-                after()
+            after()
     return losses
 
 

@@ -101,7 +101,9 @@ class SAMCallback(Callback):
             output = trainer.strategy.training_step(*self._batch)
             loss = output["loss"] if isinstance(output, Mapping) else output
             if loss is None:
-                raise RuntimeError("training_step returned a loss at w and None at w + e: return a loss, or None, in both")
+                raise RuntimeError(
+                    "training_step returned a loss at w and None at w + e: return a loss, or None, in both"
+                )
             loss = loss / trainer.accumulate_grad_batches
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             loss = loss if scaler is None else scaler.scale(loss)
@@ -136,7 +138,9 @@ def _check(trainer: Any, pl_module: Any) -> None:
     if len(trainer.optimizers) != 1:
         raise RuntimeError(f"SAMCallback needs one optimizer, got {len(trainer.optimizers)} from configure_optimizers")
     if trainer.strategy.handles_gradient_accumulation:
-        raise RuntimeError(f"{type(trainer.strategy).__name__} runs a backward of its own, which SAM cannot come between")
+        raise RuntimeError(
+            f"{type(trainer.strategy).__name__} runs a backward of its own, which SAM cannot come between"
+        )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise RuntimeError("training_step(dataloader_iter) would see another batch in the second pass: take `batch`")
     perturbation_around(pl_module, trainer.optimizers[0], param_groups=None)  # refuses what is perturbed already

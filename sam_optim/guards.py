@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -204,6 +205,32 @@ class LeftoverProbe:
     def _is_in(grad: Tensor | None, earlier: Tensor) -> bool:
         """Autograd adds in place, but where it makes a graph; any other tensor is the closure's own choice."""
         return grad is earlier or (grad is not None and grad.requires_grad)
+
+
+def refuse_callers_that_misuse_closures(*, is_scaled: bool) -> None:
+    """Raises RuntimeError for a step(closure) inside one of two calls that train something else without a sign.
+
+    is_scaled: whether GradScaler has left its findings on the optimizer, as it does for those that unscale themselves.
+    """
+    frame = sys._getframe(1)
+    for _ in range(14):  # past the wrappers of no_grad, Dynamo, hooks and schedulers
+        if frame is None:
+            break
+        is_scaled = is_scaled or frame.f_code.co_name == "_maybe_opt_step"
+        if frame.f_code.co_name == "step":
+            accelerate = getattr(frame.f_locals.get("self"), "gradient_state", None)
+            if (num := getattr(accelerate, "num_steps", 1)) > 1:
+                raise RuntimeError(
+                    f"gradient_accumulation_steps={num}: Accelerate runs the closure of one micro-batch in {num}, and "
+                    "the data of the others would never be used: run the two backwards of each in `with "
+                    "optimizer.optimizer.microbatch():` and `with optimizer.optimizer.perturbed():`, and step() without"
+                )
+        frame = frame.f_back  # type: ignore[assignment]
+    if is_scaled:
+        raise RuntimeError(
+            "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards around "
+            "`with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
+        )
 
 
 def has_values(grad: Tensor) -> bool:

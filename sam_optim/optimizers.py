@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -16,7 +15,7 @@ from sam_optim.base import BaseUpdate, accepted, check_base, takes_found_inf
 from sam_optim.foreign import adapted
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import check_group, listed
-from sam_optim.guards import has_values
+from sam_optim.guards import has_values, refuse_callers_that_misuse_closures
 from sam_optim.outside import outside
 from sam_optim.perturbation import Closure, Perturbation
 from sam_optim.results import LastStep
@@ -168,7 +167,7 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: no closure and no perturbed pass; a closure that forgot `backward()` or left earlier gradients
-                in place; a closure given through `GradScaler.step`.
+                in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
         self._sync()
         if closure is None:
@@ -176,11 +175,7 @@ class SAM(Optimizer):
                 raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
             self._finish()
             return None
-        if "found_inf" in self.__dict__ or _called_by_grad_scaler():
-            raise RuntimeError(
-                "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
-                "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
-            )
+        refuse_callers_that_misuse_closures(is_scaled="found_inf" in self.__dict__)
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
         with self.perturbation.all_or_nothing():
@@ -379,16 +374,6 @@ class ASAM(SAM):
         **kwargs: Any,
     ):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
-
-
-def _called_by_grad_scaler() -> bool:
-    """GradScaler.step(optimizer, closure) would step with gradients that are still scaled; it is not caught there."""
-    frame = sys._getframe(1)
-    for _ in range(12):  # past the wrappers of no_grad, Dynamo, hooks and schedulers
-        if frame is None or frame.f_code.co_name == "_maybe_opt_step":
-            break
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and frame.f_code.co_name == "_maybe_opt_step"
 
 
 def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:

@@ -98,7 +98,8 @@ def train(
 ):
     """The plain loop: each micro-batch has its own perturbation, and their gradients are added. Returns the losses.
 
-    divide: what the loss of a micro-batch is divided by, `accumulate` where nothing is said. scale: of a GradScaler.
+    divide: what the loss of a micro-batch is divided by, `accumulate` where nothing is said. scale: of a GradScaler,
+    which skips steps whose gradient is not finite.
     """
     divide, losses = accumulate if divide is None else divide, []
     for i, (x, y) in enumerate(data):
@@ -114,12 +115,30 @@ def train(
         if (i + 1) % accumulate == 0:
             for p in model.parameters():
                 p.grad = None if p.grad is None else p.grad / scale
+            if scale != 1.0 and not all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters()):
+                optimizer.zero_grad()
+                continue
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
             after()
     return losses
+
+
+class Overflows:
+    """The loss, but infinite at some calls; a batch makes two, at w and at w + e."""
+
+    def __init__(self, *calls):
+        self._calls, self._made = calls, 0
+
+    def __call__(self, model, x, y):
+        self._made += 1
+        return LOSS(model(x), y) * (float("inf") if self._made - 1 in self._calls else 1.0)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
 def largest_difference(model, other):

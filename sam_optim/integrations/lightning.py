@@ -1,4 +1,4 @@
-"""SAM for Lightning's automatic optimization: one callback, and `configure_optimizers` returns what it returned before."""
+"""SAM for Lightning's automatic optimization: one callback, around the optimizer that the module returns."""
 
 from __future__ import annotations
 

@@ -1,0 +1,168 @@
+"""Accelerate: no module of ours, the contexts around prepared objects, against SAM written out by hand."""
+
+import pytest
+import torch
+from by_hand import LOSS, Overflows, batches, largest_difference, network, seed_step, sgd, train
+
+from sam_optim import ASAM, SAM, Perturbation, asam_param_groups
+
+pytest.importorskip("accelerate")
+
+MATRIX = [(accumulate, clip) for accumulate in (1, 2) for clip in (None, 0.2)]
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALE = 2.0**16
+
+
+@pytest.fixture
+def accelerator():
+    """Makes one for the CPU; its state is one for the whole process, and is forgotten before and after."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def make(precision="no", **kwargs):
+        forget()
+        made = Accelerator(cpu=True, mixed_precision=precision, **kwargs)
+        if precision == "fp16":  # Accelerate leaves it out on a CPU, and then does with these what it does on a GPU
+            made.native_amp, made.scaler = True, torch.amp.GradScaler("cpu")
+        return made
+
+    yield make
+    forget()
+
+
+def prepared(accelerator, model, optimizer):
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    return accelerator.prepare(model, optimizer, loader)
+
+
+def loop(accelerator, model, sam, optimizer, loader, *, clip, loss_of=lambda m, x, y: LOSS(m(x), y)):
+    """The loop of Accelerate's documentation, with two backwards. Returns whether each step was skipped."""
+    skipped = []
+    for i, (x, y) in enumerate(loader):
+        if i % accelerator.gradient_accumulation_steps == 0:
+            seed_step(i // accelerator.gradient_accumulation_steps)
+        with accelerator.accumulate(model):
+            with sam.microbatch():
+                accelerator.backward(loss_of(model, x, y))
+                with sam.perturbed():
+                    accelerator.backward(loss_of(model, x, y))
+            if clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                skipped.append(optimizer.step_was_skipped)
+    return skipped
+
+
+def by_hand(precision, *, accumulate, clip, **kwargs):
+    model = network()
+    scale = SCALE if precision == "fp16" else 1.0
+    kwargs |= {"accumulate": accumulate, "clip": clip, "scale": scale, "autocast": DTYPES[precision]}
+    train(model, sgd(model), batches(), rho=0.1, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), MATRIX)
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("kind", ["Perturbation", "SAM"])
+def test_the_contexts_around_prepared_objects(kind, precision, accumulate, clip, accelerator):
+    accelerator, model = accelerator(precision, gradient_accumulation_steps=accumulate), network()
+    optimizer = sgd(model) if kind == "Perturbation" else SAM.wrap(sgd(model), rho=0.1, module=model)
+    model, optimizer, loader = prepared(accelerator, model, optimizer)
+    sam = Perturbation(model, rho=0.1) if kind == "Perturbation" else optimizer.optimizer
+    assert not any(loop(accelerator, model, sam, optimizer, loader, clip=clip))
+    assert largest_difference(model, by_hand(precision, accumulate=accumulate, clip=clip)) == 0.0
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), MATRIX)
+@pytest.mark.parametrize("call", [4, 5], ids=["at w", "at w + e"])
+@pytest.mark.parametrize("kind", ["Perturbation", "SAM"])
+def test_an_overflow_in_fp16_skips_the_step(kind, call, accumulate, clip, accelerator):
+    accelerator, model = accelerator("fp16", gradient_accumulation_steps=accumulate), network()
+    optimizer = sgd(model) if kind == "Perturbation" else SAM.wrap(sgd(model), rho=0.1, module=model)
+    model, optimizer, loader = prepared(accelerator, model, optimizer)
+    sam = Perturbation(model, rho=0.1) if kind == "Perturbation" else optimizer.optimizer
+    skipped = loop(accelerator, model, sam, optimizer, loader, clip=clip, loss_of=Overflows(call))
+    at_w_and_e = call % 2
+    assert skipped == [k == 2 // accumulate and bool(at_w_and_e) for k in range(8 // accumulate)]
+    assert accelerator.scaler.get_scale() == SCALE / 2**at_w_and_e
+    truth = by_hand("fp16", accumulate=accumulate, clip=clip, loss_of=Overflows(call))
+    assert largest_difference(model, truth) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_closure_for_the_prepared_optimizer(precision, accelerator):
+    accelerator, model = accelerator(precision), network()
+    model, optimizer, loader = prepared(accelerator, model, SAM.wrap(sgd(model), rho=0.1, module=model))
+    for i, (x, y) in enumerate(loader):
+        seed_step(i)
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = LOSS(model(x), y)
+            accelerator.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+    assert largest_difference(model, by_hand(precision, accumulate=1, clip=None)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what"),
+    [
+        ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2.*optimizer.optimizer.microbatch\(\)"),
+        ({"precision": "fp16"}, "gradients that are still scaled"),
+    ],
+    ids=["accumulating", "fp16"],
+)
+def test_closures_that_accelerate_would_not_run_or_not_unscale_are_refused(kwargs, what, accelerator):
+    accelerator, model = accelerator(**kwargs), network()
+    start = [p.detach().clone() for p in model.parameters()]
+    model, optimizer, loader = prepared(accelerator, model, SAM(model.parameters(), rho=0.1, lr=0.1))
+
+    def epoch():
+        for x, y in loader:
+            with accelerator.accumulate(model):
+
+                def closure(x=x, y=y):
+                    optimizer.zero_grad()
+                    loss = LOSS(model(x), y)
+                    accelerator.backward(loss)
+                    return loss
+
+                if kwargs.get("precision") == "fp16":
+                    closure()  # the scaler looks at gradients before it calls step
+                optimizer.step(closure)
+
+    with pytest.raises(RuntimeError, match=what):
+        epoch()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+def test_preparing_keeps_groups_and_schedules_together(accelerator):
+    """`prepare` loads the optimizer's own state_dict into it, which replaces its groups."""
+    accelerator, model, truth = accelerator(), network(), network()
+    groups = asam_param_groups(model)
+    optimizer = ASAM(groups, torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, weight_decay=0.01, module=model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    for i, (x, y) in enumerate(loader):
+        seed_step(i)
+        accelerator.backward(LOSS(model(x), y))
+        with optimizer.optimizer.perturbed():
+            accelerator.backward(LOSS(model(x), y))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    plain = sgd(truth)
+    weights, others = ([p for p in truth.parameters() if (p.ndim > 1) == large] for large in (True, False))
+    after = torch.optim.lr_scheduler.StepLR(plain, 2, gamma=0.5).step
+    train(truth, plain, batches(), rho=0.1, groups=[(weights, 0.01), (others, None)], after=after)
+    assert largest_difference(model, truth) == 0.0
+    assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"] == 0.1 / 2**4

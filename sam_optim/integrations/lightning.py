@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -45,8 +46,8 @@ class SAMCallback(Callback):
             `asam_param_groups`, say. What the optimizer does not train is left out.
 
     Raises:
-        RuntimeError: when training starts, for a module that steps its optimizers itself, with several of them, or
-            with a `training_step` that takes an iterator; for a strategy with a backward of its own (DeepSpeed).
+        RuntimeError: when training starts, for a module that steps its optimizers itself or whose `training_step`
+            takes an iterator, and for a strategy with a backward of its own (DeepSpeed).
         ValueError: when training starts with a `SAM` from `configure_optimizers`.
 
     Source: Foret et al. (2020), arXiv:2010.01412.
@@ -68,7 +69,7 @@ class SAMCallback(Callback):
         self._param_groups = param_groups
         self._replay_rng = replay_rng
         self.perturbation: Perturbation | None = None
-        self._batch: tuple[Any, ...] = ()
+        self._arguments: tuple[Any, ...] = ()
         self._before: rng.GlobalState | None = None
         self._micro_batch: ExitStack | None = None
 
@@ -84,8 +85,14 @@ class SAMCallback(Callback):
             )
             self._num_trained = len(trained)
             self._devices = {p.device for p in trained if p.is_cuda}
-        self._batch = (batch, batch_idx) if _takes_index(pl_module.training_step) else (batch,)
+        trainer.strategy.training_step = functools.partial(self._first_pass, trainer.strategy)
+
+    def _first_pass(self, strategy: Any, *args: Any) -> Any:
+        """Stands in for the strategy's method for one call: no hook comes after the last draw before training_step."""
+        del strategy.training_step
+        self._arguments = args
         self._before = rng.GlobalState(self._devices) if self._replay_rng else None
+        return strategy.training_step(*args)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         assert self.perturbation is not None
@@ -98,7 +105,7 @@ class SAMCallback(Callback):
         assert self._micro_batch is not None
         micro_batch, self._micro_batch = self._micro_batch, None
         with micro_batch, self.perturbation.perturbed(), _unseen(pl_module), self._draws():
-            output = trainer.strategy.training_step(*self._batch)
+            output = trainer.strategy.training_step(*self._arguments)
             loss = output["loss"] if isinstance(output, Mapping) else output
             if loss is None:
                 raise RuntimeError(
@@ -110,10 +117,12 @@ class SAMCallback(Callback):
             trainer.precision_plugin.backward(loss, pl_module, trainer.optimizers[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._batch, self._before = (), None  # their memory
+        trainer.strategy.__dict__.pop("training_step", None)
+        self._arguments, self._before = (), None  # their memory
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """A fault in the first backward: gradients, buffers and generators as before it."""
+        """After a fault in the first backward, gradients, buffers and generators are as before it."""
+        trainer.strategy.__dict__.pop("training_step", None)
         micro_batch, self._micro_batch = self._micro_batch, None
         if micro_batch is not None:
             micro_batch.__exit__(type(exception), exception, exception.__traceback__)
@@ -135,8 +144,6 @@ def _check(trainer: Any, pl_module: Any) -> None:
             f"SAMCallback needs automatic optimization, and {type(pl_module).__name__} steps its optimizers itself: in "
             "its training_step use the contexts of sam_optim.Perturbation around self.manual_backward"
         )
-    if len(trainer.optimizers) != 1:
-        raise RuntimeError(f"SAMCallback needs one optimizer, got {len(trainer.optimizers)} from configure_optimizers")
     if trainer.strategy.handles_gradient_accumulation:
         raise RuntimeError(
             f"{type(trainer.strategy).__name__} runs a backward of its own, which SAM cannot come between"
@@ -144,12 +151,6 @@ def _check(trainer: Any, pl_module: Any) -> None:
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise RuntimeError("training_step(dataloader_iter) would see another batch in the second pass: take `batch`")
     perturbation_around(pl_module, trainer.optimizers[0], param_groups=None)  # refuses what is perturbed already
-
-
-def _takes_index(training_step: Any) -> bool:
-    """As Lightning decides whether to pass batch_idx: a second argument, whatever its name."""
-    found = inspect.getfullargspec(getattr(training_step, "__wrapped__", training_step))
-    return found.varargs is not None or len(found.args) > 2
 
 
 @contextmanager

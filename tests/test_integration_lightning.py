@@ -141,6 +141,15 @@ def test_the_groups_of_the_asam_paper():
     assert largest_difference(module.net, model) == 0.0
 
 
+def test_an_optimizer_that_maximizes_has_its_ascent_downwards():
+    def maximizes(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, maximize=True)
+
+    module = Module(maximizes, loss_of=lambda m, x, y: -LOSS(m(x), y))
+    trainer([callback()]).fit(module)
+    assert largest_difference(module.net, by_hand()[0]) == 0.0
+
+
 def test_what_the_optimizer_does_not_train_does_not_move_until_a_callback_adds_it():
     """A layer left out of the optimizer has gradients all the same; BaseFinetuning adds one later."""
     seen = []

@@ -22,7 +22,7 @@ def missing(framework: str, error: ImportError) -> ImportError:
 def perturbation_around(
     model: nn.Module, optimizer: Optimizer, *, param_groups: ParamGroups | None, **settings: Any
 ) -> Perturbation:
-    """Moves the parameters that `optimizer` trains, in the groups that `param_groups(model)` puts them in.
+    """Moves the parameters that `optimizer` trains: in one group, or in those that `param_groups(model)` puts them in.
 
     Raises:
         ValueError: the optimizer is a SAM, so that both would perturb; the groups leave out all that it trains.
@@ -32,11 +32,12 @@ def perturbation_around(
             f"the optimizer is {type(optimizer).__name__}, which perturbs the weights itself: give the framework its "
             f"base, {type(optimizer.base_optimizer).__name__}, or leave the integration out"
         )
-    trained = parameters_of(optimizer)
-    if param_groups is None:
-        return Perturbation(trained, module=model, **settings)
-    members = {id(p) for p in trained}
-    groups = [g | {"params": [p for p in g["params"] if id(p) in members]} for g in param_groups(model)]
+    settings["maximize"] = any(group.get("maximize") for group in optimizer.param_groups)
+    trained = {id(p): p for p in parameters_of(optimizer)}
+    if param_groups is None:  # in the model's order: the optimizer's groups are about its own settings
+        in_order = [trained.pop(id(p)) for p in model.parameters() if id(p) in trained]
+        return Perturbation([*in_order, *trained.values()], module=model, **settings)
+    groups = [g | {"params": [p for p in g["params"] if id(p) in trained]} for g in param_groups(model)]
     groups = [g for g in groups if g["params"]]
     if not groups:
         raise ValueError("param_groups(model) has none of the parameters that the optimizer trains")

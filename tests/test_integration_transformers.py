@@ -1,0 +1,204 @@
+"""Hugging Face's Trainer: SAMTrainer on a small BERT made from a configuration, against SAM written out by hand."""
+
+import pytest
+import torch
+from by_hand import largest_difference, seed_step, sgd, train
+
+from sam_optim import SAM, asam_param_groups
+
+pytest.importorskip("transformers")
+
+MATRIX = [(accumulate, clip) for accumulate in (1, 2) for clip in (0.0, 0.05)]
+SETTINGS = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+    "num_labels": 3,
+}
+
+
+def bert():
+    """Dropout everywhere; an embedding whose gradient has rows of zeros; T = 1 for biases and LayerNorm in ASAM."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(**SETTINGS)).train()
+
+
+def sentences():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(32, (64, 12), generator=generator), torch.randint(3, (64,), generator=generator)
+
+
+def arguments(tmp_path, **kwargs):
+    from transformers import TrainingArguments
+
+    quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    fixed = {"num_train_epochs": 1, "learning_rate": 0.01, "train_sampling_strategy": "sequential"}
+    return TrainingArguments(str(tmp_path), per_device_train_batch_size=8, **(quiet | fixed | kwargs))
+
+
+def trainer(model, args, *, cls=None, **kwargs):
+    from transformers import TrainerCallback
+
+    from sam_optim.integrations.transformers import SAMTrainer
+
+    class Seeds(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            seed_step(state.global_step)
+
+    ids, labels = sentences()
+    data = [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+    cls, kwargs = (SAMTrainer, {"rho": 0.1} | kwargs) if cls is None else (cls, kwargs)
+    return cls(model, args, train_dataset=data, callbacks=[Seeds()], **kwargs)
+
+
+def by_hand(*, accumulate=1, clip=0.0, autocast=None, groups=lambda model: None):
+    """AdamW, fused and with a linear schedule, as the Trainer's defaults make it.
+
+    A Trainer takes it that the loss of this model is a sum divided by the number of examples of a step, and does not
+    divide by the number of micro-batches; this model's is a mean. Both passes see the same.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    model = bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, 8 // accumulate)
+    ids, labels = sentences()
+    losses = train(
+        model,
+        optimizer,
+        list(zip(ids.split(8), labels.split(8), strict=True)),
+        rho=0.1,
+        accumulate=accumulate,
+        divide=1,
+        clip=clip or None,
+        loss_of=lambda m, x, y: m(input_ids=x, labels=y).loss,
+        after=schedule.step,
+        autocast=autocast,
+        groups=groups(model),
+    )
+    return model, losses
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), MATRIX)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_the_trainer(bf16, accumulate, clip, tmp_path):
+    model = bert()
+    args = arguments(tmp_path, bf16=bf16, gradient_accumulation_steps=accumulate, max_grad_norm=clip)
+    sam = trainer(model, args)
+    result = sam.train()
+    truth, losses = by_hand(accumulate=accumulate, clip=clip, autocast=torch.bfloat16 if bf16 else None)
+    assert largest_difference(model, truth) == 0.0
+    assert result.global_step == 8 // accumulate
+    assert result.training_loss == pytest.approx(sum(losses) / (8 // accumulate), rel=1e-6)  # at w
+    assert sam.perturbation.param_groups[0]["rho"] == 0.1
+
+
+def test_the_groups_of_the_asam_paper(tmp_path):
+    model = bert()
+    trainer(model, arguments(tmp_path, max_grad_norm=0.0), param_groups=asam_param_groups).train()
+
+    def groups(m):
+        return [
+            ([p for p in m.parameters() if (p.ndim > 1) == large], eta) for large, eta in ((True, 0.01), (False, None))
+        ]
+
+    assert largest_difference(model, by_hand(groups=groups)[0]) == 0.0
+
+
+def test_another_optimizer_and_a_checkpoint(tmp_path):
+    """Resuming is not stopping."""
+    through, model = bert(), bert()
+    args = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    trainer(through, arguments(tmp_path / "a", num_train_epochs=2, **args)).train()
+    stopped = trainer(model, arguments(tmp_path / "b", num_train_epochs=1, save_strategy="epoch", **args))
+    stopped.train()
+    resumed_model = bert()
+    resumed = trainer(resumed_model, arguments(tmp_path / "b", num_train_epochs=2, **args))
+    resumed.train(resume_from_checkpoint=True)
+    assert largest_difference(resumed_model, through) == 0.0
+    assert largest_difference(resumed_model, model) > 1e-3
+
+
+def test_each_training_has_the_model_that_it_was_given(tmp_path):
+    """As hyperparameter searches do: `model_init` makes a model and an optimizer for each."""
+    made = []
+
+    def model_init():
+        made.append(bert())
+        return made[-1]
+
+    sam = trainer(None, arguments(tmp_path, max_grad_norm=0.0), model_init=model_init)
+    sam.train()
+    sam.train()
+    assert all(largest_difference(model, by_hand()[0]) == 0.0 for model in made[-2:])
+
+
+def test_a_fault_in_the_second_pass_leaves_weights_and_gradients_as_they_were(tmp_path):
+    from sam_optim.integrations.transformers import SAMTrainer
+
+    class Faulty(SAMTrainer):
+        passes = 0
+
+        def compute_loss(self, model, *args, **kwargs):
+            self.passes += 1
+            if self.passes == 4:
+                raise ZeroDivisionError
+            return super().compute_loss(model, *args, **kwargs)
+
+        def training_step(self, *args, **kwargs):
+            if self.passes == 2:
+                self.before = [(p.detach().clone(), p.grad.clone()) for p in self.model.parameters()]
+            return super().training_step(*args, **kwargs)
+
+    model = bert()
+    faulty = trainer(model, arguments(tmp_path, gradient_accumulation_steps=2), cls=Faulty, rho=0.1)
+    with pytest.raises(ZeroDivisionError):
+        faulty.train()
+    assert all(
+        torch.equal(p, w) and torch.equal(p.grad, g)
+        for p, (w, g) in zip(model.parameters(), faulty.before, strict=True)
+    )
+
+
+def test_a_stock_trainer_with_sam_would_train_its_base_and_says_so(tmp_path):
+    from transformers import Trainer
+
+    model = bert()
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = SAM.wrap(sgd(model), rho=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    stock = trainer(model, arguments(tmp_path), cls=Trainer, optimizers=(optimizer, schedule))
+    with pytest.raises(RuntimeError, match="would train the base optimizer alone"):
+        stock.train()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+def test_a_sam_inside_a_sam_trainer_is_refused(tmp_path):
+    model = bert()
+    optimizer = SAM.wrap(sgd(model), rho=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    twice = trainer(model, arguments(tmp_path), optimizers=(optimizer, schedule))
+    with pytest.raises(ValueError, match=r"SAM, which perturbs .* base, SGD"):
+        twice.train()
+
+
+def test_what_cannot_be_done_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    from sam_optim.integrations.transformers import SAMTrainer
+
+    with pytest.raises(ValueError, match="-1"):
+        trainer(bert(), arguments(tmp_path), rho=-1.0)
+
+    def with_deepspeed(self, *args, **kwargs):
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "__init__", with_deepspeed)
+    with pytest.raises(RuntimeError, match="DeepSpeed runs a backward of its own"):
+        SAMTrainer(bert(), arguments(tmp_path))

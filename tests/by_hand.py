@@ -117,6 +117,7 @@ def train(
                 p.grad = None if p.grad is None else p.grad / scale
             if scale != 1.0 and not all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters()):
                 optimizer.zero_grad()
+                after()
                 continue
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

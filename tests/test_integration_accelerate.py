@@ -6,8 +6,6 @@ from by_hand import LOSS, Overflows, batches, largest_difference, network, seed_
 
 from sam_optim import ASAM, SAM, Perturbation, asam_param_groups
 
-pytest.importorskip("accelerate")
-
 MATRIX = [(accumulate, clip) for accumulate in (1, 2) for clip in (None, 0.2)]
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 2.0**16
@@ -16,6 +14,7 @@ SCALE = 2.0**16
 @pytest.fixture
 def accelerator():
     """Makes one for the CPU; its state is one for the whole process, and is forgotten before and after."""
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 

@@ -9,8 +9,6 @@ from by_hand import LOSS, Overflows, add_sam_gradient, batches, largest_differen
 
 from sam_optim import SAM, Perturbation, asam_param_groups
 
-L = pytest.importorskip("lightning")
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),  # Lightning's own, under torch 2.15
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # advice on loading data
@@ -20,7 +18,20 @@ DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float
 SCALE = 2.0**16
 
 
-def module_class(base=L.LightningModule):
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    pytest.importorskip("lightning")
+    import_lightning()
+
+
+def import_lightning():
+    global L, Module
+    import lightning as L
+
+    Module = module_class(L.LightningModule)
+
+
+def module_class(base):
     class Module(base):
         """Counts what training_step does; the seed of a step does not depend on what the Trainer draws."""
 
@@ -49,9 +60,6 @@ def module_class(base=L.LightningModule):
     return Module
 
 
-Module = module_class()
-
-
 def in_memory_logger():
     from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -69,7 +77,7 @@ def in_memory_logger():
     return InMemory()
 
 
-def trainer(callbacks, *, accumulate=1, clip=None, precision="32-true", package=L, **kwargs):
+def trainer(callbacks, *, accumulate=1, clip=None, precision="32-true", package=None, **kwargs):
     if precision == "16-mixed":  # the Trainer itself would turn it into bf16-mixed on a CPU
         from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -78,7 +86,9 @@ def trainer(callbacks, *, accumulate=1, clip=None, precision="32-true", package=
         kwargs["precision"] = precision
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     kwargs = {"max_epochs": 1, "logger": False, "log_every_n_steps": 1, "accelerator": "cpu"} | quiet | kwargs
-    return package.Trainer(callbacks=callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=clip, **kwargs)
+    return (package or L).Trainer(
+        callbacks=callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=clip, **kwargs
+    )
 
 
 def callback(**kwargs):
@@ -283,16 +293,22 @@ def test_the_package_under_its_older_name():
     assert largest_difference(module.net, by_hand(accumulate=2, clip=0.2)[0]) == 0.0
 
 
-class Manual(Module):
-    automatic_optimization = False
+def manual():
+    class Manual(Module):
+        automatic_optimization = False
+
+    return Manual()
 
 
-class Iterates(Module):
-    def on_train_batch_start(self, batch, batch_idx):
-        pass
+def iterating():
+    class Iterates(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            pass
 
-    def training_step(self, dataloader_iter):
-        return super().training_step(next(dataloader_iter)[0], 0)
+        def training_step(self, dataloader_iter):
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    return Iterates()
 
 
 iterates = [
@@ -313,9 +329,9 @@ def own_backward():
 @pytest.mark.parametrize(
     ("module", "kwargs", "error", "what"),
     [
-        (lambda: Manual(), {}, RuntimeError, r"Manual steps its optimizers itself.*sam_optim.Perturbation"),
+        (manual, {}, RuntimeError, r"Manual steps its optimizers itself.*sam_optim.Perturbation"),
         (lambda: Module(lambda m: [sgd(m.net[0]), sgd(m.net[4])]), {}, RuntimeError, "multiple optimizers is only"),
-        pytest.param(lambda: Iterates(), {}, RuntimeError, "take `batch`", marks=iterates),
+        pytest.param(iterating, {}, RuntimeError, "take `batch`", marks=iterates),
         (lambda: Module(), {"strategy": own_backward}, RuntimeError, "OwnBackward runs a backward of its own"),
         (lambda: Module(lambda m: SAM.wrap(sgd(m), rho=0.1)), {}, ValueError, "SAM, which perturbs .* base, SGD"),
     ],
@@ -349,6 +365,7 @@ def on_one_rank(rank, port, results):
     import os
     import warnings
 
+    import_lightning()
     from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 

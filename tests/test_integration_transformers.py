@@ -6,8 +6,6 @@ from by_hand import largest_difference, seed_step, sgd, train
 
 from sam_optim import SAM, asam_param_groups
 
-pytest.importorskip("transformers")
-
 MATRIX = [(accumulate, clip) for accumulate in (1, 2) for clip in (0.0, 0.05)]
 SETTINGS = {
     "vocab_size": 32,
@@ -18,6 +16,11 @@ SETTINGS = {
     "max_position_embeddings": 16,
     "num_labels": 3,
 }
+
+
+@pytest.fixture(autouse=True)
+def _importable():
+    pytest.importorskip("transformers")
 
 
 def bert():

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sam_optim import rng
@@ -64,11 +65,14 @@ class SAMCallback(Callback):
         rounding: str = "nearest",
         replay_rng: bool = False,
     ):
-        self._settings = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "rounding": rounding}
+        self._settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
+        self._settings["rounding"] = rounding
         Perturbation([nn.Parameter()], **self._settings)  # what is wrong with them is said where they are given
         self._param_groups = param_groups
         self._replay_rng = replay_rng
         self.perturbation: Perturbation | None = None
+        self._num_trained = 0
+        self._devices: set[torch.device] = set()
         self._arguments: tuple[Any, ...] = ()
         self._before: rng.GlobalState | None = None
         self._micro_batch: ExitStack | None = None

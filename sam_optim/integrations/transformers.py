@@ -72,7 +72,7 @@ class SAMTrainer(Trainer):
     def _around(self, model: nn.Module) -> Perturbation:
         """Made when `train` has prepared model and optimizer, which FSDP does by replacing parameters."""
         if self._sam_is_for[0] is not model or self._sam_is_for[1] is not self.optimizer:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
             self.perturbation = perturbation_around(
                 model, optimizer, param_groups=self._sam_param_groups, **self._sam_settings
             )

@@ -7,6 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -75,6 +76,55 @@ class UpdateProbe:
 def _first_entries(w: Tensor) -> Tensor:
     row = w.detach()[(0,) * (w.ndim - 1)]
     return row[:64] if w.ndim else row
+
+
+class Transaction:
+    """All or nothing: what happens inside `around` has happened, or nothing has. Inside another one it is a part of it.
+
+    After an exception everything is as before, but where weights have changed since `watch`: half an update of an
+    optimizer cannot be taken back.
+    """
+
+    def __init__(self) -> None:
+        self._current: weakref.ref[Rollback] | None = None
+        self._buffers = Buffers()
+        self._watched: UpdateProbe | None = None
+
+    @contextmanager
+    def around(
+        self,
+        params: list[Tensor],
+        state: Callable[[], rng.GlobalState],
+        module: nn.Module | None,
+        give_up: Callable[[], None],
+        *,
+        keep: bool,
+    ) -> Iterator[None]:
+        if self._current is not None and self._current() is not None:
+            yield
+            return
+        rollback = Rollback(params, state(), module, self._buffers, keep=keep)
+        self._watched = None
+        try:
+            self._current = weakref.ref(rollback)  # gone with it, also where an interrupt skips the next line
+            yield
+        except BaseException:
+            give_up()
+            if self._watched is None or not self._watched.has_begun():
+                rollback.undo()
+            raise
+        finally:
+            self._current = self._watched = None
+
+    def undo(self) -> None:
+        """Back to the beginning, to try once more."""
+        rollback = None if self._current is None else self._current()
+        if rollback is not None:
+            rollback.undo()
+
+    def watch(self, weights: list[Tensor], *, is_fused: bool) -> None:
+        """From here on a change of the weights is an update."""
+        self._watched = UpdateProbe(weights, is_fused=is_fused)
 
 
 class CleanStateDict:

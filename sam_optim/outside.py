@@ -1,7 +1,7 @@
 """What stays outside of torch.compile's graphs, and what of it is compiled again.
 
-Dynamo silently drops `self.x = ...` on an Optimizer in a frame that also has tensor operations (torch 2.13, 2.15), and a
-perturbation that is not remembered is never taken back. So a step runs outside of Dynamo, and hands what the user
+Dynamo silently drops `self.x = ...` on an Optimizer in a frame that also has tensor operations (torch 2.13, 2.15), and
+a perturbation that is not remembered is never taken back. So a step runs outside of Dynamo, and hands what the user
 brought, closures and an update of torch.optim, to the compiler of its caller, if there is one.
 """
 
@@ -17,7 +17,7 @@ import torch
 try:
     from torch._C._dynamo.eval_frame import set_eval_frame
 except ImportError:  # private: without it all of a step runs uncompiled
-    set_eval_frame = None
+    set_eval_frame = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 R = TypeVar("R")

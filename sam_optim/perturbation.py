@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sam_optim.batchnorm import Buffers
 from sam_optim.diagnostics import Diagnostics
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import as_groups
-from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, UpdateProbe
+from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, Transaction
 from sam_optim.kernels import shards
 from sam_optim.outside import inside, outside
 from sam_optim.passes import AscentPass, PerturbedPass
@@ -96,9 +96,8 @@ class Perturbation:
         self._pass: PerturbedPass | None = None
         self._first: AscentPass | None = None
         self._put_under: Callable[[], None] | None = None
-        self._clean_buffers, self._entry_buffers = Buffers(), Buffers()
-        self._transaction: weakref.ref[Rollback] | None = None
-        self._watched: UpdateProbe | None = None
+        self._clean_buffers = Buffers()
+        self._transaction = Transaction()
         self._rollback: Rollback | None = None
         self._first_forward = FirstForward(self.module) if replay_rng else None
         self._seen = Diagnostics()
@@ -350,39 +349,24 @@ class Perturbation:
         try:
             return closure()
         except RuntimeError as error:
-            rollback = self._transaction() if self._transaction is not None else None
-            if "does not require grad" not in str(error) or rollback is None or not ascent.is_partial:
+            if "does not require grad" not in str(error) or not ascent.is_partial:
                 raise
             ascent.compute_all()
-            rollback.undo()
+            self._transaction.undo()
         return closure()
 
-    @contextmanager
-    def all_or_nothing(self, *, keep_gradients: bool = False) -> Iterator[None]:
+    def all_or_nothing(self, *, keep_gradients: bool = False) -> AbstractContextManager[None]:
         """After an exception inside: weights, gradients, buffers and generators as before.
 
-        Not if it has changed weights since `watch`: half an update of an optimizer cannot be taken back.
+        Not if the weights have changed since `watch`: half an update of an optimizer cannot be taken back.
         """
-        if self._transaction is not None and self._transaction() is not None:
-            yield
-            return
-        rollback = Rollback(self._params(), self._rng_state(), self.module, self._entry_buffers, keep=keep_gradients)
-        self._watched = None
-        try:
-            self._transaction = weakref.ref(rollback)  # gone with it, also where an interrupt skips the next line
-            yield
-        except BaseException:
-            self.exit(failed=True)  # where an interrupt came before a context of its own could
-            if self._watched is None or not self._watched.has_begun():
-                rollback.undo()
-            raise
-        finally:
-            self._transaction = self._watched = None
+        give_up = functools.partial(self.exit, failed=True)  # an interrupt may come before a context of its own could
+        return self._transaction.around(self._params(), self._rng_state, self.module, give_up, keep=keep_gradients)
 
     def watch(self) -> None:
         """From here on a change of the weights is an update."""
         weights = [shards.local(p) for p in self._params() if p.grad is not None]
-        self._watched = UpdateProbe(weights, is_fused=any(g.get("fused") for g in self.param_groups))
+        self._transaction.watch(weights, is_fused=any(g.get("fused") for g in self.param_groups))
 
     def forget(self) -> None:
         """What was learnt from gradients that have been cleared: that they are of a perturbed pass, and its draws."""
@@ -415,8 +399,8 @@ class Perturbation:
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
             raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
-        transient: dict[str, Any] = {"_plan": None, "_clean_buffers": Buffers(), "_entry_buffers": Buffers()}
-        transient |= {"_first_forward": None, "_transaction": None}
+        transient: dict[str, Any] = {"_plan": None, "_clean_buffers": Buffers(), "_first_forward": None}
+        transient |= {"_transaction": Transaction()}
         return self.__dict__ | transient
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,9 @@ def closure_of(optimizer, weight, bias, x):
 def scalars_follow(state, param):
     """What timm asks of a state that was loaded for parameters of another dtype."""
     return all(
-        v.dtype == param.dtype for v in state.values() if isinstance(v, torch.Tensor) and v.dim() and v.is_floating_point()
+        v.dtype == param.dtype
+        for v in state.values()
+        if isinstance(v, torch.Tensor) and v.dim() and v.is_floating_point()
     )
 
 
@@ -174,7 +177,7 @@ def test_a_small_model_trains(sam, base):
         return loss
 
     losses = [optimizer.step(closure).item() for _ in range(20)]
-    assert all(later < earlier for earlier, later in zip(losses[2:], losses[3:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
     for way in ("contexts", "two steps"):
         loss = closure()
         if way == "contexts":

@@ -177,7 +177,7 @@ def test_a_small_model_trains(sam, base):
         return loss
 
     losses = [optimizer.step(closure).item() for _ in range(20)]
-    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses[2:]))
     for way in ("contexts", "two steps"):
         loss = closure()
         if way == "contexts":

@@ -22,12 +22,12 @@ def adapted(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
         groups: those of the optimizer that it is loaded into.
     """
     states = state_dict.get("state", {})
-    base = state_dict.get("base_optimizer")
-    base_states = base.get("state") if isinstance(base, dict) else None
+    base: Any = state_dict.get("base_optimizer")
+    has_base = isinstance(base, dict) and "state" in base
     has_scratch = any(isinstance(s, dict) and not SCRATCH.isdisjoint(s) for s in states.values())
-    if not has_scratch and base_states is None:
+    if not has_scratch and not has_base:
         return state_dict
-    kept = {i: _without(s, SCRATCH) for i, s in (states if base_states is None else base_states).items()}
+    kept = {i: _without(s, SCRATCH) for i, s in (base["state"] if has_base else states).items()}
     kept = {i: s for i, s in kept.items() if s != {}}
     if has_scratch and not kept:
         warnings.warn(

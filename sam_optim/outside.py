@@ -1,7 +1,7 @@
 """What stays outside of torch.compile's graphs, and what of it is compiled again.
 
 Dynamo silently drops `self.x = ...` on an Optimizer in a frame that also has tensor operations (torch 2.13, 2.15), and
-a perturbation that is not remembered is never taken back. So a step runs outside of Dynamo, and hands what the user
+what is not remembered of a perturbation is never taken back. So a step runs outside of Dynamo, and hands what the user
 brought, closures and an update of torch.optim, to the compiler of its caller, if there is one.
 """
 

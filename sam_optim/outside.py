@@ -1,8 +1,8 @@
 """What stays outside of torch.compile's graphs, and what of it is compiled again.
 
 Dynamo silently drops `self.x = ...` on an Optimizer in a frame that also has tensor operations (torch 2.13, 2.15), and
-what is not remembered of a perturbation is never taken back. So a step runs outside of Dynamo, and hands what the user
-brought, closures and an update of torch.optim, to the compiler of its caller, if there is one.
+what is not remembered of a perturbation is never taken back. So a step runs outside of Dynamo with all that it calls,
+closures too, as torch's LBFGS does; but an update of torch.optim goes to the compiler of the caller, if there is one.
 """
 
 from __future__ import annotations
@@ -48,16 +48,28 @@ def outside(function: Callable[P, R]) -> Callable[P, R]:
 
 def inside(function: Callable[P, R]) -> Callable[P, R]:
     """As whoever called the outermost `outside`: compiled where that is."""
+    compiler: Any = getattr(_caller, "compiler", None)
+    if set_eval_frame is None or compiler is None:
+        return function
 
-    @functools.wraps(function, updated=())
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        compiler: Any = getattr(_caller, "compiler", None)
-        if set_eval_frame is None or compiler is None:
-            return function(*args, **kwargs)
-        before = set_eval_frame(compiler)
+        set_eval_frame(compiler)
         try:
             return function(*args, **kwargs)
         finally:
-            set_eval_frame(before)
+            set_eval_frame(None)
 
     return call
+
+
+@functools.cache
+def prepare() -> None:
+    """To be called before Dynamo can meet a function that is `outside`: or it would look into the wrapper, and warn.
+
+    Not on import: Dynamo takes a second to import, which torch.optim does when the first optimizer is made.
+    """
+    try:
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:
+        return
+    skip_code(outside(prepare).__code__)

@@ -17,7 +17,7 @@ from sam_optim.geometry import Ball, ProductBall
 from sam_optim.groups import as_groups
 from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, Transaction
 from sam_optim.kernels import shards
-from sam_optim.outside import inside, outside
+from sam_optim.outside import outside, prepare
 from sam_optim.passes import AscentPass, PerturbedPass
 from sam_optim.plan import Plan, is_zero
 from sam_optim.ranks import Ranks
@@ -83,6 +83,7 @@ class Perturbation:
         if isinstance(model_or_params, nn.Module):
             module = model_or_params if module is None else module
             model_or_params = list(model_or_params.parameters())
+        prepare()
         defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "maximize": maximize}
         self.param_groups = as_groups(model_or_params, defaults)
         self.module = module
@@ -296,7 +297,7 @@ class Perturbation:
     def _two_passes(
         self, closure: Closure, ascent_closure: Closure | None, apart: Apart | None = None
     ) -> tuple[Any, Any]:
-        first, second = (torch.enable_grad()(inside(c)) for c in (ascent_closure or closure, closure))
+        first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
         if all(is_zero(g["rho"]) for g in self.param_groups):  # the second pass would be the first one again
             loss = second()
             self._seen.without_ascent(plain=True)

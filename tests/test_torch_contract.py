@@ -529,7 +529,7 @@ def test_gradients_that_a_closure_leaves_alone_are_those_at_both_points(info):
 
 
 def test_closures_that_stand_for_none_are_no_closures():
-    """Lightning gives such a one in manual optimization: it may finish a perturbed pass, and not use plain gradients."""
+    """Lightning gives such a one in manual optimization: it may finish a perturbed pass, no more."""
     w = Parameter(torch.tensor([1.0, 2.0]))
     optimizer = SAM([w], lr=0.1, rho=0.5)
     w.square().sum().backward()

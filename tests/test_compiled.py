@@ -1,0 +1,271 @@
+"""torch.compile around a step: what is compiled, what stays outside, and that both are the eager step."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from sam_optim import ASAM, SAM, Perturbation
+
+BASES = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
+X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(3, (16,), generator=torch.Generator().manual_seed(1))
+# Dynamo logs this once of every optimizer of torch
+pytestmark = pytest.mark.filterwarnings("ignore:.*record_function.*")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    assert torch._C._dynamo.eval_frame.set_eval_frame(None) is None  # no compiler is left behind
+    torch._dynamo.reset()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def closure_of(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def step_itself(model, optimizer, backend):
+    compiled = torch.compile(optimizer.step, backend=backend)
+    closure = closure_of(model, optimizer)
+    return lambda: compiled(closure)
+
+
+def function_around(model, optimizer, backend):
+    closure = closure_of(model, optimizer)
+    return torch.compile(lambda: optimizer.step(closure), backend=backend)
+
+
+def function_with_its_closure(model, optimizer, backend):
+    @torch.compile(backend=backend)
+    def train():
+        def closure():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(X), Y)
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+
+    return train
+
+
+def only_the_update(model, optimizer, backend):
+    compiled = torch.compile(optimizer.step, backend=backend)
+    closure = closure_of(model, optimizer)
+
+    def step():
+        closure()
+        if isinstance(optimizer, SAM):
+            with optimizer.perturbed():
+                closure()
+        compiled()
+
+    return step
+
+
+def all_in_two_phases(model, optimizer, backend):
+    closure = closure_of(model, optimizer)
+
+    @torch.compile(backend=backend)
+    def step():
+        closure()
+        if isinstance(optimizer, SAM):
+            with optimizer.perturbed():
+                closure()
+        optimizer.step()
+
+    return step
+
+
+def in_two_steps(model, optimizer, backend):
+    closure = closure_of(model, optimizer)
+
+    @torch.compile(backend=backend)
+    def step():
+        closure()
+        if not isinstance(optimizer, SAM):
+            return optimizer.step()
+        optimizer.first_step(zero_grad=True)
+        closure()
+        return optimizer.second_step()
+
+    return step
+
+
+WAYS = [
+    step_itself,
+    function_around,
+    function_with_its_closure,
+    only_the_update,
+    all_in_two_phases,
+    in_two_steps,
+]
+every_way = pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+def eager(base, cls, **kwargs):
+    model = network()
+    factory, flags = BASES[base]
+    optimizer = cls(model.parameters(), factory, lr=0.01, module=model, **flags, **kwargs)
+    closure = closure_of(model, optimizer)
+    for _ in range(6):
+        optimizer.step(closure)
+    return model
+
+
+@every_way
+@every_base
+@pytest.mark.parametrize("cls", [SAM, ASAM])
+def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(way, base, cls):
+    truth = eager(base, cls, rho=0.1)
+    model, counter = network(), CompileCounter()
+    factory, flags = BASES[base]
+    optimizer = cls(model.parameters(), factory, lr=0.01, rho=0.1, module=model, **flags)
+    step = way(model, optimizer, counter)
+    for _ in range(2):  # the base's state is made in the first
+        step()
+    compiled = counter.frame_count
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            step()
+    assert counter.frame_count == compiled
+    assert optimizer.last_step.perturbation_norm.item() == pytest.approx(0.1)
+    for p, q in zip((*model.parameters(), *model.buffers()), (*truth.parameters(), *truth.buffers()), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@every_way
+@every_base
+def test_what_is_compiled_is_what_the_base_alone_would_have(way, base):
+    """The forward pass and the update, and of SAM nothing: it breaks graphs at its border, and nowhere inside."""
+    factory, flags = BASES[base]
+    graphs = []
+    for make in (lambda p: factory(p, lr=0.01, **flags), lambda p: SAM(p, factory, lr=0.01, **flags)):
+        torch._dynamo.reset()
+        counters.clear()
+        model, counter = network(), CompileCounterWithBackend("eager")
+        optimizer = make(model.parameters())
+        step = way(model, optimizer, counter)
+        for _ in range(3):
+            step()
+        graphs.append(sorted(sorted(str(n.target) for n in g.graph.nodes if n.op != "output") for g in counter.graphs))
+    calls = [[t for t in graph if not t.startswith(("L_", "l_"))] for graph in graphs[1]]
+    assert calls == [[t for t in graph if not t.startswith(("L_", "l_"))] for graph in graphs[0]]
+    assert len(calls) > 0
+    ours = [reason for reason in counters["graph_break"] if "sam_optim" in reason or "SAM" in reason]
+    border = ("SAM.step", "SAM.zero_grad", "SAM.perturbed", "SAM.first_step")
+    assert all("torch.compiler.disable" in reason and any(b in reason for b in border) for reason in ours), ours
+
+
+def test_what_a_base_of_ones_own_remembers_is_not_dropped():
+    """Dynamo forgets what an Optimizer assigns to itself in a frame with tensor operations: it is kept out of that."""
+
+    class Counting(torch.optim.SGD):
+        steps = 0
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(p.grad, alpha=-group["lr"])
+            self.steps += 1
+
+    model = network()
+    optimizer = SAM(model.parameters(), Counting, lr=0.01)
+    step = step_itself(model, optimizer, "eager")
+    for _ in range(3):
+        step()
+    assert optimizer.base_optimizer.steps == 3
+
+
+def test_a_fault_in_a_compiled_closure_leaves_nothing_behind():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.01, rho=0.5, module=model)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = closure_of(model, optimizer)()
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return loss
+
+    compiled = torch.compile(optimizer.step, backend="eager")
+    before = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    with pytest.raises(ZeroDivisionError):
+        compiled(closure)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *model.buffers()), strict=True))
+    assert not optimizer.perturbation.active
+    assert torch._C._dynamo.eval_frame.set_eval_frame(None) is None
+    compiled(closure)
+    assert optimizer.last_step.sharpness > 0
+
+
+def test_a_perturbation_alone_in_a_compiled_function():
+    runs = []
+    for compile_it in (False, True):
+        model = network()
+        sam, plain = Perturbation(model, rho=0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+        closure = closure_of(model, plain)
+
+        def train(sam=sam, plain=plain, closure=closure):
+            loss = sam.backward(closure)
+            plain.step()
+            return loss
+
+        step = torch.compile(train, backend="eager") if compile_it else train
+        losses = [step() for _ in range(4)]
+        runs.append([*model.parameters(), *model.buffers(), torch.stack(losses).detach()])
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", ["model", "step"])
+def test_replayed_draws_in_compiled_code(compiled):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    optimizer = SAM(model.parameters(), lr=0.0, rho=1e-6, module=model, replay_rng=True)
+    network = torch.compile(model, backend="eager") if compiled == "model" else model
+    closure = closure_of(network, optimizer)
+    step = torch.compile(optimizer.step, backend="eager") if compiled == "step" else optimizer.step
+    losses = []
+    for _ in range(4):
+        step(closure)
+        losses.append(optimizer.last_step.loss.item())
+        assert abs(optimizer.last_step.sharpness) < 1e-5  # other masks would make it 0.1
+    assert len(set(losses)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+@every_way
+@every_base
+def test_inductors_step_is_the_eager_one(way, base):
+    truth = eager(base, SAM, rho=0.1)
+    model = network()
+    factory, flags = BASES[base]
+    optimizer = SAM(model.parameters(), factory, lr=0.01, rho=0.1, module=model, **flags)
+    step = way(model, optimizer, "inductor")
+    for i in range(6):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            step()
+    for p, q in zip((*model.parameters(), *model.buffers()), (*truth.parameters(), *truth.buffers()), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

@@ -170,12 +170,17 @@ class SAM(Optimizer):
                 in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
         self._sync()
-        if closure is None:
-            if ascent_closure is not None:
-                raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
-            self._finish()
-            return None
-        refuse_callers_that_misuse_closures(is_scaled="found_inf" in self.__dict__)
+        if closure is None and ascent_closure is not None:
+            raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
+        try:
+            if closure is None:
+                self._finish()
+                return None
+            refuse_callers_that_misuse_closures(is_scaled="found_inf" in self.__dict__)
+        except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
         with self.perturbation.all_or_nothing():

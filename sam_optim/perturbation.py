@@ -234,9 +234,8 @@ class Perturbation:
         params = self._params()
         ranks = self._ranks()
         ranks.check_resharded()
-        buckets = self._plan.buckets(self.param_groups)
         looked_after = (self.module, self._clean_buffers, self._first_forward, self._plan.float32)
-        stay = PerturbedPass(params, buckets, *looked_after, ranks.agreeing)
+        stay = PerturbedPass(params, self._plan.buckets(self.param_groups), *looked_after, ranks.agreeing)
         if keep_gradients:
             self._rollback = Rollback(params, self._rng_state(), None, None, keep=True)
         self.completed = False

@@ -4,7 +4,7 @@ from sam_optim._version import __version__
 from sam_optim.correlation import Correlation, correlate
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.graphs import GraphedStep
-from sam_optim.groups import asam_param_groups
+from sam_optim.groups import asam_param_groups, norm_only_param_groups
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
 from sam_optim.loss import Loss
 from sam_optim.measures import (
@@ -39,6 +39,7 @@ __all__ = [
     "hessian_eigenvalues",
     "hessian_trace",
     "interpolate",
+    "norm_only_param_groups",
     "slice_1d",
     "slice_2d",
     "worst_case_sharpness",

@@ -49,7 +49,7 @@ def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[
     Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
     not require a gradient are left out; an empty group is, too.
     """
-    normal = {id(p) for m in model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
+    normal = _of_norm_layers(model, NORM_LAYERS)
     params = [p for p in model.parameters() if p.requires_grad]
     plain = [p.ndim < 2 or id(p) in normal for p in params]
     groups: list[dict[str, Any]] = [
@@ -57,6 +57,44 @@ def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[
         {"params": [p for p, is_plain in zip(params, plain, strict=True) if is_plain], "adaptive": False},
     ]
     return [g for g in groups if g["params"]]
+
+
+def norm_only_param_groups(
+    model: nn.Module, *, adaptive: bool | str | None = None, norm_layers: tuple[type[nn.Module], ...] = ()
+) -> list[dict[str, Any]]:
+    """The groups of SAM-ON: only the parameters of normalisation layers are perturbed; all are trained.
+
+    The others have rho = 0: they do not move in the second pass, are not in the norm, and `step(closure)` does not
+    compute their gradients in the first. Parameters that do not require a gradient are left out.
+
+    Args:
+        model: whose normalisation layers are told by the type of the module, never by name.
+        adaptive: T of the perturbed group. None: that of the optimizer.
+        norm_layers: types of its own that count beside torch's, such as timm's or Hugging Face's RMS norms.
+
+    Raises:
+        ValueError: no normalisation layer has a parameter that is trained, so that nothing would be perturbed.
+
+    Source: Mueller et al. (2023), arXiv:2306.04226.
+    """
+    normal = _of_norm_layers(model, (*NORM_LAYERS, *norm_layers))
+    params = [p for p in model.parameters() if p.requires_grad]
+    perturbed = [p for p in params if id(p) in normal]
+    if not perturbed:
+        raise ValueError(
+            f"{type(model).__name__} has no normalisation layer with parameters to train, so nothing would be "
+            "perturbed: pass the types of its own as norm_layers=, or use SAM on all parameters"
+        )
+    chosen: dict[str, Any] = {"params": perturbed}
+    if adaptive is not None:
+        chosen["adaptive"] = adaptive
+    rest = [p for p in params if id(p) not in normal]
+    return [chosen, {"params": rest, "rho": 0.0}] if rest else [chosen]
+
+
+def _of_norm_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> set[int]:
+    """Ids of their own parameters."""
+    return {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
 
 
 def listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:

@@ -320,11 +320,11 @@ def finite(grads: list[Tensor]) -> bool | Tensor:
     """Whether all entries are finite: known on the CPU, a 0-d tensor on a device, which is not read."""
     kinds: dict[Any, list[Tensor]] = {}
     for g in grads:
-        g = shards.local(g)
-        g = g.coalesce().values() if g.is_sparse else g
-        g = torch.view_as_real(g) if g.is_complex() else g
-        if g.numel():
-            kinds.setdefault((g.device, g.dtype), []).append(g)
+        if type(g) is not Tensor or g.is_sparse or g.is_complex():
+            g = shards.local(g)
+            g = g.coalesce().values() if g.is_sparse else g
+            g = torch.view_as_real(g) if g.is_complex() else g
+        kinds.setdefault((g.device, g.dtype), []).append(g)
     answers = [_finite(device, found) for (device, _), found in kinds.items()]
     on_device = [x for x in answers if isinstance(x, Tensor)]
     if not on_device:
@@ -335,10 +335,13 @@ def finite(grads: list[Tensor]) -> bool | Tensor:
 def _finite(device: torch.device, grads: list[Tensor]) -> bool | Tensor:
     wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     # the fastest pass over memory on either; on a device its sum overflows only beyond all gradients that make sense
-    total = torch.stack(torch._foreach_norm(grads, 2 if device.type == "cpu" else 1, dtype=wide)).sum().isfinite()
+    norms = torch._foreach_norm([g for g in grads if g.numel()], 2 if device.type == "cpu" else 1, dtype=wide)
+    if not norms:
+        return True
+    total = torch.stack(norms).sum()
     if device.type != "cpu":
-        return total
-    return bool(total) or all(bool(g.isfinite().all()) for g in grads)
+        return total.isfinite()
+    return math.isfinite(total.item()) or all(bool(g.isfinite().all()) for g in grads)
 
 
 def _sum(values: list[Scalar]) -> Scalar:

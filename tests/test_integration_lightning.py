@@ -143,6 +143,33 @@ def test_infinite_losses_in_every_pass_leave_the_weights_alone():
     assert fit.precision_plugin.scaler.get_scale() == SCALE / 2**8
 
 
+def test_hooks_run_once_a_batch_and_find_the_gradient_at_w_plus_e():
+    seen, ascents = [], []
+
+    class Before(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            ascents.append(pl_module.net[4].bias.grad.clone())
+
+    class Hooked(Module):
+        def on_before_backward(self, loss):
+            seen.append("before")
+
+        def on_after_backward(self):
+            seen.append(self.net[4].bias.grad.clone())
+
+    trainer([Before(), callback()], limit_train_batches=2).fit(Hooked())
+    assert [kind == "before" for kind in seen[::2]] == [True, True]
+    assert len(seen) == 4
+    (x, y), model = batches()[0], network()
+    seed_step(0)
+    LOSS(model(x), y).backward()
+    assert torch.equal(ascents[0], model[4].bias.grad)
+    seed_step(0)
+    model = network()
+    add_sam_gradient(model, lambda m: LOSS(m(x), y), rho=0.1)
+    assert torch.equal(seen[1], model[4].bias.grad)
+
+
 def test_the_groups_of_the_asam_paper():
     module, model = Module(), network()
     trainer([callback(param_groups=asam_param_groups)]).fit(module)

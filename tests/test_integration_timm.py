@@ -234,3 +234,13 @@ def test_the_training_loop_of_timm(calls, accumulate, clip):
     train(truth, base, batches(), rho=0.1, groups=groups, after=after, **kwargs)
     assert largest_difference(model, truth) == 0.0
     assert largest_difference(average, expected) == 0.0
+
+
+def test_a_training_script_that_knows_of_no_second_pass_is_an_error():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = timm.optim.create_optimizer_v2(model, "samsgd", **SETTINGS)
+    start = [p.detach().clone() for p in model.parameters()]
+    loss_scaler = timm.utils.NativeScaler(device="cpu")
+    with pytest.raises(RuntimeError, match="would train the base optimizer alone"):
+        loss_scaler(LOSS(model(x), y), optimizer, clip_grad=1.0, parameters=model.parameters())
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))

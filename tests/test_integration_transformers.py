@@ -198,6 +198,9 @@ def test_what_cannot_be_done_is_refused_when_the_trainer_is_made(tmp_path, monke
 
     with pytest.raises(ValueError, match="-1"):
         trainer(bert(), arguments(tmp_path), rho=-1.0)
+    for optim in ("adalomo", "galore_adamw_layerwise"):
+        with pytest.raises(RuntimeError, match=rf"{optim}.*updates the weights in the first backward"):
+            trainer(bert(), arguments(tmp_path, optim=optim))
 
     def with_deepspeed(self, *args, **kwargs):
         self.is_deepspeed_enabled = True

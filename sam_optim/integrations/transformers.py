@@ -33,7 +33,7 @@ class SAMTrainer(Trainer):
         args, kwargs: the Trainer's own.
 
     Raises:
-        RuntimeError: with DeepSpeed, whose engine runs a backward of its own.
+        RuntimeError: with DeepSpeed, whose engine runs a backward of its own, and with optimizers that step in one.
         ValueError: when training starts with a `SAM` in `optimizers`.
 
     Source: Foret et al. (2020), arXiv:2010.01412.
@@ -60,6 +60,9 @@ class SAMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
             raise RuntimeError("DeepSpeed runs a backward of its own, which SAM cannot come between: use FSDP or DDP")
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if "lomo" in optim or "layerwise" in optim:
+            raise RuntimeError(f"optim={optim!r} updates the weights in the first backward: take another")
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         perturbation = self._around(model)

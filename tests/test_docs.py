@@ -1,0 +1,66 @@
+"""The pages on integrations: their Python runs as it stands, and prints what they say that it prints."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_readme import BLOCK, NUMBER
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+NEEDS = {"plain": "torch", "amp": "torch", "accelerate": "accelerate", "lightning": "lightning"}
+NEEDS |= {"transformers": "transformers", "timm": "timm"}
+RELATIVE, ABSOLUTE = 0.1, 0.02  # a training of some seconds ends elsewhere on another processor
+
+
+def of_the_page(line):
+    """Not what a Trainer prints of its own accord: run times."""
+    return not line.startswith("{'train_runtime'")
+
+
+def run(page):
+    """What the blocks print, and what the page says that they print; the blocks share their names, as in a notebook."""
+    names, pairs = {}, []
+    for code, shown in BLOCK.findall(page.read_text()):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, str(page), "exec"), names)
+        if shown:
+            pairs.append(("\n".join(filter(of_the_page, out.getvalue().splitlines())), shown))
+    return pairs
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning's own, under torch 2.15
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("name", NEEDS)
+def test_every_example_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch):
+    pytest.importorskip(NEEDS[name])
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    if name == "accelerate":
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # one for the process, which other tests have set
+    with torch.random.fork_rng(devices=[]):
+        pairs = run(DOCS / "integrations" / f"{name}.md")
+    assert pairs
+    for printed, shown in pairs:
+        assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+        for got, said in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+            assert float(got) == pytest.approx(float(said), rel=RELATIVE, abs=ABSOLUTE)
+
+
+def test_the_index_names_every_page_and_every_page_exists():
+    text = (DOCS / "README.md").read_text()
+    targets = {t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t}
+    assert all((DOCS / target).exists() for target in targets)
+    assert {f"integrations/{page.name}" for page in (DOCS / "integrations").glob("*.md")} <= targets
+
+
+@pytest.mark.parametrize(
+    "page", [DOCS / "README.md", *sorted((DOCS / "integrations").glob("*.md"))], ids=lambda p: p.stem
+)
+def test_nothing_is_left_to_be_filled_in(page):
+    assert not re.search(r"\b(NOTE|OUTPUT|TODO|TBD)\b", page.read_text())

@@ -1,8 +1,10 @@
 """Accelerate: no module of ours, the contexts around prepared objects, against SAM written out by hand."""
 
+import socket
+
 import pytest
 import torch
-from by_hand import LOSS, Overflows, batches, largest_difference, network, seed_step, sgd, train
+from by_hand import LOSS, Overflows, add_sam_gradient, batches, largest_difference, network, seed_step, sgd, train
 
 from sam_optim import ASAM, SAM, Perturbation, asam_param_groups
 
@@ -165,3 +167,57 @@ def test_preparing_keeps_groups_and_schedules_together(accelerator):
     train(truth, plain, batches(), rho=0.1, groups=[(weights, 0.01), (others, None)], after=after)
     assert largest_difference(model, truth) == 0.0
     assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"] == 0.1 / 2**4
+
+
+def without_randomness():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3))
+
+
+def on_one_rank(rank, port, results):
+    import os
+
+    from accelerate import Accelerator
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    for accumulate, clip in MATRIX:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        model = without_randomness()
+        model, optimizer = accelerator.prepare(model, sgd(model))
+        data = [(x[4 * rank :][:4], y[4 * rank :][:4]) for x, y in batches()]
+        loop(accelerator, model, Perturbation(model, rho=0.1), optimizer, data, clip=clip)
+        results[rank, accumulate, clip] = [p.detach() for p in model.parameters()]
+        assert type(model) is torch.nn.parallel.DistributedDataParallel
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_two_ranks():
+    """Each rank has its own perturbation; Accelerate averages gradients in the last micro-batch of a step alone."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(on_one_rank, (port, results), nprocs=2)
+        results = dict(results)
+    for accumulate, clip in MATRIX:
+        model = without_randomness()
+        optimizer = sgd(model)
+        for i, (x, y) in enumerate(batches()):
+            for part in (slice(4), slice(4, None)):
+
+                def loss_at(m, x=x[part], y=y[part], share=2 * accumulate):
+                    return LOSS(m(x), y) / share
+
+                add_sam_gradient(model, loss_at, rho=0.1)
+            if (i + 1) % accumulate == 0:
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        first, second = (results[rank, accumulate, clip] for rank in (0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for w, p in zip(first, model.parameters(), strict=True):
+            torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-6)

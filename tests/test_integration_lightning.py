@@ -376,6 +376,8 @@ def test_what_the_callback_cannot_do_is_refused_before_the_first_step(module, kw
 def test_a_radius_that_does_not_exist_is_refused_where_it_is_given():
     with pytest.raises(ValueError, match="-1"):
         callback(rho=-1.0)
+    with pytest.raises(ValueError, match="Lightning calls training_step"):
+        callback(rounding="float32")
 
 
 def test_a_second_pass_without_a_loss_is_an_error():
@@ -407,13 +409,15 @@ def on_one_rank(rank, port, results):
             data = [(x[4 * rank :][:4], y[4 * rank :][:4]) for x, y in batches()]
             return torch.utils.data.DataLoader(data, batch_size=None)
 
-    for accumulate, clip in MATRIX:
-        module = Half()
-        module.net = without_randomness()
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=Spawned())
-        quiet = {"use_distributed_sampler": False, "strategy": strategy, "devices": 2}
-        trainer([callback()], accumulate=accumulate, clip=clip, **quiet).fit(module)
-        results[rank, accumulate, clip] = [p.detach() for p in module.parameters()]
+    warnings.filterwarnings("error", message="the ascent gradients of all ranks are the same")
+    for shared in (None, True):
+        for accumulate, clip in MATRIX:
+            module = Half()
+            module.net = without_randomness()
+            strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=Spawned())
+            quiet = {"use_distributed_sampler": False, "strategy": strategy, "devices": 2}
+            trainer([callback(sync_ascent=shared)], accumulate=accumulate, clip=clip, **quiet).fit(module)
+            results[rank, shared, accumulate, clip] = [p.detach() for p in module.parameters()]
 
 
 def without_randomness():
@@ -421,37 +425,41 @@ def without_randomness():
     return torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3))
 
 
-@pytest.mark.slow
-def test_two_ranks():
-    """The last micro-batch of a step has the perturbation of all ranks' examples, and the others of one rank's each."""
+@pytest.fixture(scope="module")
+def ranks():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(on_one_rank, (port, results), nprocs=2)
-        results = dict(results)
-    for accumulate, clip in MATRIX:
-        model = without_randomness()
-        optimizer = sgd(model)
-        for i, (x, y) in enumerate(batches()):
-            last = (i + 1) % accumulate == 0
-            for part in [slice(None)] if last else [slice(4), slice(4, None)]:
-                share = accumulate if last else 2 * accumulate
+        return dict(results)
 
-                def loss_at(m, x=x[part], y=y[part], share=share):
-                    return LOSS(m(x), y) / share
 
-                add_sam_gradient(model, loss_at, rho=0.1)
-            if last:
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad()
-        first, second = results[0, accumulate, clip], results[1, accumulate, clip]
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        for w, p in zip(first, model.parameters(), strict=True):
-            torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-6)
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulate", "clip"), MATRIX)
+@pytest.mark.parametrize("shared", [None, True], ids=["a perturbation each", "one for both"])
+def test_two_ranks(shared, accumulate, clip, ranks):
+    model = without_randomness()
+    optimizer = sgd(model)
+    for i, (x, y) in enumerate(batches()):
+        parts = [slice(None)] if shared else [slice(4), slice(4, None)]
+        share = len(parts) * accumulate
+        for part in parts:
+
+            def loss_at(m, x=x[part], y=y[part], share=share):
+                return LOSS(m(x), y) / share
+
+            add_sam_gradient(model, loss_at, rho=0.1)
+        if (i + 1) % accumulate == 0:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    first, second = (ranks[rank, shared, accumulate, clip] for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for w, p in zip(first, model.parameters(), strict=True):
+        torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-6)
 
 
 # SAM from configure_optimizers, without the callback

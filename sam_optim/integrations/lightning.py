@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sam_optim import rng
 from sam_optim.integrations.around import ParamGroups, missing, parameters_of, perturbation_around
@@ -35,21 +36,22 @@ class SAMCallback(Callback):
 
         trainer = Trainer(callbacks=[SAMCallback(rho=0.05)], precision="16-mixed", accumulate_grad_batches=2)
 
-    With `accumulate_grad_batches` each batch has its own perturbation: m-sharpness, m its size. A distributed strategy
-    averages also the gradient of the first pass over the ranks, where it averages at all: one e for all of them.
+    With `accumulate_grad_batches` each batch has its own perturbation: m-sharpness, m its size. With DDP each rank has
+    its own, too, unless sync_ascent=True; a model that is spread over ranks can only move as one.
 
     Put it first: callbacks before it see the first pass's gradients in `on_after_backward`. What `training_step` does
     beside computing a loss (counters, draws of its own, `self.logger.experiment`) it does twice.
 
     Args:
-        rho, adaptive, eta, norm, rounding, replay_rng: as of `Perturbation`.
+        rho, adaptive, eta, norm, sync_ascent, rounding, replay_rng: as of `Perturbation`.
         param_groups: from the module to groups with an "adaptive", "rho", "eta" or "norm" of their own:
             `asam_param_groups`, say. What the optimizer does not train is left out.
 
     Raises:
         RuntimeError: when training starts, for a module that steps its optimizers itself or whose `training_step`
             takes an iterator, and for a strategy with a backward of its own (DeepSpeed).
-        ValueError: when training starts with a `SAM` from `configure_optimizers`.
+        ValueError: a radius, norm or T that does not exist; rounding="float32". When training starts, for a `SAM` from
+            `configure_optimizers`.
 
     Source: Foret et al. (2020), arXiv:2010.01412.
     """
@@ -62,12 +64,18 @@ class SAMCallback(Callback):
         eta: float = 0.01,
         norm: float = 2,
         param_groups: ParamGroups | None = None,
+        sync_ascent: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
     ):
         self._settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
-        self._settings["rounding"] = rounding
-        Perturbation([nn.Parameter()], **self._settings)  # what is wrong with them is said where they are given
+        self._settings |= {"sync_ascent": sync_ascent, "rounding": rounding}
+        Perturbation(nn.Linear(1, 1), **self._settings)  # what is wrong with them is said where they are given
+        if rounding == "float32":
+            raise ValueError(
+                "rounding='float32' acts on calls of the module, and Lightning calls training_step: use "
+                "rounding='stochastic', or float32 weights with precision='bf16-mixed'"
+            )
         self._param_groups = param_groups
         self._replay_rng = replay_rng
         self.perturbation: Perturbation | None = None
@@ -92,11 +100,13 @@ class SAMCallback(Callback):
         trainer.strategy.training_step = functools.partial(self._first_pass, trainer.strategy)
 
     def _first_pass(self, strategy: Any, *args: Any) -> Any:
-        """Stands in for the strategy's method for one call: no hook comes after the last draw before training_step."""
+        """Stands in for the strategy's method for one call: all hooks come before draws that others still make, and
+        before the forward pass, in which DDP decides whether to average."""
         del strategy.training_step
         self._arguments = args
         self._before = rng.GlobalState(self._devices) if self._replay_rng else None
-        return strategy.training_step(*args)
+        with _averaging(strategy.model, bool(self._settings["sync_ascent"])):
+            return strategy.training_step(*args)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         assert self.perturbation is not None
@@ -155,6 +165,19 @@ def _check(trainer: Any, pl_module: Any) -> None:
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise RuntimeError("training_step(dataloader_iter) would see another batch in the second pass: take `batch`")
     perturbation_around(pl_module, trainer.optimizers[0], param_groups=None)  # refuses what is perturbed already
+
+
+@contextmanager
+def _averaging(model: Any, over_ranks: bool) -> Iterator[None]:
+    """Whether the backward of a forward pass inside averages gradients over the ranks of DDP."""
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    before, model.require_backward_grad_sync = model.require_backward_grad_sync, over_ranks
+    try:
+        yield
+    finally:
+        model.require_backward_grad_sync = before
 
 
 @contextmanager

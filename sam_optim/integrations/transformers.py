@@ -27,7 +27,7 @@ class SAMTrainer(Trainer):
     A trainer that is a subclass already takes the seven lines of `training_step` instead.
 
     Args:
-        rho, adaptive, eta, norm, rounding, replay_rng: as of `Perturbation`.
+        rho, adaptive, eta, norm, sync_ascent, rounding, replay_rng: as of `Perturbation`.
         param_groups: from the model to groups with an "adaptive", "rho", "eta" or "norm" of their own:
             `asam_param_groups`, say. What the optimizer does not train is left out.
         args, kwargs: the Trainer's own.
@@ -47,13 +47,14 @@ class SAMTrainer(Trainer):
         eta: float = 0.01,
         norm: float = 2,
         param_groups: ParamGroups | None = None,
+        sync_ascent: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
         **kwargs: Any,
     ):
         self._sam_settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
-        self._sam_settings |= {"rounding": rounding, "replay_rng": replay_rng}
-        Perturbation([nn.Parameter()], **self._sam_settings)  # what is wrong with them is said where they are given
+        self._sam_settings |= {"sync_ascent": sync_ascent, "rounding": rounding, "replay_rng": replay_rng}
+        Perturbation(nn.Linear(1, 1), **self._sam_settings)  # what is wrong with them is said where they are given
         self._sam_param_groups = param_groups
         self._sam_is_for: tuple[Any, Any] = (None, None)
         self.perturbation: Perturbation | None = None

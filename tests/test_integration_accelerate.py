@@ -1,5 +1,6 @@
 """Accelerate: no module of ours, the contexts around prepared objects, against SAM written out by hand."""
 
+import itertools
 import socket
 
 import pytest
@@ -181,20 +182,20 @@ def on_one_rank(rank, port, results):
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    for accumulate, clip in MATRIX:
+    data = [(x[4 * rank :][:4], y[4 * rank :][:4]) for x, y in batches()]
+    for shared, (accumulate, clip) in itertools.product((None, True), MATRIX):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         model = without_randomness()
         model, optimizer = accelerator.prepare(model, sgd(model))
-        data = [(x[4 * rank :][:4], y[4 * rank :][:4]) for x, y in batches()]
-        loop(accelerator, model, Perturbation(model, rho=0.1), optimizer, data, clip=clip)
-        results[rank, accumulate, clip] = [p.detach() for p in model.parameters()]
         assert type(model) is torch.nn.parallel.DistributedDataParallel
+        loop(accelerator, model, Perturbation(model, rho=0.1, sync_ascent=shared), optimizer, data, clip=clip)
+        results[rank, shared, accumulate, clip] = [p.detach() for p in model.parameters()]
     accelerator.end_training()
 
 
 @pytest.mark.slow
 def test_two_ranks():
-    """Each rank has its own perturbation; Accelerate averages gradients in the last micro-batch of a step alone."""
+    """Each rank has its own perturbation, or all have one; gradients are averaged in the last micro-batch of a step."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -202,13 +203,15 @@ def test_two_ranks():
         results = manager.dict()
         torch.multiprocessing.spawn(on_one_rank, (port, results), nprocs=2)
         results = dict(results)
-    for accumulate, clip in MATRIX:
+    for shared, (accumulate, clip) in itertools.product((None, True), MATRIX):
         model = without_randomness()
         optimizer = sgd(model)
+        parts = [slice(None)] if shared else [slice(4), slice(4, None)]
+        share = accumulate * len(parts)
         for i, (x, y) in enumerate(batches()):
-            for part in (slice(4), slice(4, None)):
+            for part in parts:
 
-                def loss_at(m, x=x[part], y=y[part], share=2 * accumulate):
+                def loss_at(m, x=x[part], y=y[part], share=share):
                     return LOSS(m(x), y) / share
 
                 add_sam_gradient(model, loss_at, rho=0.1)
@@ -217,7 +220,7 @@ def test_two_ranks():
                     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        first, second = (results[rank, accumulate, clip] for rank in (0, 1))
+        first, second = (results[rank, shared, accumulate, clip] for rank in (0, 1))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         for w, p in zip(first, model.parameters(), strict=True):
             torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-6)

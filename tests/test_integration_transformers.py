@@ -1,8 +1,11 @@
 """Hugging Face's Trainer: SAMTrainer on a small BERT made from a configuration, against SAM written out by hand."""
 
+import itertools
+import socket
+
 import pytest
 import torch
-from by_hand import largest_difference, seed_step, sgd, train
+from by_hand import add_sam_gradient, largest_difference, seed_step, sgd, train
 
 from sam_optim import SAM, asam_param_groups
 
@@ -23,13 +26,13 @@ def _importable():
     pytest.importorskip("transformers")
 
 
-def bert():
+def bert(**settings):
     """Dropout everywhere; an embedding whose gradient has rows of zeros; T = 1 for biases and LayerNorm in ASAM."""
     from transformers import BertConfig, BertForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BertForSequenceClassification(BertConfig(**SETTINGS)).train()
+        return BertForSequenceClassification(BertConfig(**SETTINGS, **settings)).train()
 
 
 def sentences():
@@ -208,3 +211,59 @@ def test_what_cannot_be_done_is_refused_when_the_trainer_is_made(tmp_path, monke
     monkeypatch.setattr(Trainer, "__init__", with_deepspeed)
     with pytest.raises(RuntimeError, match="DeepSpeed runs a backward of its own"):
         SAMTrainer(bert(), arguments(tmp_path))
+
+
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CLIP = {1: 0.0, 2: 0.05}  # without it what the losses are multiplied by matters
+SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+
+
+def on_one_rank(rank, port, folder, results):
+    import os
+    import warnings
+
+    warnings.simplefilter("ignore")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    for shared, accumulate in itertools.product((None, True), (1, 2)):
+        model = bert(**WITHOUT_DROPOUT)
+        kwargs = {"gradient_accumulation_steps": accumulate, "max_grad_norm": CLIP[accumulate], "ddp_backend": "gloo"}
+        sam = trainer(model, arguments(folder, **kwargs, **SGD), sync_ascent=shared)
+        sam.train()
+        assert type(sam.perturbation.module) is torch.nn.parallel.DistributedDataParallel
+        results[rank, shared, accumulate] = [p.detach() for p in model.parameters()]
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    """The ranks take turns at batches of 8. The Trainer multiplies losses by the number of ranks: gradients add up."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(on_one_rank, (port, str(tmp_path), results), nprocs=2)
+        results = dict(results)
+    ids, labels = sentences()
+    for shared, accumulate in itertools.product((None, True), (1, 2)):
+        model = bert(**WITHOUT_DROPOUT)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        size = 16 if shared else 8
+        for i in range(64 // size):
+
+            def loss_of(m, i=i, size=size):
+                x, y = ids[size * i :][:size], labels[size * i :][:size]
+                return m(input_ids=x, labels=y).loss * (size / 8)
+
+            add_sam_gradient(model, loss_of, rho=0.1)
+            if size * (i + 1) % (16 * accumulate) == 0:
+                if CLIP[accumulate]:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP[accumulate])
+                optimizer.step()
+                optimizer.zero_grad()
+        first, second = (results[rank, shared, accumulate] for rank in (0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for w, p in zip(first, model.parameters(), strict=True):
+            torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-6)

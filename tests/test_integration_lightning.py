@@ -373,6 +373,12 @@ def test_what_the_callback_cannot_do_is_refused_before_the_first_step(module, kw
     assert all(torch.equal(p, w) for p, w in zip(module.parameters(), start, strict=True))
 
 
+def test_making_the_callback_draws_no_numbers():
+    before = torch.get_rng_state()
+    callback()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_radius_that_does_not_exist_is_refused_where_it_is_given():
     with pytest.raises(ValueError, match="-1"):
         callback(rho=-1.0)

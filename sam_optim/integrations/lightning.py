@@ -70,7 +70,7 @@ class SAMCallback(Callback):
     ):
         self._settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         self._settings |= {"sync_ascent": sync_ascent, "rounding": rounding}
-        Perturbation(nn.Linear(1, 1), **self._settings)  # what is wrong with them is said where they are given
+        Perturbation(nn.LayerNorm(1), **self._settings)  # errors in them come here; draws nothing
         if rounding == "float32":
             raise ValueError(
                 "rounding='float32' acts on calls of the module, and Lightning calls training_step: use "

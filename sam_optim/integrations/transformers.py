@@ -54,7 +54,7 @@ class SAMTrainer(Trainer):
     ):
         self._sam_settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         self._sam_settings |= {"sync_ascent": sync_ascent, "rounding": rounding, "replay_rng": replay_rng}
-        Perturbation(nn.Linear(1, 1), **self._sam_settings)  # what is wrong with them is said where they are given
+        Perturbation(nn.LayerNorm(1), **self._sam_settings)  # errors in them come here; draws nothing
         self._sam_param_groups = param_groups
         self._sam_is_for: tuple[Any, Any] = (None, None)
         self.perturbation: Perturbation | None = None

@@ -82,6 +82,7 @@ def test_the_watch_sees_what_reads_and_allocates():
     assert ("aten.add.Tensor", 100) in watched.allocated
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="operators on fake CUDA tensors ask for a driver")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("base", ["sgd", "adamw fused", "adamw capturable"])
 def test_a_whole_step_reads_nothing_back_on_cuda_tensors(monkeypatch, variant, base):

@@ -178,12 +178,18 @@ def test_sparse_gradients_move_only_their_rows(adaptive):
     assert torch.equal(sparse, weight)
 
 
-def test_foreach_refuses_sparse_gradients_with_the_remedy():
-    p = torch.nn.Parameter(torch.ones(4, 2))
-    p.grad = torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (4, 2), check_invariants=True)
-    with pytest.raises(ValueError, match="foreach=None or False"), Perturbation([p], foreach=True).perturbed():
-        pass
-    assert torch.equal(p, torch.ones(4, 2))
+def test_foreach_moves_the_rows_of_a_sparse_gradient_as_the_loop_does():
+    """As in torch.optim, where foreach=True leaves sparse gradients to the loop."""
+    moved = []
+    for flag in (True, None, False):
+        p = torch.nn.Parameter(torch.ones(4, 2))
+        p.grad = torch.sparse_coo_tensor([[1]], torch.tensor([[3.0, 4.0]]), (4, 2), check_invariants=True)
+        with Perturbation([p], rho=0.5, foreach=flag).perturbed():
+            moved.append(p.detach().clone())
+        assert torch.equal(p, torch.ones(4, 2))
+    torch.testing.assert_close(moved[0], torch.tensor([[1.0, 1.0], [1.3, 1.4], [1.0, 1.0], [1.0, 1.0]]))
+    assert torch.equal(moved[0], moved[1])
+    assert torch.equal(moved[0], moved[2])
 
 
 def test_aliased_storage_is_moved_in_place_and_comes_back():

@@ -113,11 +113,12 @@ def _storage(b: Bucket, name: str) -> list[Tensor]:
 
 
 def _fusible(weights: list[Tensor], direction: list[Tensor]) -> bool:
-    """float32 is the type of a fused step's lr, too coarse for float64 weights."""
+    """float32 is the type of a fused step's lr, too coarse for float64; on the CPU it may round bf16 in between."""
     if type(weights[0]) not in (Tensor, torch.nn.Parameter) or weights[0].is_meta:
         _teach_meta()
+    dtypes = (torch.float32,) if weights[0].device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
     return all(
-        w.dtype == d.dtype != torch.float64 and w.stride() == d.stride() and w.numel()
+        w.dtype == d.dtype and w.dtype in dtypes and w.stride() == d.stride() and w.numel()
         for w, d in zip(weights, direction, strict=True)
     ) and all(w.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(w) for w in weights)
 

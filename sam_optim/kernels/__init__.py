@@ -43,7 +43,7 @@ class Bucket:
     dtype: torch.dtype
     noise: Any = None
     groups: shards.Groups = ()
-    scratch: dict[Any, Tensor] = field(default_factory=dict)
+    scratch: dict[Any, Any] = field(default_factory=dict)
     params: list[Tensor] = field(default_factory=list)
     w: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Store:
         self._groups = [groups_of(p) for p in params]  # None: whole, and in storage of its own
         self._has_dtensor = any(shards.is_dtensor(p) for p in params)
         self._inplace: dict[int, Tensor] = {}
-        self._scratch: dict[Any, Tensor] = {}
+        self._scratch: dict[Any, Any] = {}
         self._chosen_for: Any = None
         self._plan: list[_Choice] = []
         fitting = [i for i, p in enumerate(params) if not foreach_flag and self._groups[i] is None and swap.fits(p)]
@@ -140,6 +140,7 @@ class Store:
                 workspace, place = self._place[i]
                 key, body = (id(workspace),), swap
             else:
+                _check_writable(w)
                 body, workspace, place = self._inplace_body(w, g), self._inplace, i
                 key = (w.device, w.dtype, body)
             choice = found.setdefault(key, _Choice(body, workspace, w.device, w.dtype, groups or ()))
@@ -171,6 +172,15 @@ class Store:
         if self._foreach or (self._foreach is None and w.device.type != "cpu"):
             return foreach
         return reference
+
+
+def _check_writable(w: Tensor) -> None:
+    """Before anything has moved: what could not be written to could not be brought back either."""
+    if any(stride == 0 and size > 1 for stride, size in zip(w.stride(), w.shape, strict=True)):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(w.shape)} is expanded, with more than one element at a single memory "
+            "location: make it from a clone()"
+        )
 
 
 def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:

@@ -101,14 +101,15 @@ def _scales(b: Bucket) -> list[Tensor] | None:
 
 
 def _storage(b: Bucket, name: str) -> list[Tensor]:
-    """One tensor for each parameter, of its layout, in float32 or float64."""
+    """One tensor for each parameter, of its layout, in float32 or float64; the same one for the length of a step."""
     found = []
     for i, w in zip(b.index, b.w, strict=True):
-        x = b.scratch.get((name, i))
-        if x is None or (x.shape, x.device, x.stride()) != (w.shape, w.device, w.stride()):
+        layout = w.shape, w.stride(), w.dtype, w.device  # not that of x: what has gaps has storage without
+        known = b.scratch.get((name, i))
+        if known is None or known[0] != layout:
             dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-            x = b.scratch[name, i] = torch.empty_like(w, dtype=dtype, requires_grad=False)
-        found.append(x)
+            known = b.scratch[name, i] = layout, torch.empty_like(w, dtype=dtype, requires_grad=False)
+        found.append(known[1])
     return found
 
 

@@ -88,6 +88,8 @@ def expected(groups, norm):
             if group["adaptive"] == "filter" and p.ndim >= 2:
                 rows = w.reshape(w.shape[0], math.prod(w.shape[1:])).norm(dim=1) + group["eta"]
                 t = rows.reshape(-1, *[1] * (w.ndim - 1)).expand_as(w)
+            elif group["adaptive"] == "filter" and p.is_complex():  # a filter of one complex number
+                t = (w.norm(dim=-1, keepdim=True) + group["eta"]).expand_as(w)
             total += (t * g).square().sum() if norm == 2 else (t * g).abs().sum()
             moves.append((p, w, t, g, -group["rho"] if group["maximize"] else group["rho"]))
     length = math.sqrt(total) if norm == 2 else float(total)
@@ -123,9 +125,8 @@ def check(spec, norm, seed):
                         continue
                     eps = torch.finfo(now.dtype).eps
                     size = float(truth[p].abs().max()) if p.numel() else 0.0
-                    torch.testing.assert_close(
-                        now.double(), truth[p], rtol=2 * eps, atol=max(2 * eps, 32 * torch.finfo(torch.float32).eps) * size
-                    )  # fmt: skip
+                    atol = max(2 * eps, 32 * torch.finfo(torch.float32).eps) * size
+                    torch.testing.assert_close(now.double(), truth[p], rtol=2 * eps, atol=atol)
                     assert p.stride() == place[1]
         assert all(torch.equal(p, w) for p, w in zip(params, clean, strict=True))
         assert [(p.data_ptr(), p.stride()) for p in params] == places

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from faults.harness import POINTS, Path, Rig, Variant
+from faults.harness import POINTS, Path, Rig, State, Variant
 
 
 def with_batchnorm() -> nn.Module:
@@ -188,6 +188,17 @@ PATHS = {
     "GradScaler": Path(by_contexts, inside=PASS_2, scaler=True),
     "GradScaler, first_step": Path(by_two_steps, open=PASS_2, scaler=True, give_up=_exit),
 }
+
+
+@functools.lru_cache(maxsize=4)
+def trajectory(variant: str, path: str) -> list[State]:
+    """The states before and after each step of a run without faults."""
+    rig = Rig(VARIANTS[variant], PATHS[path])
+    states = [rig.state()]
+    for i in range(3):
+        rig.step(i)
+        states.append(rig.state())
+    return states
 
 
 def _cases():

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 from faults import tally
-from faults.cases import PATHS, VARIANTS, every_case
+from faults.cases import PATHS, VARIANTS, every_case, trajectory
 from faults.harness import POINTS, RAISING, UPDATED, Rig, State, differences, only, raised_by, same_draws
-
-
-@functools.lru_cache(maxsize=4)
-def trajectory(variant: str, path: str) -> list[State]:
-    """The states before and after each step of a run without faults."""
-    rig = Rig(VARIANTS[variant], PATHS[path])
-    states = [rig.state()]
-    for i in range(3):
-        rig.step(i)
-        states.append(rig.state())
-    return states
 
 
 def expected_after(rig: Rig) -> State:

@@ -1,0 +1,94 @@
+"""A disk that is full: what was there stays, nothing half-written is left, and the message names path and bytes."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import checkpoint, command, train
+from benchmarks.command import InputError, write_atomic
+from faults import tally
+
+RUN = ["--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none", "--epochs", "2"]
+
+
+@contextmanager
+def largest_file(size: int):
+    """No file of this process grows beyond `size` bytes: what a full disk does to a write, without needing a disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def state(step: int) -> dict:
+    return {"step": step, "w": torch.full((5000,), float(step))}
+
+
+@pytest.mark.parametrize("share", [i / 20 for i in range(20)])
+def test_a_checkpoint_that_does_not_fit(tmp_path, share):
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, state(step))
+    before, size = content(tmp_path), path.stat().st_size
+    with largest_file(int(share * size)), pytest.raises(InputError) as error:
+        checkpoint.save(tmp_path, state(3))
+    ok = content(tmp_path) == before and checkpoint.newest(tmp_path)["step"] == 2
+    tally.add(full_disks=1, full_lost=not ok)
+    assert ok
+    assert f"cannot write {size:,} bytes to {tmp_path}/checkpoint-000000003" in str(error.value)
+    checkpoint.save(tmp_path, state(3))  # there is room again
+    assert checkpoint.newest(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["checkpoint-000000003-0123456789abcdef.pt", "metrics.jsonl", "config.json"])
+def test_the_systems_own_full_device(tmp_path, name):
+    """/dev/full in the place of the temporary file: "No space left on device", from the system itself."""
+    path = tmp_path / name
+    write_atomic(path, b"of before")
+    (tmp_path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=rf"cannot write 8,000 bytes to {path} \(No space left on device\)"):
+        write_atomic(path, b"12345678" * 1000)
+    ok = path.read_bytes() == b"of before" and [p.name for p in tmp_path.iterdir()] == [name]
+    tally.add(full_disks=1, full_lost=not ok)
+    assert ok
+
+
+@pytest.mark.parametrize("share", [i / 20 for i in range(0, 20, 4)])
+def test_a_log_that_does_not_fit(tmp_path, share):
+    path, text = tmp_path / "metrics.jsonl", b'{"epoch": 1, "loss": 0.5}\n' * 200
+    write_atomic(path, text)
+    with largest_file(int(share * len(text))), pytest.raises(InputError, match="cannot write 5,201 bytes to"):
+        write_atomic(path, text + b"\n")
+    ok = content(tmp_path) == {"metrics.jsonl": text}
+    tally.add(full_disks=1, full_lost=not ok)
+    assert ok
+
+
+@pytest.mark.parametrize("size", [0, 300, 3000, 20_000])
+def test_a_training_run_on_a_full_disk_goes_on_where_it_was(tmp_path, capsys, size):
+    """Exit code 2, one line; with room again --resume ends with the bits of a run that always had room."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command.run(train.main, [*RUN, "--out", str(whole)]) == 0
+    with largest_file(size):
+        code = command.run(train.main, [*RUN, "--out", str(cut)])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("error: cannot write")
+    assert err.count("\n") == 1
+    again = ["--resume", "--out", str(cut)] if (cut / "config.json").exists() else [*RUN, "--out", str(cut)]
+    assert command.run(train.main, again) == 0
+    a, b = (checkpoint.newest(out / "checkpoints") for out in (whole, cut))
+    ok = all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    tally.add(full_disks=1, full_lost=not ok)
+    assert ok

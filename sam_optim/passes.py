@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +18,7 @@ from sam_optim.precision import Float32Pass
 from sam_optim.ranks import Ranks
 
 _perturbed_now: set[int] = set()  # ids of parameters; the pass that moved them holds them, so that no id is reused
+_claim = threading.RLock()  # between two threads that look into it at the same moment
 
 
 class AscentPass:
@@ -80,11 +82,7 @@ class PerturbedPass:
         float32: Float32Pass | None,
         agreeing: shards.Groups,
     ):
-        if not _perturbed_now.isdisjoint(map(id, params)):
-            raise RuntimeError(
-                "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
-                "pass, or give it up with its exit(failed=True)"
-            )
+        _check_free(params)
         self._params = params
         self._buckets = buckets
         self._module = module
@@ -101,8 +99,10 @@ class PerturbedPass:
         self, rng_state: Callable[[], rng.GlobalState], *, zero_grad: bool
     ) -> tuple[kernels.Ascent | None, kernels.Scalar | None]:
         """Moves the weights and clears the gradients. Returns the ascent and the share of it that rounding left."""
-        self._ended = False
-        _perturbed_now.update(map(id, self._params))
+        with _claim:
+            _check_free(self._params)
+            self._ended = False
+            _perturbed_now.update(map(id, self._params))
         ascent = realized = None
         if self._module is not None:  # before anything moves: a signal handler may ask for a checkpoint at any moment
             self._buffers.save(self._module)
@@ -130,6 +130,8 @@ class PerturbedPass:
 
     def end(self) -> None:
         """Every part is done, whatever another one raises, the last one here first."""
+        if self._ended:
+            return
         with ExitStack() as parts:
             parts.callback(_perturbed_now.difference_update, [id(p) for p in self._params])
             if self._first_forward is not None:
@@ -162,3 +164,11 @@ class PerturbedPass:
         if self._float32 is not None and (own := self._float32.clean(tensor)) is not None:
             return own
         return self._buffers.clean_copy(tensor) if self._buffers_saved else None
+
+
+def _check_free(params: list[Tensor]) -> None:
+    if not _perturbed_now.isdisjoint(map(id, params)):
+        raise RuntimeError(
+            "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
+            "pass, or give it up with its exit(failed=True)"
+        )

@@ -1,0 +1,445 @@
+"""Gradients that are missing, weights that are tied, sparse, mixed or low in precision, buffers of every kind, threads:
+each against torch's own optimizer or a step by hand."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sam_optim import ASAM, SAM, Perturbation, passes
+
+
+def values(params) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# gradients that one pass has and the other has not
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("cls", [SAM, ASAM])
+def test_a_gradient_in_one_pass_only(cls, foreach):
+    """All four: neither, first, second, both. Moved by the first's, updated by the second's, back at w in any case."""
+    names = ("neither", "first", "second", "both")
+    for lr in (0.0, 0.5):
+        params = {name: nn.Parameter(torch.ones(3)) for name in names}
+        optimizer = cls(params.values(), torch.optim.SGD, lr=lr, momentum=0.9, rho=1.0, foreach=foreach)
+        seen = []
+
+        def closure(params=params, optimizer=optimizer, seen=seen):
+            optimizer.zero_grad()
+            seen.append({name: p.detach().clone() for name, p in params.items()})
+            loss = sum(params[name].sum() for name in (("first", "both"), ("second", "both"))[len(seen) - 1])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert {name for name in names if not torch.equal(seen[1][name], torch.ones(3))} == {"first", "both"}
+        for name, p in params.items():
+            assert torch.equal(p, torch.full((3,), 1 - lr if name in ("second", "both") else 1.0)), name
+            assert (p.grad is None) == (name in ("neither", "first"))
+            assert bool(optimizer.state.get(p)) == (name in ("second", "both"))
+
+
+@pytest.mark.parametrize("kind", ["no gradient", "zero gradient"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_nothing_to_learn_from_is_a_step_of_the_base(base, kind):
+    w, v = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer, plain = SAM([w], base, lr=0.1, weight_decay=0.5), base([v], lr=0.1, weight_decay=0.5)
+    for p in (w, v) if kind == "zero gradient" else ():
+        p.grad = torch.zeros(3)
+
+    def closure():
+        return (w * 0.0).sum() if kind == "no gradient" else torch.zeros(())
+
+    optimizer.step(lambda: torch.zeros(())) if kind == "no gradient" else optimizer.step()
+    plain.step()
+    assert torch.equal(w, v)
+    assert len(optimizer.state) == len(plain.state)
+
+
+# weights that are odd
+
+
+def test_a_tied_weight_is_moved_once_and_stays_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x).tanh())
+
+    model, x = Tied(), torch.arange(7)
+    where = model.embed.weight.data_ptr()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, module=model)
+    w = model.embed.weight.detach().clone().double().requires_grad_()
+
+    def loss(w):
+        return nn.functional.cross_entropy(w[x].tanh() @ w.T, x)
+
+    for _ in range(3):
+        g = torch.autograd.grad(loss(w), w)[0]
+        moved = (w + 0.5 * g / g.norm()).detach().requires_grad_()
+        w = (w - 0.1 * torch.autograd.grad(loss(moved), moved)[0]).detach().requires_grad_()
+
+        def closure():
+            optimizer.zero_grad()
+            found = nn.functional.cross_entropy(model(x), x)
+            found.backward()
+            return found
+
+        optimizer.step(closure)
+        assert optimizer.last_step.perturbation_norm.item() == pytest.approx(0.5)
+    torch.testing.assert_close(model.embed.weight.detach().double(), w.detach(), rtol=1e-5, atol=1e-6)
+    assert model.head.weight is model.embed.weight
+    assert model.embed.weight.data_ptr() == where
+    warned = pytest.warns(UserWarning, match="duplicate parameters")  # torch.optim's own words
+    with warned, pytest.raises(ValueError, match="listed twice"):
+        SAM([model.embed.weight, model.head.weight], torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_an_embedding_bag_with_sparse_gradients_trains_as_one_with_dense(adaptive):
+    models = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=sparse), nn.Linear(4, 2)).double()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, adaptive=adaptive, module=model)
+        for i in range(5):
+            x = torch.randint(10, (6, 3), generator=torch.Generator().manual_seed(i))
+
+            def closure(model=model, optimizer=optimizer, x=x):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        models.append(model)
+    assert models[1][0].weight.grad.is_sparse
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_float32_and_bfloat16_weights_have_one_norm():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0], dtype=torch.bfloat16)
+    sam = Perturbation([a, b], rho=5.0)
+    with sam.perturbed():
+        assert a.tolist() == [3.0, 0.0]
+        assert b.tolist() == [0.0, 4.0]
+    assert float(sam.last_step.grad_norm) == pytest.approx(5.0)
+    assert a.tolist() == b.tolist() == [0.0, 0.0]
+
+
+DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8}
+
+
+@st.composite
+def parameter_sets(draw):
+    """1 to 4 tensors of 0 to 3 dimensions with sizes 0 to 5, some transposed, channels_last or without a gradient."""
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    shapes = draw(st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    found = []
+    for shape in shapes:
+        layout = draw(st.sampled_from(["plain", "transposed", "strided", "no gradient"]))
+        w, g = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+        if layout == "transposed" and len(shape) > 1:
+            w = w.transpose(0, -1).contiguous().transpose(0, -1)
+        if layout == "strided" and shape:
+            w = w.repeat_interleave(2, -1)[..., ::2]
+        found.append((w, None if layout == "no gradient" else g))
+    return dtype, found
+
+
+def check_bodies(drawn, kwargs) -> None:
+    """w + e of every body against the formula in float64, and w back bit for bit."""
+    dtype, tensors = drawn
+    if all(g is None or not g.numel() for _, g in tensors):
+        return
+    moved = [(w.double(), g.double()) for w, g in tensors if g is not None]
+    scale = [w.abs() + 0.01 if kwargs.get("adaptive") else torch.ones_like(w) for w, _ in moved]
+    if kwargs.get("norm") == math.inf:
+        truth = [w + 0.1 * t * g.sign() for (w, g), t in zip(moved, scale, strict=True)]
+    else:
+        norm = sum((t * g).square().sum() for (_, g), t in zip(moved, scale, strict=True)).sqrt()
+        truth = [w + 0.1 * t * t * g / norm for (w, g), t in zip(moved, scale, strict=True)]
+    for foreach in (None, True, False):
+        params = [nn.Parameter(w.clone(memory_format=torch.preserve_format)) for w, _ in tensors]
+        where, before = [p.data_ptr() for p in params], values(params)
+        for p, (_, g) in zip(params, tensors, strict=True):
+            p.grad = None if g is None else g.clone()
+        sam = Perturbation(params, rho=0.1, foreach=foreach, **kwargs)
+        sam._seen._warned = True  # of roundings, which are not at issue
+        with sam.perturbed():
+            found = [p.detach().double() for p, (_, g) in zip(params, tensors, strict=True) if g is not None]
+            for a, b in zip(found, truth, strict=True):
+                torch.testing.assert_close(a, b, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+        assert equal(values(params), before)
+        assert [p.data_ptr() for p in params] == where
+
+
+KWARGS = st.sampled_from([{}, {"adaptive": True}, {"norm": math.inf}, {"adaptive": True, "norm": math.inf}])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(parameter_sets(), KWARGS)
+def test_any_set_of_parameters_is_moved_by_the_formula(drawn, kwargs):
+    check_bodies(drawn, kwargs)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None, database=None)
+@given(parameter_sets(), KWARGS)
+def test_five_hundred_sets_of_parameters_are_moved_by_the_formula(drawn, kwargs):
+    check_bodies(drawn, kwargs)
+
+
+# nothing drifts
+
+
+def deep(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 3)).to(dtype)
+
+
+def run_at_rate_zero(model: nn.Module, steps: int, **kwargs) -> None:
+    """Everything that is not the weights changes: batches, gradients, perturbations."""
+    before, where = values(model.parameters()), [p.data_ptr() for p in model.parameters()]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, **kwargs)
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).to(before[0].dtype)
+
+    for i in range(steps):
+
+        def closure(i=i):
+            optimizer.zero_grad()
+            loss = model(x[i % 50 : i % 50 + 8]).float().square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert equal(model.parameters(), before)
+    assert [p.data_ptr() for p in model.parameters()] == where
+
+
+@pytest.mark.filterwarnings("ignore:only .* survives the rounding")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_low_precision_come_back_exactly(dtype, rounding):
+    run_at_rate_zero(deep(dtype), 200, rounding=rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:only .* survives the rounding")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_ten_thousand_steps_in_bfloat16_lose_no_bit(rounding):
+    run_at_rate_zero(deep(torch.bfloat16), 10_000, rounding=rounding)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_thousand_steps_leave_every_parameter_in_its_storage(kwargs):
+    run_at_rate_zero(deep(), 1000, **kwargs)
+
+
+# draws and buffers
+
+
+@pytest.mark.parametrize(("kwargs", "forwards"), [({"rho": 0.0}, 1), ({}, 2), ({"replay_rng": True}, 1)], ids=str)
+def test_a_step_draws_as_one_forward_pass_or_as_two(kwargs, forwards):
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)), torch.ones(4, 6)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, **kwargs)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    torch.manual_seed(3)
+    for _ in range(forwards):
+        model(x)
+    expected, others = torch.get_rng_state(), numpy.random.get_state()[1].tolist()
+    torch.manual_seed(3)
+    optimizer.step(closure)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert numpy.random.get_state()[1].tolist() == others
+
+
+def batchnorm_act():
+    from timm.layers import BatchNormAct2d
+
+    return nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+def image_model(norm) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+class RunningRange(nn.Module):
+    """What a quantiser keeps: buffers that are replaced, not written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.low, self.high = torch.minimum(self.low, x.detach().min()), torch.maximum(self.high, x.detach().max())
+        return x
+
+
+NORMS = {
+    "momentum 0.1": lambda: image_model(nn.BatchNorm2d(4)),
+    "momentum None": lambda: image_model(nn.BatchNorm2d(4, momentum=None)),
+    "sync": lambda: image_model(nn.SyncBatchNorm(4)),
+    "instance": lambda: image_model(nn.InstanceNorm2d(4, track_running_stats=True)),
+    "timm": batchnorm_act,
+    "spectral": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(16, 3)
+    ),
+    "quantiser": lambda: image_model(RunningRange()),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_sixty_steps_leave_the_buffers_of_the_first_passes_alone(kind):
+    """Against a twin that follows the weights and does the first forward passes only: all differences are 0."""
+    torch.manual_seed(0)
+    model = NORMS[kind]()
+    torch.manual_seed(0)
+    twin = NORMS[kind]()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.05, rho=0.3, module=model)
+    for i in range(60):
+        x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(i))
+
+        def closure(x=x):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), torch.arange(8) % 3)
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+                p.copy_(q)
+        twin(x)
+        optimizer.step(closure)
+        for (name, b), c in zip(model.named_buffers(), twin.buffers(), strict=True):
+            assert torch.equal(b, c), (i, name)
+    assert len(list(model.buffers())) > 0
+
+
+# two at once
+
+
+@pytest.mark.parametrize("foreach", [None, True])
+def test_two_threads_with_a_model_each_train_as_if_alone(foreach):
+    def train(seed: int) -> list[torch.Tensor]:
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
+        optimizer = SAM(models[seed].parameters(), lr=0.05, rho=0.2, module=models[seed], foreach=foreach)
+        for _ in range(50):
+
+            def closure():
+                optimizer.zero_grad()
+                loss = models[seed](x).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return values(models[seed].parameters())
+
+    models = {seed: deep() for seed in (1, 2)}
+    alone = {seed: train(seed) for seed in models}
+    models = {seed: deep() for seed in (1, 2)}
+    together, threads = {}, []
+    for seed in models:
+        threads.append(threading.Thread(target=lambda seed=seed: together.update({seed: train(seed)})))
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(equal(together[seed], alone[seed]) for seed in alone)
+
+
+def test_of_two_optimizers_on_one_model_only_one_perturbs_at_a_time():
+    """In one thread, and in four that begin at the same moment: one gets in, the others are told, no weight is lost."""
+    w = nn.Parameter(torch.arange(8.0))
+    w.grad = torch.ones(8)
+    first, second = SAM([w], lr=0.1, rho=0.5), ASAM([w], lr=0.1, rho=0.5)
+    first.first_step()
+    w.grad = torch.ones(8)
+    with pytest.raises(RuntimeError, match="another perturbation holds some of these parameters"):
+        second.first_step()
+    first.second_step()
+    assert torch.equal(w, torch.arange(8.0) - 0.1)
+
+    w = nn.Parameter(torch.arange(8.0))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(400):
+            w.grad = torch.ones(8)
+            start, inside, refused = threading.Barrier(4), [], []
+
+            def enter(start=start, inside=inside, refused=refused):
+                sam = Perturbation([w], rho=0.5)
+                start.wait()
+                try:
+                    sam.enter(keep_gradients=False, zero_grad=False)
+                    inside.append(sam)
+                except RuntimeError as error:
+                    refused.append(error)
+
+            threads = [threading.Thread(target=enter) for _ in range(4)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join()
+            assert (len(inside), len(refused)) == (1, 3)
+            inside[0].exit()
+            assert torch.equal(w, torch.arange(8.0))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not passes._perturbed_now & {id(w)}
+
+
+def test_a_closure_that_zeroes_through_the_optimizer_has_its_draws_replayed_without_a_module():
+    w, masks = nn.Parameter(torch.ones(50)), []
+    optimizer = SAM([w], torch.optim.SGD, lr=0.1, replay_rng=True)
+
+    def closure():
+        optimizer.zero_grad()
+        mask = torch.rand(50) < 0.5
+        masks.append(mask)
+        loss = (w * mask).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(*masks)
+
+
+def test_a_backward_through_the_first_graph_is_refused_by_every_body():
+    for foreach in (None, True, False):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        loss = model(torch.ones(2, 3)).square().sum()
+        loss.backward(retain_graph=True)
+        refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
+        with Perturbation(model, rho=0.1, foreach=foreach).perturbed(), refused:
+            loss.backward()

@@ -137,10 +137,14 @@ class CleanStateDict:
     def __init__(self, clean: Callable[[Tensor], Tensor | None]):
         self._clean = weakref.WeakMethod(clean)  # the model must not keep a pass alive that its optimizer has dropped
 
-    def register(self, module: nn.Module) -> Iterator[Any]:
-        """The handles, one by one, so that an interrupt loses none."""
+    def register(self, module: nn.Module) -> None:
         for m in module.modules():
-            yield m.register_state_dict_post_hook(self)
+            m.register_state_dict_post_hook(self)
+
+    def remove(self, module: nn.Module) -> None:
+        """Not by handles: an interrupt could lose one."""
+        for m in module.modules():
+            _remove(m._state_dict_hooks, self)
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         clean = self._clean()
@@ -160,6 +164,11 @@ class CleanStateDict:
         return _no_hook
 
 
+def _remove(hooks: dict[int, Any], hook: Any) -> None:
+    for key in [k for k, found in hooks.items() if found is hook]:
+        del hooks[key]
+
+
 def _no_hook(*_: Any) -> None:
     """What is left in a copy of a hook whose pass has ended."""
 
@@ -169,6 +178,12 @@ class EvaluationWarning:
 
     def __init__(self) -> None:
         self._warned = False
+
+    def register(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self)
+
+    def remove(self, module: nn.Module) -> None:
+        _remove(module._forward_pre_hooks, self)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not module.training and not self._warned:
@@ -227,15 +242,17 @@ class LeftoverProbe:
         chosen = {id(p): p for p in (present[:1] + present[len(present) // 2 :][:1] + present[-1:])}
         self._seen: list[tuple[Tensor, Tensor, int]] = [(p, p.grad, p.grad._version) for p in chosen.values()]  # type: ignore[misc,union-attr]
         self._left: set[int] = set()
-        self._handles = [p.register_hook(functools.partial(self._check, i)) for i, (p, _, _) in enumerate(self._seen)]
+        self._handles: dict[int, Any] = {}
+        for i, (p, _, _) in enumerate(self._seen):  # weakly: a hook that an interrupt leaves behind does nothing
+            self._handles[i] = p.register_hook(functools.partial(_look, weakref.ref(self), i))
         self._num_nodes = torch.autograd._get_sequence_nr()
         self.ran_nothing = False
 
-    @outside
-    def _check(self, i: int, _: Tensor | None = None) -> None:
+    def check(self, i: int) -> None:
         if self._is_untouched(i) and has_values(self._seen[i][1]):
             self._left.add(i)
-        self._handles[i].remove()  # what is added after the first is the closure's own
+        if i in self._handles:
+            self._handles[i].remove()  # what is added after the first is the closure's own
 
     def _is_untouched(self, i: int) -> bool:
         p, grad, version = self._seen[i]
@@ -243,11 +260,11 @@ class LeftoverProbe:
 
     def kept(self) -> bool:
         """To be called once, after the closure, also when it raised. Sets `ran_nothing`: no graph made, none used."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         untouched = [i for i in range(len(self._seen)) if self._is_untouched(i)]
         for i in untouched:  # no gradient came: it is still that of before
-            self._check(i)
+            self.check(i)
         self.ran_nothing = len(untouched) == len(self._seen) and torch.autograd._get_sequence_nr() == self._num_nodes
         return any(self._is_in(p.grad, grad) for p, grad, _ in (self._seen[i] for i in self._left))
 
@@ -288,6 +305,12 @@ def has_values(grad: Tensor) -> bool:
     if grad.is_meta:
         return False
     return bool((grad.coalesce().values() if grad.is_sparse else grad).count_nonzero())
+
+
+@outside
+def _look(probe: weakref.ref[LeftoverProbe], i: int, _: Tensor) -> None:
+    if (found := probe()) is not None:
+        found.check(i)
 
 
 class Apart:

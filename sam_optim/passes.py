@@ -107,10 +107,11 @@ class PerturbedPass:
         if self._module is not None:  # before anything moves: a signal handler may ask for a checkpoint at any moment
             self._buffers.save(self._module)
             self._buffers_saved = True
-            for handle in CleanStateDict(self.clean).register(self._module):
-                self._hooks.append(handle)
+            self._hooks.append(CleanStateDict(self.clean))
             if self._module.training:
-                self._hooks.append(self._module.register_forward_pre_hook(EvaluationWarning()))
+                self._hooks.append(EvaluationWarning())
+            for hook in self._hooks:
+                hook.register(self._module)
         if self._buckets:
             if self._float32 is not None and (moving := kernels.widening(self._buckets)):
                 self._float32.enter(moving)
@@ -139,7 +140,7 @@ class PerturbedPass:
             if self._rng is not None:
                 parts.callback(self._rng.restore)
             for hook in self._hooks:
-                parts.callback(hook.remove)
+                parts.callback(hook.remove, self._module)
             if self._buffers_saved:
                 parts.callback(self._buffers.restore)
             parts.callback(torch.clear_autocast_cache)

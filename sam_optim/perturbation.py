@@ -276,15 +276,15 @@ class Perturbation:
         self._check_inactive()
         failed = True
         try:
-            self.enter(keep_gradients=keep_gradients)
-            yield
-            failed = False
-        finally:
             try:
+                self.enter(keep_gradients=keep_gradients)
+                yield
+                failed = False
+            finally:
                 self.exit(failed=failed)
-            except BaseException:  # an interrupt on the way there
-                self.exit(failed=True)
-                raise
+        except BaseException:  # also an interrupt on the way there
+            self.exit(failed=True)
+            raise
 
     def _check_inactive(self) -> None:
         if self.active:

@@ -211,7 +211,8 @@ class Rig:
 
     def settle(self) -> None:
         """What GradScaler asks for after every iteration, also after one that failed in its `step`."""
-        if self.scaler is not None and self.scaler._per_optimizer_states:
+        states = [] if self.scaler is None else self.scaler._per_optimizer_states.values()
+        if any(s["found_inf_per_device"] for s in states):
             self.scaler.update()
         if not self.path.wrapped:
             self.sam.forget()  # the draws of a first pass that came to nothing; SAM.zero_grad does it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -17,8 +16,12 @@ from sam_optim.kernels import shards
 from sam_optim.precision import Float32Pass
 from sam_optim.ranks import Ranks
 
-_perturbed_now: set[int] = set()  # ids of parameters; the pass that moved them holds them, so that no id is reused
-_claim = threading.RLock()  # between two threads that look into it at the same moment
+# ids of parameters -> whose they are; the pass that moved them holds them, so that no id is reused
+_perturbed_now: dict[int, object] = {}
+_HELD = (
+    "another perturbation holds some of these parameters, and only one at a time can move them: finish its pass, or "
+    "give it up with its exit(failed=True)"
+)
 
 
 class AscentPass:
@@ -82,7 +85,9 @@ class PerturbedPass:
         float32: Float32Pass | None,
         agreeing: shards.Groups,
     ):
-        _check_free(params)
+        if not _perturbed_now.keys().isdisjoint(map(id, params)):
+            raise RuntimeError(_HELD)
+        self._token = object()
         self._params = params
         self._buckets = buckets
         self._module = module
@@ -99,10 +104,8 @@ class PerturbedPass:
         self, rng_state: Callable[[], rng.GlobalState], *, zero_grad: bool
     ) -> tuple[kernels.Ascent | None, kernels.Scalar | None]:
         """Moves the weights and clears the gradients. Returns the ascent and the share of it that rounding left."""
-        with _claim:
-            _check_free(self._params)
-            self._ended = False
-            _perturbed_now.update(map(id, self._params))
+        self._ended = False
+        self._claim()
         ascent = realized = None
         if self._module is not None:  # before anything moves: a signal handler may ask for a checkpoint at any moment
             self._buffers.save(self._module)
@@ -131,10 +134,8 @@ class PerturbedPass:
 
     def end(self) -> None:
         """Every part is done, whatever another one raises, the last one here first."""
-        if self._ended:
-            return
         with ExitStack() as parts:
-            parts.callback(_perturbed_now.difference_update, [id(p) for p in self._params])
+            parts.callback(self._release)
             if self._first_forward is not None:
                 parts.callback(self._first_forward.forget)
             if self._rng is not None:
@@ -149,6 +150,17 @@ class PerturbedPass:
             with torch.no_grad():
                 kernels.restore_(self._buckets)
         self._ended = True
+
+    def _claim(self) -> None:
+        """Of two threads that come here at the same moment, one gets each parameter: `setdefault` is one operation."""
+        for p in self._params:
+            if _perturbed_now.setdefault(id(p), self._token) is not self._token:
+                raise RuntimeError(_HELD)
+
+    def _release(self) -> None:
+        for p in self._params:
+            if _perturbed_now.get(id(p)) is self._token:
+                del _perturbed_now[id(p)]
 
     def __del__(self) -> None:
         """An optimizer that is dropped between its two passes does not leave its weights at w + e."""
@@ -165,11 +177,3 @@ class PerturbedPass:
         if self._float32 is not None and (own := self._float32.clean(tensor)) is not None:
             return own
         return self._buffers.clean_copy(tensor) if self._buffers_saved else None
-
-
-def _check_free(params: list[Tensor]) -> None:
-    if not _perturbed_now.isdisjoint(map(id, params)):
-        raise RuntimeError(
-            "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
-            "pass, or give it up with its exit(failed=True)"
-        )

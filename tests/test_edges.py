@@ -58,7 +58,7 @@ def test_an_optimizer_dropped_between_its_passes_brings_the_weights_back():
     assert not torch.equal(model.weight, before)
     del optimizer
     assert torch.equal(model.weight, before)
-    assert not passes._perturbed_now & {id(p) for p in model.parameters()}
+    assert not passes._perturbed_now.keys() & {id(p) for p in model.parameters()}
     again = SAM(model.parameters(), lr=0.1)
     again.step(squares(again, *model.parameters()))
 
@@ -80,7 +80,7 @@ def test_what_one_part_of_the_way_back_raises_does_not_stop_the_others(monkeypat
         two_passes()
     assert torch.equal(model[0].weight, before)
     assert not sam.active
-    assert not passes._perturbed_now & {id(p) for p in model.parameters()}
+    assert not passes._perturbed_now.keys() & {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("kind", ["expanded", "inference", "resized", "replaced"])
@@ -393,7 +393,7 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_before_it_or_after_it():
             found = state(model)
             assert same(found, before) or same(found, after), f"a mixture after line {stop}"
             assert not optimizer.perturbation.active
-            assert not passes._perturbed_now & {id(p) for p in model.parameters()}
+            assert not passes._perturbed_now.keys() & {id(p) for p in model.parameters()}
         finally:
             sys.settrace(previous)
             torch.set_grad_enabled(True)  # torch's own contexts were interrupted, too

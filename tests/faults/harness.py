@@ -199,7 +199,7 @@ class Rig:
         found = []
         if self.perturbation.active:
             found.append("still perturbed")
-        if passes._perturbed_now & {id(p) for p in self.model.parameters()}:
+        if passes._perturbed_now.keys() & {id(p) for p in self.model.parameters()}:
             found.append("parameters still held")
         if any(m._state_dict_hooks for m in self.model.modules()):
             found.append("state_dict hooks")

@@ -416,7 +416,7 @@ def test_of_two_optimizers_on_one_model_only_one_perturbs_at_a_time():
             assert torch.equal(w, torch.arange(8.0))
     finally:
         sys.setswitchinterval(interval)
-    assert not passes._perturbed_now & {id(w)}
+    assert not passes._perturbed_now.keys() & {id(w)}
 
 
 def test_a_closure_that_zeroes_through_the_optimizer_has_its_draws_replayed_without_a_module():
@@ -443,3 +443,52 @@ def test_a_backward_through_the_first_graph_is_refused_by_every_body():
         refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
         with Perturbation(model, rho=0.1, foreach=foreach).perturbed(), refused:
             loss.backward()
+
+
+class OneByOne(torch.optim.Optimizer):
+    """Plain descent that can stop between two parameters, as any for-loop can."""
+
+    stop_at = None
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            if i == self.stop_at:
+                raise KeyboardInterrupt
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_half_an_update_of_the_base_is_left_as_the_base_leaves_it():
+    """It cannot be taken back without a copy of the weights and of the base's state. Everything else is as after it."""
+    model, x = deep(), torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    optimizer = SAM(model.parameters(), OneByOne, lr=0.1, rho=0.3, module=model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    whole = deep()
+    twin = SAM(whole.parameters(), OneByOne, lr=0.1, rho=0.3, module=whole)
+
+    def clean():
+        twin.zero_grad()
+        loss = whole(x).square().mean()
+        loss.backward()
+        return loss
+
+    before = values(model.parameters())
+    twin.step(clean)
+    optimizer.base_optimizer.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert equal(list(model.parameters())[:3], list(whole.parameters())[:3])
+    assert equal(list(model.parameters())[3:], before[3:])
+    assert equal(model.buffers(), whole.buffers())
+    assert not optimizer.perturbation.active
+    optimizer.base_optimizer.stop_at = None
+    optimizer.step(closure)

@@ -71,7 +71,7 @@ class BaseUpdate:
         if self.nonfinite == "ignore":
             self._run()
             return
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        grads = [p.grad for p in self._parameters() if p.grad is not None and not p.grad.is_meta]
         is_finite = kernels.finite(grads)
         is_bad = not is_finite if isinstance(is_finite, bool) else ~is_finite
         together += shards.own_group(self.base)

@@ -63,7 +63,7 @@ class UpdateProbe:
     def __init__(self, weights: list[Tensor], *, is_fused: bool):
         self._weights = weights
         self._versions = [w._version for w in weights]
-        found = [w for w in weights if w.numel()] if is_fused else []
+        found = [w for w in weights if w.numel() and not w.is_meta] if is_fused else []
         some = {id(w): w for w in (*found[:1], *found[len(found) // 2 :][:1], *found[-1:])}
         self._entries = [(entries, entries.clone()) for entries in map(_first_entries, some.values())]
 

@@ -244,6 +244,10 @@ class SAM(Optimizer):
         self.perturbation.completed = False
 
     def _any_gradient(self) -> bool:
+        """That a step could use; none if it has found infinities."""
+        found_inf = self.__dict__.get("found_inf")
+        if found_inf is not None and bool(found_inf):
+            return False
         return any(p.grad is not None and has_values(p.grad) for p in self._parameters())
 
     def _parameters(self) -> Iterator[Tensor]:

@@ -503,6 +503,27 @@ def test_nothing_moves_without_gradients_or_with_zero_ones(info):
         assert torch.equal(p, kept)
 
 
+@every
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fused_does_not_step_if_infinities_were_found(info, scaled):
+    """By GradScaler, which tells the optimizer so; the base counts no step either."""
+    for given in info.optim_inputs_func(device="cpu"):
+        params = [Parameter(torch.ones(1)) for _ in range(5)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = info.optim_cls(params, fused=True, **given.kwargs)
+        optimizer.grad_scale = torch.ones(1) if scaled else None
+        for found in (1.0, 0.0):
+            optimizer.found_inf = torch.tensor(found)
+            if not found:
+                with pytest.raises(RuntimeError, match="plain gradients"):
+                    optimizer.step()
+                continue
+            optimizer.step()
+            assert all(p.item() == 1 for p in params)
+            assert all(state.get("step", 0) == 0 for state in optimizer.state.values())
+
+
 # closures that leave gradients alone
 
 

@@ -14,13 +14,8 @@ the same two of T g and T^2 g, T = |w|, which is one multiplication more.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,18 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
-from benchmarks import command
-from benchmarks.command import InputError, unknown
-from sam_optim import ASAM, SAM, __version__
+from benchmarks import command, timing
+from benchmarks.command import unknown
+from benchmarks.timing import Run
+from sam_optim import ASAM, SAM
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
 RHO = 0.05
 
 ROW = 65536  # entries of one float32 sum: a longer one is off by up to 1e-3
-
-Run = Callable[[], None]
 
 
 class NoStep(torch.optim.Optimizer):
@@ -122,34 +115,6 @@ def floor(shapes: list[torch.Size], *, adaptive: bool = False) -> tuple[Run, Run
     return lambda: None, with_t if adaptive else plain
 
 
-def interleaved(runs: dict[str, tuple[Run, Run]], rounds: int, label: str) -> dict[str, list[float]]:
-    """Thread CPU seconds of every run in every round; the first three rounds are warm-up."""
-    shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    gc.disable()
-    try:
-        for i in tqdm(range(rounds + 3), desc=label, leave=False):
-            shuffle(names)
-            for name in names:
-                prepare, run = runs[name]
-                prepare()
-                start = time.thread_time()
-                run()
-                if i >= 3:
-                    times[name].append(time.thread_time() - start)
-            gc.collect()
-    finally:
-        gc.enable()
-    return times
-
-
-def ratio(a: list[float], b: list[float]) -> dict[str, float]:
-    """Median and quartiles of the paired ratios a / b."""
-    low, mid, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
-    return {"median": mid, "q1": low, "q3": high, "n": len(a)}
-
-
 def allocated(prepare: Run, run: Run) -> dict[str, int]:
     """What one step in the steady state asks the allocator for: bytes in all, and the largest piece."""
     for _ in range(3):
@@ -176,15 +141,15 @@ def compare(model: str, rounds: int) -> dict[str, Any]:
         "floor ASAM": floor(shapes, adaptive=True),
         "rho=0": rho_zero(shapes),
     }
-    times = interleaved(runs, rounds, model)
+    times = timing.interleaved(runs, rounds, model)
     against = {"SAM": ("SAM", "SAM"), "ASAM": ("ASAM", "ASAM"), "ASAM eta=0.01": ("ASAM", "ASAM")}
     return {
         "model": model,
         "parameters": sum(s.numel() for s in shapes),
         "tensors": len(shapes),
         "milliseconds": {name: 1e3 * statistics.median(t) for name, t in times.items()},
-        "peer / ours": {k: ratio(times[f"peer {peer}"], times[k]) for k, (peer, _) in against.items()},
-        "ours / floor": {k: ratio(times[k], times[f"floor {base}"]) for k, (_, base) in against.items()},
+        "peer / ours": {k: timing.ratio(times[f"peer {peer}"], times[k]) for k, (peer, _) in against.items()},
+        "ours / floor": {k: timing.ratio(times[k], times[f"floor {base}"]) for k, (_, base) in against.items()},
         "allocated": {k: allocated(*runs[k]) for k in against},
     }
 
@@ -216,25 +181,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        raise InputError(f"--rounds must be >= 2, for quartiles, got {args.rounds}")
+    timing.check_rounds(args.rounds)
     torch.set_num_threads(1)
     results = [compare(model, args.rounds) for model in args.models]
     print(table(results))
     print("thread CPU time, medians of paired ratios [quartiles]; the peer is pytorch_optimizer's SAM")
     if args.json:
-        import pytorch_optimizer
-
-        facts = {
-            "sam_optim": __version__,
-            "torch": torch.__version__,
-            "pytorch_optimizer": pytorch_optimizer.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": 1,
-            "rounds": args.rounds,
-        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+        command.write_json(args.json, {"facts": timing.facts(args.rounds, "pytorch_optimizer"), "results": results})
     return 0
 
 

@@ -18,6 +18,18 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """As `model.modules()`, breadth first, in a third of its time, which is part of every step."""
+    found = [model]
+    seen = {model}
+    for m in found:  # which grows meanwhile
+        for child in m._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
 class Buffers:
     """A snapshot of every buffer of a model: BatchNorm statistics and counters, spectral norm, quantiser ranges, ...
 
@@ -32,7 +44,7 @@ class Buffers:
 
     @torch.no_grad()
     def save(self, model: nn.Module) -> None:
-        self._slots = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items()]
+        self._slots = [(m._buffers, name, b) for m in modules_of(model) for name, b in m._buffers.items()]
         found = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)}
         stale = self._kept
         self._kept = {}

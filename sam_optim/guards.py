@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_optim import rng
-from sam_optim.batchnorm import Buffers
+from sam_optim.batchnorm import Buffers, modules_of
 from sam_optim.outside import outside
 
 
@@ -138,12 +138,13 @@ class CleanStateDict:
         self._clean = weakref.WeakMethod(clean)  # the model must not keep a pass alive that its optimizer has dropped
 
     def register(self, module: nn.Module) -> None:
-        for m in module.modules():
-            m.register_state_dict_post_hook(self)
+        for m in modules_of(module):
+            if m._parameters or m._buffers:  # half of a transformer's modules have none, and a hook costs its step time
+                m.register_state_dict_post_hook(self)
 
     def remove(self, module: nn.Module) -> None:
         """Not by handles: an interrupt could lose one."""
-        for m in module.modules():
+        for m in modules_of(module):
             _remove(m._state_dict_hooks, self)
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

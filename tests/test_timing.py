@@ -1,0 +1,169 @@
+"""The machinery of the cost benchmarks: what is paired with what, and that each way of stepping is what it says."""
+
+import gc
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import command, step_cost, timing, whole_step
+
+# a clock that only the runs advance
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
+    return now
+
+
+def advancing(clock, seconds, calls, name):
+    def run():
+        calls.append(name)
+        clock[0] += seconds
+
+    return run
+
+
+def test_paired_runs_stand_beside_the_reference_in_both_orders(clock):
+    calls = []
+    runs = {name: advancing(clock, s, calls, name) for name, s in (("a", 2.0), ("b", 3.0))}
+    times = timing.paired(advancing(clock, 1.0, calls, "reference"), runs, 10, "test")
+    assert times == {"a": ([2.0] * 10, [1.0] * 10), "b": ([3.0] * 10, [1.0] * 10)}
+    pairs = [tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)]
+    assert len(pairs) == 2 * (10 + timing.WARM_UP)
+    assert set(pairs) == {("a", "reference"), ("reference", "a"), ("b", "reference"), ("reference", "b")}
+    assert gc.isenabled()
+
+
+def test_interleaved_runs_are_prepared_off_the_clock_and_shuffled(clock):
+    calls = []
+    runs = {
+        name: (advancing(clock, 100.0, [], ""), advancing(clock, s, calls, name))
+        for name, s in (("a", 1.0), ("b", 2.0), ("c", 4.0))
+    }
+    times = timing.interleaved(runs, 6, "test")
+    assert times == {"a": [1.0] * 6, "b": [2.0] * 6, "c": [4.0] * 6}
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert {frozenset(r) for r in rounds} == {frozenset("abc")}
+    assert len(set(rounds)) > 1
+
+
+def test_garbage_collection_comes_back_after_a_fault():
+    def fails():
+        assert not gc.isenabled()
+        raise ZeroDivisionError
+
+    for call in (
+        lambda: timing.paired(fails, {"a": fails}, 2, "test"),
+        lambda: timing.interleaved({"a": (lambda: None, fails)}, 2, "test"),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            call()
+        assert gc.isenabled()
+
+
+def test_ratios_are_of_pairs():
+    found = timing.ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])
+    assert (found["q1"], found["median"], found["q3"], found["n"]) == (2.0, 3.0, 4.0, 3)
+
+
+# the ways of stepping
+
+
+class Watched(nn.Module):
+    """Keeps what every pass was given, in which precision it computed, and which parameters wanted a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.inner = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * whole_step.SIZE**2, 4), nn.LayerNorm(4), nn.Linear(4, 10)
+        )
+
+    def forward(self, x):
+        y = self.inner(x)
+        self.seen.append((len(x), y.dtype, sum(p.requires_grad for p in self.parameters()), self.inner[2].bias.clone()))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("way", "passes"),
+    [
+        ("base", [(16, torch.float32, 6)]),
+        ("SAM", [(16, torch.float32, 6)] * 2),
+        ("SAM, 50 % ascent", [(8, torch.float32, 6), (16, torch.float32, 6)]),
+        ("SAM, 25 % ascent", [(4, torch.float32, 6), (16, torch.float32, 6)]),
+        ("SAM, bf16 ascent", [(16, torch.bfloat16, 6), (16, torch.float32, 6)]),
+        ("SAM, 25 % bf16 ascent", [(4, torch.bfloat16, 6), (16, torch.float32, 6)]),
+        ("SAM-ON", [(16, torch.float32, 2), (16, torch.float32, 6)]),
+        ("SAM-ON, 25 % ascent", [(4, torch.float32, 2), (16, torch.float32, 6)]),
+        ("SAM, 2 micro-batches", [(8, torch.float32, 6)] * 4),
+    ],
+)
+def test_every_way_runs_the_passes_that_it_names(way, passes, monkeypatch):
+    model = Watched()
+    monkeypatch.setattr(whole_step, "build", lambda name: model)
+    how = whole_step.WAYS.get(way)
+    step = whole_step.base_step("any", 16) if how is None else whole_step.sam_step("any", 16, **how)
+    before = [p.detach().clone() for p in model.parameters()]
+    step()
+    assert [seen[:3] for seen in model.seen] == passes
+    at = [seen[3] for seen in model.seen]
+    assert all(torch.equal(b, before[3]) for b in at[::2])  # first passes, at w
+    assert not any(torch.equal(b, before[3]) for b in at[1::2])  # second ones, at w + e
+    assert all(not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+def test_every_row_has_a_test_and_every_target_a_row():
+    rows = {p.args[1][i][0] for p in test_every_way_runs_the_passes_that_it_names.pytestmark for i in range(9)}
+    assert rows == {"base", *whole_step.WAYS}
+    assert set(whole_step.TARGETS) <= set(whole_step.WAYS)
+
+
+def test_the_command_writes_a_table_and_strict_json(tmp_path, capsys):
+    file = tmp_path / "new" / "whole.json"
+    threads = torch.get_num_threads()
+    try:
+        options = ["--models", "test_resnet", "--batch-size", "4", "--rounds", "2", "--json", str(file)]
+        assert whole_step.main(options) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)
+    (result,) = found["results"]
+    assert (result["model"], result["batch"]) == ("test_resnet", 4)
+    assert set(result["step / base step"]) == {"base, again", *whole_step.WAYS}
+    for x in result["step / base step"].values():
+        assert x["n"] == 2
+        assert 0 < x["q1"] <= x["median"] <= x["q3"]
+    assert found["facts"]["torch"] == torch.__version__
+    assert {"timm", "sam_optim", "processor", "rounds", "threads"} <= set(found["facts"])
+    out = capsys.readouterr().out
+    assert all(way in out for way in whole_step.WAYS)
+    assert "2.02" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "1"], "--rounds must be >= 2"),
+        (["--batch-size", "3"], "--batch-size must be >= 4"),
+        (["--models", "resnet18x", "--rounds", "2"], "unknown model 'resnet18x'; choose from"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(options, message, capsys):
+    assert command.run(whole_step.main, options) == command.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_the_cost_of_a_step_is_measured_on_small_shapes(monkeypatch):
+    """The other benchmark on the same machinery."""
+    monkeypatch.setattr(step_cost, "shapes_of", lambda model: [torch.Size((7, 5)), torch.Size((5000,))])
+    found = step_cost.compare("any", 2)
+    assert found["parameters"] == 5035
+    assert set(found["peer / ours"]) == set(found["ours / floor"]) == {"SAM", "ASAM", "ASAM eta=0.01"}
+    assert found["allocated"]["SAM"]["largest"] < 5000 * 4
+    assert "SAM" in step_cost.table([found])

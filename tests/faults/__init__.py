@@ -26,7 +26,7 @@ numbers of signals and kills in brackets.
 | a gradient in one pass only | moved by the first, updated by the second | test_odd_models, tests/test_perturbation |
 | zero gradients, bare step() | a step of the base | test_odd_models; tests/test_optimizers, test_kernels |
 | frozen, unfrozen, added parameters | as torch | tests/test_edges, test_optimizers |
-| tied, shared, listed twice | moved once; moved by both; refused | test_odd_models; tests/test_edges, test_kernels |
+| tied, shared, listed twice | moved once; moved by both; moved once | test_odd_models; tests/test_edges, test_kernels |
 | 0-d, empty, strided, channels_last | the formula in float64 | test_odd_models (hypothesis); tests/test_kernels |
 | complex | pairs of real numbers | tests/test_kernels, test_edges |
 | bf16, fp16 weights | come back exactly (10,000 steps); loss is said | test_odd_models; tests/test_perturbation |

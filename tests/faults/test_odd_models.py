@@ -108,9 +108,12 @@ def test_a_tied_weight_is_moved_once_and_stays_tied():
     torch.testing.assert_close(model.embed.weight.detach().double(), w.detach(), rtol=1e-5, atol=1e-6)
     assert model.head.weight is model.embed.weight
     assert model.embed.weight.data_ptr() == where
-    warned = pytest.warns(UserWarning, match="duplicate parameters")  # torch.optim's own words
-    with warned, pytest.raises(ValueError, match="listed twice"):
-        SAM([model.embed.weight, model.head.weight], torch.optim.SGD, lr=0.1)
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # torch.optim's own words
+        twice = SAM([model.embed.weight, model.head.weight], torch.optim.SGD, lr=0.1, rho=0.5)
+    loss(model.embed.weight).backward()
+    with twice.perturbed():
+        moved = torch.linalg.vector_norm(model.embed.weight.detach().double() - w.detach()).item()
+    assert moved == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

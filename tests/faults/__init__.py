@@ -2,7 +2,7 @@
 
 `harness` has the injector and the state that is compared, `cases` the variants and the ways of stepping. A new way of
 stepping is one more entry of `cases.PATHS`; all tests marked `every_case` then run it, too. The counts are printed at
-the end of a run. `-m slow` adds all variants with all ways of stepping, every line instead of every thirtieth, and the
+the end of a run. `-m slow` adds all variants with all ways of stepping, every line instead of some, and the
 numbers of signals and kills in brackets.
 
 | fault | expected | test |

@@ -75,11 +75,17 @@ def test_a_log_that_does_not_fit(tmp_path, share):
     assert ok
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("disk") / "whole"
+    assert command.run(train.main, [*RUN, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize("size", [0, 300, 3000, 20_000])
-def test_a_training_run_on_a_full_disk_goes_on_where_it_was(tmp_path, capsys, size):
+def test_a_training_run_on_a_full_disk_goes_on_where_it_was(tmp_path, capsys, whole, size):
     """Exit code 2, one line; with room again --resume ends with the bits of a run that always had room."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert command.run(train.main, [*RUN, "--out", str(whole)]) == 0
+    cut = tmp_path / "cut"
     with largest_file(size):
         code = command.run(train.main, [*RUN, "--out", str(cut)])
     err = capsys.readouterr().err

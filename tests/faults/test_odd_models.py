@@ -255,7 +255,9 @@ def test_ten_thousand_steps_in_bfloat16_lose_no_bit(rounding):
     run_at_rate_zero(deep(torch.bfloat16), 10_000, rounding=rounding)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, *(pytest.param({"foreach": f}, marks=pytest.mark.slow) for f in (True, False))], ids=str
+)
 def test_a_thousand_steps_leave_every_parameter_in_its_storage(kwargs):
     run_at_rate_zero(deep(), 1000, **kwargs)
 
@@ -396,7 +398,7 @@ def test_of_two_optimizers_on_one_model_only_one_perturbs_at_a_time():
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        for _ in range(400):
+        for _ in range(150):
             w.grad = torch.ones(8)
             start, inside, refused = threading.Barrier(4), [], []
 

@@ -108,7 +108,7 @@ def stop_again_and_again(directory: Path, monkeypatch, capsys, signals: int) -> 
 
 
 def test_signals_at_random_times_lose_nothing(tmp_path, monkeypatch, capsys):
-    stop_again_and_again(tmp_path, monkeypatch, capsys, signals=15)
+    stop_again_and_again(tmp_path, monkeypatch, capsys, signals=10)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
     python -m faults.victims        one JSON object per line in, one out: {"killed_by": 9}, or {"exit": 0}
 
 A child runs the named function of this module with the other keys as arguments. With "after_ms" it is killed from
-outside after that time, else it is left to its own end.
+outside, so long after it has made some progress; else it is left to its own end.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def saved(step: int) -> dict[str, Any]:
     return {"step": step, "w": torch.full((ENTRIES,), float(step))}
 
 
-def save_on_and_on(directory: str, first: int) -> None:
+def save_on_and_on(directory: str, first: int, ready: int) -> None:
     for step in range(first, first + 100_000):
         checkpoint.save(Path(directory), saved(step))
+        os.write(ready, b".")
 
 
 def save_killed_at(directory: str, first: int, call: str) -> None:
@@ -110,9 +111,11 @@ def save_killed_at(directory: str, first: int, call: str) -> None:
 def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
+        after_ms = request.pop("after_ms", None)
+        if after_ms is not None:
+            progress, request["ready"] = os.pipe()
         child = os.fork()
         if child == 0:
-            after_ms = request.pop("after_ms", None)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 1
             try:
@@ -120,9 +123,12 @@ def _serve() -> None:
                 code = 0
             finally:
                 os._exit(code)
-        if (after_ms := request.get("after_ms")) is not None:
+        if after_ms is not None:
+            os.read(progress, 1)
             time.sleep(after_ms / 1000)
             os.kill(child, signal.SIGKILL)
+            os.close(progress)
+            os.close(request["ready"])
         _, status = os.waitpid(child, 0)
         is_killed = os.WIFSIGNALED(status)
         found = {"killed_by": os.WTERMSIG(status)} if is_killed else {"exit": os.WEXITSTATUS(status)}

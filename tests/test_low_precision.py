@@ -698,7 +698,7 @@ def test_ctrl_c_at_any_line_leaves_the_state_before_the_step_or_after_it():
             assert any(intact(model, {k: (*where[k], v[k]) for k in where}) for v in (before, after)), stop
             assert torch.is_grad_enabled()
             assert not optimizer.perturbation.active
-            assert not passes._perturbed_now & {id(p) for p in model.parameters()}
+            assert passes._perturbed_now.keys().isdisjoint(map(id, model.parameters()))
         finally:
             sys.settrace(previous)
         if lines[0] <= stop:

@@ -92,6 +92,7 @@ class Perturbation:
         self.rounding = rounding
         self.replay_rng = replay_rng
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
+        self._num_cleared = 0
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
         self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise)
         self._pass: PerturbedPass | None = None
@@ -310,10 +311,11 @@ class Perturbation:
         once = apart is not None and self._ranks().averages_once
         with self._first_pass(apart, apart.put_under_next_backward if once else None) as ascent:  # type: ignore[union-attr]
             probe = LeftoverProbe(params)
+            num_cleared = self._num_cleared
             try:
                 loss = self._run_first(first, ascent)
             finally:
-                kept = probe.kept()
+                kept = probe.kept() and num_cleared == self._num_cleared
             if kept and probe.ran_nothing and self._are_constant(loss):
                 self._seen.moved(kernels.Ascent(None, 0.0, False, []), None)
                 self.completed = True
@@ -371,6 +373,7 @@ class Perturbation:
     def forget(self) -> None:
         """What was learnt from gradients that have been cleared: that they are of a perturbed pass, and its draws."""
         self.completed = False
+        self._num_cleared += 1
         if self._first_forward is not None and not self.active and self._first is None:
             self._first_forward.forget()
 

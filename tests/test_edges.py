@@ -401,3 +401,21 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_before_it_or_after_it():
             break
         stop += 1
     assert interrupted > 500
+
+
+def test_gradients_that_a_closure_puts_back_after_zeroing_are_its_own():
+    """The same tensors in each call: not left from before, since zero_grad has taken them away."""
+    w = parameter(1.0, 2.0)
+    optimizer = SAM([w], lr=0.1, rho=1.0)
+    grad, seen = torch.tensor([3.0, 4.0]), []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(w.detach().clone())
+        w.grad = grad
+        return w.detach().sum()
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert torch.equal(seen[2], w.detach() + 0.1 * grad)
+    torch.testing.assert_close(seen[3] - seen[2], torch.tensor([0.6, 0.8]))

@@ -68,21 +68,24 @@ class BaseUpdate:
 
     def __call__(self, together: shards.Groups) -> None:
         """`together`: process groups whose ranks must all update, or none of them."""
-        if self.nonfinite == "ignore":
+        params = self._parameters()
+        on_device = any(p.device.type not in ("cpu", "meta") for p in params)
+        cannot_skip = self.nonfinite is None and on_device and not takes_found_inf(self.base)
+        if self.nonfinite == "ignore" or cannot_skip:
             self._run()
             return
-        grads = [p.grad for p in self._parameters() if p.grad is not None and not p.grad.is_meta]
+        grads = [p.grad for p in params if p.grad is not None and not p.grad.is_meta]
         is_finite = kernels.finite(grads)
         is_bad = not is_finite if isinstance(is_finite, bool) else ~is_finite
         together += shards.own_group(self.base)
-        if together and grads:
-            is_bad = shards.any_over(is_bad, together, shards.local(grads[0]).device)
+        if together:  # also a rank that has no gradient: the others wait for its answer
+            is_bad = shards.any_over(is_bad, together, shards.local(params[0]).device)
         if isinstance(is_bad, Tensor):
             if takes_found_inf(self.base):
                 self._count(is_bad)
                 self._run(is_bad.float())
                 return
-            is_bad = self.nonfinite is not None and bool(is_bad)
+            is_bad = bool(is_bad)
         if is_bad and self.nonfinite == "raise":
             raise FloatingPointError("the gradient at w + e has an inf or NaN, and nonfinite='raise'")
         if is_bad:

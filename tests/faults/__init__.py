@@ -20,14 +20,14 @@ numbers of signals and kills in brackets.
 | copy, pickle, evaluation while perturbed | refused, refused, a warning | test_signals; tests/test_edges |
 | a full disk | old files stay, path and bytes are named, --resume goes on | test_disk |
 | stopping at each of 20 steps, 2 bases, with GradScaler (80) | no bit differs | test_resume; tests/test_train |
-| what a checkpoint holds | the base's state, 2 kB at most; loads others' | test_resume; tests/test_optimizers |
+| what a checkpoint holds | the base's state, 2 kB at most; loads others' | test_resume; tests/test_foreign |
 | GradScaler overflow in each pass of each iteration | as unscaled training that skips the same | test_scaler |
 | a closure through GradScaler.step | an error with the remedy | tests/test_optimizers |
 | a gradient in one pass only | moved by the first, updated by the second | test_odd_models, tests/test_perturbation |
 | zero gradients, bare step() | a step of the base | test_odd_models; tests/test_optimizers, test_kernels |
 | frozen, unfrozen, added parameters | as torch | tests/test_edges, test_optimizers |
-| tied, shared, listed twice | moved once; moved by both; moved once | test_odd_models; tests/test_edges, test_kernels |
-| 0-d, empty, strided, channels_last | the formula in float64 | test_odd_models (hypothesis); tests/test_kernels |
+| tied, shared, listed twice | moved once; by both; once | test_odd_models; tests/test_edges, test_torch_contract |
+| 0-d, empty, strided, channels_last | the formula in float64 | tests/test_parameter_sets |
 | complex | pairs of real numbers | tests/test_kernels, test_edges |
 | bf16, fp16 weights | come back exactly (10,000 steps); loss is said | test_odd_models; tests/test_perturbation |
 | gradients too large or small for fp16 | one norm, in float64 | tests/test_kernels |

@@ -79,6 +79,7 @@ VARIANTS = {
     "flat": variant(model=flat),
     "groups": variant(two_groups),
     "no module": variant(model=plain, with_module=False),
+    "float32 pass": variant(dtype=torch.bfloat16, rounding="float32"),
     "bfloat16": variant(model=plain, dtype=torch.bfloat16, rho=20.0),  # smaller radii are lost in rounding
 }
 
@@ -86,6 +87,22 @@ VARIANTS = {
 def by_closure(rig: Rig, i: int) -> None:
     rig.mark()
     rig.optimizer.step(_closure(rig, i))
+
+
+def by_ascent_closure(rig: Rig, i: int) -> None:
+    """Another loss for the ascent: half of it."""
+    rig.mark()
+
+    def ascent():
+        rig.reach("before pass 1")
+        rig.optimizer.zero_grad()
+        return rig.backward(1, i, 0.5)
+
+    def descent():
+        rig.optimizer.zero_grad()
+        return rig.backward(2, i)
+
+    rig.optimizer.step(descent, ascent_closure=ascent)
 
 
 def by_list(rig: Rig, i: int) -> None:
@@ -174,6 +191,7 @@ def _drop(rig: Rig) -> None:
 PASS_2 = frozenset(POINTS[3:6])
 PATHS = {
     "step(closure)": Path(by_closure, inside=frozenset(POINTS[:7])),
+    "step(closure, ascent_closure)": Path(by_ascent_closure, inside=frozenset(POINTS[:7])),
     "step([closures])": Path(by_list, inside=frozenset(POINTS[:7]), num_batches=2),
     "perturbed()": Path(by_contexts, inside=PASS_2),
     "first_step, exit": Path(by_two_steps, open=PASS_2, give_up=_exit),
@@ -203,7 +221,7 @@ def _cases():
     """All variants with one way of stepping, and all ways of stepping with one variant; the rest is slow."""
     for variant in VARIANTS:
         for path in PATHS:
-            if not (variant == "bfloat16" and PATHS[path].scaler):
+            if not (VARIANTS[variant].dtype == torch.bfloat16 and PATHS[path].scaler):
                 marks = () if variant == "sam" or path == "step(closure)" else pytest.mark.slow
                 yield pytest.param(variant, path, id=f"{variant}-{path}", marks=marks)
 

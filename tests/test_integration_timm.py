@@ -9,7 +9,7 @@ import pytest
 import torch
 from by_hand import LOSS, Overflows, batches, largest_difference, network, seed_step, train
 
-from sam_optim import ASAM, SAM, Ball
+from sam_optim import ASAM, SAM, Ball, asam_param_groups
 from sam_optim.integrations.timm import NAMES, register
 
 MATRIX = [(accumulate, clip) for accumulate in (1, 2) for clip in (None, 0.2)]
@@ -102,34 +102,24 @@ def test_training_gives_the_bits_of_sam_by_hand(name, layer_decay):
     scheduler, _ = timm.scheduler.create_scheduler_v2(base, "cosine", num_epochs=6, updates_per_epoch=1)
     groups = []
     for group in base.param_groups:
-        if isinstance(optimizer, ASAM):
-            groups.append(([p for p in group["params"] if p.ndim > 1], 0.02))
-            groups.append(([p for p in group["params"] if p.ndim < 2], None))
-        else:
-            groups.append((group["params"], None))
+        groups.append((group["params"], 0.02 if isinstance(optimizer, ASAM) else None))
     updates = iter(range(1, 100))
     train(truth, base, images(), rho=0.1, groups=groups, after=lambda: scheduler.step_update(next(updates)))
     assert largest_difference(model, truth) == 0.0
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_asam_moves_weights_adaptively_and_biases_and_norms_not(weight_decay):
-    """timm's groups mix the two: without weight decay all are in one, with it the position embedding is with biases."""
+def test_the_groups_of_the_asam_paper_go_through_timms_own_argument():
     model = vit()
-    optimizer = timm.optim.create_optimizer_v2(model, "asamsgd", lr=0.1, weight_decay=weight_decay, rho=0.3)
-    assert any(p is model.pos_embed for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"])
-    listed = [p for g in optimizer.param_groups for p in g["params"]]
-    assert sorted(map(id, listed)) == sorted(map(id, model.parameters()))
-    for ball, group in zip(optimizer.balls, optimizer.param_groups, strict=True):
-        assert {p.ndim > 1 for p in group["params"]} == {bool(ball.adaptive)}
-        assert ball in (Ball(0.3, adaptive=True), Ball(0.3))
+    optimizer = timm.optim.create_optimizer_v2(model, "asamsgd", lr=0.1, rho=0.3, param_group_fn=asam_param_groups)
+    assert optimizer.balls == [Ball(0.3, adaptive=True), Ball(0.3)]
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(g["params"]) for g in asam_param_groups(vit())]
 
 
 def test_other_ways_to_hand_over_parameters():
     model = network()
     for params in (model.parameters(), model.named_parameters()):
         balls = timm.optim.create_optimizer_v2(params, "asamsgd", lr=0.1).balls
-        assert balls == [Ball(0.5, adaptive=True), Ball(0.5)]
+        assert balls == [Ball(0.5, adaptive=True)]
     groups = [{"params": list(model.parameters()), "adaptive": "filter", "rho": 1.0}]
     assert timm.optim.create_optimizer_v2(groups, "asamsgd", lr=0.1).balls == [Ball(1.0, adaptive="filter")]
     with pytest.raises(TypeError, match="params argument"):

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sam_optim.integrations.around import missing
 from sam_optim.optimizers import ASAM, SAM
@@ -28,17 +27,17 @@ class SAMAdamW(SAM):
 
 
 class ASAMSGD(ASAM):
-    """ASAM over torch.optim.SGD, with T = 1 for parameters of fewer than two dimensions; "asamsgd" in timm."""
+    """ASAM over torch.optim.SGD; "asamsgd" in timm."""
 
     def __init__(self, params: Iterable[Any], **kwargs: Any):
-        super().__init__(by_dimension(params), torch.optim.SGD, **kwargs)
+        super().__init__(params, torch.optim.SGD, **kwargs)
 
 
 class ASAMAdamW(ASAM):
-    """ASAM over torch.optim.AdamW, with T = 1 for parameters of fewer than two dimensions; "asamadamw" in timm."""
+    """ASAM over torch.optim.AdamW; "asamadamw" in timm."""
 
     def __init__(self, params: Iterable[Any], **kwargs: Any):
-        super().__init__(by_dimension(params), torch.optim.AdamW, **kwargs)
+        super().__init__(params, torch.optim.AdamW, **kwargs)
 
 
 NAMES: dict[str, tuple[type[SAM], str]] = {
@@ -59,9 +58,9 @@ def register() -> None:
     other keyword arguments reach `SAM` and its base. Pass `module=model` to keep BatchNorm statistics to one update a
     step.
 
-    ASAM's T is |w| + eta for weights and 1 for biases and normalisation parameters, as in the paper. timm hands over
-    groups and not the model, so these are told apart by dimension alone: fewer than two, T = 1. A group that has both
-    becomes two, with the same settings. Groups that come with an "adaptive" of their own stay as they are.
+    "asamsgd" and "asamadamw" are `ASAM` over timm's groups: T = |w| + eta for all parameters. The groups of its paper,
+    with T = 1 for biases and normalisation parameters, are `param_group_fn=sam_optim.asam_param_groups`, in place of
+    timm's for weight decay.
 
     (timm looks up what follows the last underscore of a name: "sam_sgd" would be plain "sgd".)
 
@@ -81,25 +80,3 @@ def register() -> None:
             default_registry.register(
                 dataclasses.replace(info, name=name, opt_class=cls, description=f"{kind} over timm's {base}")
             )
-
-
-def by_dimension(params: Iterable[Any]) -> Iterable[Any]:
-    """Groups with T = 1 for parameters of fewer than two dimensions, and ASAM's for the others."""
-    if isinstance(params, Tensor):
-        return params  # torch.optim says what is wrong with one tensor
-    found = list(params)
-    groups = found if found and isinstance(found[0], dict) else [{"params": found}]
-    split: list[dict[str, Any]] = []
-    for group in groups:
-        if "adaptive" in group:
-            split.append(group)
-            continue
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        tensors = [m[1] if isinstance(m, tuple) else m for m in members]
-        weights = [m for m, p in zip(members, tensors, strict=True) if p.ndim >= 2]
-        others = [m for m, p in zip(members, tensors, strict=True) if p.ndim < 2]
-        if weights:
-            split.append(group | {"params": weights})
-        if others:
-            split.append(group | {"params": others, "adaptive": False})
-    return split

@@ -96,7 +96,7 @@ class BaseUpdate:
 
     def scaled(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:
         """As GradScaler has set it up: gradients still scaled where grad_scale is given, and checked by it."""
-        if takes_found_inf(self.base):
+        if takes_found_inf(self.base) and found_inf.device.type != "cpu":
             self._run(found_inf, grad_scale)
         elif not bool(found_inf):  # the sync that GradScaler makes for such bases itself
             for p in self._parameters():

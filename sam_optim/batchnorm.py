@@ -50,10 +50,9 @@ class Buffers:
         self._kept = {}
         for key, b in found.items():
             old = stale.get(key)
-            if old is not None and old[0] is b and _alike(old[1], b):
-                self._kept[key] = (b, old[1].copy_(b))
-            else:
-                self._kept[key] = (b, b.detach().clone())
+            known = old is not None and old[0] is b and _alike(old[1], b)
+            self._kept[key] = (b, old[1] if known else torch.empty_like(b.detach()))  # type: ignore[index]
+        _copy([c for _, c in self._kept.values()], [b for b, _ in self._kept.values()])
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -63,12 +62,22 @@ class Buffers:
         for buffer, copy in self._kept.values():
             if buffer.shape != copy.shape:
                 buffer.resize_(copy.shape)
-            buffer.copy_(copy)
+        _copy([b for b, _ in self._kept.values()], [c for _, c in self._kept.values()])
 
     def clean_copy(self, buffer: Tensor) -> Tensor | None:
         """The saved value of `buffer`, or None if it is not one of those saved."""
         found = self._kept.get(id(buffer))
         return None if found is None else found[1]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Few launches for many small buffers; tensor subclasses, such as DTensor, know no copies of lists."""
+    if all(type(t) in (Tensor, nn.Parameter) for t in (*targets, *sources)):
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return
+    for t, s in zip(targets, sources, strict=True):
+        t.copy_(s)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

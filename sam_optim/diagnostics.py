@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ class Diagnostics:
         self._ascent: Ascent | None = None
         self._realized: Scalar | None = None
         self._losses: tuple[Any, Any] = (None, None)
+        self._of_one_function = True
         self._warned = False
 
     def moved(self, ascent: Ascent | None, realized: Scalar | None) -> None:
@@ -40,8 +42,9 @@ class Diagnostics:
         """One pass only: of the plain base (rho = 0), or one that left no gradient."""
         self._ascent, self._realized = (Ascent(None, 0.0, False, []) if plain else None), None
 
-    def losses(self, loss: Any, perturbed: Any) -> None:
-        self._losses = (_detached(loss), _detached(perturbed))
+    def losses(self, loss: Any, perturbed: Any, *, of_one_function: bool = True) -> None:
+        """Of an ascent by another closure the difference is not a sharpness."""
+        self._losses, self._of_one_function = (_detached(loss), _detached(perturbed)), of_one_function
 
     @property
     def norm(self) -> Scalar | None:
@@ -50,7 +53,8 @@ class Diagnostics:
     def last_step(self, params: Sequence[Tensor]) -> LastStep:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         known = (None, None, None) if self._ascent is None else (self._ascent.norm, self._ascent.length, self._realized)
-        return LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
+        step = LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
+        return step if self._of_one_function else dataclasses.replace(step, sharpness=None)
 
     def warn_once(self, stacklevel: int) -> None:
         """Read on the first step only: later ones must not wait for the device."""
@@ -74,3 +78,7 @@ def _detached(loss: Any) -> Any:
     if isinstance(loss, Tensor):
         return loss.detach()
     return loss if isinstance(loss, numbers.Real) else None
+
+
+def mean_loss(losses: list[Any]) -> Any:
+    return None if any(x is None for x in losses) else sum(losses) / len(losses)

@@ -19,6 +19,11 @@ def check_group(group: dict[str, Any]) -> None:
     canonical_norm(group["norm"])
 
 
+def is_zero(rho: float | Tensor) -> bool:
+    """Of a tensor on a device it is not asked: that would wait for the device."""
+    return (rho.device.type == "cpu" if isinstance(rho, Tensor) else True) and bool(rho == 0)
+
+
 def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
     if isinstance(params, Tensor):

@@ -68,6 +68,8 @@ class UpdateProbe:
         self._entries = [(entries, entries.clone()) for entries in map(_first_entries, some.values())]
 
     def has_begun(self) -> bool:
+        if self._weights and self._weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # of a graph nothing has run yet
         if self._versions != [w._version for w in self._weights]:
             return True
         return any(not torch.equal(now, before) for now, before in self._entries)
@@ -284,8 +286,9 @@ def refuse_callers_that_misuse_closures(*, is_scaled: bool) -> None:
     for _ in range(14):  # past the wrappers of no_grad, Dynamo, hooks and schedulers
         if frame is None:
             break
-        is_scaled = is_scaled or frame.f_code.co_name == "_maybe_opt_step"
-        if frame.f_code.co_name == "step":
+        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        is_scaled = is_scaled or (package == "torch" and frame.f_code.co_name == "_maybe_opt_step")
+        if package == "accelerate" and frame.f_code.co_name == "step":
             accelerate = getattr(frame.f_locals.get("self"), "gradient_state", None)
             if (num := getattr(accelerate, "num_steps", 1)) > 1:
                 raise RuntimeError(
@@ -359,6 +362,12 @@ class Apart:
         for p, g in zip(self._params, self._earlier, strict=True):
             if g is not None:
                 p.grad = g if p.grad is None else g.add_(p.grad)
+
+
+def zeros_for(params: list[Tensor]) -> None:
+    """Gradients of 0 where there are none."""
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def _own(grad: Tensor) -> Tensor:

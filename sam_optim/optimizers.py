@@ -163,7 +163,7 @@ class SAM(Optimizer):
             closure: zeroes the gradients, runs forward and backward, returns the loss. It runs at w and at w + e. A
                 list of closures is m-sharpness: each has its own perturbation, the gradients at the perturbed points
                 are averaged. None: the base update with the gradients in `p.grad`, to finish a perturbed pass.
-            ascent_closure: another loss for the ascent: fewer examples, no_sync, lower precision.
+            ascent_closure: another loss for the ascent: fewer examples, lower precision. Its loss is the one returned.
 
         Raises:
             RuntimeError: no closure and no perturbed pass; a closure that forgot `backward()` or left earlier gradients
@@ -220,7 +220,7 @@ class SAM(Optimizer):
 
     @outside
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         self.perturbation.forget()
 
     def _forget_scale(self) -> None:
@@ -301,6 +301,11 @@ class SAM(Optimizer):
     def num_unperturbed(self) -> int | Tensor:
         """How many steps had an ascent gradient of 0, or one that was not finite, and so e = 0."""
         return self.perturbation.num_unperturbed
+
+    @property
+    def nonfinite(self) -> str | None:
+        """What a descent gradient that is not finite does."""
+        return self._update.nonfinite
 
     @property
     def num_skipped(self) -> int | Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
+from sam_optim.groups import is_zero
 from sam_optim.guards import CleanStateDict, EvaluationWarning, FirstForward
 from sam_optim.kernels import shards
 from sam_optim.precision import Float32Pass
@@ -28,16 +29,20 @@ class AscentPass:
     """The first pass: no gradient for parameters that will not move, and no exchange between DDP's ranks.
 
     Args:
-        idle: parameters in groups with rho = 0, whose gradient the ascent does not need.
+        groups: of parameters. Those with rho = 0, beside others, do not move, and the ascent needs no gradient of them.
+        computes_all: all gradients, also those.
         ranks: who else has this model; where they share one ascent, DDP synchronises here, too.
     """
 
-    def __init__(self, idle: list[Tensor], ranks: Ranks):
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks, *, computes_all: bool):
         self._replicas = [(m, m.require_backward_grad_sync) for m in ranks.replicas]
         self._sync = not ranks.per_rank
         # what synchronises gradients waits for all of them
-        waits = ranks.is_sharded or (self._replicas and self._sync)
-        self._idle = [] if waits else [p for p in idle if p.requires_grad and p.is_leaf]
+        waits = ranks.is_sharded or bool(self._replicas and self._sync)
+        idle = [] if waits or computes_all else [p for g in groups if is_zero(g["rho"]) for p in g["params"]]
+        self._moving = [p for g in groups if idle and not is_zero(g["rho"]) for p in g["params"]]
+        self._idle = [p for p in idle if self._moving and p.requires_grad and p.is_leaf]
+        self._lacking: list[Tensor] = []
         # DDP that nobody passed as `module` may average what the second pass leaves, too
         self.then_syncs = any(sync for _, sync in self._replicas) if self._replicas else ranks.are_several
 
@@ -55,6 +60,15 @@ class AscentPass:
         """From here on also the gradients that the ascent does not need."""
         for p in self._idle:
             p.requires_grad_(True)
+
+    def note(self) -> None:
+        """Before the gradients are cleared: which parameters that should move have none."""
+        self._lacking = [p for p in self._moving if p.grad is None] if self._idle else []
+
+    def lost(self) -> bool:
+        """After the second pass: whether one of them has a gradient there. Reentrant activation checkpoints compute
+        none where nothing before them needs one."""
+        return any(p.grad is not None for p in self._lacking)
 
     def end(self) -> None:
         """May be called again."""

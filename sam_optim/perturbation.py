@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from sam_optim import kernels, rng
 from sam_optim.batchnorm import Buffers
-from sam_optim.diagnostics import Diagnostics
+from sam_optim.diagnostics import Diagnostics, mean_loss
 from sam_optim.geometry import Ball, ProductBall
-from sam_optim.groups import as_groups
-from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, Transaction
+from sam_optim.groups import as_groups, is_zero
+from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, Transaction, zeros_for
 from sam_optim.kernels import shards
 from sam_optim.outside import outside, prepare
 from sam_optim.passes import AscentPass, PerturbedPass
-from sam_optim.plan import Plan, is_zero
+from sam_optim.plan import Plan
 from sam_optim.ranks import Ranks
 from sam_optim.results import LastStep
 
@@ -93,6 +93,7 @@ class Perturbation:
         self.replay_rng = replay_rng
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
         self._num_cleared = 0
+        self._computes_all = False  # gradients that the ascent does not need, too: without them it has lost others
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
         self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise)
         self._pass: PerturbedPass | None = None
@@ -161,10 +162,12 @@ class Perturbation:
     ) -> Iterator[AscentPass]:
         """Around both passes: until `enter` they are the first one. Adds the gradients set aside at the end, or, where
         DDP is to average them, puts them under those of the second pass."""
-        self._put_under, self._first = put_under, AscentPass(self._idle(), self._ranks())
+        self._put_under = put_under
+        self._first = AscentPass(self.param_groups, self._ranks(), computes_all=self._computes_all)
         try:
             self._first.begin()
             yield self._first
+            self._computes_all = self._computes_all or self._first.lost()
         finally:
             self._first.end()
             if apart is not None:
@@ -194,7 +197,7 @@ class Perturbation:
             closure: zeroes the gradients, runs forward and backward, returns the loss; it runs at w and at w + e.
                 A list of closures is m-sharpness: each is perturbed by its own gradient, and the gradients at the
                 perturbed points are averaged; the loss is the mean of theirs.
-            ascent_closure: runs at w in place of `closure`: fewer examples, lower precision, no_sync, ...
+            ascent_closure: runs at w in place of `closure`: fewer examples, lower precision, ... Its loss is returned.
 
         Raises:
             RuntimeError: the closure forgot `backward()`, or left earlier gradients in place.
@@ -202,7 +205,7 @@ class Perturbation:
         if callable(closure):
             with self.all_or_nothing():
                 loss, perturbed = self._two_passes(closure, ascent_closure)
-                self._seen.losses(loss, perturbed)
+                self._seen.losses(loss, perturbed, of_one_function=ascent_closure is None)
                 return loss
         if ascent_closure is not None:
             raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
@@ -223,7 +226,7 @@ class Perturbation:
             with torch.no_grad():
                 for g in grads:
                     g.div_(len(closures))
-            loss, perturbed = (_mean([losses[i] for losses in passes]) for i in (0, 1))
+            loss, perturbed = (mean_loss([losses[i] for losses in passes]) for i in (0, 1))
             self._seen.losses(loss, perturbed)
             return loss
 
@@ -242,6 +245,9 @@ class Perturbation:
         self.completed = False
         try:
             self._pass = stay
+            used = [p for p in params if ranks.needs_zeros and p.grad is not None]
+            if self._first is not None:
+                self._first.note()
             self._seen.moved(*stay.begin(self._rng_state, zero_grad=zero_grad))
             if self._first is None:
                 ranks.compare(self._seen.norm)
@@ -249,6 +255,7 @@ class Perturbation:
                 self._first.end()
                 if self._put_under is not None and self._first.then_syncs:
                     self._put_under()
+            zeros_for(used)
             self._seen.warn_once(stacklevel=6)
         except BaseException:
             self.exit(failed=True)
@@ -378,6 +385,11 @@ class Perturbation:
             self._first_forward.forget()
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether gradients have to be zeros now where they would be None."""
+        return self.active and self._ranks().needs_zeros
+
+    @property
     def together(self) -> shards.Groups:
         """The process groups whose ranks must all take a step, or none of them."""
         return self._ranks().together
@@ -385,19 +397,11 @@ class Perturbation:
     def _ranks(self) -> Ranks:
         return self._plan.ranks(self._params())
 
-    def _idle(self) -> list[Tensor]:
-        """What does not move, beside what does: parameters in groups with rho = 0."""
-        idle = [p for g in self.param_groups if is_zero(g["rho"]) for p in g["params"]]
-        return idle if len(idle) < len(self._params()) else []
-
     def _params(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]
 
     def _rng_state(self) -> rng.GlobalState:
-        devices = {p.device for g in self.param_groups for p in g["params"] if p.is_cuda}
-        if devices and torch.cuda.is_current_stream_capturing():
-            devices = set()
-        return rng.GlobalState(devices)
+        return rng.state_for(self._params())
 
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
@@ -411,9 +415,3 @@ class Perturbation:
         self._plan = Plan(self.module, self.sync_ascent, self.foreach, self.rounding, self._noise)
         if self.replay_rng:
             self._first_forward = FirstForward(self.module)
-
-
-def _mean(losses: list[Any]) -> Any:
-    if any(x is None for x in losses):
-        return None
-    return sum(losses) / len(losses)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam_optim import kernels, rng
 from sam_optim.geometry import canonical_adaptive, canonical_norm, scale
-from sam_optim.groups import check_group
+from sam_optim.groups import check_group, is_zero
 from sam_optim.kernels import shards
 from sam_optim.precision import Float32Pass
 from sam_optim.ranks import Ranks
@@ -90,11 +90,6 @@ class Plan:
                 + (", and with set_requires_gradient_sync(True): FSDP2 leaves no gradient else" * ranks.is_sharded)
             )
         return found
-
-
-def is_zero(rho: float | Tensor) -> bool:
-    """Of a tensor on a device it is not asked: that would wait for the device."""
-    return (rho.device.type == "cpu" if isinstance(rho, Tensor) else True) and bool(rho == 0)
 
 
 def _slice_scale(p: Tensor, adaptive: str, eta: float) -> Tensor:

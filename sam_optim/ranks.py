@@ -49,13 +49,20 @@ class Ranks:
         self.per_rank = bool(self.replicas) and not self.is_sharded and not sync_ascent
         # a parameter that the last of several closures does not use would keep what this rank had of it before
         self.averages_once = bool(self.replicas) and not any(m.find_unused_parameters for m in self.replicas)
-        together: dict[Any, None] = {m.process_group: None for m in self.replicas}
+        if self.per_rank and any(m.static_graph for m in self.replicas):
+            raise ValueError(
+                "DDP(static_graph=True) expects every backward to average gradients, and the first one of SAM does not "
+                "where each rank has its own perturbation: pass sync_ascent=True, or leave static_graph out"
+            )
+        # DDP counts a parameter as used that only the first pass has used, and then wants a gradient of it
+        self.needs_zeros = self.per_rank and any(m.find_unused_parameters for m in self.replicas)
+        parts: dict[Any, None] = {}
         for p in params:
-            together |= dict.fromkeys(_mesh_groups(p))
-        together |= {g: None for groups in self._flat.values() for g in groups}
-        self.together: shards.Groups = tuple(together)
-        common = [g for g in self.together if all(groups is not None and g in groups for groups in spread)]
-        self._agreeing = tuple(g for g in self.together if g not in common)  # a norm over all of it agrees anyway
+            parts |= dict.fromkeys(_mesh_groups(p))
+        parts |= {g: None for groups in self._flat.values() for g in groups}
+        self._parts: shards.Groups = tuple(parts)
+        common = [g for g in self._parts if all(groups is not None and g in groups for groups in spread)]
+        self._agreeing = tuple(g for g in self._parts if g not in common)  # a norm over all of it agrees anyway
         self._compared = False
 
     @property
@@ -66,7 +73,19 @@ class Ranks:
     @property
     def agreeing(self) -> shards.Groups:
         """The process groups whose ranks must move all, or none of them."""
-        return () if self.per_rank else self._agreeing
+        return () if self.per_rank else self._copies + self._agreeing
+
+    @property
+    def together(self) -> shards.Groups:
+        """The process groups whose ranks must all take a step, or none of them."""
+        return self._copies + self._parts
+
+    @property
+    def _copies(self) -> shards.Groups:
+        """DDP's. Not inside its `join`, where ranks that have run out of inputs answer only to its own exchanges; what
+        those average is the same on all ranks anyway."""
+        asked = [m for m in self.replicas if not m._join_config.enable]
+        return tuple(dict.fromkeys(m.process_group for m in asked))
 
     def groups_of(self, p: Tensor) -> shards.Groups | None:
         """The process groups over which a parameter is spread; None for one that is whole, and only this rank's."""
@@ -92,12 +111,12 @@ class Ranks:
 
     def compare(self, norm: float | Tensor | None) -> None:
         """Warns, once, if the ascent gradients of all ranks are the same where each should have its own."""
-        if self._compared or not self.per_rank or norm is None:
+        if self._compared or not self.per_rank:
             return
         self._compared = True
         group = self.replicas[0].process_group
         device = self.replicas[0].device or torch.device("cpu")
-        own = torch.as_tensor(norm, dtype=torch.float64).to(device).reshape(1)
+        own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).to(device).reshape(1)
         low, high = own.clone(), own.clone()
         torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=group)
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=group)

@@ -68,6 +68,12 @@ class GlobalState:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
+def state_for(params: Iterable[Tensor]) -> GlobalState:
+    """Of the generators that passes over these parameters draw from; not of a device on which a graph is captured."""
+    devices = {p.device for p in params if p.is_cuda}
+    return GlobalState(set() if devices and torch.cuda.is_current_stream_capturing() else devices)
+
+
 @contextmanager
 def kept(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """The global generators come out as they went in."""

@@ -200,3 +200,44 @@ def test_microbatch_of_a_perturbation_leaves_gradients_of_all_parameters():
         with sam.perturbed():
             LOSS(model(x), y).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_reentrant_checkpoints_lose_gradients_in_one_step_at_most():
+    """They compute none where no input of theirs needs one; so from then on the ascent computes all of them."""
+    from torch.utils.checkpoint import checkpoint
+
+    def run(reentrant):
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {
+                "embed": nn.Embedding(5, 8),
+                "block": nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
+                "head": nn.LayerNorm(8),
+            }
+        ).double()
+        norms = [*model["block"][1].parameters(), *model["head"].parameters()]
+        others = [p for p in model.parameters() if not any(p is q for q in norms)]
+        optimizer = SAM([{"params": norms, "rho": 0.3}, {"params": others, "rho": 0.0}], torch.optim.SGD, lr=0.0)
+        grad_norms = []
+
+        def closure():
+            optimizer.zero_grad()
+            x = model["embed"](torch.arange(5))
+            x = checkpoint(model["block"], x, use_reentrant=True) if reentrant else model["block"](x)
+            loss = (model["head"](x) * torch.arange(8)).tanh().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+            grad_norms.append(float(optimizer.last_step.grad_norm))
+        return grad_norms
+
+    import warnings
+
+    truth = run(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+        found = run(True)
+    assert found[0] < 0.99 * truth[0]
+    assert found[1:] == pytest.approx(truth[1:])

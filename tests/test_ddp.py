@@ -418,3 +418,91 @@ def _start_and_die(rank, file, folder, point):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     dies(rank, folder, point)
+
+
+def uneven(rank):
+    """One rank has more batches than the other, inside DDP's own `join`."""
+    ddp = DDP(network())
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, module=ddp, rho=0.2, lr=0.1)
+    with ddp.join():
+        for i in range(2 + 2 * rank):
+            by_closure(ddp, optimizer, i, rank)
+    return flat(ddp).tolist()
+
+
+def test_uneven_inputs_inside_join():
+    first, second = ranks.spawn(uneven)
+    assert first == second
+    assert first != flat(network()).tolist()
+
+
+def static_graph(rank):
+    try:
+        ddp = DDP(network(), static_graph=True)
+        SAM(ddp.parameters(), torch.optim.SGD, module=ddp, rho=0.2, lr=0.1)
+    except ValueError as error:
+        own = str(error)
+    ddp = DDP(network(), static_graph=True)
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, module=ddp, sync_ascent=True, rho=0.2, lr=0.1, momentum=0.9)
+    for i in range(STEPS):
+        by_closure(ddp, optimizer, i, rank)
+    return own, flat(ddp).tolist()
+
+
+def test_a_static_graph_averages_in_both_passes_or_is_refused():
+    truth = definition([[loss_on(i, 0), loss_on(i, 1)] for i in range(STEPS)], shared=True)
+    for own, weights in ranks.spawn(static_graph):
+        assert "pass sync_ascent=True" in own
+        torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), truth, rtol=0, atol=1e-12)
+
+
+class Skipping(nn.Module):
+    """A layer that only the first pass uses, on one rank: stochastic depth, a mixture of experts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.extra, self.head = (nn.Linear(6, 6).double() for _ in range(3))
+        self.uses_extra = True
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        return self.head(x + self.extra(x) if self.uses_extra else x)
+
+
+def skipping(rank):
+    ddp = DDP(Skipping(), find_unused_parameters=True)
+    optimizer = SAM(ddp.parameters(), torch.optim.SGD, module=ddp, rho=0.2, lr=0.1, momentum=0.9)
+    for i in range(3):
+        calls = []
+
+        def closure(i=i, calls=calls):
+            calls.append(None)
+            optimizer.zero_grad()
+            ddp.module.uses_extra = rank == 0 or len(calls) == 1
+            loss = loss_on(i, rank)(ddp)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return flat(ddp).tolist()
+
+
+def test_a_layer_that_only_the_first_pass_uses():
+    model = Skipping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for i in range(3):
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for rank in (0, 1):
+            model.uses_extra = True
+            there = moved(model, gradient(model, loss_on(i, rank)), 0.2, None)
+            there.uses_extra = rank == 0
+            loss_on(i, rank)(there).backward()
+            for t, p in zip(total, there.parameters(), strict=True):
+                t += 0 if p.grad is None else p.grad / 2
+        for p, t in zip(model.parameters(), total, strict=True):
+            p.grad = t
+        optimizer.step()
+    first, second = ranks.spawn(skipping)
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), flat(model), rtol=0, atol=1e-12)

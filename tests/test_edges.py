@@ -419,3 +419,24 @@ def test_gradients_that_a_closure_puts_back_after_zeroing_are_its_own():
         optimizer.step(closure)
     assert torch.equal(seen[2], w.detach() + 0.1 * grad)
     torch.testing.assert_close(seen[3] - seen[2], torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("shapes", [[(0, 1)], [(0,), (3, 0)], [(0,), (2,)]], ids=str)
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_parameters_without_entries(shapes, foreach):
+    params = [nn.Parameter(torch.ones(s)) for s in shapes]
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, foreach=foreach)
+    for _ in range(2):
+        optimizer.step(squares(optimizer, *params))
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_an_ascent_of_its_own_has_no_sharpness():
+    """The difference of two losses on different examples is none."""
+    w = parameter(1.0, 2.0)
+    optimizer = SAM([w], lr=0.1, rho=0.5)
+    optimizer.step(squares(optimizer, w), ascent_closure=squares(optimizer, w))
+    assert optimizer.last_step.sharpness is None
+    assert optimizer.last_step.loss is not None
+    optimizer.step(squares(optimizer, w))
+    assert optimizer.last_step.sharpness > 0

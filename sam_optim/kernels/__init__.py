@@ -259,7 +259,7 @@ def _over_ranks(buckets: list[Bucket], values: list[Scalar]) -> list[Scalar]:
         spread = [i for i, b in enumerate(buckets) if b.groups == groups]
         device = buckets[spread[0]].device
         for i, x in zip(spread, shards.sum_over([values[i] for i in spread], groups, device), strict=True):
-            values[i] = x.item() if device.type == "cpu" else x
+            values[i] = shards.number(x) if device.type == "cpu" else x
     return values
 
 
@@ -345,13 +345,13 @@ def finite(grads: list[Tensor]) -> bool | Tensor:
 def _finite(device: torch.device, grads: list[Tensor]) -> bool | Tensor:
     wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     # the fastest pass over memory on either; on a device its sum overflows only beyond all gradients that make sense
-    norms = torch._foreach_norm([g for g in grads if g.numel()], 2 if device.type == "cpu" else 1, dtype=wide)
-    if not norms:
+    full = [g for g in grads if g.numel()]
+    if not full:
         return True
-    total = torch.stack(norms).sum()
+    total = torch.stack(torch._foreach_norm(full, 2 if device.type == "cpu" else 1, dtype=wide)).sum()
     if device.type != "cpu":
         return total.isfinite()
-    return math.isfinite(total.item()) or all(bool(g.isfinite().all()) for g in grads)
+    return math.isfinite(shards.number(total)) or all(bool(g.isfinite().all()) for g in grads)
 
 
 def _sum(values: list[Scalar]) -> Scalar:

@@ -51,6 +51,11 @@ def groups_of(p: Tensor) -> Groups | None:
     return tuple(mesh.get_group(d) for d in spread if mesh.size(d) > 1)
 
 
+def number(x: Tensor) -> float:
+    """The value of a 0-d tensor on the CPU, without an operation: there is nothing to wait for."""
+    return float(x.numpy())
+
+
 def own_group(optimizer: Any) -> Groups:
     """The process group of an optimizer that spreads its state over ranks: ZeroRedundancyOptimizer."""
     group = getattr(optimizer, "process_group", None)

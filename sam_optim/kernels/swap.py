@@ -133,7 +133,7 @@ def dual_power(b: Bucket) -> float:
         else:
             for w, gradient, out in _chunks(b.w[k].data, g, of.out[k]):
                 at = _row_norms(_scaled(b.eta, w, gradient, out), order, ws, at)
-    power: float = norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).item() ** order
+    power = float(norm(ws.norms[:at], order, dtype=torch.float64, out=ws.total).numpy()) ** order
     # squares below 1e-45 or above 1e38 have left float32; or the gradient is 0 or not finite, and stays so
     return power if 0 < power < math.inf else float(reference.dual_power(b))
 

@@ -19,7 +19,8 @@ class Diagnostics:
     """Numbers or 0-d tensors on the device, whatever the passes had."""
 
     def __init__(self) -> None:
-        self.num_unperturbed: int | Tensor = 0
+        self._num_unperturbed: int | Tensor = 0
+        self._counted: list[Tensor] = []  # by the kernels that found it out
         self._ascent: Ascent | None = None
         self._realized: Scalar | None = None
         self._losses: tuple[Any, Any] = (None, None)
@@ -31,12 +32,19 @@ class Diagnostics:
         self._ascent, self._realized, self._losses = ascent, realized, (None, None)
         if ascent is None:
             return
-        if isinstance(ascent.moved, bool):
-            self.num_unperturbed += not ascent.moved
-        elif isinstance(self.num_unperturbed, Tensor):
-            self.num_unperturbed.add_(~ascent.moved)  # in place: a CUDA graph counts, too
+        if ascent.stays is not None:
+            if all(ascent.stays is not x for x in self._counted):
+                self._counted.append(ascent.stays)
+        elif isinstance(ascent.moved, bool):
+            self._num_unperturbed += not ascent.moved
+        elif isinstance(self._num_unperturbed, Tensor):
+            self._num_unperturbed.add_(~ascent.moved)  # in place: a CUDA graph counts, too
         else:
-            self.num_unperturbed = self.num_unperturbed + (~ascent.moved).long()
+            self._num_unperturbed = self._num_unperturbed + (~ascent.moved).long()
+
+    @property
+    def num_unperturbed(self) -> int | Tensor:
+        return sum(self._counted, self._num_unperturbed) if self._counted else self._num_unperturbed
 
     def without_ascent(self, *, plain: bool) -> None:
         """One pass only: of the plain base (rho = 0), or one that left no gradient."""
@@ -70,7 +78,8 @@ class Diagnostics:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ascent": None, "_realized": None, "_losses": (None, None)}
+        counted = [x.clone() for x in self._counted]
+        return self.__dict__ | {"_counted": counted, "_ascent": None, "_realized": None, "_losses": (None, None)}
 
 
 def _detached(loss: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sam_optim import kernels
 from sam_optim.base import BaseUpdate, accepted, check_base, takes_found_inf
 from sam_optim.foreign import adapted
 from sam_optim.geometry import Ball, ProductBall
@@ -49,7 +50,8 @@ class SAM(Optimizer):
             buffers (BatchNorm statistics), its `state_dict()` holds the clean weights at every moment, and each rank of
             DDP has its own perturbation, with one exchange of gradients a step.
         sync_ascent: True for one perturbation by the gradient of all of DDP's ranks.
-        foreach, fused: as in torch.optim. None chooses.
+        foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
+            part, which Triton's kernels do in three launches.
         rounding, replay_rng: see `Perturbation`.
         nonfinite: what a gradient with an inf or NaN does. An ascent gradient gives e = 0 and counts in
             `num_unperturbed`. A descent gradient: "skip" leaves weights and state as they are and counts in
@@ -93,22 +95,24 @@ class SAM(Optimizer):
         flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
         params, members = listed(params)
         base = base_optimizer(params, **accepted(base_optimizer, flags), **base_kwargs)
-        held = {id(p) for group in base.param_groups for p in group["params"]}
-        if members is not None and held != members:
+        held = [p for group in base.param_groups for p in group["params"]]
+        if members is not None and {id(p) for p in held} != members:
             raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
         options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
         options |= {"rounding": rounding, "replay_rng": replay_rng}
+        options["fused"] = fused if kernels.may_be_fused(held) else None  # on the CPU it means the base alone
         self._adopt(base, given, nonfinite=nonfinite, **options)
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:
-        """Around an optimizer that exists, as timm's factory makes it; keyword arguments as for the class."""
+        """Around an optimizer that exists, as timm's factory makes it; keyword arguments as for the class, but `fused`
+        is for SAM's own part alone."""
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"wrap takes an optimizer instance, got {base_optimizer!r}")
         values: dict[str, Any] = {}
         for ancestor in reversed(cls.__mro__[: cls.__mro__.index(SAM) + 1]):  # a subclass may name only what it changes
             named = inspect.signature(ancestor.__init__).parameters.items()  # type: ignore[misc]
-            values |= {k: v.default for k, v in named if v.kind is v.KEYWORD_ONLY and k != "fused"}
+            values |= {k: v.default for k, v in named if v.kind is v.KEYWORD_ONLY}
         if unknown := [k for k in kwargs if k not in values]:
             raise TypeError(f"wrap has no argument {unknown[0]!r}; it takes {', '.join(values)}")
         values |= kwargs

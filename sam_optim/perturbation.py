@@ -52,6 +52,7 @@ class Perturbation:
         sync_ascent: with DDP, True for one perturbation by the gradient of all ranks. FSDP and tensor parallel have
             no other.
         foreach: as in torch.optim. None chooses.
+        fused: True for Triton's kernels, which are for CUDA; what they do not know moves as with None.
         rounding: of bf16 and fp16 weights. "nearest" loses much of a small e (see `last_step.realized`), "stochastic"
             keeps it on average, "float32" keeps it: `module` is and computes in float32 in the second pass, for the
             memory of a float32 copy of it and the time, activations and gradients of float32 (see `Float32Pass`).
@@ -73,6 +74,7 @@ class Perturbation:
         module: nn.Module | None = None,
         sync_ascent: bool | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
         maximize: bool = False,
@@ -88,14 +90,15 @@ class Perturbation:
         self.param_groups = as_groups(model_or_params, defaults)
         self.module = module
         self.sync_ascent = sync_ascent
-        self.foreach = foreach
+        self.foreach, self.fused = foreach, fused
         self.rounding = rounding
         self.replay_rng = replay_rng
         self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
         self._num_cleared = 0
         self._computes_all = False  # gradients that the ascent does not need, too: without them it has lost others
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
-        self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise)
+        kernels.check_fused(self._params(), fused, foreach)
+        self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise, fused)
         self._pass: PerturbedPass | None = None
         self._first: AscentPass | None = None
         self._put_under: Callable[[], None] | None = None
@@ -412,6 +415,6 @@ class Perturbation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._plan = Plan(self.module, self.sync_ascent, self.foreach, self.rounding, self._noise)
+        self._plan = Plan(self.module, self.sync_ascent, self.foreach, self.rounding, self._noise, self.fused)
         if self.replay_rng:
             self._first_forward = FirstForward(self.module)

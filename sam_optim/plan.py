@@ -24,7 +24,7 @@ class Plan:
 
     Args:
         module, sync_ascent: what `Ranks` has to know.
-        foreach: as in torch.optim.
+        foreach, fused: as in torch.optim.
         rounding: "nearest", "stochastic" or "float32".
         noise: draws for stochastic rounding, or None.
     """
@@ -36,6 +36,7 @@ class Plan:
         foreach: bool | None,
         rounding: str,
         noise: rng.Stream | None,
+        fused: bool | None = None,
     ):
         if rounding not in ROUNDING:
             raise ValueError(f"rounding must be 'nearest', 'stochastic' or 'float32', got {rounding!r}")
@@ -44,6 +45,7 @@ class Plan:
         self._sync_ascent = sync_ascent
         self._foreach = foreach
         self._noise = noise
+        self._fused = fused
         self._stores: list[kernels.Store | None] = []
         self._ranks: tuple[list[Tensor], type, Ranks] | None = None
 
@@ -75,7 +77,9 @@ class Plan:
             store = self._stores[k]
             if store is None or not store.matches(group["params"]):
                 how = (self._foreach, self._noise, ranks.groups_of)
-                store = self._stores[k] = kernels.Store(group["params"], *how, in_float32=self.float32 is not None)
+                store = self._stores[k] = kernels.Store(
+                    group["params"], *how, in_float32=self.float32 is not None, fused=self._fused
+                )
             found += store.buckets(
                 canonical_norm(group["norm"]),
                 -rho if group.get("maximize", False) else rho,

@@ -161,7 +161,7 @@ class LastStep:
             if x is None:
                 return None
             x = x.detach() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=dtype)
-            return x.reshape(()) if x.numel() == 1 else x.mean()
+            return x.reshape(()).clone() if x.numel() == 1 else x.mean()  # not what the next step writes to
 
         before, after = scalar(loss), scalar(perturbed)
         sharpness = None if before is None or after is None else after - before

@@ -26,6 +26,8 @@ HARD = {"torch", "sam_optim"} | set(sys.stdlib_module_names)
 OWN = {
     "sam_optim.integrations.lightning": {"lightning", "pytorch_lightning", "torchmetrics"},
     "sam_optim.integrations.transformers": {"transformers"},
+    "sam_optim.kernels.triton": {"triton"},
+    "sam_optim.kernels.triton_ascent": {"triton"},
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.kernels import foreach, reference, shards, swap, widened
+from sam_optim.kernels.tables import is_plain
 
 Scalar = float | Tensor
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -31,7 +33,8 @@ class Bucket:
     the clean weights while w is perturbed; shorter than w when a move was interrupted. T is |w| + eta where eta is
     given, else t (broadcastable tensors), else 1. rho: the radius, negative where the loss is maximised. noise: draws
     for stochastic rounding. workspace, index: persistent storage, and the place of each parameter in it. shared: moved
-    in place, so that whoever looks into the same storage sees the perturbed weights.
+    in place, so that whoever looks into the same storage sees the perturbed weights. choice: one object as long as
+    nothing changes but values. realized: <e', e> and <e, e> in parts, (2, n), where the move has found them itself.
     """
 
     p: float
@@ -51,6 +54,8 @@ class Bucket:
     t: list[Tensor] | None = None
     shared: list[bool] = field(default_factory=list)
     saved: list[Tensor] = field(default_factory=list)
+    choice: Any = None
+    realized: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -80,10 +85,12 @@ class Store:
         groups_of: Callable[[Tensor], shards.Groups | None] = shards.groups_of,
         *,
         in_float32: bool = False,
+        fused: bool | None = None,
     ):
         self.listed = list(params)
         self.params = params = list(dict.fromkeys(params))  # one listed twice moves once
         self._foreach = foreach_flag
+        self._fused = fused_body() if fused else None
         self._noise = noise
         self._in_float32 = in_float32
         self._groups = [groups_of(p) for p in params]  # None: whole, and in storage of its own
@@ -92,7 +99,8 @@ class Store:
         self._scratch: dict[Any, Any] = {}
         self._chosen_for: Any = None
         self._plan: list[_Choice] = []
-        fitting = [i for i, p in enumerate(params) if not foreach_flag and self._groups[i] is None and swap.fits(p)]
+        may_borrow = not (foreach_flag or fused)
+        fitting = [i for i, p in enumerate(params) if may_borrow and self._groups[i] is None and swap.fits(p)]
         self._place: dict[int, tuple[swap.Workspace, int]] = {}
         for dtype in {params[i].dtype for i in fitting}:
             members = [i for i in fitting if params[i].dtype == dtype]
@@ -115,6 +123,7 @@ class Store:
         found = []
         for c in self._plan:
             b = Bucket(p, rho, eta, c.body, c.workspace, c.device, c.dtype, self._noise, c.groups, self._scratch)
+            b.choice = c
             b.params, b.index = [params[i] for i in c.members], c.places
             b.w, b.g = [weights[i] for i in c.members], [grads[i] for i in c.members]  # type: ignore[misc]
             b.shared = c.workspace.shared() if isinstance(c.workspace, swap.Selection) else [True] * len(c.members)
@@ -169,6 +178,8 @@ class Store:
             return reference
         if self._noise is not None and w.dtype in LOW_PRECISION:
             return reference
+        if self._fused is not None and self._fused.fits(w, g):
+            return self._fused
         if self._foreach or (self._foreach is None and w.device.type != "cpu"):
             return foreach
         return reference
@@ -186,7 +197,7 @@ def _check_writable(w: Tensor) -> None:
 def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
     """What the choice of a body depends on. Few small objects where all gradients are there and dense: storage that is
     where it was, and as long, holds what it held, and gradients have the layout of their parameter."""
-    if all(map(_is_plain, params)):
+    if all(map(is_plain, params)):
         try:
             return [(w.data_ptr(), w.numel(), w.dtype, g.dtype, g.stride()) for w, g in zip(params, grads, strict=True)]
         except (AttributeError, RuntimeError):
@@ -197,14 +208,10 @@ def _kinds(params: list[Tensor], grads: list[Any]) -> list[Any]:
     ]
 
 
-def _is_plain(w: Tensor) -> bool:
-    return type(w) is torch.nn.Parameter or type(w) is Tensor
-
-
 def _address(w: Tensor) -> int | None:
     """None where a tensor subclass has no storage of its own."""
     try:
-        return w.data_ptr() if _is_plain(w) else None
+        return w.data_ptr() if is_plain(w) else None
     except RuntimeError:
         return None
 
@@ -220,13 +227,45 @@ def _same_layout(w: Tensor, g: Tensor, place: tuple[swap.Workspace, int]) -> boo
     return same and w.stride() == out.stride() == _stride(g)
 
 
+def may_be_fused(params: list[Tensor]) -> bool:
+    """Whether there is anything that the fused body could move: on CUDA, or in Triton's interpreter."""
+    return any(p.is_cuda for p in params) or (bool(params) and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def check_fused(params: list[Tensor], fused: bool | None, foreach_flag: bool | None) -> None:
+    """Raises for fused=True where it cannot be."""
+    if not fused:
+        return
+    if foreach_flag:
+        raise ValueError("fused=True and foreach=True are two ways of moving the weights: pass one of them")
+    if not may_be_fused(params):
+        kinds = sorted({p.device.type for p in params})
+        raise ValueError(f"fused=True needs parameters on CUDA, got {kinds}: move the model there first, or pass None")
+    fused_body()
+
+
+def fused_body() -> ModuleType:
+    """Only for those who ask for it: Triton takes a second to import, and need not be there."""
+    try:
+        from sam_optim.kernels import triton
+    except ImportError as error:
+        raise ImportError(
+            f"fused=True moves weights with Triton, which cannot be imported ({error}): install triton, or pass "
+            "fused=None"
+        ) from error
+    return triton
+
+
 class Ascent(NamedTuple):
-    """norm: ||T g||_q, q dual to p, or None. length: ||T^-1 e||_p. moved: False where norm is 0 or not finite."""
+    """norm: ||T g||_q, q dual to p, or None. length: ||T^-1 e||_p. moved: False where norm is 0 or not finite. stays:
+    how often it has been False so far, where the device counts.
+    """
 
     norm: Scalar | None
     length: Scalar
     moved: bool | Tensor
     factors: list[Scalar]
+    stays: Tensor | None = None
 
 
 def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
@@ -235,6 +274,8 @@ def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
     Groups of p = 2 and of p = inf, where both occur, have a norm each. All ranks of the process groups `agreeing` stay
     where they are if one of them must.
     """
+    if _is_fused(buckets) and not agreeing:
+        return Ascent(*buckets[0].body.ascend_together_(buckets))
     powers = _over_ranks(buckets, [b.body.dual_power(b) for b in buckets])
     sums = {p: _sum([x for b, x in zip(buckets, powers, strict=True) if b.p == p]) for p in {b.p for b in buckets}}
     norms = {p: power**0.5 if p == 2 else power for p, power in sums.items()}
@@ -250,6 +291,18 @@ def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
     for b, factor in zip(buckets, factors, strict=True):
         b.body.ascend_(b, factor)
     return Ascent(total, _length(buckets, powers, sums, moved), moved, factors)
+
+
+def _is_fused(buckets: list[Bucket]) -> bool:
+    """Whether one body moves all of them at once. Sets another one where weights overlap."""
+    fused = [b for b in buckets if hasattr(b.body, "ascend_together_")]
+    together = fused == buckets and len({b.device for b in buckets}) == 1
+    for found in [fused] if together else [[b] for b in fused]:
+        if found and not found[0].body.is_possible(found):
+            together = False
+            for b in found:
+                b.body = foreach
+    return together and bool(buckets)
 
 
 def _over_ranks(buckets: list[Bucket], values: list[Scalar]) -> list[Scalar]:
@@ -317,6 +370,11 @@ def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
     dots: list[Scalar] = []
     squares: list[Scalar] = []
     for b, factor in low:
+        if b.realized is not None:
+            dot, square = b.realized.sum(dim=1).unbind()
+            dots.append(dot)
+            squares.append(square)
+            continue
         moves = [reference.step(b, i, clean, factor) for i, clean in enumerate(b.saved)]
         realised = [w.detach().float() - clean.float() for w, clean in zip(b.w, b.saved, strict=False)]
         dots.append(_sum([(x * e).sum(dtype=torch.float64) for x, e in zip(realised, moves, strict=True)]))

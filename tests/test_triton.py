@@ -1,0 +1,229 @@
+"""Triton's kernels without a device: interpreted, counted on fake CUDA tensors, compiled to what a device would run.
+
+`tests/triton_interpreted.py` holds what is interpreted: Triton decides between compiler and interpreter when it is
+imported, so that it needs a process of its own. What runs on a device is in `tests/gpu`.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sam_optim import ASAM, SAM, Perturbation, kernels
+from sam_optim.kernels import tables
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("triton")
+
+
+def test_interpreted():
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "tests/triton_interpreted.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert out.returncode == 0, out.stdout[-4000:] + out.stderr[-1000:]
+
+
+# fake CUDA tensors
+
+SHAPES = [(64, 32), (64,), (32, 64), (10, 8, 3, 3), (1,), ()]
+
+
+class Launches(list):
+    """(kernel, programs, arguments, constants) of every launch."""
+
+    def __call__(self, kernel, programs, *args, **constants):
+        if programs:
+            self.append((kernel, programs, args, constants))
+
+    @property
+    def names(self):
+        return [kernel.fn.__name__ for kernel, *_ in self]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would be launched, on fake CUDA tensors that have addresses."""
+    recorded = Launches()
+    known = {}
+
+    def address(x):
+        return known.setdefault(id(x), (x, (len(known) + 1) << 40))[1]  # with x, so that no id is used again
+
+    monkeypatch.setattr(tables, "launch", recorded)
+    monkeypatch.setattr(tables, "address", address)
+    monkeypatch.setattr(tables, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(tables, "is_capturing", lambda device: False)
+    monkeypatch.setattr(tables, "is_plain", lambda x: True)  # which fake tensors stand for
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that no generator is asked
+    with FakeTensorMode():
+        yield recorded
+
+
+def parameters(shapes, dtype=torch.float32, grad_dtype=None):
+    params = [torch.nn.Parameter(torch.empty(s, dtype=dtype, device="cuda")) for s in shapes]
+    for p in params:
+        if grad_dtype is not None:
+            p.grad_dtype = None
+        p.grad = torch.empty_like(p, dtype=grad_dtype or dtype)
+    return params
+
+
+VARIANTS = {
+    "SAM": functools.partial(Perturbation, rho=0.05),
+    "ASAM": functools.partial(Perturbation, rho=0.5, adaptive=True),
+    "filter": functools.partial(Perturbation, rho=0.5, adaptive="filter"),
+    "inf": functools.partial(Perturbation, rho=0.01, norm=math.inf),
+    "ASAM, inf": functools.partial(Perturbation, rho=0.01, adaptive=True, norm=math.inf),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_launches_whatever_the_model(variant, launches):
+    for shapes in (SHAPES, SHAPES * 50):
+        params = parameters(shapes)
+        sam = VARIANTS[variant](params, fused=True)
+        for _ in range(2):
+            grads = [p.grad for p in params]
+            launches.clear()
+            sam.enter()
+            assert launches.names == ["norm_partials", "finalise", "perturb"]
+            sam.exit()
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+
+
+def bytes_of(launch):
+    """What a launch moves for each entry: by what its kernel loads and stores."""
+    kernel, _, _, c = launch
+    g, w = c["G"].primitive_bitwidth // 8, c["W"].primitive_bitwidth // 8
+    reads_w = c["MODE"] == 1
+    return g + w * reads_w if kernel.fn.__name__ == "norm_partials" else g + 3 * w
+
+
+def test_twenty_bytes_for_each_parameter_and_twenty_four_for_asam(launches):
+    for variant, number in (("SAM", 20), ("ASAM", 24)):
+        params = parameters(SHAPES)
+        launches.clear()
+        VARIANTS[variant](params, fused=True).enter()
+        passes = [x for x in launches if x[0].fn.__name__ != "finalise"]
+        assert sum(map(bytes_of, passes)) == number
+        for _, programs, _, c in passes:  # every entry is in one program
+            length = c["BLOCK"] * c.get("SPAN", 1)
+            assert programs == sum(-(-p.numel() // length) for p in params)
+
+
+# compiled
+
+GIVEN = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8"}
+
+
+def compiled(launch, capability):
+    """The machine code of a launch, as text, and what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, _, args, constants = launch
+    signature = dict.fromkeys(kernel.arg_names, "constexpr")
+    attributes = {}
+    for i, (name, x) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        signature[name] = GIVEN[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+        if isinstance(x, torch.Tensor):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=given, attrs=attributes)
+    options = {"num_warps": tables.WARPS, "enable_fp_fusion": False}
+    cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sam_optim-{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    try:
+        command = [tools / "cuobjdump", "-sass", "-res-usage", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    finally:
+        path.unlink()
+
+
+def check_machine_code(launch, capability, *, wide):
+    text = compiled(launch, capability)
+    name = launch[0].fn.__name__
+    assert not re.search(r"\b(LDL|STL)\b|\b(LDL|STL)\.", text), name  # registers that did not suffice
+    assert re.search(r"STACK:0\b", text), name
+    assert int(re.search(r"REG:(\d+)", text)[1]) <= 128, name
+    if wide:
+        assert "LDG.E.128" in text, name
+        assert "STG.E.128" in text or name not in ("perturb", "sgd", "adam"), name
+
+
+def launched(launches, variant, **types):
+    params = parameters(SHAPES, **types)
+    launches.clear()
+    VARIANTS[variant](params, fused=True).enter()
+    return list(launches)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", ["SAM", "ASAM"])
+def test_compiled_kernels_read_and_write_16_bytes_at_a_time_and_spill_nothing(variant, capability, launches):
+    for launch in launched(launches, variant):
+        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalise")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_all_kernels_compile_and_spill_nothing(dtype, variant, capability, launches):
+    for launch in launched(launches, variant, dtype=dtype):
+        name, is_wide = launch[0].fn.__name__, dtype == torch.float64
+        if is_wide and name == "norm_partials":
+            continue  # 128 registers and more in float64, which nobody trains fast in
+        check_machine_code(launch, capability, wide=name != "finalise")
+
+
+# what is asked for
+
+
+def test_fused_is_refused_where_it_cannot_be():
+    params = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match=r"needs parameters on CUDA, got \['cpu'\]"):
+        Perturbation(params, fused=True)
+    with pytest.raises(ValueError, match="two ways of moving the weights"):
+        Perturbation(params, fused=True, foreach=True)
+    with pytest.raises(ValueError, match=r"needs parameters on CUDA, got \['cpu'\]"):
+        SAM.wrap(torch.optim.SGD(params, lr=0.1), fused=True)
+
+
+def test_without_triton_the_error_names_it(monkeypatch, launches):
+    monkeypatch.setitem(sys.modules, "sam_optim.kernels.triton", None)
+    monkeypatch.delattr(kernels, "triton", raising=False)
+    with pytest.raises(ImportError, match="install triton, or pass fused=None"):
+        Perturbation(parameters(SHAPES), fused=True)
+    Perturbation(parameters(SHAPES)).enter()
+
+
+def test_on_the_cpu_fused_is_for_the_base_alone():
+    params = [torch.nn.Parameter(torch.ones(3))]
+    sam = ASAM(params, torch.optim.AdamW, lr=0.1, fused=True)
+    assert sam.param_groups[0]["fused"]
+    assert sam.perturbation.fused is None
+
+
+def test_none_is_foreach_until_it_has_been_measured(launches):
+    params = parameters(SHAPES)
+    sam = SAM(params, torch.optim.SGD, lr=0.1)
+    sam.first_step()
+    assert {b.body for b in sam.perturbation._pass._buckets} == {kernels.foreach}
+    assert not launches

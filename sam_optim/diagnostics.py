@@ -37,10 +37,12 @@ class Diagnostics:
                 self._counted.append(ascent.stays)
         elif isinstance(ascent.moved, bool):
             self._num_unperturbed += not ascent.moved
-        elif isinstance(self._num_unperturbed, Tensor):
-            self._num_unperturbed.add_(~ascent.moved)  # in place: a CUDA graph counts, too
         else:
-            self._num_unperturbed = self._num_unperturbed + (~ascent.moved).long()
+            stayed = ~ascent.moved if ascent.stayed is None else ascent.stayed  # type: ignore[operator]
+            if isinstance(self._num_unperturbed, Tensor):
+                self._num_unperturbed.add_(stayed)  # in place: a CUDA graph counts, too
+            else:
+                self._num_unperturbed = self._num_unperturbed + stayed.long()
 
     @property
     def num_unperturbed(self) -> int | Tensor:
@@ -60,7 +62,9 @@ class Diagnostics:
 
     def last_step(self, params: Sequence[Tensor]) -> LastStep:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
-        known = (None, None, None) if self._ascent is None else (self._ascent.norm, self._ascent.length, self._realized)
+        length = None if self._ascent is None else self._ascent.length
+        length = length() if callable(length) else length
+        known = (None, None, None) if self._ascent is None else (self._ascent.norm, length, self._realized)
         step = LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
         return step if self._of_one_function else dataclasses.replace(step, sharpness=None)
 

@@ -100,7 +100,7 @@ class SAM(Optimizer):
             raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
         options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
         options |= {"rounding": rounding, "replay_rng": replay_rng}
-        options["fused"] = fused if kernels.may_be_fused(held) else None  # on the CPU it means the base alone
+        options["fused"] = fused if kernels.fused.may_be_fused(held) else None  # on the CPU it means the base alone
         self._adopt(base, given, nonfinite=nonfinite, **options)
 
     @classmethod

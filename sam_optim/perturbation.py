@@ -97,7 +97,7 @@ class Perturbation:
         self._num_cleared = 0
         self._computes_all = False  # gradients that the ascent does not need, too: without them it has lost others
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
-        kernels.check_fused(self._params(), fused, foreach)
+        kernels.fused.check_fused(self._params(), fused, foreach)
         self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise, fused)
         self._pass: PerturbedPass | None = None
         self._first: AscentPass | None = None

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_cost import shapes_of
 from sam_optim import ASAM, SAM, GraphedStep, Perturbation
 
 VARIANTS = {
@@ -29,10 +31,12 @@ class Watched(TorchDispatchMode):
         self.reads = []
         self.allocated = []
         self.calls = 0
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.calls += 1
+        self.names.append(str(func))
         if func in READS:
             self.reads.append(str(func))
         given = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(x)}
@@ -111,6 +115,25 @@ def test_a_whole_step_reads_nothing_back_on_cuda_tensors(monkeypatch, variant, b
         assert sam.num_unperturbed.device.type == "cuda"
         if base == "adamw fused":
             assert sam.num_skipped.device.type == "cuda"
+
+
+@pytest.mark.parametrize(("variant", "most"), [("SAM", 12), ("ASAM", 18)])
+def test_the_launches_of_foreach_on_a_resnet50(monkeypatch, variant, most):
+    """Ascent, count of steps that did not move, and restore; views and questions to a tensor launch nothing."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    shapes = shapes_of("resnet50")
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(s, device="cuda")) for s in shapes]
+        sam = VARIANTS[variant](params, torch.optim.SGD, lr=0.1).perturbation
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            with Watched() as watched:
+                sam.enter(keep_gradients=False)
+                sam.exit()
+    launched = [name for name in watched.names if not re.match(r"prim\.device|aten\.(empty|detach)\.", name)]
+    assert len(launched) <= most, launched
+    assert sum("foreach" in name or "fused" in name for name in launched) <= most - 8
 
 
 def test_a_graph_needs_a_device():

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from test_kernels import close_to, expected, make
 from torch import nn
 
 from sam_optim import Perturbation, kernels
 from sam_optim.kernels import foreach, tables, triton_ascent
 from sam_optim.kernels import triton as body
-from tests.test_kernels import close_to, expected, make
 
 SHAPES = [(3, 5), (), (1,), (0,), (4, 3, 3, 3), (2049,), (3, 2731), (8192,)]
 ADAPTIVE = [False, True, "filter", "layer"]
@@ -73,7 +73,7 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(adaptive, norm,
 
 
 def _t(params, adaptive):
-    from tests.test_kernels import t_of
+    from test_kernels import t_of
 
     return [t_of(p.detach().double(), adaptive, 0.01) for p in params]
 
@@ -295,5 +295,5 @@ def test_low_precision_says_what_its_rounding_left():
 
 def test_interpreted_or_not_is_known():
     assert body.IS_INTERPRETED
-    assert kernels.may_be_fused(make([(3,)]))
+    assert kernels.fused.may_be_fused(make([(3,)]))
     assert not isinstance(triton_ascent.perturb, body.JITFunction)

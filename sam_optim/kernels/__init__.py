@@ -7,9 +7,9 @@ restore_(b)          w <- the bits that it had, in the storage that it had
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.kernels import foreach, reference, shards, swap, widened
+from sam_optim.kernels.fused import fused_body
 from sam_optim.kernels.tables import is_plain
 
 Scalar = float | Tensor
@@ -227,45 +228,18 @@ def _same_layout(w: Tensor, g: Tensor, place: tuple[swap.Workspace, int]) -> boo
     return same and w.stride() == out.stride() == _stride(g)
 
 
-def may_be_fused(params: list[Tensor]) -> bool:
-    """Whether there is anything that the fused body could move: on CUDA, or in Triton's interpreter."""
-    return any(p.is_cuda for p in params) or (bool(params) and os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def check_fused(params: list[Tensor], fused: bool | None, foreach_flag: bool | None) -> None:
-    """Raises for fused=True where it cannot be."""
-    if not fused:
-        return
-    if foreach_flag:
-        raise ValueError("fused=True and foreach=True are two ways of moving the weights: pass one of them")
-    if not may_be_fused(params):
-        kinds = sorted({p.device.type for p in params})
-        raise ValueError(f"fused=True needs parameters on CUDA, got {kinds}: move the model there first, or pass None")
-    fused_body()
-
-
-def fused_body() -> ModuleType:
-    """Only for those who ask for it: Triton takes a second to import, and need not be there."""
-    try:
-        from sam_optim.kernels import triton
-    except ImportError as error:
-        raise ImportError(
-            f"fused=True moves weights with Triton, which cannot be imported ({error}): install triton, or pass "
-            "fused=None"
-        ) from error
-    return triton
-
-
 class Ascent(NamedTuple):
-    """norm: ||T g||_q, q dual to p, or None. length: ||T^-1 e||_p. moved: False where norm is 0 or not finite. stays:
-    how often it has been False so far, where the device counts.
+    """norm: ||T g||_q, q dual to p, or None. length: ||T^-1 e||_p, or what computes it. moved: False where norm is 0 or
+    not finite. stays: how often it has been False so far, where the device counts; stayed: not moved, where that is
+    what is known.
     """
 
     norm: Scalar | None
-    length: Scalar
-    moved: bool | Tensor
+    length: Scalar | Callable[[], Tensor]
+    moved: bool | Tensor | None
     factors: list[Scalar]
     stays: Tensor | None = None
+    stayed: Tensor | None = None
 
 
 def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
@@ -276,6 +250,13 @@ def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
     """
     if _is_fused(buckets) and not agreeing:
         return Ascent(*buckets[0].body.ascend_together_(buckets))
+    if len(buckets) == 1 and buckets[0].body is foreach and not agreeing and not buckets[0].groups:
+        b = buckets[0]
+        if (alone := foreach.ascend_alone_(b)) is not None:
+            norm, own, stayed = alone
+            length = functools.partial(_radius, b.rho, stayed)  # a tensor is filled anew by schedules
+            known = length() if isinstance(b.rho, Tensor) else length
+            return Ascent(norm, known, None, [own], stayed=stayed)
     powers = _over_ranks(buckets, [b.body.dual_power(b) for b in buckets])
     sums = {p: _sum([x for b, x in zip(buckets, powers, strict=True) if b.p == p]) for p in {b.p for b in buckets}}
     norms = {p: power**0.5 if p == 2 else power for p, power in sums.items()}
@@ -340,6 +321,10 @@ def _length(buckets: list[Bucket], powers: list[Scalar], sums: dict[float, Scala
         return max(float(x) for x in lengths)
     largest = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(moved.device) for x in lengths]).max()
     return torch.where(moved, largest, 0.0)
+
+
+def _radius(rho: Scalar, stayed: Tensor) -> Tensor:
+    return stayed.logical_not().double() * (rho.abs() if isinstance(rho, Tensor) else abs(rho))
 
 
 def _share(x: Scalar, total: Scalar) -> Scalar:

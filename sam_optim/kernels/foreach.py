@@ -17,16 +17,27 @@ if TYPE_CHECKING:
 
 
 def dual_power(b: Bucket) -> Scalar:
-    x = [v for v in _scaled_gradients(b) if v.numel()]
-    if not x:
-        return 0.0
-    # one long float32 sum on the CPU is off by up to 1e-3; a device sums in chunks
-    wide = torch.float64 if x[0].device.type == "cpu" or x[0].dtype == torch.float64 else torch.float32
-    norms = torch.stack(torch._foreach_norm(x, 2 if b.p == 2 else 1, dtype=wide)).double()
-    return norms.square().sum() if b.p == 2 else norms.sum()
+    norm = _dual_norm(b)
+    return 0.0 if norm is None else norm.square() if b.p == 2 else norm
 
 
-def ascend_(b: Bucket, factor: Scalar) -> None:
+def ascend_alone_(b: Bucket) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Norm, factor, and whether all stays, for the only bucket that there is: fewer launches than for several."""
+    norm = _dual_norm(b)
+    if norm is None:
+        return None
+    inverse = norm.reciprocal().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    stays = inverse == 0
+    if b.p == 2:
+        wide = torch.float64 if b.dtype == torch.float64 else torch.float32
+        factor = torch.mul(inverse, b.rho, out=torch.empty((), dtype=wide, device=norm.device))
+    else:
+        factor = inverse.fill_(b.rho).masked_fill_(stays, 0.0)
+    ascend_(b, factor, stays)
+    return norm, factor, stays
+
+
+def ascend_(b: Bucket, factor: Scalar, stays: Tensor | None = None) -> None:
     if not b.w:
         return
     kept = [b.workspace[i] for i in b.index]
@@ -46,7 +57,7 @@ def ascend_(b: Bucket, factor: Scalar) -> None:
             nesterov=False,
             maximize=True,
             is_first_step=False,
-            found_inf=(factor == 0).float(),
+            found_inf=(factor == 0 if stays is None else stays).float(),
         )
         torch.autograd.graph.increment_version(b.w)  # which fused kernels do not, and a backward at w must fail now
         return
@@ -61,6 +72,18 @@ def ascend_(b: Bucket, factor: Scalar) -> None:
 def restore_(b: Bucket) -> None:
     if b.saved:
         torch._foreach_copy_(b.w, b.saved)
+
+
+def _dual_norm(b: Bucket) -> Tensor | None:
+    """||T g||_q in float64; None where there are no entries."""
+    x = [v for v in _scaled_gradients(b) if v.numel()]
+    if not x:
+        return None
+    # one long float32 sum on the CPU is off by up to 1e-3; a device sums in chunks
+    wide = torch.float64 if x[0].device.type == "cpu" or x[0].dtype == torch.float64 else torch.float32
+    order = 2 if b.p == 2 else 1
+    norms = torch.stack(torch._foreach_norm(x, order, dtype=wide))
+    return torch.linalg.vector_norm(norms, order, dtype=torch.float64)
 
 
 def _scaled_gradients(b: Bucket) -> list[Tensor]:

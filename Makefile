@@ -9,13 +9,17 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test test-slow lint format bench clean
+# no installation: machines with a GPU often have their own torch, and no network
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: help install demo test test-slow lint format bench gpu clean
 
 help:
 	@echo "make demo       train SGD, SAM and ASAM on real digits, measure all, write runs/demo/report.html (5 minutes)"
 	@echo "make test       lint, types and tests (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes or need data that is not embedded"
 	@echo "make bench      cost of a SAM step against pytorch_optimizer's (CPU)"
+	@echo "make gpu        tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
 	@echo "make install    .venv with everything from pyproject.toml"
 
 install: $(STAMP)
@@ -42,6 +46,9 @@ test-slow: install
 
 bench: install
 	$(BIN)/python -m benchmarks.step_cost
+
+gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu
 
 format: install
 	$(BIN)/ruff check --fix .

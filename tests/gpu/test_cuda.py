@@ -169,13 +169,14 @@ def test_a_whole_step_waits_for_nothing():
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, fused=True)
     data = list(batches(4))
 
-    def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        return loss.detach()
-
     for i, (x, y) in enumerate(data):
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss.detach()
+
         torch.cuda.set_sync_debug_mode("error" if i == 3 else "default")
         try:
             optimizer.step(closure)

@@ -281,3 +281,18 @@ def test_rows_of_the_norm_do_not_outgrow_their_storage():
         with sam.perturbed():
             close_to(chosen, truth, torch.float32)
         assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+
+
+def test_a_radius_that_is_0_on_a_device_stays_out_of_the_norm():
+    """There it is a tensor that is not read, and its group is among those that could move."""
+    still, moving = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    still.grad, moving.grad = torch.full((3,), 100.0), torch.tensor([3.0, 4.0, 0.0])
+    buckets = [
+        b
+        for p, rho in ((still, 0.0), (moving, 0.5))
+        for b in kernels.Store([p], True, None).buckets(2, torch.tensor(rho), None, None)
+    ]
+    ascent = kernels.ascend_(buckets)
+    assert float(ascent.norm) == pytest.approx(5.0)
+    assert torch.equal(still.detach(), torch.ones(3))
+    torch.testing.assert_close(moving.detach(), torch.tensor([1.3, 1.4, 1.0]))

@@ -257,7 +257,7 @@ def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
             length = functools.partial(_radius, b.rho, stayed)  # a tensor is filled anew by schedules
             known = length() if isinstance(b.rho, Tensor) else length
             return Ascent(norm, known, None, [own], stayed=stayed)
-    powers = _over_ranks(buckets, [b.body.dual_power(b) for b in buckets])
+    powers = _over_ranks(buckets, [_power(b) for b in buckets])
     sums = {p: _sum([x for b, x in zip(buckets, powers, strict=True) if b.p == p]) for p in {b.p for b in buckets}}
     norms = {p: power**0.5 if p == 2 else power for p, power in sums.items()}
     total = _sum(list(norms.values()))
@@ -272,6 +272,13 @@ def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
     for b, factor in zip(buckets, factors, strict=True):
         b.body.ascend_(b, factor)
     return Ascent(total, _length(buckets, powers, sums, moved), moved, factors)
+
+
+def _power(b: Bucket) -> Scalar:
+    """Of a group whose radius is 0 on the device nothing: it does not move, and stays out of the norm."""
+    power = b.body.dual_power(b)
+    on_device = isinstance(b.rho, Tensor) and isinstance(power, Tensor)
+    return torch.where(b.rho == 0, 0.0, power) if on_device else power  # type: ignore[arg-type]
 
 
 def _is_fused(buckets: list[Bucket]) -> bool:
@@ -302,7 +309,7 @@ def _factor(b: Bucket, norm: Scalar, moved: bool | Tensor) -> Scalar:
     if not isinstance(moved, Tensor):
         return 0.0 if norm == 0 else float(b.rho / norm if b.p == 2 else b.rho)
     norm = torch.as_tensor(norm, dtype=torch.float64, device=b.device)
-    factor = torch.as_tensor(b.rho / norm if b.p == 2 else b.rho, dtype=torch.float64, device=b.device)
+    factor = (b.rho / norm if b.p == 2 else _scalar(b.rho, b.device)).to(torch.float64)
     return torch.where(moved.to(b.device) & (norm > 0), factor, 0.0)
 
 
@@ -319,8 +326,15 @@ def _length(buckets: list[Bucket], powers: list[Scalar], sums: dict[float, Scala
         lengths.append(_sum(shares) ** 0.5)
     if not isinstance(moved, Tensor):
         return max(float(x) for x in lengths)
-    largest = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(moved.device) for x in lengths]).max()
+    largest = torch.stack([_scalar(x, moved.device) for x in lengths]).max()
     return torch.where(moved, largest, 0.0)
+
+
+def _scalar(x: Scalar, device: torch.device) -> Tensor:
+    """On the device; a number by a kernel that fills, not by a copy, which would wait."""
+    if isinstance(x, Tensor):
+        return x.to(device=device, dtype=torch.float64)
+    return torch.full((), x, dtype=torch.float64, device=device)
 
 
 def _radius(rho: Scalar, stayed: Tensor) -> Tensor:

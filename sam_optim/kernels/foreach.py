@@ -43,11 +43,14 @@ def ascend_(b: Bucket, factor: Scalar, stays: Tensor | None = None) -> None:
     kept = [b.workspace[i] for i in b.index]
     torch._foreach_copy_(kept, b.w)
     b.saved = kept
-    direction = _direction(b)
-    if isinstance(factor, Tensor) and _fusible(b.w, direction):
+    pairs = [(w, d) for w, d in zip(b.w, _direction(b), strict=True) if w.numel()]
+    weights, direction = [w for w, _ in pairs], [d for _, d in pairs]
+    if not pairs:
+        return
+    if isinstance(factor, Tensor) and _fusible(weights, direction):
         # w + lr d as one kernel that does nothing where found_inf is set: a gradient of NaN must not reach w
         torch._fused_sgd_(
-            b.w,
+            weights,
             direction,
             [],
             weight_decay=0.0,
@@ -59,13 +62,13 @@ def ascend_(b: Bucket, factor: Scalar, stays: Tensor | None = None) -> None:
             is_first_step=False,
             found_inf=(factor == 0 if stays is None else stays).float(),
         )
-        torch.autograd.graph.increment_version(b.w)  # which fused kernels do not, and a backward at w must fail now
+        torch.autograd.graph.increment_version(weights)  # which fused kernels do not, and a backward at w must fail now
         return
     if isinstance(factor, Tensor):
         moves = [torch.where(factor == 0, 0.0, _wide(x) * factor.to(_wide(x).dtype)) for x in direction]
     else:
         moves = list(torch._foreach_mul([_wide(x) for x in direction], factor))
-    for w, e in zip(b.w, moves, strict=True):
+    for w, e in zip(weights, moves, strict=True):
         w.copy_(w.to(e.dtype) + e)
 
 
@@ -142,7 +145,7 @@ def _fusible(weights: list[Tensor], direction: list[Tensor]) -> bool:
         _teach_meta()
     dtypes = (torch.float32,) if weights[0].device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
     return all(
-        w.dtype == d.dtype and w.dtype in dtypes and w.stride() == d.stride() and w.numel()
+        w.dtype == d.dtype and w.dtype in dtypes and w.stride() == d.stride()
         for w, d in zip(weights, direction, strict=True)
     ) and all(w.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(w) for w in weights)
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from faults.cases import by_contexts, by_two_steps
-from faults.harness import Path, Rig
+from faults.harness import Path, Rig, batch
 from sam_optim import Perturbation
 
 
@@ -60,12 +62,26 @@ class Control(Rig):
         self.base.zero_grad()
         if self.sam.replay_rng:
             _restore(start[-1])
-        self.backward(2, i, weight)
+        if self.sam.rounding == "float32":
+            self._backward_in_float32(i, weight)
+        else:
+            self.backward(2, i, weight)
         if self.sam.replay_rng:
             _restore(drawn)
         for b, clean in zip(self.model.buffers(), buffers, strict=True):
             b.copy_(clean)
         self.sam.forget()
+
+    def _backward_in_float32(self, i: int, weight: float) -> None:
+        """As `backward`, of the same function with float32 weights and buffers; rounds the gradients."""
+        x, y = batch(i, self.variant.dtype)
+        x = x + 0.01 * (random.random() + numpy.random.rand())
+        leaves = {k: p.detach().float().requires_grad_() for k, p in self.model.named_parameters()}
+        buffers = {k: b.float() if b.is_floating_point() else b.clone() for k, b in self.model.named_buffers()}
+        outputs = functional_call(self.model, leaves | buffers, (x.float(),))
+        (nn.functional.cross_entropy(outputs, y) * weight).backward()
+        for k, p in self.model.named_parameters():
+            p.grad = leaves[k].grad.to(p.dtype)
 
 
 def _generators() -> tuple[Any, ...]:

@@ -173,7 +173,7 @@ def test_the_state_is_the_bases_own_and_two_kilobytes_at_most(variant):
     """A copy of the weights in it would be 20 kB here."""
     v = VARIANTS[variant]
     sizes = []
-    for make in (lambda m: SAM(m.parameters(), v.base, **v.sam), lambda m: v.base(m.parameters())):
+    for make in (lambda m: SAM(m.parameters(), v.base, module=m, **v.sam), lambda m: v.base(m.parameters())):
         model = (
             nn.Linear(100, 50).to(v.dtype)
             if variant != "groups"

@@ -122,7 +122,9 @@ def by_hand(model, base, bad_pass: int, x: torch.Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:only .* survives the rounding")
 @pytest.mark.parametrize("bad_pass", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("sam", "asam", "foreach") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_one_bad_entry_of_each_parameter_in_turn(kind, dtype, bad_pass):
     wrong = 0
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -55,6 +55,36 @@ def t_of(
 
 
 @triton.jit
+def powers(
+    g_pointer,
+    w_pointer,
+    start,
+    n,
+    i,
+    num_tensors,
+    fixed,
+    layout,
+    numbers,
+    WIDE: tl.constexpr,
+    SUM: tl.constexpr,
+    MODE: tl.constexpr,
+    SQUARES: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """|T g|^q of one block, T g in WIDE and the power in SUM."""
+    at = start + tl.arange(0, BLOCK)
+    x = load(g_pointer, at, n, FULL).to(WIDE)
+    if MODE != ONES:
+        w = tl.zeros([BLOCK], dtype=WIDE)
+        if MODE == ELEMENTS:
+            w = load(w_pointer, at, n, FULL).to(WIDE)
+        x = x * t_of(w, start, n, i, num_tensors, fixed, layout, numbers, WIDE, MODE, BLOCK)
+    x = x.to(SUM)
+    return x * x if SQUARES else tl.abs(x)
+
+
+@triton.jit
 def sum_of_powers(
     g_pointer,
     w_pointer,
@@ -70,22 +100,50 @@ def sum_of_powers(
     MODE: tl.constexpr,
     SQUARES: tl.constexpr,
     FULL: tl.constexpr,
+    UNROLLED: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sum |T g|^q over one chunk, T g in WIDE and the sum in SUM."""
+    """sum |T g|^q over one chunk. Unrolled, all its loads are under way at once, and in registers."""
     total = tl.zeros([BLOCK], dtype=SUM)
-    for k in tl.static_range(SPAN):
-        first = start + k * BLOCK
-        at = first + tl.arange(0, BLOCK)
-        x = load(g_pointer, at, n, FULL).to(WIDE)
-        if MODE != ONES:
-            w = tl.zeros([BLOCK], dtype=WIDE)
-            if MODE == ELEMENTS:
-                w = load(w_pointer, at, n, FULL).to(WIDE)
-            x = x * t_of(w, first, n, i, num_tensors, fixed, layout, numbers, WIDE, MODE, BLOCK)
-        x = x.to(SUM)
-        total += x * x if SQUARES else tl.abs(x)
+    if UNROLLED:
+        for k in tl.static_range(SPAN):
+            total += powers(
+                g_pointer,
+                w_pointer,
+                start + k * BLOCK,
+                n,
+                i,
+                num_tensors,
+                fixed,
+                layout,
+                numbers,
+                WIDE,
+                SUM,
+                MODE,
+                SQUARES,
+                FULL,
+                BLOCK,
+            )
+    else:
+        for k in range(SPAN):
+            total += powers(
+                g_pointer,
+                w_pointer,
+                start + k * BLOCK,
+                n,
+                i,
+                num_tensors,
+                fixed,
+                layout,
+                numbers,
+                WIDE,
+                SUM,
+                MODE,
+                SQUARES,
+                FULL,
+                BLOCK,
+            )
     return tl.sum(total, axis=0)
 
 
@@ -123,16 +181,32 @@ def norm_partials(
     SUM: tl.constexpr = WIDE
     if start + SPAN * BLOCK <= n:
         total = sum_of_powers(
-            g, w, start, n, i, num_tensors, fixed, layout, numbers, WIDE, SUM, MODE, SQUARES, True, SPAN, BLOCK
+            g, w, start, n, i, num_tensors, fixed, layout, numbers, WIDE, SUM, MODE, SQUARES, True, True, SPAN, BLOCK
         )
     else:
         total = sum_of_powers(
-            g, w, start, n, i, num_tensors, fixed, layout, numbers, WIDE, SUM, MODE, SQUARES, False, SPAN, BLOCK
+            g, w, start, n, i, num_tensors, fixed, layout, numbers, WIDE, SUM, MODE, SQUARES, False, False, SPAN, BLOCK
         )
     result = total.to(tl.float64)
     if not ((total > 1e-30) & (total < 1e30)):  # squares have left float32, or it is 0 or NaN and stays so
         result = sum_of_powers(
-            g, w, start, n, i, num_tensors, fixed, layout, numbers, WIDE, tl.float64, MODE, SQUARES, False, SPAN, BLOCK
+            g,
+            w,
+            start,
+            n,
+            i,
+            num_tensors,
+            fixed,
+            layout,
+            numbers,
+            WIDE,
+            tl.float64,
+            MODE,
+            SQUARES,
+            False,
+            False,
+            SPAN,
+            BLOCK,
         )
     tl.store(partials + tl.load(chunks + 2 * programs + c), result)
 

@@ -17,7 +17,7 @@ NONFINITE = (None, "skip", "raise", "ignore")
 
 
 def accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that the base knows. foreach also means SAM's own moves, fused only the base's."""
+    """The flags that the base knows. They also mean SAM's own moves; fused on CUDA."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from sam_optim.kernels import foreach, reference, shards, swap, widened
+from sam_optim.kernels.checks import LOW_PRECISION, finite, realized
 from sam_optim.kernels.fused import fused_body
 from sam_optim.kernels.tables import is_plain
 
 Scalar = float | Tensor
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+__all__ = ["Ascent", "Bucket", "Scalar", "Store", "ascend_", "finite", "realized", "restore_", "widening"]
 
 
 @dataclass(slots=True, eq=False)
@@ -257,10 +259,11 @@ def ascend_(buckets: list[Bucket], *, agreeing: shards.Groups = ()) -> Ascent:
             length = functools.partial(_radius, b.rho, stayed)  # a tensor is filled anew by schedules
             known = length() if isinstance(b.rho, Tensor) else length
             return Ascent(norm, known, None, [own], stayed=stayed)
-    powers = _over_ranks(buckets, [_power(b) for b in buckets])
-    sums = {p: _sum([x for b, x in zip(buckets, powers, strict=True) if b.p == p]) for p in {b.p for b in buckets}}
+    powers = shards.over_ranks(buckets, [_power(b) for b in buckets])
+    by_order = {b.p: [x for other, x in zip(buckets, powers, strict=True) if other.p == b.p] for b in buckets}
+    sums = {p: shards.total(found) for p, found in by_order.items()}
     norms = {p: power**0.5 if p == 2 else power for p, power in sums.items()}
-    total = _sum(list(norms.values()))
+    total = shards.total(list(norms.values()))
     moved: bool | Tensor = 0 < total < math.inf if isinstance(total, float) else (total > 0) & (total < math.inf)
     if agreeing:
         stays = not moved if isinstance(moved, bool) else ~moved
@@ -293,17 +296,6 @@ def _is_fused(buckets: list[Bucket]) -> bool:
     return together and bool(buckets)
 
 
-def _over_ranks(buckets: list[Bucket], values: list[Scalar]) -> list[Scalar]:
-    """The values of buckets that are spread over ranks, summed over them: one collective for each process group."""
-    values = list(values)
-    for groups in dict.fromkeys(b.groups for b in buckets if b.groups):
-        spread = [i for i, b in enumerate(buckets) if b.groups == groups]
-        device = buckets[spread[0]].device
-        for i, x in zip(spread, shards.sum_over([values[i] for i in spread], groups, device), strict=True):
-            values[i] = shards.number(x) if device.type == "cpu" else x
-    return values
-
-
 def _factor(b: Bucket, norm: Scalar, moved: bool | Tensor) -> Scalar:
     """What multiplies the direction: rho / ||T g||_2 or rho; 0 on the device where the gradient is 0 or not finite."""
     if not isinstance(moved, Tensor):
@@ -323,7 +315,7 @@ def _length(buckets: list[Bucket], powers: list[Scalar], sums: dict[float, Scala
         for b, x in zip(buckets, powers, strict=True):
             if b.p == 2:
                 shares.append(b.rho * b.rho * _share(x, sums[2]))
-        lengths.append(_sum(shares) ** 0.5)
+        lengths.append(shards.total(shares) ** 0.5)
     if not isinstance(moved, Tensor):
         return max(float(x) for x in lengths)
     largest = torch.stack([_scalar(x, moved.device) for x in lengths]).max()
@@ -356,62 +348,3 @@ def restore_(buckets: list[Bucket]) -> None:
 def widening(buckets: list[Bucket]) -> list[Tensor]:
     """The parameters that move in float32 copies of themselves, which must be there before `ascend_`."""
     return [w for b in buckets if b.body is widened for w in b.params]
-
-
-def realized(buckets: list[Bucket], factors: list[Scalar]) -> Scalar | None:
-    """<e', e> / ||e||^2 over bf16 and fp16 weights, e the perturbation asked for, e' what their rounding left of it.
-
-    None where there are none: float32 keeps it to better than 1e-3, in copies, too. Needs the ascent gradients.
-    """
-    low = [(b, f) for b, f in zip(buckets, factors, strict=True) if b.dtype in LOW_PRECISION and b.body is not widened]
-    if not low:
-        return None
-    dots: list[Scalar] = []
-    squares: list[Scalar] = []
-    for b, factor in low:
-        if b.realized is not None:
-            dot, square = b.realized.sum(dim=1).unbind()
-            dots.append(dot)
-            squares.append(square)
-            continue
-        moves = [reference.step(b, i, clean, factor) for i, clean in enumerate(b.saved)]
-        realised = [w.detach().float() - clean.float() for w, clean in zip(b.w, b.saved, strict=False)]
-        dots.append(_sum([(x * e).sum(dtype=torch.float64) for x, e in zip(realised, moves, strict=True)]))
-        squares.append(_sum([e.square().sum(dtype=torch.float64) for e in moves]))
-    of = [b for b, _ in low]
-    square = torch.as_tensor(_sum(_over_ranks(of, squares)))
-    return torch.where(square > 0, torch.as_tensor(_sum(_over_ranks(of, dots))) / square, 1.0)
-
-
-def finite(grads: list[Tensor]) -> bool | Tensor:
-    """Whether all entries are finite: known on the CPU, a 0-d tensor on a device, which is not read."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for g in grads:
-        if type(g) is not Tensor or g.is_sparse or g.is_complex():
-            g = shards.local(g)
-            g = g.coalesce().values() if g.is_sparse else g
-            g = torch.view_as_real(g) if g.is_complex() else g
-        kinds.setdefault((g.device, g.dtype), []).append(g)
-    answers = [_finite(device, found) for (device, _), found in kinds.items()]
-    on_device = [x for x in answers if isinstance(x, Tensor)]
-    if not on_device:
-        return all(answers)
-    return torch.stack([torch.as_tensor(x).to(on_device[0].device, non_blocking=True) for x in answers]).all()
-
-
-def _finite(device: torch.device, grads: list[Tensor]) -> bool | Tensor:
-    wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    # the fastest pass over memory on either; on a device its sum overflows only beyond all gradients that make sense
-    full = [g for g in grads if g.numel()]
-    if not full:
-        return True
-    total = torch.stack(torch._foreach_norm(full, 2 if device.type == "cpu" else 1, dtype=wide)).sum()
-    if device.type != "cpu":
-        return total.isfinite()
-    return math.isfinite(shards.number(total)) or all(bool(g.isfinite().all()) for g in grads)
-
-
-def _sum(values: list[Scalar]) -> Scalar:
-    """On the device of the first tensor among them, without a host sync."""
-    device = next((x.device for x in values if isinstance(x, Tensor)), None)
-    return sum(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in values)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sam_optim.kernels import Bucket, Scalar
 
 Groups = tuple[Any, ...]  # process groups, one after the other
 
@@ -68,6 +71,23 @@ def sum_over(values: Sequence[float | Tensor], groups: Groups, device: torch.dev
     for group in groups:
         torch.distributed.all_reduce(total, group=group)
     return list(total.unbind())
+
+
+def over_ranks(buckets: list[Bucket], values: list[Scalar]) -> list[Scalar]:
+    """The values of buckets that are spread over ranks, summed over them: one collective for each process group."""
+    values = list(values)
+    for groups in dict.fromkeys(b.groups for b in buckets if b.groups):
+        spread = [i for i, b in enumerate(buckets) if b.groups == groups]
+        device = buckets[spread[0]].device
+        for i, x in zip(spread, sum_over([values[i] for i in spread], groups, device), strict=True):
+            values[i] = number(x) if device.type == "cpu" else x
+    return values
+
+
+def total(values: list[Scalar]) -> Scalar:
+    """On the device of the first tensor among them, without a host sync."""
+    device = next((x.device for x in values if isinstance(x, Tensor)), None)
+    return sum(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in values)
 
 
 def any_over(flag: bool | Tensor, groups: Groups, device: torch.device) -> bool | Tensor:

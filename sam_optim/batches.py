@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,23 +25,22 @@ class FixedBatches:
     Attributes:
         sizes: examples in each batch: the length of "labels" in a mapping, of the last element in a tuple whose last
             element is a tensor, otherwise of the first tensor found.
-        checksum: of all batches, as hexadecimal digits; results carry it to say what they were measured on.
+        found: (size, checksum) of each batch.
 
     Raises:
         ValueError: no batches or an empty one, an iterator that can be read only once, passes that differ.
     """
 
-    def __init__(self, batches: Iterable[Any]):
+    def __init__(self, batches: Iterable[Any], *, may_be_empty: bool = False):
         if isinstance(batches, Iterator):
             raise ValueError("batches is an iterator, which can be read only once: pass list(batches) or a DataLoader")
         self._batches = batches
         self._in_memory = isinstance(batches, (list, tuple))
         self._num_passes = 0
-        found = [(num_examples(batch), _checksum(batch)) for batch in self._read()]
-        self.sizes = tuple(n for n, _ in found)
-        self._checksums = [checksum for _, checksum in found]
-        self.checksum = f"{zlib.crc32(repr(found).encode()):08x}"
-        if not found or 0 in self.sizes:
+        self.found = [(num_examples(batch), _checksum(batch)) for batch in self._read()]
+        self.sizes = tuple(n for n, _ in self.found)
+        self._checksums = [checksum for _, checksum in self.found]
+        if 0 in self.sizes or not (self.found or may_be_empty):
             raise ValueError(f"a loss needs batches with examples in them, got batches of sizes {list(self.sizes)}")
 
     def __iter__(self) -> Iterator[Any]:
@@ -68,6 +67,11 @@ class FixedBatches:
                 except StopIteration:
                     return
             yield batch
+
+
+def combined(found: Sequence[tuple[int, int]]) -> str:
+    """One checksum of all batches, as hexadecimal digits; results carry it to say what they were measured on."""
+    return f"{zlib.crc32(repr(list(found)).encode()):08x}"
 
 
 def moved(batch: Any, device: torch.device) -> Any:

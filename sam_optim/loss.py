@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_optim import batchnorm, products, rng
-from sam_optim.batches import FixedBatches, moved
+from sam_optim.batches import FixedBatches, combined, moved
+from sam_optim.shares import Shares
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 
 Criterion = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+T = TypeVar("T")
 
 
 class Loss:
@@ -26,6 +28,9 @@ class Loss:
     difference is an error. The model is measured in eval mode, without dropout, and left exactly as found: weights,
     buffers, modes, `p.grad`, and the global generators, also after an exception. Attention runs on the mathematical
     backend in second-order products, the only one with double backward.
+
+    Under torch.distributed each rank holds its share of the batches (`batches[rank::world_size]`; a share may be empty)
+    and all ranks make the same calls: each gets the numbers of one process that holds all of them.
 
     Args:
         model: the model at the weights w. Of a DDP or compiled model, the module inside is measured.
@@ -37,13 +42,16 @@ class Loss:
         batch_statistics: normalisation layers use the statistics of the batch instead of the running ones; a different
             function of w, so results say which.
         device: where batches are moved; None is where the parameters are.
+        distributed: False measures on each rank alone; None is True where a process group of several ranks runs.
 
     Attributes:
         params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.
-        batch_sizes: n_b of each batch (as in `FixedBatches`). num_batches: how many. num_examples: N, their sum.
+        batch_sizes: n_b of each batch (as in `FixedBatches`), of all ranks. num_batches: how many. num_examples: N,
+            their sum.
 
     Raises:
-        ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean.
+        ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean;
+            ranks that hold the same batches or different weights.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class Loss:
         normalize_logits: bool = False,
         batch_statistics: bool = False,
         device: torch.device | str | None = None,
+        distributed: bool | None = None,
     ):
         _check_criterion(criterion, normalize_logits)
         self.model = _unwrapped(model)
@@ -67,8 +76,13 @@ class Loss:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
         self.device = torch.device(device) if device is not None else self.params[0].device
         self._forward = forward or _default_forward
-        self._batches = FixedBatches(batches)
-        self.batch_sizes = self._batches.sizes
+        self._shares = Shares(distributed)
+        self._batches = self._shares.together(lambda: FixedBatches(batches, may_be_empty=not self._shares.is_one))
+        self._shares.check(self._batches.found, self.params)
+        self._found = self._shares.dealt(self._batches.found)
+        self.batch_sizes = tuple(n for n, _ in self._found)
+        if not self.batch_sizes:
+            raise ValueError("a loss needs batches with examples in them, and no rank has any")
         self.num_batches = len(self.batch_sizes)
         self.num_examples = sum(self.batch_sizes)
 
@@ -78,18 +92,29 @@ class Loss:
 
     def batch_values(self) -> Tensor:
         """l_b(w) of each batch, (num_batches,) float64 on the CPU."""
-        with self._evaluating(grad=False):
-            return _stack([self._batch_loss(batch) for _, batch in self._weighted_batches()])
+
+        def own() -> list[float]:
+            with self._evaluating(grad=False):
+                return _stack([self._batch_loss(batch) for _, batch in self._weighted_batches()]).tolist()
+
+        return torch.tensor(self._shares.dealt(self._shares.together(own)), dtype=torch.float64)
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
-        with self._evaluating(grad=True):
-            values, total = [], _Sum(self.params)
-            for weight, batch in self._weighted_batches():
-                loss = self._batch_loss(batch)
-                total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
-                values.append(loss.detach())
-        return self._mean(_stack(values)), total.tensors
+        values: list[Tensor] = []
+
+        def own() -> list[Tensor]:
+            with self._evaluating(grad=True):
+                total = _Sum(self.params)
+                for weight, batch in self._weighted_batches():
+                    loss = self._batch_loss(batch)
+                    total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
+                    values.append(loss.detach())
+            return total.tensors
+
+        gradient = self._shares.summed(own)
+        dealt = self._shares.dealt(_stack(values).tolist())
+        return self._mean(torch.tensor(dealt, dtype=torch.float64)), gradient
 
     def gradient(self) -> list[Tensor]:
         """dL/dw in the shapes of `params`."""
@@ -120,14 +145,22 @@ class Loss:
         if matrix == "empirical_fisher" and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
         with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
-            if self.num_batches == 1:
+            if self.num_batches == 1 and self._shares.is_one:
                 (_, batch), *_ = self._weighted_batches()
                 yield self._batch_product(matrix, batch, keep=True)
             else:
                 yield lambda v: self._streamed_product(matrix, v)
 
+    def over_batches(self, f: Callable[[Loss], T]) -> list[T]:
+        """f of the Loss over each batch alone, the unit of m-sharpness, in the order of `batch_sizes`.
+
+        Each rank calls f for the batches of its own, and all get all results: numbers, tensors, or tuples, lists and
+        mappings of them. An error on one rank is one on all.
+        """
+        return self._shares.dealt_together(lambda: [f(single) for single in self.single_batches()], self.device)
+
     def single_batches(self) -> Iterator[Loss]:
-        """A Loss over each batch alone, the unit of m-sharpness (m = its size), in the order of `batch_sizes`."""
+        """A Loss over each batch alone, of this rank; see `over_batches`."""
         for _, batch in self._weighted_batches():
             yield Loss(
                 self.model,
@@ -137,6 +170,7 @@ class Loss:
                 normalize_logits=self.normalize_logits,
                 batch_statistics=self.batch_statistics,
                 device=self.device,
+                distributed=False,
             )
 
     @contextmanager
@@ -170,12 +204,12 @@ class Loss:
             "normalize_logits": self.normalize_logits,
             "dtype": str(self.params[0].dtype).removeprefix("torch."),
             "device": self.device.type,
-            "data": self._batches.checksum,
+            "data": combined(self._found),
         }
 
     def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
-        """(n_b / N, batch on the device) for each batch."""
-        for n, batch in zip(self.batch_sizes, self._batches, strict=True):
+        """(n_b / N, batch on the device) for each batch of this rank."""
+        for n, batch in zip(self._batches.sizes, self._batches, strict=True):
             yield n / self.num_examples, moved(batch, self.device)
 
     @contextmanager
@@ -209,10 +243,13 @@ class Loss:
             return product(v)
 
     def _streamed_product(self, matrix: str, v: Sequence[Tensor]) -> list[Tensor]:
-        total = _Sum(self.params)
-        for weight, batch in self._weighted_batches():
-            total.add(self._batch_product(matrix, batch, keep=False)(v), weight)
-        return total.tensors
+        def own() -> list[Tensor]:
+            total = _Sum(self.params)
+            for weight, batch in self._weighted_batches():
+                total.add(self._batch_product(matrix, batch, keep=False)(v), weight)
+            return total.tensors
+
+        return self._shares.summed(own)
 
     def _batch_product(self, matrix: str, batch: Any, *, keep: bool) -> products.Product:
         outputs, target = self._outputs(batch)
@@ -297,4 +334,6 @@ def _normalized(outputs: Any) -> Tensor:
 
 
 def _stack(values: list[Tensor]) -> Tensor:
+    if not values:
+        return torch.zeros(0, dtype=torch.float64)
     return torch.stack([v.detach() for v in values]).cpu().double()  # one transfer; not every device has float64

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-EXIT_BAD_INPUT = 2
+from sam_optim.cli.errors import EXIT_BAD_INPUT, InputError, one_line, unknown
+from sam_optim.cli.files import fsync_directory, read_json, write_atomic, write_json
 
-
-class InputError(ValueError):
-    """What the user can mend: the message says what was got and what to do."""
-
-
-def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> InputError:
-    """An error that lists the choices; the nearest ones where there are too many to read."""
-    choices = sorted(choices)
-    shown = (
-        choices if len(choices) <= limit else get_close_matches(name, choices, n=limit, cutoff=0.4) or choices[:limit]
-    )
-    rest = f" ... ({len(choices)} in all)" if len(shown) < len(choices) else ""
-    return InputError(f"unknown {kind} {name!r}; choose from {', '.join(shown)}{rest}")
-
-
-def one_line(error: BaseException) -> str:
-    """The last non-empty line: an error that crossed from a data worker carries that worker's traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
-    return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "InputError",
+    "Interrupted",
+    "Signals",
+    "fsync_directory",
+    "one_line",
+    "read_json",
+    "read_jsonl",
+    "run",
+    "unknown",
+    "write_atomic",
+    "write_json",
+]
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -53,43 +46,6 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return EXIT_BAD_INPUT
-
-
-def fsync_directory(directory: Path) -> None:
-    """Makes a rename inside `directory` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The old file or the new one, never a part of it: temporary file, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or error
-        message = f"cannot write {len(content):,} bytes to {path} ({reason}); free some space or choose another --out"
-        raise InputError(message) from None
-    fsync_directory(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({one_line(error)}); it was changed or damaged") from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

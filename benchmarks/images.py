@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,8 @@ from benchmarks.command import InputError, one_line
 from benchmarks.models import SMALL
 from benchmarks.order import Order, derive, seed_all
 from sam_optim import rng
-
-TRAIN_FOLDERS = ("train", "training")
-VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
+from sam_optim.cli.images import TRAIN_FOLDERS, VALIDATION_FOLDERS, class_folders, read
+from sam_optim.cli.images import labels_of as listed_labels
 
 
 @dataclass(frozen=True)
@@ -79,22 +76,6 @@ class Transformed(Dataset):
             return self.transform(image), label
 
 
-def read(source: Any, row: int, mode: str | None) -> Image.Image:
-    """One decoded image, in its own mode for None; an error names the file."""
-    reader = getattr(source, "reader", None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if reader is None:
-                image = source[row][0]
-                return image.convert(mode or image.mode)
-            with reader[row][0] as file, Image.open(file) as image:  # timm leaves the file open
-                return image.convert(mode or image.mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        name = reader.filename(row, absolute=True) if hasattr(reader, "filename") else f"example {row}"
-        raise InputError(f"cannot read image {name}: {one_line(error)}; replace or remove it") from None
-
-
 def folder_splits(directory: Path) -> tuple[Any, Any | None, Any]:
     """timm data sets for train, validation (if there are both val/ and test/) and test of a tree of class folders.
 
@@ -107,11 +88,11 @@ def folder_splits(directory: Path) -> tuple[Any, Any | None, Any]:
     validation = _split_folder(directory, VALIDATION_FOLDERS, required=test is None)
     if test is None:
         validation, test = None, validation
-    classes = _classes(train)
+    classes = class_folders(train)
     class_map = {name: i for i, name in enumerate(classes)}
     found = []
     for folder in (train, validation, test):
-        if folder is not None and (different := set(_classes(folder)) ^ set(classes)):
+        if folder is not None and (different := set(class_folders(folder)) ^ set(classes)):
             raise InputError(f"{folder} and {train} do not have the same classes: {', '.join(sorted(different)[:5])}")
         found.append(folder and create_dataset("", str(folder), search_split=False, class_map=class_map))
     return found[0], found[1], found[2]
@@ -126,22 +107,6 @@ def _split_folder(directory: Path, names: Sequence[str], required: bool = True) 
             f"{directory} has no folder {' or '.join(names)}; give a tree DIR/train/CLASS/*.jpg, DIR/val/..."
         )
     return None
-
-
-def _classes(folder: Path) -> list[str]:
-    """The class folders, in timm's order; each must hold an image."""
-    from timm.data.readers.img_extensions import get_img_extensions
-    from timm.utils.misc import natural_key
-
-    names = sorted((p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural_key)
-    if not names:
-        raise InputError(f"{folder} has no class folders; put the images of each class in {folder}/CLASS/")
-    extensions = get_img_extensions(as_set=True)
-    for name in names:
-        files = (f for _, _, found in os.walk(folder / name, followlinks=True) for f in found)
-        if not any(os.path.splitext(f)[1].lower() in extensions for f in files):
-            raise InputError(f"class folder {folder / name} has no images; add some or remove it")
-    return names
 
 
 def timm_splits(name: str, directory: Path) -> tuple[Any, None, Any]:
@@ -163,15 +128,7 @@ def timm_splits(name: str, directory: Path) -> tuple[Any, None, Any]:
 
 def labels_of(source: Any) -> Tensor:
     """(n,) int64; decodes every example where the data set does not list its labels."""
-    labels = getattr(source, "targets", None)
-    reader = getattr(source, "reader", None)
-    if labels is None and hasattr(reader, "samples"):
-        labels = [label for _, label in reader.samples]
-    if labels is None and hasattr(reader, "iter_targets"):
-        labels = list(reader.iter_targets())
-    if labels is None:
-        labels = [source[i][1] for i in range(len(source))]
-    return torch.as_tensor(labels, dtype=torch.int64)
+    return torch.as_tensor(listed_labels(source), dtype=torch.int64)
 
 
 def transform(image_size: tuple[int, int, int], augment: Augment | None) -> Any:

@@ -1,0 +1,86 @@
+"""Data that are arrays: files with x and y, and the published files of CIFAR and MNIST. Nothing in them is run."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_optim.cli import cifar
+from sam_optim.cli.checkpoints import read_file
+from sam_optim.cli.errors import InputError, one_line
+
+SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
+MNIST = ("MNIST", "FashionMNIST", "KMNIST")
+
+
+def from_file(path: Path) -> tuple[Tensor, Tensor]:
+    """x (N, ...) and y (N,) of classes or (N, K) of probabilities."""
+    found = _npz(path) if path.suffix == ".npz" else read_file(path)
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), Tensor) for k in ("x", "y")):
+        has = ", ".join(map(str, list(found)[:6])) if isinstance(found, dict) else type(found).__name__
+        raise InputError(f"{path} must hold two arrays named x and y, it has {has}")
+    x, y = found["x"], found["y"]
+    if not x.ndim or not y.ndim or len(x) != len(y) or not len(x):
+        raise InputError(f"{path}: x and y need one row for each example, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not y.is_floating_point():
+        y = y.to(torch.int64)
+    elif y.ndim == 1:
+        raise InputError(f"{path}: y must be whole numbers (classes), or (N, K) probabilities, got {y.dtype}")
+    return x, y
+
+
+def published(directory: Path, *, train: bool) -> tuple[str, Tensor, Tensor] | None:
+    """The name, images uint8 (N, C, H, W) and labels of CIFAR or MNIST in torchvision's layout, if they are here."""
+    for name, (folder, *_) in cifar.LAYOUT.items():
+        if directory.name == folder or (directory / folder).is_dir():
+            both = cifar.read(name, directory)
+            x, y = both[0] if train else both[1]
+            return name, x, y
+    for name in MNIST:
+        for raw in (directory / name / "raw", directory / "raw", directory):
+            if directory.name != name and raw != directory / name / "raw" and name != MNIST[0]:
+                continue
+            part = "train" if train else "t10k"
+            files = [_idx_file(raw, f"{part}-{what}") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+            if files[0] is not None and files[1] is not None:
+                return name.lower(), _idx(files[0], 3).unsqueeze(1), _idx(files[1], 1).to(torch.int64)
+    return None
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(_native(file[name])) for name in ("x", "y") if name in file}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or holds more than plain arrays: {one_line(error)[:200]}") from None
+
+
+def _native(x: Any) -> Any:
+    """In this machine's byte order, and in a type that torch has."""
+    x = np.ascontiguousarray(x)
+    if x.dtype in (np.uint16, np.uint32, np.uint64):
+        return x.astype(np.int64)
+    return x.astype(x.dtype.newbyteorder("="))
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def _idx(path: Path, dimensions: int) -> Tensor:
+    """A file of MNIST's format: two zeros, the type (8: uint8), the number of dimensions, their sizes, the entries."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+        if content[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError(f"it begins with {content[:4].hex()}")
+        entries = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+        return torch.from_numpy(entries.reshape(sizes).copy())
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not a file of MNIST ({one_line(error)}); unpack the archive again") from None

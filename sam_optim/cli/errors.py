@@ -1,0 +1,54 @@
+"""Errors of a command: one line on stderr that says what was got and what to do, and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
+
+
+class InputError(ValueError):
+    """What the user can mend: the message says what was got and what to do."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> InputError:
+    """An error that lists the choices; the nearest ones where there are too many to read."""
+    choices = sorted(choices)
+    shown = (
+        choices if len(choices) <= limit else get_close_matches(name, choices, n=limit, cutoff=0.4) or choices[:limit]
+    )
+    rest = f" ... ({len(choices)} in all)" if len(shown) < len(choices) else ""
+    return InputError(f"unknown {kind} {name!r}; choose from {', '.join(shown)}{rest}")
+
+
+def one_line(error: BaseException) -> str:
+    """The last non-empty line: an error that crossed from a data worker carries that worker's traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of a command; what the user can mend becomes one line on stderr and exit code 2.
+
+    ValueError is what the library raises for users; its messages name the remedy. Whoever reads standard output may
+    close it early (`| head`), which is no error.
+    """
+    try:
+        return main(argv)
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # or Python complains once more while it exits
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
+            raise
+        print(f"error: {one_line(error)} Lower --batch-size", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -1,0 +1,128 @@
+"""Models: any timm name, with the stem that the field uses for small images, and a small CNN for digits."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam_optim.cli.errors import InputError, one_line, unknown
+
+SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
+
+
+def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **options: Any) -> nn.Module:
+    """A timm model, or "cnn3". Up to 64 pixels: 3x3 stem of stride 1 without max-pool, or small patches.
+
+    Args:
+        image_size: (C, H, W).
+        options: for timm.create_model, e.g. drop_path_rate; None means the model's default.
+
+    Raises:
+        InputError: the name or an option is unknown, or the model cannot take images of this size.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    if name == "cnn3":
+        if options:
+            raise InputError(f"cnn3 takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
+        return cnn3(num_classes, image_size)
+    model = _from_timm(name, num_classes, image_size, options)
+    if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
+        print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
+        model = _from_timm(name, num_classes, image_size, options)
+    if fault := _fault(model, image_size):
+        raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")
+    return model
+
+
+def cnn3(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
+    """Three 3x3 convolutions with ReLU, no normalisation; the images are halved twice."""
+    channels, height, width = image_size
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), num_classes),
+    )
+
+
+def default_size(name: str) -> tuple[int, int]:
+    """(H, W) that a timm model was made for; 224 where timm does not say."""
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return (224, 224)
+    config = get_pretrained_cfg(name)
+    return tuple(config.input_size[1:]) if config else (224, 224)
+
+
+def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], options: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
+    if not timm.is_model(name):
+        raise unknown("model", name, ["cnn3", *timm.list_models()])
+    channels, height, _ = image_size
+    arguments = {"num_classes": num_classes, "in_chans": channels} | options
+    try:
+        if height > SMALL:
+            return timm.create_model(name, **arguments | sized(timm, name, image_size, patch=False))
+        own = sized(timm, name, image_size, patch=True)
+        try:
+            model = timm.create_model(name, **arguments | own)
+        except TypeError:  # some entry points fix the patch size themselves (mixer_s16_224)
+            own.pop("patch_size", None)
+            model = timm.create_model(name, **arguments | own)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
+    return model
+
+
+def sized(timm: Any, name: str, image_size: tuple[int, int, int], *, patch: bool) -> dict[str, Any]:
+    """img_size and patch_size (an eighth of the height: 4 for CIFAR) where the model's class has them."""
+    with torch.device("meta"):
+        accepted = inspect.signature(type(timm.create_model(name)).__init__).parameters
+    found: dict[str, Any] = {}
+    if "img_size" in accepted:
+        found["img_size"] = image_size[1:]
+    if patch and "patch_size" in accepted:
+        found["patch_size"] = max(1, image_size[1] // 8) if "img_size" in accepted else 1
+    return found
+
+
+def small_stem_(model: nn.Module) -> bool:
+    """A strided first convolution becomes 3x3 with stride 1, and the max-pool after it goes. Patches stay (False)."""
+    name, old = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if old is None or old.stride == (1, 1) or old.kernel_size == old.stride:
+        return False
+    bias = old.bias is not None
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, groups=old.groups, bias=bias)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    model.set_submodule(name, new)
+    pool = next((n for n, m in model.named_modules() if isinstance(m, nn.MaxPool2d)), None)
+    if pool:
+        model.set_submodule(pool, nn.Identity())
+    return True
+
+
+@torch.no_grad()
+def _fault(model: nn.Module, image_size: tuple[int, int, int]) -> str | None:
+    """Why the model cannot take such images; None if it can."""
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, *image_size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        return one_line(error)
+    finally:
+        model.train(training)
+    return None

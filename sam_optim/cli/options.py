@@ -1,0 +1,224 @@
+"""The options of `sam-optim`: declared, checked, and explained in plain words. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sam_optim.cli.errors import InputError, unknown
+from sam_optim.cli.registry import MEASURES, chosen
+
+ADAPTIVE = ("elementwise", "filter", "layer")
+MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
+DEFAULT_RHO = 0.05
+NAMES = "\n".join(f"  {name:20s} {row.about}" for name, row in MEASURES.items())
+MEASURE = f"""Measure how sharp the loss is around trained weights.
+
+  sam-optim measure run-*.pt --model resnet18 --data images/ --measures worst,eigenvalue --rho 0.05,0.1 --json out.json
+  sam-optim measure --target study:problem --measures trace
+  torchrun --nproc-per-node 2 -m sam_optim measure ...      the batches are shared out, the numbers are the same
+
+measures:
+{NAMES}
+
+With --json every number is written as soon as it is there, and the same command goes on where it stopped.
+Exit code: 0; 1 where a checkpoint failed or a number is not finite; 2 for a wrong command; 130 after Ctrl-C."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    args = parser().parse_args(_explicit(argv))
+    if args.command != "report":
+        _check(args)
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="sam-optim", description="Sharpness of trained models: measure it, draw it, report it.")
+    p.add_argument("--version", action="version", version=f"sam_optim {_version()}")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "numbers of many checkpoints in one table"
+    _measure(commands.add_parser("measure", help=about, description=MEASURE, formatter_class=raw))
+    about = "the loss on a line or a plane through the weights"
+    _landscape(commands.add_parser("landscape", help=about, description=f"Draw {about}."))
+    about = "one page of results, for any browser"
+    _report(commands.add_parser("report", help=about, description=f"Write {about}, with nothing outside it."))
+    return p
+
+
+def _measure(p: argparse.ArgumentParser) -> None:
+    add, count, natural = p.add_argument, number(int, 1), number(int, 0)
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="files, directories, globs")
+    _problem(p)
+    add("--measures", default="worst,average,eigenvalue,trace", help="separated by commas (default: %(default)s)")
+    add("--rho", type=numbers, default=[DEFAULT_RHO], metavar="RHO,...", help="radii, one column each (default: 0.05)")
+    add("--noise-rho", type=numbers, metavar="RHO,...", help="radii for the measure average (default: those of --rho)")
+    add(
+        "--adaptive",
+        nargs="?",
+        const="elementwise",
+        choices=ADAPTIVE,
+        help="distances relative to each weight (elementwise), to each filter or layer; also of the curvature: T H T",
+    )
+    add("--eta", type=number(float, 0), default=0.01, help="added to |w| where adaptive (default: 0.01)")
+    add("--norm", choices=("2", "inf"), default="2", help="of the ball (default: 2)")
+    add("--matrix", type=_matrices, metavar="NAME,...", help=f"curvature of {', '.join(MATRICES)} (default: hessian)")
+    add("--num-steps", type=count, help="of the search for the worst point (default: 20)")
+    add("--restarts", type=count, metavar="N", help="searches for the worst point, the later ones from random points")
+    add("--num-samples", type=count, help="draws of noise for average (default: 100)")
+    add("--num-probes", type=count, help="random vectors for trace (default: 100)")
+    add("--set", action="append", type=_setting, default=[], metavar="MEASURE.OPTION=VALUE", help="any other option")
+    add("--seed", type=natural, default=0, help="of all random draws (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="where results are kept; what is there already is not measured again")
+    add("--csv", type=Path, metavar="FILE", help="the table, for a spreadsheet")
+    add("--quiet", action="store_true", help="no progress on standard error")
+
+
+def _problem(p: argparse.ArgumentParser) -> None:
+    """Which model, loss and data."""
+    add, count = p.add_argument, number(int, 1)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", metavar="NAME", help="a timm model, or cnn3 (default: what a run directory says)")
+    g.add_argument("--model-kwargs", nargs="+", type=pair, default=[], metavar="KEY=VALUE", help="timm.create_model")
+    g.add_argument("--num-classes", type=count, help="default: the rows of the checkpoint's last layer")
+    g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, stride 1, no max-pool (CIFAR)")
+    g.add_argument("--ema", action="store_true", help="the averaged weights that a checkpoint holds besides its own")
+    g.add_argument("--target", metavar="MODULE:FUNCTION", help="any model, loss and data: see docs/measures/command.md")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", metavar="WHERE", help="directory of images or of CIFAR/MNIST, .npz/.safetensors/.pt, timm")
+    g.add_argument("--data-dir", metavar="DIR", help="where a data set lives that timm knows by name (torch/cifar10)")
+    g.add_argument("--split", help="train (default where there is one), val, test, or a folder of that name")
+    g.add_argument("--examples", type=number(int, 0), default=512, help="the first so many; 0: all (default: 512)")
+    g.add_argument("--order", choices=("file", "mixed"), default="file", help="mixed: drawn from all, always the same")
+    g.add_argument("--batch-size", type=count, default=128, help="m of m-sharpness (default: 128)")
+    g.add_argument("--image-size", type=count, metavar="PIXELS", help="default: what the model was made for")
+    g.add_argument("--mean", type=numbers_of_any_sign, metavar="R,G,B", help="of the pixels in [0, 1] (the model's)")
+    g.add_argument("--std", type=numbers, metavar="R,G,B")
+    g.add_argument("--crop-pct", type=number(float, 0, 1, above=True), help="part of the resized image that is kept")
+    g = p.add_argument_group("loss")
+    g.add_argument("--normalize-logits", action="store_true", help="outputs are centred and divided by their norm")
+    g.add_argument("--batch-statistics", action="store_true", help="normalisation layers use those of each batch")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    add("--dtype", choices=("float32", "float64"), help="default: float32; with --target as the function makes it")
+
+
+def _landscape(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="one file or directory")
+    _problem(p)
+    add("--other", metavar="CHECKPOINT", help="the loss on the way to these weights instead")
+    add("--directions", choices=("random", "eigen", "gradient"), default="random", help="default: random, per filter")
+    add("--two", action="store_true", help="a plane instead of a line")
+    add("--range", type=number(float, 0, above=True), default=1.0, help="from -RANGE to RANGE (default: 1)")
+    add("--points", type=number(int, 2), default=21, help="in each direction (default: 21)")
+    add("--seed", type=number(int, 0), default=0)
+    add("--out", type=Path, required=True, metavar="FILE", help=".html, .json, .png or .svg (the last two: matplotlib)")
+    add("--quiet", action="store_true", help="no progress on standard error")
+
+
+def _report(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+    add("results", nargs="+", type=Path, metavar="FILE", help=".json of measure or landscape, .csv of measure")
+    add("-o", "--out", type=Path, required=True, metavar="FILE", help="the page, .html")
+    add("--targets", type=Path, metavar="FILE", help=".csv with a column checkpoint and one number or more for each")
+    add("--target", metavar="COLUMN", help="of --targets or of a .csv: what sharpness is compared with (default: all)")
+    add("--factors", default="", metavar="COLUMN,...", help="what was varied between runs: tau also one by one")
+    add("--title", default="Sharpness of checkpoints")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """A finite number in [low, high], or in (low, high] with `above`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__}, got {text!r}") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return convert
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers > 0, separated by commas, each once."""
+    return list(dict.fromkeys(number(float, 0, above=True)(part) for part in text.split(",")))
+
+
+def numbers_of_any_sign(text: str) -> list[float]:
+    return [number(float)(part) for part in text.split(",")]
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, VALUE a Python literal or a bare word."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.replace(".", "_").isidentifier():
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    key, value = pair(text)
+    measure, dot, option = key.partition(".")
+    if not dot or measure not in MEASURES:
+        raise argparse.ArgumentTypeError(f"must be MEASURE.OPTION=VALUE, got {text!r}; measures: {', '.join(MEASURES)}")
+    return measure, option, value
+
+
+def _matrices(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in MATRICES:
+            raise argparse.ArgumentTypeError(str(unknown("matrix", name, MATRICES)))
+    return names
+
+
+def _explicit(argv: Sequence[str]) -> list[str]:
+    """`--adaptive CHECKPOINT` means `--adaptive elementwise CHECKPOINT`: argparse would take the file for a value."""
+    found = []
+    for i, word in enumerate(argv):
+        following = argv[i + 1] if i + 1 < len(argv) else ""
+        found.append("--adaptive=elementwise" if word == "--adaptive" and following not in ADAPTIVE else word)
+    return found
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.target and (args.model or args.data):
+        raise InputError("--target brings its own model and data: leave --model and --data out")
+    if not args.target and not args.data:
+        raise InputError("say what the loss is over: --data WHERE (with --model), or --target MODULE:FUNCTION")
+    if not args.target and not args.checkpoints:
+        raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
+    if args.command == "landscape":
+        if args.out.suffix not in (".html", ".json", ".png", ".svg"):
+            raise InputError(f"--out must end in .html, .json, .png or .svg, got {args.out}")
+        if args.other and (args.two or args.directions != "random"):
+            raise InputError("--other is a direction of its own: leave --two and --directions out")
+        return
+    args.measures = chosen(args.measures)
+    if not args.measures:
+        raise InputError(f"--measures names none; choose from {', '.join(MEASURES)}")
+    if args.num_samples is not None and args.num_samples < 2:
+        raise InputError(f"--num-samples must be >= 2 (draws come in pairs), got {args.num_samples}")
+    if args.json is not None and args.json == args.csv:
+        raise InputError(f"--json and --csv are both {args.json}; give them different names")
+
+
+def _version() -> str:
+    from sam_optim._version import __version__
+
+    return __version__

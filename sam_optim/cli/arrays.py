@@ -36,21 +36,28 @@ def from_file(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def published(directory: Path, *, train: bool) -> tuple[str, Tensor, Tensor] | None:
-    """The name, images uint8 (N, C, H, W) and labels of CIFAR or MNIST in torchvision's layout, if they are here."""
+    """The name, images uint8 (N, C, H, W) and labels of CIFAR or MNIST in torchvision's layout, if they are here.
+
+    Raises:
+        InputError: several data sets in one directory, or damaged files.
+    """
+    found: list[tuple[str, Path]] = []
     for name, (folder, *_) in cifar.LAYOUT.items():
-        if directory.name == folder or (directory / folder).is_dir():
-            both = cifar.read(name, directory)
-            x, y = both[0] if train else both[1]
-            return name, x, y
-    for name in MNIST:
-        for raw in (directory / name / "raw", directory / "raw", directory):
-            if directory.name != name and raw != directory / name / "raw" and name != MNIST[0]:
-                continue
-            part = "train" if train else "t10k"
-            files = [_idx_file(raw, f"{part}-{what}") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-            if files[0] is not None and files[1] is not None:
-                return name.lower(), _idx(files[0], 3).unsqueeze(1), _idx(files[1], 1).to(torch.int64)
-    return None
+        found += [(name, p) for p in (directory, directory / folder) if p.name == folder and p.is_dir()]
+    places = [(name.lower(), directory / name / "raw") for name in MNIST]
+    places += [(directory.name.lower(), directory / "raw"), (directory.name.lower(), directory)]
+    found += [(name, place) for name, place in places if _idx_file(place, "train-labels-idx1-ubyte")]
+    if len(found) > 1:
+        raise InputError(f"{directory} holds {' and '.join(name for name, _ in found)}: give --data {found[0][1]}")
+    if not found:
+        return None
+    ((name, place),) = found
+    if name in cifar.LAYOUT:
+        both = cifar.read(name, place)
+        return name, *(both[0] if train else both[1])
+    part = "train" if train else "t10k"
+    pixels, labels = (_idx(place, f"{part}-{what}", n) for what, n in (("images-idx3", 3), ("labels-idx1", 1)))
+    return name, pixels.unsqueeze(1), labels.to(torch.int64)
 
 
 def _npz(path: Path) -> dict[str, Tensor]:
@@ -73,8 +80,9 @@ def _idx_file(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
 
 
-def _idx(path: Path, dimensions: int) -> Tensor:
+def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     """A file of MNIST's format: two zeros, the type (8: uint8), the number of dimensions, their sizes, the entries."""
+    path = _idx_file(folder, f"{name}-ubyte") or folder / f"{name}-ubyte"
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]

@@ -112,13 +112,15 @@ def _source(args: argparse.Namespace, config: Mapping[str, Any]) -> Source:
             raise InputError(f"--data {name} needs --data-dir DIR, an existing directory; got {args.data_dir}")
         if found := arrays.published(directory, train=train):
             label, x, y = found
+            if not train and args.split not in (*images.VALIDATION_FOLDERS, "test"):
+                raise InputError(f"{label} has the splits train and test, got --split {args.split}")
             about = {"source": label, "split": "train" if train else "test"}
             return _pictures(lambda row: _image(x[row]), y, about, args, config, None)
         folder = images.folder_of_split(directory, args.split)
         source, classes = images.folder(folder)
-        about = {"source": "folder", "split": folder.name if folder != directory else None}
+        about_folder: dict[str, Any] = {"source": "folder", "split": folder.name if folder != directory else None}
         labels = torch.tensor(images.labels_of(source))
-        return _pictures(_reader(source, config), labels, about, args, config, len(classes))
+        return _pictures(_reader(source, config), labels, about_folder, args, config, len(classes))
     if "/" in name and args.data_dir:
         return _known_to_timm(name, args, config)
     if path.suffix in arrays.SUFFIXES or "/" not in name:

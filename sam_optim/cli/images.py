@@ -18,7 +18,7 @@ def read(source: Any, row: int, mode: str | None) -> Any:
     """One decoded image, in its own mode for None; an error names the file, where timm would take the next one."""
     from PIL import Image
 
-    reader = getattr(source, "reader", None)
+    reader: Any = getattr(source, "reader", None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -84,7 +84,7 @@ def folder(directory: Path) -> tuple[Any, list[str]]:
 def labels_of(source: Any) -> list[int]:
     """Of all examples; decodes every one where the data set does not list its labels."""
     labels = getattr(source, "targets", None)
-    reader = getattr(source, "reader", None)
+    reader: Any = getattr(source, "reader", None)
     if labels is None and hasattr(reader, "samples"):
         labels = [label for _, label in reader.samples]
     if labels is None and hasattr(reader, "iter_targets"):

@@ -36,23 +36,30 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found["entries"]
 
 
+class Unwritable(InputError):
+    """Results cannot be kept any more: reason to stop, where a checkpoint that fails is none."""
+
+
 class Store:
     """Entries by (checkpoint, key), in the order in which they came; each `put` is on the disk when it returns.
 
     Args:
         path: the file; what it holds stays. None keeps everything in memory only.
-        writes: False for the other processes of one command.
 
     Raises:
         InputError: a file that this class has not written.
     """
 
-    def __init__(self, path: Path | None, *, writes: bool = True):
-        self._path = path if writes else None
+    def __init__(self, path: Path | None):
+        self._path = path
         entries = read(path) if path is not None and path.exists() else []
-        self._entries = {(e["checkpoint"], e["key"]): e for e in entries}
+        self._entries: dict[tuple[str, str], Entry] = {(e["checkpoint"], e["key"]): e for e in entries}
         self._texts = {name: _text(e) for name, e in self._entries.items()}  # or each write would make all of them anew
         self._seen = self._stamp()
+
+    def only_read(self) -> None:
+        """For the other processes of one command: from here on all stays in memory."""
+        self._path = None
 
     def find(self, checkpoint: str, key: str) -> Entry | None:
         """The result under this key, of this checkpoint or of one with the same content; failures do not count."""
@@ -75,10 +82,13 @@ class Store:
         if self._path is None:
             return
         if self._stamp() != self._seen:
-            raise InputError(f"{self._path} was changed by another process; give each its own --json")
+            raise Unwritable(f"{self._path} was changed by another process; give each its own --json")
         lines = ",\n".join(self._texts.values())
         content = f'{{"format": {json.dumps(FORMAT)}, "entries": [\n{lines}\n]}}\n'
-        write_atomic(self._path, content.encode(), "--json")
+        try:
+            write_atomic(self._path, content.encode(), "--json")
+        except InputError as error:
+            raise Unwritable(str(error)) from None
         self._seen = self._stamp()
 
     def _stamp(self) -> tuple[int, int] | None:

@@ -13,7 +13,14 @@ OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is
 
 
 def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Loads the state that `fitting` finds for the model.
+    """Loads the state that `checked` finds for the model."""
+    found = checked(model, state, name)
+    with torch.no_grad():
+        model.load_state_dict(found, strict=False)  # what is missing now is optional
+
+
+def checked(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state under the model's names.
 
     Raises:
         InputError: a weight that is missing, left over or of another shape; the first three of each are named.
@@ -29,8 +36,7 @@ def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     ]
     if missing or unexpected or shapes:
         raise InputError(f"{name} does not fit the model: {_said(missing, unexpected, shapes)}")
-    with torch.no_grad():
-        model.load_state_dict(found, strict=False)  # what is missing now is optional
+    return found
 
 
 def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

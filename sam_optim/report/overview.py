@@ -29,13 +29,18 @@ def results_page(results: Mapping[str, Any], *, title: str = "Sharpness report")
     Raises:
         ValueError: a result without a "type" this page knows.
     """
-    found: dict[str, Result] = {name: plain(result) for name, result in results.items()}
+    found = {name: plain(result) for name, result in results.items()}
+    return html_page(title, tag("header", tag("h1", title)), *sections(found), data=found)
+
+
+def sections(found: Mapping[str, Result]) -> list[Child]:
+    """The results by kind, and their settings; `found` as `to_dict()` gives it."""
     for name, result in found.items():
         if not isinstance(result, Mapping) or result.get("type") not in _KNOWN:
             raise ValueError(f"{name!r} is no result of a measure: its type must be one of {', '.join(_KNOWN)}")
     by_type = {kind: {n: r for n, r in found.items() if r["type"] == kind} for kind in _KNOWN}
     parts: list[Child] = [draw(by_type[kind]) for kind, draw in _KNOWN.items() if by_type[kind]]
-    return html_page(title, tag("header", tag("h1", title)), *parts, _settings(found), data=found)
+    return [*parts, _settings(found)]
 
 
 def _estimates(results: Mapping[str, Result]) -> Markup:

@@ -21,6 +21,18 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(digits - 1 - size, 0)}f}"
 
 
+def with_error(value: float | None, error: float | None) -> str:
+    """value ± error, to two digits of the error; the value alone where there is none."""
+    if value is None or not math.isfinite(value) or error is None or not math.isfinite(error) or error <= 0:
+        return number(value, 4)
+    if not -4 <= _size(value) < 6 and value:
+        return f"{value:.3e} ± {error:.1e}"
+    decimals = 1 - _size(error)
+    if decimals + _size(value or error) > 6:  # far more digits than anybody reads
+        return f"{number(value, 6)} ± {error:.1e}"
+    return f"{value:.{max(decimals, 0)}f} ± {number(error, 2)}"
+
+
 def spread(values: Sequence[float | None], *, decimals: int | None = None) -> str:
     """mean ± standard deviation, to the same decimals; two digits of the deviation, at most four of the mean."""
     known = [v for v in values if v is not None and math.isfinite(v)]

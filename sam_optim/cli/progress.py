@@ -1,0 +1,72 @@
+"""How far a long command is, on standard error: tqdm's bars on a terminal, a line for each result elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Progress:
+    """Over `total` numbers. `shown=False` says nothing at all."""
+
+    def __init__(self, total: int, *, shown: bool):
+        self._total, self._shown, self._done = total, shown, 0
+        self._bars = _tqdm() if shown and sys.stderr.isatty() else None
+        self._outer: Any = self._bars(total=total, unit="number", position=0) if self._bars else None
+        self._inner: Any = None
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if not self._shown:
+            return
+        if self._outer is not None:
+            self._outer.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def start(self, label: str) -> Callable[[int, int], None] | None:
+        """A measure begins; what it may call with (done, total) steps."""
+        self._started = time.monotonic()
+        if self._bars is None:
+            return None
+        self._inner = self._bars(desc=label, position=1, leave=False)
+        return self._step
+
+    def done(self, text: str) -> None:
+        """The measure has ended."""
+        self._done += 1
+        seconds = time.monotonic() - self._started
+        self._close_inner()
+        self.say(f"[{self._done}/{self._total}] {text} ({seconds:.1f} s)")
+        if self._outer is not None:
+            self._outer.update(1)
+
+    def skip(self, count: int) -> None:
+        """Numbers that need no work."""
+        self._done += count
+        if self._outer is not None:
+            self._outer.update(count)
+
+    def close(self) -> None:
+        self._close_inner()
+        if self._outer is not None:
+            self._outer.close()
+
+    def _step(self, done: int, total: int) -> None:
+        self._inner.total, self._inner.n = total, done
+        self._inner.refresh()
+
+    def _close_inner(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks import checkpoint, command, data, options, recipe
-from benchmarks.command import InputError, one_line, unknown
-from sam_optim import Perturbation, asam_param_groups, measures, rng
+from benchmarks.command import InputError, one_line
+from sam_optim import Perturbation, asam_param_groups, rng
+from sam_optim.cli import registry
+from sam_optim.cli.registry import MEASURES, chosen
 from sam_optim.geometry import ProductBall
 from sam_optim.loss import Loss
+from sam_optim.report.study import cell
 from sam_optim.results import plain, provenance
 
-MEASURES: dict[str, Callable[[Loss, Any], Any]] = {
-    "worst": lambda loss, ball: measures.worst_case_sharpness(loss, ball, num_steps=20),
-    "average": lambda loss, ball: measures.average_sharpness(loss, as_noise(ball, loss), num_samples=30),
-    "eigenvalue": lambda loss, ball: measures.hessian_eigenvalues(loss, num=1, tol=1e-3),
-    "trace": lambda loss, ball: measures.hessian_trace(loss, num_probes=30),
-    "gradient_regret": lambda loss, ball: measures.gradient_regret(loss),
-}
 DEFAULT_RHO = 0.05
-
-
-def chosen(text: str) -> list[str]:
-    """Names of measures, separated by commas; "none" for no measures."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if names in ([], ["none"]):
-        return []
-    for name in names:
-        if name not in MEASURES:
-            raise unknown("measure", name, MEASURES)
-    return names
+BRIEF = {"num_samples": 30, "num_probes": 30}  # after every training run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +78,7 @@ def run(
     ball = neighborhood(args, model, rho, adaptive)
     results = {}
     for name in names:
-        results[name] = _measured(MEASURES[name], loss, ball)
+        results[name] = _measured(name, loss, ball)
         print(f"{name:22s} {_line(results[name])}", flush=True)
     report = {
         "split": split,
@@ -147,10 +133,13 @@ def _batches(
     return found
 
 
-def _measured(measure: Callable[[Loss, Any], Any], loss: Loss, ball: ProductBall) -> dict[str, Any]:
+def _measured(name: str, loss: Loss, ball: ProductBall) -> dict[str, Any]:
     """The result as plain values; a measure that this model or data cannot have says why instead."""
+    brief = BRIEF | ({"tol": 1e-3} if name.startswith("eigenvalue") else {})
+    if registry.needs_ball(name):
+        brief |= {"ball": as_noise(ball, loss) if name == "average" else ball}
     try:
-        return measure(loss, ball).to_dict()
+        return registry.call(name, loss, registry.arguments(name, brief, {})).to_dict()
     except (ValueError, RuntimeError, NotImplementedError) as error:
         return {"value": None, "reason": one_line(error)}
 
@@ -160,14 +149,7 @@ def _has_value(result: dict[str, Any]) -> bool:
 
 
 def _line(result: dict[str, Any]) -> str:
-    if not _has_value(result):
-        return f"no value: {result.get('reason', 'it is not finite')}"
-    if "eigenvalues" in result:
-        text = "  ".join(f"{value:.5g}" for value in result["eigenvalues"])
-    else:
-        stderr = result.get("stderr")
-        text = f"{result['value']:.5g}" + (f" +/- {stderr:.2g}" if stderr else "")
-    return text if result.get("converged", True) else f"{text}  (not converged)"
+    return cell(result) if _has_value(result) else f"no value: {result.get('reason', 'it is not finite')}"
 
 
 if __name__ == "__main__":

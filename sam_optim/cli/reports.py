@@ -63,7 +63,7 @@ def _targets(made: Table, extra: Rows, wanted: str | None, factors: Sequence[str
             found[name] = values
         elif wanted:
             raise InputError(f"--target {wanted} has no number for any of the checkpoints; compare their names")
-    if extra and not found and made.rows:
+    if names and not found and made.rows:
         seen = [line.get("checkpoint", "") for line in extra[:2]]
         raise InputError(f"no checkpoint of the results is among the targets ({seen} against {made.rows[:2]})")
     return found

@@ -1,24 +1,14 @@
 """Sharpness-Aware Minimization for PyTorch, and the means to check that it worked."""
 
-from sam_optim._version import __version__
-from sam_optim.correlation import Correlation, correlate
-from sam_optim.geometry import Ball, ProductBall
-from sam_optim.graphs import GraphedStep
-from sam_optim.groups import asam_param_groups, norm_only_param_groups
-from sam_optim.landscape import interpolate, slice_1d, slice_2d
-from sam_optim.loss import Loss
-from sam_optim.measures import (
-    average_sharpness,
-    gradient_regret,
-    hessian_eigenvalues,
-    hessian_trace,
-    worst_case_sharpness,
-)
-from sam_optim.optimizers import ASAM, SAM
-from sam_optim.perturbation import Perturbation
-from sam_optim.results import Estimate, Landscape, LastStep, Spectrum
+from __future__ import annotations
 
-__all__ = [
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sam_optim.public import *  # noqa: F403
+
+__all__ = [  # noqa: F405
     "ASAM",
     "SAM",
     "Ball",
@@ -44,3 +34,24 @@ __all__ = [
     "slice_2d",
     "worst_case_sharpness",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, all at once with the first that is asked for: importing torch takes seconds, and
+    `sam-optim --help` does without it. Modules are imported when they are asked for."""
+    if name in __all__:
+        public = importlib.import_module("sam_optim.public")
+        globals().update({public_name: getattr(public, public_name) for public_name in __all__})
+        return globals()[name]
+    full = f"{__name__}.{name}"
+    try:
+        if not name.startswith("__"):
+            return importlib.import_module(full)
+    except ModuleNotFoundError as error:
+        if error.name != full:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

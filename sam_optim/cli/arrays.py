@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +60,8 @@ def published(directory: Path, *, train: bool) -> tuple[str, Tensor, Tensor] | N
 
 
 def _npz(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(_native(file[name])) for name in ("x", "y") if name in file}
@@ -70,6 +71,8 @@ def _npz(path: Path) -> dict[str, Tensor]:
 
 def _native(x: Any) -> Any:
     """In this machine's byte order, and in a type that torch has."""
+    import numpy as np
+
     x = np.ascontiguousarray(x)
     if x.dtype in (np.uint16, np.uint32, np.uint64):
         return x.astype(np.int64)
@@ -88,7 +91,7 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
         sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
         if content[:4] != bytes([0, 0, 8, dimensions]):
             raise ValueError(f"it begins with {content[:4].hex()}")
-        entries = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-        return torch.from_numpy(entries.reshape(sizes).copy())
-    except (ValueError, OSError, EOFError) as error:
+        entries = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
+        return entries.reshape(sizes)
+    except (ValueError, RuntimeError, OSError, EOFError) as error:
         raise InputError(f"{path} is not a file of MNIST ({one_line(error)}); unpack the archive again") from None

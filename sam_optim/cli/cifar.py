@@ -8,7 +8,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +71,8 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _read_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
     try:
         content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         pixels, labels = np.asarray(content["data"]), content[key]

@@ -148,9 +148,11 @@ def read_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes: timm's scripts save theirs
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        needs = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        more = f"it refers to {needs[1]}" if needs else one_line(error)[:200]
-        raise InputError(f"{path} holds more than weights, and nothing in it was run: {more}; {REMEDY}") from None
+        if needs := re.search(r"GLOBAL (\S+)", str(error)):
+            refused = f"it refers to {needs[1]}, and nothing in it was run"
+            raise InputError(f"{path} holds more than weights: {refused}; {REMEDY}") from None
+        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        raise InputError(f"{path} is damaged or no checkpoint of torch: {reason[1] if reason else 'pickle'}") from None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise InputError(f"{path} is damaged or no checkpoint of torch: {one_line(error)[:200]}") from None
 

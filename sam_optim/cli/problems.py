@@ -123,10 +123,8 @@ class Images:
         if num is None:
             raise InputError(f"{checkpoint.name} does not show how many classes it has: give --num-classes")
         if self.data.largest >= num or self.data.num_classes not in (None, num):
-            has = self.data.num_classes or f"labels up to {self.data.largest}"
-            raise InputError(
-                f"the data have {has} classes, {checkpoint.name} has {num} outputs: other --data or --model"
-            )
+            has = f"{self.data.num_classes} classes" if self.data.num_classes else f"labels up to {self.data.largest}"
+            raise InputError(f"the data have {has}, {checkpoint.name} has {num} outputs: other --data or --model")
         key = json.dumps([name, plain(kwargs), small, num])
         if self._built[0] != key:
             made = self._make(name, num, small, kwargs)
@@ -261,6 +259,7 @@ def _function(name: str) -> Any:
         raise InputError(f"--target must be MODULE:FUNCTION, got {name!r}")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does; the console script does not
+    importlib.invalidate_caches()  # it may have been written a moment ago
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:
@@ -286,6 +285,6 @@ def _data_config(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if name != "cnn3" and not timm.is_model(name):
         raise unknown("model", name, ["cnn3", *timm.list_models()])
     known = None if name == "cnn3" else get_pretrained_cfg(name)
-    found: dict[str, Any] = dict(resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {}))
+    found: dict[str, Any] = dict(resolve_data_config({"no": None}, pretrained_cfg=known.to_dict() if known else {}))
     found["input_size"] = (kwargs.get("in_chans", found["input_size"][0]), *found["input_size"][1:])
     return found

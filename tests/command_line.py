@@ -1,6 +1,7 @@
 """Small checkpoints, data and problems for the tests of `sam-optim`."""
 
 import contextlib
+import importlib
 import io
 import json
 
@@ -86,6 +87,7 @@ def small(seed):
 def study(folder, count=3):
     """Checkpoints c0.pt, c1.pt ... of PROBLEM's network, and its module `study_problem`."""
     (folder / "study_problem.py").write_text(PROBLEM)
+    importlib.invalidate_caches()
     for seed in range(count):
         torch.save(small(seed).state_dict(), folder / f"c{seed}.pt")
     return [f"c{seed}.pt" for seed in range(count)]

@@ -26,7 +26,7 @@ QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and tr
 def here(tmp_path, monkeypatch):
     """An empty working directory; modules that are found in it are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("study_problem", None)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +146,9 @@ def read_file(path: Path) -> Any:
     if (named := OF_A_RUN.fullmatch(path.name)) and (got := Checkpoint("", (path,)).digest()) != named[2]:
         raise InputError(f"{path} is damaged: its SHA-256 begins with {got}, its name says {named[2]}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes: timm's scripts save theirs
+        # timm's scripts save their options as a Namespace, which is plain attributes
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle's protocol; what does not load is an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if needs := re.search(r"GLOBAL (\S+)", str(error)):

@@ -51,7 +51,8 @@ def columns(args: argparse.Namespace) -> list[Column]:
             radii = list(args.noise_rho if name == "average" and args.noise_rho else args.rho)
         for matrix in args.matrix or [None] if registry.takes(name, "matrix") else [None]:
             for rho in radii:
-                options = registry.arguments(name, given | {"matrix": matrix, "ball": _ball(args, rho)}, own)
+                where = {"matrix": matrix, "ball": _ball(args, rho), "adaptive": args.adaptive}
+                options = registry.arguments(name, given | where, own)
                 shown = [name, matrix if matrix != "hessian" else None, f"rho={rho:g}" if rho is not None else None]
                 found.append(Column(" ".join(filter(None, shown)), name, rho, options))
     return found

@@ -1,4 +1,4 @@
-"""Models: any timm name, with the stem that the field uses for small images, and a small CNN for digits."""
+"""Models: any timm name, with the stem that the field uses for small images, and two CNNs small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **op
         InputError: the name or an option is unknown, or the model cannot take images of this size.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    if name == "cnn3":
+    if name in OWN:
         if options:
-            raise InputError(f"cnn3 takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
-        return cnn3(num_classes, image_size)
+            raise InputError(f"{name} takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
+        return OWN[name](num_classes, image_size)
     model = _from_timm(name, num_classes, image_size, options)
     if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
         print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
@@ -55,6 +55,22 @@ def cnn3(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
     )
 
 
+def cnn5(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
+    """Five 3x3 convolutions with BatchNorm and ReLU, 72 k parameters: 16, pool, 32, 32, pool, 64, 64, mean."""
+    layers: list[nn.Module] = []
+    channels = image_size[0]
+    for width in (16, None, 32, 32, None, 64, 64):
+        if width is None:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+OWN = {"cnn3": cnn3, "cnn5": cnn5}
+
+
 def default_size(name: str) -> tuple[int, int]:
     """(H, W) that a timm model was made for; 224 where timm does not say."""
     try:
@@ -71,7 +87,7 @@ def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], op
     except ImportError:
         raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
     if not timm.is_model(name):
-        raise unknown("model", name, ["cnn3", *timm.list_models()])
+        raise unknown("model", name, [*OWN, *timm.list_models()])
     channels, height, _ = image_size
     arguments = {"num_classes": num_classes, "in_chans": channels} | options
     try:

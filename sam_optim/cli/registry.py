@@ -13,13 +13,37 @@ from sam_optim.cli.errors import InputError, unknown
 @dataclass(frozen=True)
 class Row:
     """function: of `sam_optim`. about: for --help. defaults: where they differ from the function's own; what --set may
-    replace and the other options may not. before: functions of `sam_optim` that come before the loss."""
+    replace and the other options may not; an `OfLoss` is found for each loss. before: functions of `sam_optim` that
+    come before the loss."""
 
     function: str
     about: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     before: tuple[str, ...] = ()
 
+
+@dataclass(frozen=True)
+class OfLoss:
+    """An option that depends on the model. said: what stands for it in the settings."""
+
+    said: str
+    find: Callable[[Any], Any]
+
+    def to_dict(self) -> str:
+        return self.said
+
+
+def last_layer(loss: Any) -> str:
+    """The name of the model's last linear layer."""
+    from torch import nn
+
+    names = [name for name, module in loss.model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise InputError("the model has no linear layer: name one with --set MEASURE.layer=NAME")
+    return names[-1]
+
+
+LAST_LAYER = OfLoss("the last linear layer", last_layer)
 
 MEASURES: dict[str, Row] = {
     "worst": Row("worst_case_sharpness", "highest rise of the loss within rho"),
@@ -88,7 +112,8 @@ def call(name: str, loss: Any, options: Mapping[str, Any], progress: Callable[[i
     function = getattr(sam_optim, row.function)
     before = [getattr(sam_optim, other) for other in row.before]
     told = progress is not None and "progress" in inspect.signature(function).parameters
-    return function(*before, loss, **options, **({"progress": progress} if told else {}))
+    found = {key: value.find(loss) if isinstance(value, OfLoss) else value for key, value in options.items()}
+    return function(*before, loss, **found, **({"progress": progress} if told else {}))
 
 
 def _keywords(function: Callable[..., Any], *, skipped: int) -> dict[str, Any]:

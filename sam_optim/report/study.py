@@ -44,12 +44,14 @@ class Table:
 
 
 def headline(result: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """The number of a result and its error: a standard error, or the residual of an eigenvalue, which bounds it."""
+    """The number of a result and its error: a standard error, or the residual of an eigenvalue, or
+    the bound of its error that comes with it."""
     if "density" in result:
         return None, None
     if "eigenvalues" in result:
-        values, residuals = result["eigenvalues"], result.get("residuals") or [None]
-        return (values[0], residuals[0]) if values else (None, None)
+        values = result["eigenvalues"]
+        errors = result.get("errors") or result.get("residuals") or [None]
+        return (values[0], errors[0]) if values else (None, None)
     return result.get("value"), result.get("stderr")
 
 
@@ -128,9 +130,7 @@ def _values(found: Table) -> Markup:
     rows: list[Sequence[Child]] = [
         [row, *(_cell(found.cells.get((row, c))) for c in found.columns)] for row in found.rows
     ]
-    caption = (
-        "± is the standard error over batches or draws; of an eigenvalue it is the residual, which bounds its error."
-    )
+    caption = "± is the standard error over batches or draws; of an eigenvalue it is a bound of the error."
     reasons: list[Child] = [
         f"{row}, {column}: {reason}"
         for (row, column), e in found.cells.items()
@@ -276,7 +276,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dots in its keys."""
     if not isinstance(value, Mapping):
         return {prefix: value}
-    inner = [_flat(v, f"{prefix}.{k}" if prefix and prefix != "loss" else str(k)) for k, v in value.items()]
+    inner = [
+        _flat(v, f"{prefix}.{k}" if prefix and prefix not in ("loss", "options") else str(k)) for k, v in value.items()
+    ]
     return {k: v for part in inner for k, v in part.items()}
 
 

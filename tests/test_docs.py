@@ -52,15 +52,27 @@ def test_every_example_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch
             assert float(got) == pytest.approx(float(said), rel=RELATIVE, abs=ABSOLUTE)
 
 
+@pytest.mark.parametrize("page", sorted((DOCS / "measures").glob("*.md")), ids=lambda p: p.stem)
+def test_every_example_of_the_measures_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        pairs = run(page)
+    for printed, shown in pairs:
+        printed, shown = (re.sub("-{2,}", "--", text) for text in (printed, shown))  # lines under heads of tables
+        assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+        for got, said in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+            assert float(got) == pytest.approx(float(said), rel=RELATIVE, abs=ABSOLUTE)
+
+
 def test_the_index_names_every_page_and_every_page_exists():
     text = (DOCS / "README.md").read_text()
     targets = {t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t}
     assert all((DOCS / target).exists() for target in targets)
-    assert {f"integrations/{page.name}" for page in (DOCS / "integrations").glob("*.md")} <= targets
+    pages = [page for folder in ("integrations", "measures") for page in (DOCS / folder).glob("*.md")]
+    assert {f"{page.parent.name}/{page.name}" for page in pages} <= targets
 
 
-@pytest.mark.parametrize(
-    "page", [DOCS / "README.md", *sorted((DOCS / "integrations").glob("*.md"))], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("page", [DOCS / "README.md", *sorted(DOCS.glob("*/*.md"))], ids=lambda p: p.stem)
 def test_nothing_is_left_to_be_filled_in(page):
     assert not re.search(r"\b(NOTE|OUTPUT|TODO|TBD)\b", page.read_text())

@@ -1,7 +1,9 @@
 """`sam-optim measure`: its numbers are those of the library, and it goes on where it stopped."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from torch import nn
 
 import sam_optim
 from sam_optim import Ball, Loss, average_sharpness, hessian_eigenvalues, hessian_trace, worst_case_sharpness
-from sam_optim.cli import columns, options, registry, store
+from sam_optim.cli import columns, options, progress, registry, store
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and trace
@@ -470,3 +472,32 @@ def test_torchrun(here):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checkpoint") == 1
     assert len(store.read(here / "two.json")) == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class TestProgress:
+    def test_bars_on_a_terminal_lines_without_tqdm_and_nothing_if_quiet(self, monkeypatch):
+        def shown(**kwargs):
+            monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+            bar = progress.Progress(2, **kwargs)
+            step = bar.start("a trace")
+            if step is not None:
+                step(1, 4)
+                step(4, 4)
+            bar.done("a trace: 3")
+            bar.skip(1)
+            bar.close()
+            return terminal.getvalue()
+
+        pytest.importorskip("tqdm")
+        bars = shown(shown=True)
+        assert "a trace:   0%" in bars or "a trace: 0it" in bars
+        assert "2/2" in bars
+        assert "[1/2] a trace: 3" in bars
+        assert shown(shown=False) == ""
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+        assert re.fullmatch(r"\[1/2\] a trace: 3 \(\d+\.\d s\)\n", shown(shown=True))

@@ -55,8 +55,8 @@ class Progress:
             self._outer.close()
 
     def _step(self, done: int, total: int) -> None:
-        self._inner.total, self._inner.n = total, done
-        self._inner.refresh()
+        self._inner.total = total
+        self._inner.update(done - self._inner.n)  # which draws only some times in a second
 
     def _close_inner(self) -> None:
         if self._inner is not None:

@@ -1,0 +1,167 @@
+"""A measure of minibatch losses against that measure of the mean loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from sam_optim.loss import Loss
+from sam_optim.measures.record import Progress, Ticks, estimate, settings
+from sam_optim.products import Product
+from sam_optim.results import Estimate, Spectrum, mean_over_batches, plain
+
+# Linear in the loss: their mean over batches is their value for the mean loss.
+LINEAR = {"hessian_trace", "hessian_diagonal", "average_sharpness", "fisher_rao_norm", "relative_flatness"}
+
+Measure = Callable[..., "Estimate | Spectrum | float | Tensor"]
+
+
+def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | None = None, **kwargs: Any) -> Estimate:
+    """How sharp the losses of single batches are, compared with their mean.
+
+        C = sum_b n_b / N M(l_b) / M(L),   L = sum_b n_b / N l_b
+
+    A mean of flat functions that look alike and a mean of sharp ones with scattered minima can be equally flat; C tells
+    them apart. It does not change with a reparametrization that multiplies M of every loss by one factor. A convex
+    measure, such as the largest eigenvalue or a norm of the Hessian or the gradient, has C >= 1. Of a linear one C is 1
+    for all losses and says nothing; it is refused.
+
+    Args:
+        measure: M(loss, **kwargs) -> Estimate, Spectrum (whose first eigenvalue counts), or a number. M(L) is that of
+            the whole data as one unit: `worst_case_sharpness` there has one perturbation for all batches.
+        loss: L, with two batches or more; C depends on their size m.
+        progress: called with (batches done, their number + 1).
+        kwargs: for the measure.
+
+    Returns:
+        `value`, without units. `stderr`: that of the mean over batches relative to M(L), on these data, so L is not
+        taken to vary; with the standard error that M gave for L, if any. `details`: `whole`, M(L); `batch_values`,
+        M(l_b). `converged` is that of all of them; nan where M(L) is 0 or not finite.
+
+    Raises:
+        ValueError: fewer than two batches, a linear measure.
+        TypeError: a measure that returns anything else.
+
+    Source: F. Huszar, "The Generalization Mystery: Sharp vs Flat Minima" (2018).
+    """
+    name = _name(measure)
+    _refuse_linear(name, measure)
+    if loss.num_batches < 2:
+        raise ValueError("contrast needs batches to compare with their mean, and this loss has one: split it")
+    tick = Ticks(progress, loss.num_batches + 1)
+
+    def result(part: Loss) -> _Value:
+        found = _value(measure(part, **kwargs), name)
+        tick()
+        return found
+
+    whole = result(_Whole(loss))
+    _refuse_linear(whole.measure, None)
+    parts = [result(single) for single in loss.single_batches()]
+    values = [part.value for part in parts]
+    mean, stderr = mean_over_batches(values, loss.batch_sizes)
+    value = mean / whole.value if whole.value else math.nan
+    if math.isfinite(whole.stderr) and math.isfinite(value):
+        stderr = math.hypot(stderr, value * whole.stderr)
+    everything = [whole, *parts]
+    reason = next((f"{name}: {v.reason or 'not converged'}" for v in everything if not v.converged), None)
+    if not whole.value:
+        reason = f"{name} of the mean loss is 0"
+    return estimate(
+        value,
+        stderr / abs(whole.value) if whole.value else math.nan,
+        num_samples=len(parts),
+        converged=all(v.converged for v in everything),
+        reason=reason,
+        details={"whole": whole.value, "batch_values": values},
+        settings={"measure": "contrastive_sharpness", "of": name}
+        | {"arguments": {k: _plain(v) for k, v in kwargs.items()}}
+        | {k: v for k, v in settings("", loss).items() if k != "measure"},
+    )
+
+
+class _Value:
+    """The one number of a result of a measure, and whether it converged."""
+
+    def __init__(self, value: float, stderr: float, converged: bool, reason: str | None, measure: str):
+        self.value, self.stderr, self.converged, self.reason, self.measure = value, stderr, converged, reason, measure
+
+
+def _value(found: Any, name: str) -> _Value:
+    if isinstance(found, Estimate):
+        measure = str(found.settings.get("measure", ""))
+        return _Value(found.value, found.stderr, found.converged, found.reason, measure)
+    if isinstance(found, Spectrum) and found.grid is None and len(found.eigenvalues):
+        return _Value(float(found.eigenvalues[0]), math.nan, found.converged, found.reason, "")
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = float(found)
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        finite = math.isfinite(found)
+        return _Value(float(found), math.nan, finite, None if finite else "it is not finite", "")
+    got = "a spectral density" if isinstance(found, Spectrum) else type(found).__name__
+    raise TypeError(f"a measure must return an Estimate, a Spectrum with eigenvalues or a number; {name} gave {got}")
+
+
+def _refuse_linear(name: str, measure: Any) -> None:
+    if name in LINEAR or getattr(measure, "linear", False):
+        raise ValueError(
+            f"{name} is linear in the loss: its mean over batches is its value for the mean loss, so the contrast is 1 "
+            "for every model; use a measure that is not linear, such as hessian_eigenvalues or worst_case_sharpness"
+        )
+
+
+def _name(measure: Any) -> str:
+    """Also of a functools.partial."""
+    while hasattr(measure, "func"):
+        measure = measure.func
+    return getattr(measure, "__name__", type(measure).__name__)
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return plain(value)
+    except TypeError:
+        return repr(value)
+
+
+class _Whole(Loss):
+    """L as one unit: a single batch of all examples, which still passes through memory batch by batch."""
+
+    def __init__(self, loss: Loss):
+        self.__dict__.update(loss.__dict__)
+        self._loss = loss
+        self.batch_sizes = (loss.num_examples,)
+        self.num_batches = 1
+
+    def value(self) -> Tensor:
+        return self._loss.value()
+
+    def batch_values(self) -> Tensor:
+        return self._loss.value()[None]
+
+    def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        return self._loss.value_and_gradient()
+
+    @contextmanager
+    def curvature(self, matrix: str = "hessian") -> Iterator[Product]:
+        with self._loss.curvature(matrix) as product:
+            yield product
+
+    def single_batches(self) -> Iterator[Loss]:
+        yield self
+
+    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
+        return self._loss._weighted_batches()
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return self._loss._mean(values)
+
+    def over_batches(self, f: Callable[[Loss], Any]) -> list[Any]:
+        return [f(self)]
+
+    def settings(self) -> dict[str, Any]:
+        return self._loss.settings() | {"m": self.num_examples, "num_batches": 1}

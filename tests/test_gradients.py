@@ -1,4 +1,4 @@
-"""The regret between batches against the formula, pair by pair."""
+"""Regret, coherence and noise scale against their formulas, pair by pair, example by example."""
 
 import itertools
 import json
@@ -10,8 +10,13 @@ from networks import NETWORKS, Dense, batches, flat, mlp, network
 from quadratic import Quadratic, mean, shifted, symmetric
 from torch import nn
 
+from sam_optim.geometry import Ball
 from sam_optim.loss import Loss
-from sam_optim.measures import gradient_regret
+from sam_optim.measures import gradient_coherence, gradient_noise_scale, gradient_regret
+from sam_optim.measures import gradients as gradients_module
+from sam_optim.measures import gram as gram_module
+from sam_optim.measures.conjugate import damped_share
+from sam_optim.rng import Stream
 
 EPS = torch.finfo(torch.float64).eps
 SIZES = (5, 5, 2, 3)
@@ -120,10 +125,11 @@ def test_what_is_not_finite_is_not_a_number(metric):
 def test_results_say_how_they_were_made():
     loss, seen = Loss(network(mlp), cross_entropy, batches(mlp)), []
     found = gradient_regret(loss, metric="fisher", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 6) for i in range(1, 7)]
+    assert seen == [(i, 10) for i in range(1, 11)]  # three gradients, three solves, four probes
     settings = json.loads(json.dumps(found.to_dict(), allow_nan=False))["settings"]
     assert settings | {"metric": "fisher", "damping": 1e-3, "m": 5, "n": 12} == settings
     assert found == gradient_regret(loss, metric="fisher")
+    assert settings["damping"] == found.details["damping"]
     assert "damping" not in gradient_regret(loss).settings
 
 
@@ -134,3 +140,319 @@ def test_wrong_arguments_are_refused():
     for wrong in ({"metric": "hyperbolic"}, {"damping": 0.0}, {"tol": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             gradient_regret(Loss(network(mlp), cross_entropy, data), **wrong)
+
+
+RELATIVE = Ball(0.0, adaptive=True, eta=0.0)  # T = |w|
+
+
+def gradients_of(model, data):
+    return [flat(Loss(model, cross_entropy, [batch]).gradient()) for batch in data]
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "fisher"])
+def test_regret_in_a_geometry_is_that_of_the_scaled_gradients(metric):
+    """With T: gradients T g, and the inverse of T G T + damping."""
+    model, data = network(mlp).eval(), batches(mlp, SIZES)
+    t = flat(list(model.parameters())).abs() + 0.01
+    gradients = [t * g for g in gradients_of(model, data)]
+    inverse = torch.eye(len(t), dtype=torch.float64)
+    if metric == "fisher":
+        joined = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+        ggn = Dense(model, cross_entropy, joined).matrix("ggn")
+        inverse = torch.linalg.inv(t[:, None] * ggn * t + 1e-2 * inverse)
+    own = {"damping": 1e-2, "tol": 1e-8} if metric == "fisher" else {}
+    ball = Ball(1.0, adaptive=True, eta=0.01)
+    found = gradient_regret(Loss(model, cross_entropy, data), metric=metric, ball=ball, **own)
+    assert found.value == pytest.approx(mean_over_pairs(gradients, inverse, SIZES), rel=1e-7)
+    assert found.settings["ball"]["adaptive"] == "elementwise"
+
+
+def test_the_parts_of_the_regret():
+    found = gradient_regret(Loss(network(mlp), cross_entropy, batches(mlp, SIZES)))
+    gradients = gradients_of(network(mlp).eval(), batches(mlp, SIZES))
+    details, pairs = found.details, list(itertools.permutations(range(4), 2))
+    mass = sum(SIZES[i] * SIZES[j] for i, j in pairs)
+    norm = sum(SIZES[i] * SIZES[j] * float(gradients[j].norm()) for i, j in pairs) / mass
+    assert details["product_of_means"] == pytest.approx(norm * (1 - details["mean_cosine"]), rel=1e-12)
+    assert details["product_of_means"] + details["covariance"] == pytest.approx(found.value, rel=1e-12)
+    squares = sum(n * float(g @ g) for n, g in zip(SIZES, gradients, strict=True)) / 15
+    assert details["root_mean_square_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
+    assert details["mean_norm"] < details["root_mean_square_norm"]
+    assert details["rank"] == 4
+
+
+def rescaled(model, factor):
+    """A hidden layer of ReLUs multiplied by `factor` per neuron, the next divided by it: the same function."""
+    first, second = model[0], model[2]
+    with torch.no_grad():
+        first.weight.mul_(factor[:, None])
+        first.bias.mul_(factor)
+        second.weight.div_(factor)
+    return model
+
+
+def relu_mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+FACTORS = torch.tensor([0.2, 3.0, 1.0, 7.0, 0.5, 2.0], dtype=torch.float64)
+
+
+def test_what_is_invariant_under_rescaling_and_what_is_not():
+    """T = |w|, whatever the damping: to rounding, or to what the tolerance of conjugate gradients leaves, in which
+    rounding grows. T = 1 is not, unless the damping vanishes."""
+    models = network(relu_mlp), rescaled(network(relu_mlp), FACTORS)
+    losses = [Loss(model, cross_entropy, batches(mlp, SIZES)) for model in models]
+    assert float(losses[0].value()) == pytest.approx(float(losses[1].value()), rel=10 * EPS)
+    fisher = {"metric": "fisher", "num_probes": 0}
+    for arguments, tolerance in (({}, 1e4 * EPS), (fisher, 1e-5), (fisher | {"damping": 0.1, "tol": 1e-10}, 1e-10)):
+        before, after = (gradient_regret(loss, ball=RELATIVE, **arguments) for loss in losses)
+        assert after.value == pytest.approx(before.value, rel=tolerance)
+        assert after.stderr == pytest.approx(before.stderr, rel=10 * tolerance)
+        assert before.converged
+        before, after = (gradient_regret(loss, **arguments) for loss in losses)
+        assert abs(after.value / before.value - 1) > 1e-3
+    for measure in (gradient_coherence, gradient_noise_scale):
+        before, after = (measure(loss, ball=RELATIVE) for loss in losses)
+        assert after.value == pytest.approx(before.value, rel=1e4 * EPS)
+        before, after = (measure(loss) for loss in losses)
+        assert abs(after.value / before.value - 1) > 1e-3
+
+
+def test_the_fisher_regret_becomes_invariant_as_the_damping_vanishes():
+    """Gradients lie in the range of the Fisher matrix, so g^T F^+ g has a limit, which no parametrization changes."""
+    data = batches(mlp, (40, 40, 20))
+    models = network(relu_mlp), rescaled(network(relu_mlp), FACTORS)
+    losses = [Loss(m, cross_entropy, data) for m in models]
+    moved = []
+    for damping in (1e-3, 1e-5, 1e-7):
+        values = [
+            gradient_regret(loss, metric="fisher", damping=damping, tol=1e-9, num_probes=0).value for loss in losses
+        ]
+        moved.append(abs(values[1] / values[0] - 1))
+    assert moved[0] > 1e-2
+    assert sorted(moved, reverse=True) == moved
+    assert moved[-1] < 1e-3
+    joined = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    ggn = Dense(models[0].eval(), cross_entropy, joined).matrix("ggn")
+    exact = mean_over_pairs(
+        gradients_of(models[0], data), torch.linalg.pinv(ggn, rtol=1e-12, hermitian=True), (40, 40, 20)
+    )
+    assert values[0] == pytest.approx(exact, rel=1e-3)
+
+
+def test_effective_dimension_is_a_trace():
+    model, data, damping = network(mlp).eval(), batches(mlp, (20, 20)), 1e-2
+    joined = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    values = torch.linalg.eigvalsh(Dense(model, cross_entropy, joined).matrix("ggn"))
+    found = gradient_regret(Loss(model, cross_entropy, data), metric="fisher", damping=damping, num_probes=20).details
+    error = found["effective_dimension"] - float((values / (values + damping)).sum())
+    assert 0 < found["effective_dimension_stderr"] < 1
+    assert abs(error) < 4 * found["effective_dimension_stderr"]
+
+
+def test_probes_of_the_effective_dimension():
+    """200 seeds: unbiased, with the variance of Hutchinson's estimator, each settled to the digits that it promises."""
+    values = torch.logspace(0, -6, 60, dtype=torch.float64)
+    a, damping = symmetric(values.tolist()), 1e-3
+    share = torch.linalg.solve(a + damping * torch.eye(60), a)
+    exact, found = float(share.trace()), []
+    for seed in range(200):
+        z = Stream(seed).rademacher_like(values)
+        value, settled = damped_share(lambda v: a @ v + damping * v, z, damping, tol=1e-3, limit=100)
+        assert settled
+        assert value == pytest.approx(float(z @ share @ z), rel=1e-3)
+        found.append(value)
+    found = torch.tensor(found, dtype=torch.float64)
+    one = math.sqrt(2 * float(share.square().sum() - share.diagonal().square().sum()))
+    assert abs(found.mean() - exact) < 4 * one / math.sqrt(200)
+    assert float(found.std()) == pytest.approx(one, rel=0.2)
+    assert not damped_share(lambda v: a @ v + damping * v, z, damping, tol=1e-9, limit=3)[1]
+
+
+def test_the_gradients_need_not_fit_in_memory(monkeypatch):
+    """Ranges of parameters, one pass over the data for each: the same numbers, and only so much held."""
+    loss = Loss(network(mlp), cross_entropy, batches(mlp, SIZES))
+    whole = [gradient_regret(loss), gradient_coherence(loss), gradient_noise_scale(loss)]
+    monkeypatch.setattr(gram_module, "BUDGET", 8 * 4 * 10)  # ten entries of each of four gradients
+    held, seen = [], []
+    original = gram_module.inner_products
+    monkeypatch.setattr(gram_module, "inner_products", lambda a, b: held.append(sum(map(len, a))) or original(a, b))
+    again = [
+        gradient_regret(loss, progress=lambda done, total: seen.append((done, total))),
+        gradient_coherence(loss),
+        gradient_noise_scale(loss),
+    ]
+    for found, expected in zip(again, whole, strict=True):
+        assert found.value == pytest.approx(expected.value, rel=1e-12)
+    assert again[1].details["signal_to_noise"] == pytest.approx(whole[1].details["signal_to_noise"], rel=1e-12)
+    assert max(held) == 40
+    assert seen[-1] == (24, 24)  # 51 parameters are six ranges
+
+
+def test_coherence_is_its_formula():
+    model, data = network(mlp).eval(), batches(mlp, SIZES)
+    g = torch.stack(gradients_of(model, data))
+    p = torch.tensor(SIZES, dtype=torch.float64) / 15
+    pairs = list(itertools.permutations(range(4), 2))
+    mass = sum(float(p[i] * p[j]) for i, j in pairs)
+
+    def mean(f):
+        return sum(float(p[i] * p[j] * f(g[i], g[j])) for i, j in pairs) / mass
+
+    found = gradient_coherence(Loss(model, cross_entropy, data))
+    second = float(p @ g.square().sum(1))
+    assert found.value == pytest.approx(mean(lambda a, b: a @ b / (a.norm() * b.norm())), rel=1e-10)
+    assert found.details["agreement"] == pytest.approx(mean(lambda a, b: a @ b) / second, rel=1e-10)
+    assert found.details["share_positive"] == pytest.approx(mean(lambda a, b: a @ b > 0), rel=1e-10)
+    assert found.details["m_coherence"] == pytest.approx(4 * float((p @ g).square().sum()) / second, rel=1e-10)
+    variance = p @ (g - p @ g).square() / (1 - p @ p)
+    assert found.details["signal_to_noise"] == pytest.approx(float(((p @ g) ** 2 / variance).mean()), rel=1e-10)
+    left = [gradient_coherence(Loss(model, cross_entropy, data[:b] + data[b + 1 :])).value for b in range(4)]
+    spread = torch.tensor(left, dtype=torch.float64).var(unbiased=False)
+    assert found.stderr == pytest.approx(float((3 * spread).sqrt()), rel=1e-9)
+
+
+def test_coherence_of_batches_that_agree_oppose_and_ignore_each_other():
+    a = symmetric([3.0, 1.0, 0.2])
+    x = torch.linalg.solve(a, torch.eye(3, dtype=torch.float64))  # rows whose gradients are -1, 0, 0 and so on
+    for rows, expected in (([0, 0, 0], 1.0), ([0, 1, 2], 0.0)):
+        data = [(x[i : i + 1], x[i : i + 1]) for i in rows]
+        found = gradient_coherence(Loss(Quadratic(a), mean, data))
+        assert found.value == pytest.approx(expected, abs=1e-12)
+        assert found.details["m_coherence"] == pytest.approx(3 if expected else 1)
+        assert found.stderr == pytest.approx(0, abs=1e-12)
+    opposite = gradient_coherence(Loss(Quadratic(a), mean, [(x[:1], x[:1]), (-x[:1], x[:1])]))
+    assert opposite.value == pytest.approx(-1)
+
+
+def test_the_noise_scale_of_single_examples_is_exact():
+    """Per-example gradients, covariance divided by N: no error, for the batches are the population."""
+    model, (x, y) = network(mlp).eval(), batches(mlp, (30,))[0]
+    g = torch.stack(gradients_of(model, list(zip(x.split(1), y.split(1), strict=True))))
+    trace, squared = float(g.var(0, unbiased=False).sum()), float(g.mean(0).square().sum())
+    found = gradient_noise_scale(Loss(model, cross_entropy, list(zip(x.split(1), y.split(1), strict=True))))
+    assert found.value == pytest.approx(trace / squared, rel=1e-10)
+    assert found.details["trace"] == pytest.approx(trace, rel=1e-10)
+    assert found.stderr == 0
+    sampled = gradient_noise_scale(
+        Loss(model, cross_entropy, list(zip(x.split(1), y.split(1), strict=True))), sampled=True
+    )
+    trace = trace * 30 / 29
+    assert sampled.details["trace"] == pytest.approx(trace, rel=1e-10)
+    assert sampled.details["squared_gradient"] == pytest.approx(squared - trace / 30, rel=1e-10)
+
+
+def spread_of(found, exact):
+    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    errors = torch.tensor([f.stderr for f in found], dtype=torch.float64)
+    return values, (values - exact).abs() / errors
+
+
+def measured(monkeypatch, measure, loss, gram, **arguments):
+    """What the measure makes of the inner products `gram` of batches of the sizes that `loss` has."""
+    monkeypatch.setattr(gradients_module, "gram_matrix", lambda *args, **kwargs: gram)
+    return measure(loss, **arguments)
+
+
+@pytest.mark.parametrize("sizes", [[8] * 12, [4, 12] * 6], ids=["even", "uneven"])
+def test_the_noise_scale_over_random_partitions(sizes, monkeypatch):
+    """200 partitions of 96 examples: unbiased, and within the standard errors at the nominal rate or a little above."""
+    model, (x, y) = network(mlp).eval(), batches(mlp, (96,))[0]
+    g = torch.stack(gradients_of(model, list(zip(x.split(1), y.split(1), strict=True))))
+    exact = float(g.var(0, unbiased=False).sum() / g.mean(0).square().sum())
+    loss, found = Loss(model, cross_entropy, list(zip(x.split(sizes), y.split(sizes), strict=True))), []
+    for seed in range(200):
+        order = torch.randperm(96, generator=torch.Generator().manual_seed(seed))
+        rows = torch.stack([part.mean(0) for part in g[order].split(sizes)])
+        found.append(measured(monkeypatch, gradient_noise_scale, loss, rows @ rows.T))
+    values, errors = spread_of(found, exact)
+    assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(200)
+    assert 0.54 < (errors < 1).double().mean() < 0.9
+    assert (errors < 2).double().mean() > 0.9
+    assert (errors > 4).sum() <= 2
+
+
+def samples(sizes, num, eigenvalues, offset):
+    """Gradients A (w - m - mean x) of quadratics with normal shifts: G = A (w - m), Sigma = A^2."""
+    a, size = symmetric(eigenvalues), len(eigenvalues)
+    generator = torch.Generator().manual_seed(0)
+    root = torch.tensor(sizes, dtype=torch.float64).sqrt()[:, None]
+    draws = torch.randn(num, len(sizes), size, generator=generator, dtype=torch.float64) / root
+    data = [(torch.zeros(n, size).double(), torch.zeros(n)) for n in sizes]
+    return Loss(Quadratic(a), mean, data), (offset - draws) @ a, a @ offset
+
+
+@pytest.mark.parametrize("sizes", [[8] * 32, [4, 12] * 16], ids=["even", "uneven"])
+def test_the_noise_scale_of_a_sample_speaks_of_the_distribution(sizes, monkeypatch):
+    """200 samples of 256 examples. The parts are unbiased, and the ratio is within its standard error at about the
+    nominal rate: a ratio has longer tails than a normal."""
+    offset = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+    loss, samples_of, gradient = samples(sizes, 200, [3.0, 1.0, 0.2], offset)
+    found = [measured(monkeypatch, gradient_noise_scale, loss, g @ g.T, sampled=True) for g in samples_of]
+    trace, squared = 3.0**2 + 1 + 0.2**2, float(gradient @ gradient)
+    for name, exact in (("trace", trace), ("squared_gradient", squared)):
+        values = torch.tensor([f.details[name] for f in found], dtype=torch.float64)
+        assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(200)
+    _, errors = spread_of(found, trace / squared)
+    assert 0.54 < (errors < 1).double().mean() < 0.82
+    assert (errors > 4).sum() <= 4
+
+
+@pytest.mark.parametrize("sizes", [[2] * 24, [1, 3] * 12], ids=["even", "uneven"])
+def test_the_jackknife_over_batches(sizes, monkeypatch):
+    """200 sets of 24 batches from one distribution: the standard error is the spread. In 40 dimensions: in three, a
+    few pairs of opposite gradients make most of the regret, and no set of 24 batches knows how often they come."""
+    loss, samples_of, _ = samples(sizes, 200, [1.0] * 20 + [0.5] * 20, torch.ones(40, dtype=torch.float64))
+    found = [measured(monkeypatch, gradient_regret, loss, g @ g.T) for g in samples_of]
+    values, errors = spread_of(found, sum(f.value for f in found) / 200)
+    rms = math.sqrt(sum(f.stderr**2 for f in found) / 200)
+    assert rms == pytest.approx(float(values.std()), rel=0.25)
+    assert 0.54 < (errors < 1).double().mean() < 0.82
+
+
+def test_a_gradient_that_is_noise_alone_has_no_scale():
+    model = Quadratic(symmetric([3.0, 1.0, 0.2]))
+    x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    loss = Loss(model, mean, [(x, x), (-x, x)])  # the gradients cancel
+    for sampled in (False, True):
+        found = gradient_noise_scale(loss, sampled=sampled)
+        assert math.isnan(found.value)
+        assert not found.converged
+        assert "gradient" in found.reason
+        assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+
+
+@pytest.mark.parametrize("measure", [gradient_coherence, gradient_noise_scale])
+def test_coherence_and_noise_scale_refuse_and_report(measure):
+    data = batches(mlp)
+    with pytest.raises(ValueError, match="split it"):
+        measure(Loss(network(mlp), cross_entropy, data[:1]))
+    data[1] = (data[1][0] * torch.nan, data[1][1])
+    found = measure(Loss(network(mlp), cross_entropy, data))
+    assert math.isnan(found.value)
+    assert not found.converged
+    assert "finite" in found.reason
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_model_is_left_as_it_was_found(kind):
+    model = network(kind)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    state = torch.get_rng_state()
+    loss = Loss(model, cross_entropy, batches(kind, SIZES))
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    for metric in ("euclidean", "fisher"):
+        gradient_regret(loss, metric=metric)
+        with pytest.raises(KeyboardInterrupt):
+            gradient_regret(loss, metric=metric, progress=stop)
+    gradient_coherence(loss), gradient_noise_scale(loss)
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all((p.grad == 3.0).all() for p in model.parameters())

@@ -1,5 +1,6 @@
 """Regret, coherence and noise scale against their formulas, pair by pair, example by example."""
 
+import copy
 import itertools
 import json
 import math
@@ -399,7 +400,7 @@ def test_the_noise_scale_of_a_sample_speaks_of_the_distribution(sizes, monkeypat
     assert (errors > 4).sum() <= 4
 
 
-@pytest.mark.parametrize("sizes", [[2] * 24, [1, 3] * 12], ids=["even", "uneven"])
+@pytest.mark.parametrize("sizes", [[2] * 24, [2] * 23 + [1]], ids=["even", "last uneven"])
 def test_the_jackknife_over_batches(sizes, monkeypatch):
     """200 sets of 24 batches from one distribution: the standard error is the spread. In 40 dimensions: in three, a
     few pairs of opposite gradients make most of the regret, and no set of 24 batches knows how often they come."""
@@ -456,3 +457,48 @@ def test_the_model_is_left_as_it_was_found(kind):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all((p.grad == 3.0).all() for p in model.parameters())
+
+
+def rescaled_resnet(model, seed=0):
+    """A residual network of timm with another parametrization: in each block the first normalisation and the filters
+    that follow its ReLU, and the filters before that normalisation with its statistics, by random positive factors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.modules():
+            if not hasattr(block, "conv2"):
+                continue
+            conv1, bn1, conv2 = block.conv1, block.bn1, block.conv2
+            a, b = (torch.randn(2, bn1.num_features, generator=generator, dtype=torch.float64)).exp().to(bn1.weight)
+            bn1.weight.mul_(a)
+            bn1.bias.mul_(a)
+            conv2.weight.div_(a[:, None, None])
+            conv1.weight.mul_(b[:, None, None, None])
+            bn1.running_mean.mul_(b)
+            bn1.running_var.copy_(b**2 * (bn1.running_var + bn1.eps) - bn1.eps)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
+def test_regret_of_a_real_network_under_rescaling(dtype, tolerance):
+    """373,658 parameters, BatchNorm and ReLU: invariant with T = |w|, not with T = 1, whose value moves by percents."""
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=10).to(dtype)
+        x, y = torch.randn(32, 3, 32, 32, dtype=dtype), torch.randint(10, (32,))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(10):  # away from zero biases and unit scales
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+    data = list(zip(x.split(16), y.split(16), strict=True))
+    losses = [Loss(m, cross_entropy, data) for m in (model, rescaled_resnet(copy.deepcopy(model)))]
+    assert float(losses[1].value()) == pytest.approx(float(losses[0].value()), rel=1e-5)
+    fisher = {"metric": "fisher", "damping": 1.0, "num_probes": 0, "tol": 1e-4 if dtype == torch.float32 else 1e-6}
+    for arguments, allowed in (({}, tolerance), (fisher, max(tolerance, 1e-5))):
+        before, after = (gradient_regret(loss, ball=RELATIVE, **arguments) for loss in losses)
+        assert before.converged
+        assert after.value == pytest.approx(before.value, rel=allowed)
+    before, after = (gradient_regret(loss) for loss in losses)
+    assert abs(after.value / before.value - 1) > 5e-3

@@ -133,7 +133,8 @@ def relative_flatness(
                 tick()
         return found
 
-    table = torch.tensor([forms(single) for single in loss.single_batches()], dtype=torch.float64).view(-1, num)
+    found = [forms(single) for single in loss.single_batches()]
+    table = torch.tensor(found, dtype=torch.float64).view(len(found), num)
     batch_values = (table.sum(dim=1) if exact else table.mean(dim=1)).tolist()
     value, stderr_batches = mean_over_batches(batch_values, loss.batch_sizes)
     over_probes = table.T @ torch.tensor(loss.batch_sizes, dtype=torch.float64) / loss.num_examples

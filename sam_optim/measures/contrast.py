@@ -61,7 +61,7 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
 
     whole = result(_Whole(loss))
     _refuse_linear(whole.measure, None)
-    parts = [result(single) for single in loss.single_batches()]
+    parts = loss.over_batches(result)
     values = [part.value for part in parts]
     mean, stderr = mean_over_batches(values, loss.batch_sizes)
     value = mean / whole.value if whole.value else math.nan

@@ -31,13 +31,14 @@ class BatchGradients:
     def parts(self, tick: Callable[[], None]) -> Iterator[list[Tensor]]:
         """The gradients of all batches, one range of entries after the other."""
 
-        def part(single: Loss, start: int, stop: int) -> Tensor:
-            gradient = flat(scaled(single.gradient(), self._scales))
-            tick()
-            return gradient if len(self._ranges) == 1 else gradient[start:stop].clone()  # a view would keep it all
-
         for start, stop in self._ranges:
-            yield [part(single, start, stop) for single in self._loss.single_batches()]
+
+            def part(single: Loss, start: int = start, stop: int = stop) -> Tensor:
+                gradient = flat(scaled(single.gradient(), self._scales))
+                tick()
+                return gradient if len(self._ranges) == 1 else gradient[start:stop].clone()  # a view would keep it all
+
+            yield self._loss.over_batches(part)
 
 
 def gram_matrix(loss: Loss, *, scales: Sequence[Tensor] | None = None, progress: Progress | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def fisher_rao_norm(loss: Loss, *, matrix: str = "fisher", progress: Progress | 
         tick()
         return value
 
-    values = [form(single) for single in loss.single_batches()]
+    values = loss.over_batches(form)
     value, stderr = mean_over_batches(values, loss.batch_sizes)
     return estimate(
         value,
@@ -133,7 +133,7 @@ def relative_flatness(
                 tick()
         return found
 
-    found = [forms(single) for single in loss.single_batches()]
+    found = loss.over_batches(forms)
     table = torch.tensor(found, dtype=torch.float64).view(len(found), num)
     batch_values = (table.sum(dim=1) if exact else table.mean(dim=1)).tolist()
     value, stderr_batches = mean_over_batches(batch_values, loss.batch_sizes)

@@ -41,7 +41,7 @@ BALLS = [
     for normalised in (False, True)
     for rho in rhos
 ]
-# In these two, 20 steps end at a lower local maximum: 0.978 of the best known value, as textbook Auto-PGD does.
+# In these two, the climb from the weights ends at a lower local maximum, 0.978 of the best known value.
 HARD = {("linf", False, False, 0.01), ("linf", True, False, 0.05)}
 
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the golden values are not at {GOLDEN}")
@@ -150,16 +150,18 @@ def test_worst_case_finds_what_the_published_code_finds_and_the_maximum(golden, 
     found = worst_case_sharpness(loss_of(128, normalize_logits=normalised), ball_of(norm, adaptive, rho)).value
     peer = row(golden["tml_epfl"]["worst"], *case, dtype="float64")["value_mean_over_4x128"]
     best = row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"]
-    assert found >= peer * (1 - 1e-3)
-    assert found >= best * (0.97 if case in HARD else 0.994)
+    assert found >= peer * (1 - DIGITS)
+    assert found >= 0.999 * best
     if adaptive and norm == "l2":
         assert found > 1.05 * peer  # which does not ascend in the metric of its ball
 
 
+@pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("case", sorted(HARD), ids=str)
-def test_restarts_leave_local_maxima(golden, case):
+def test_local_maxima_are_left_whatever_the_seed(golden, case, seed):
+    """Which random point of the ball the search looks at depends on the seed."""
     norm, adaptive, _, rho = case
-    found = worst_case_sharpness(loss_of(128), ball_of(norm, adaptive, rho), num_restarts=3).value
+    found = worst_case_sharpness(loss_of(128), ball_of(norm, adaptive, rho), seed=seed).value
     assert found >= 0.99 * row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"]
 
 

@@ -182,7 +182,6 @@ def test_average_is_half_the_trace(rho, adaptive, norm):
     assert found.stderr == found.details["stderr_draws"] < 0.1 * abs(expected)
     assert abs(found.value - expected) < 4 * found.stderr
     assert found.num_samples == 2000
-    assert found.details["num_pairs"] == 1000
 
 
 @pytest.mark.parametrize("kind", [mlp, Attention])
@@ -273,8 +272,8 @@ def test_results_say_how_they_were_made():
     assert len(written["details"]["batch_values"]) == 3
     seen.clear()
     average_sharpness(loss, Ball(0.1, norm=math.inf), num_samples=3, progress=progress)
-    assert seen == [(i, 4) for i in range(1, 5)]
-    assert math.isnan(average_sharpness(loss, Ball(0.1), num_samples=2).stderr)
+    assert seen == [(i, 9) for i in range(1, 10)]
+    assert average_sharpness(loss, Ball(0.1), num_samples=2).stderr > 0
 
 
 @pytest.mark.parametrize("measure", [average_sharpness, worst_case_sharpness])

@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from sam_optim.geometry import Ball, Chart, ProductBall, p_norm
 from sam_optim.loss import Loss
+from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, search
 from sam_optim.measures.record import Progress, Ticks, estimate, settings
 from sam_optim.results import Estimate, mean_over_batches
 from sam_optim.rng import Stream
 
-Point = list[Tensor]
+
+@overload
+def worst_case_sharpness(
+    loss: Loss,
+    ball: Ball | ProductBall,
+    *,
+    num_steps: int = ...,
+    num_restarts: int = ...,
+    seed: int = ...,
+    progress: Progress | None = ...,
+) -> Estimate: ...
+@overload
+def worst_case_sharpness(
+    loss: Loss,
+    ball: Sequence[Ball],
+    *,
+    num_steps: int = ...,
+    num_restarts: int = ...,
+    seed: int = ...,
+    progress: Progress | None = ...,
+) -> list[Estimate]: ...
 
 
 def worst_case_sharpness(
     loss: Loss,
-    ball: Ball | ProductBall,
+    ball: Ball | ProductBall | Sequence[Ball],
     *,
     num_steps: int = 20,
     num_restarts: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Estimate:
+) -> Estimate | list[Estimate]:
     """The highest rise of the loss in the ball, batch by batch.
 
         S(w) = sum_b n_b / N max_{||T^-1 d||_p <= rho} l_b(w + d) - l_b(w)
 
-    Each maximum is searched by Auto-PGD in u = d / (rho T), where the ball is the unit ball. The value is that of the
-    best point found, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With
-    `num_steps=1` it is the rise at SAM's own perturbation.
+    Each maximum is searched in u = d / (rho T), where the ball is the unit ball, by steps to the maximum of the
+    extrapolated linear part, from w and from a random point (see `measures.ascent`). The value is that of the best
+    point found, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With `num_steps=1`
+    it is the rise at SAM's own perturbation.
 
     Args:
         loss: L, at the weights w. Each of its batches has a maximum of its own (m-sharpness): S depends on their size.
-        ball: rho, p and T; `optimizer.ball` is what SAM searched. A weight with T = 0 never moves.
-        num_steps: forward and backward passes per batch, beyond the one at w.
-        num_restarts: searches per batch. The first starts at w, the others at random points of the ball.
+        ball: rho, p and T; `optimizer.ball` is what SAM searched. A weight with T = 0 never moves. A sequence of balls
+            that differ in rho alone gives a list of results, in its order, from one pass over the data: the gradient
+            at w is shared, and what a smaller ball holds counts for the larger ones, so that S does not fall with rho.
+        num_steps: gradients per batch and ball, that at w included; one more forward pass comes at the end.
+        num_restarts: searches per batch and ball. The first starts at w and, from 8 steps on, gives three tenths of
+            them to a random point of the ball, and the rest to the better; the others start at random points.
         seed: of these random points, which are the same for all batches.
         progress: called with (done, total) steps.
 
@@ -49,170 +77,229 @@ def worst_case_sharpness(
         units of w), `best_steps` (the step that found it; near `num_steps`, more steps would find more).
 
     Raises:
-        ValueError: rho is 0, or num_steps or num_restarts < 1.
+        ValueError: rho is 0, balls that differ in more than rho, or num_steps or num_restarts < 1.
 
-    Source: arXiv:2302.07011; Auto-PGD, arXiv:2003.01690. Ascent in u is what fits T: the published code steps along
-    T g instead of T^2 g, and finds up to a quarter less in adaptive balls.
+    Source: arXiv:2302.07011, whose search is Auto-PGD along T g. The point that maximises the linear part is along
+    T^2 g, as in SAM and ASAM (arXiv:2010.01412, arXiv:2102.11600): in adaptive balls it finds up to a third more.
     """
-    _check_ball(ball)
+    balls = _balls(ball)
     if num_steps < 1 or num_restarts < 1:
         raise ValueError(f"num_steps and num_restarts must be >= 1, got {num_steps} and {num_restarts}")
-    chart = Chart(ball, loss.params)
-    tick = Ticks(progress, loss.num_batches * num_restarts * num_steps)
-    found: list[_Search] = []
-    bases: list[float] = []
-    for single in loss.single_batches():
-        starts = _starts(chart, loss.params, num_restarts, seed)
-        searches = [_auto_pgd(single, chart, u, num_steps, tick) for u in starts]
-        bases.append(searches[0].start_value)
-        failed = [s for s in searches if not math.isfinite(s.value)]
-        found.append(failed[0] if failed else max(searches, key=lambda s: s.value))
-    rises = [s.value - base for s, base in zip(found, bases, strict=True)]
-    value, stderr = mean_over_batches(rises, loss.batch_sizes)
-    first = next((b for b, s in enumerate(found) if not math.isfinite(s.value)), None)
-    return estimate(
-        value,
-        stderr,
-        num_samples=loss.num_batches,
-        reason=None if first is None else f"the loss of batch {first} is not finite at step {found[first].step}",
-        details={
-            "batch_values": rises,
-            "base_losses": bases,
-            "lengths": [float(p_norm(chart.displacement(s.u), 2)) for s in found],
-            "best_steps": [s.step for s in found],
-        },
-        settings=settings(
-            "worst_case_sharpness", loss, ball=ball, num_steps=num_steps, num_restarts=num_restarts, seed=seed
-        ),
-    )
+    tick = Ticks(progress, loss.num_batches * len(balls) * num_restarts * num_steps)
+    by_radius = sorted(set(balls), key=lambda b: b.rho) if len(balls) > 1 else balls
+    tables = [_peaks(single, by_radius, num_steps, num_restarts, seed, tick) for single in loss.single_batches()]
+    results = {}
+    for k, one in enumerate(by_radius):
+        peaks = [table[k] for table in tables]
+        value, stderr = mean_over_batches([p.rise for p in peaks], loss.batch_sizes)
+        first = next((b for b, p in enumerate(peaks) if not math.isfinite(p.rise)), None)
+        results[one] = estimate(
+            value,
+            stderr,
+            num_samples=loss.num_batches,
+            reason=None if first is None else f"the loss of batch {first} is not finite at step {peaks[first].step}",
+            details={
+                "batch_values": [p.rise for p in peaks],
+                "base_losses": [p.base for p in peaks],
+                "lengths": [p.length for p in peaks],
+                "best_steps": [p.step for p in peaks],
+            },
+            settings=settings(
+                "worst_case_sharpness", loss, ball=one, num_steps=num_steps, num_restarts=num_restarts, seed=seed
+            ),
+        )
+    return [results[b] for b in balls] if isinstance(ball, Sequence) else results[balls[0]]
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """The maximum of one batch in one ball, in numbers alone: nothing of the size of the model is kept."""
+
+    base: float
+    rise: float
+    length: float
+    step: int
+
+
+def _peaks(
+    loss: Loss,
+    balls: Sequence[Ball | ProductBall],
+    num_steps: int,
+    num_restarts: int,
+    seed: int,
+    tick: Callable[[], None],
+) -> list[_Peak]:
+    """Of one batch in balls of ascending radii."""
+    value, gradient = loss.value_and_gradient()
+    base, centre = float(value), [torch.zeros_like(w, requires_grad=False) for w in loss.params]
+    peaks: list[_Peak] = []
+    before: tuple[Any, Maximum] | None = None
+    for ball in balls:
+        chart = Chart(ball, loss.params)
+        points = random_points(chart, loss.params, seed)
+        start, found = (centre, base, chart.pull_back(gradient)), []
+        warm = None if before is None or before[1].step == 0 else before[1].u
+        for k in range(num_restarts):
+            if k > 0:
+                u = next(points)
+                start = (u, *evaluate(loss, chart, u))
+                warm = None
+            found.append(search(loss, chart, start, num_steps, points, tick, split=k == 0, warm=warm))
+        failed = [m for m in found if not math.isfinite(m.value)]
+        best = failed[0] if failed else max(found, key=lambda m: m.value)
+        if before is not None and before[1].value > best.value:
+            inside = before[0].rho / ball.rho  # u of the same d
+            best = Maximum(before[1].value, [x * inside for x in before[1].u], before[1].step)
+        peaks.append(_Peak(base, best.value - base, float(p_norm(chart.displacement(best.u), 2)), best.step))
+        before = ball, best
+    return peaks
+
+
+@overload
+def average_sharpness(
+    loss: Loss, ball: Ball | ProductBall, *, num_samples: int = ..., seed: int = ..., progress: Progress | None = ...
+) -> Estimate: ...
+@overload
+def average_sharpness(
+    loss: Loss, ball: Sequence[Ball], *, num_samples: int = ..., seed: int = ..., progress: Progress | None = ...
+) -> list[Estimate]: ...
 
 
 def average_sharpness(
-    loss: Loss, ball: Ball | ProductBall, *, num_samples: int = 100, seed: int = 0, progress: Progress | None = None
-) -> Estimate:
+    loss: Loss,
+    ball: Ball | ProductBall | Sequence[Ball],
+    *,
+    num_samples: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Estimate | list[Estimate]:
     """The mean rise of the loss under random displacements of the weights.
 
         S(w) = E[L(w + rho T z)] - L(w),   z ~ N(0, I_P)         (T = 1: rho^2/2 tr H(w) + O(rho^4))
 
-    In a ball of the sup norm z ~ U(-1, 1)^P, as in the published code, and the limit is a third of that. The draws come
-    in pairs z, -z, each half of which has the distribution above: the slope of L, which dominates the variance where
-    w is not stationary, cancels.
+    In a ball of the sup norm z ~ U(-1, 1)^P, as in the published code, and the limit is a third of that. Each batch
+    has draws of its own. The slope dl_b/dw d of each draw, whose mean is 0, is subtracted with a coefficient that is
+    fitted to the other draws of the batch: the value stays without bias, and where w is not stationary most of the
+    variance goes.
 
     Args:
         loss: L, at the weights w, P entries in total.
         ball: T, and rho, the standard deviation (p = 2) or largest size (p = inf) of the noise on each weight in units
-            of T. The noise is not normalised: ||T^-1 d||_2 is about rho sqrt(P).
-        num_samples: evaluations of L at displaced weights, rounded up to pairs. All batches see the same draws.
-        seed: of the draws.
+            of T. The noise is not normalised: ||T^-1 d||_2 is about rho sqrt(P). A sequence of balls that differ in rho
+            alone gives a list of results, in its order, with the same draws of z and one pass at w for all.
+        num_samples: draws for each batch, each of them one evaluation of its loss.
+        seed: of the draws; those of a batch depend on its data and not on its place.
         progress: called with (done, total) evaluations.
 
     Returns:
         `value` in units of L. `stderr` over draws and batches: how far it would move with other draws and with other
-        batches from the same distribution, from the two-way table of pairs by batches. `details`: `stderr_draws`, that
-        of the draws on these data, which falls as num_samples ** -0.5; `stderr_batches`; `batch_values`; `base_losses`.
-        With one batch `stderr` is `stderr_draws`; with one pair it is nan.
+        batches from the same distribution. `details`: `stderr_draws`, that of the draws on these data, which falls as
+        num_samples ** -0.5; `stderr_batches`, from the spread of the batches, which holds both; `batch_values`;
+        `base_losses`. With one batch `stderr` is `stderr_draws`.
 
     Raises:
-        ValueError: rho is 0, or num_samples < 2.
+        ValueError: rho is 0, balls that differ in more than rho, or num_samples < 2 (one draw has no standard error).
 
     Source: average-case sharpness, arXiv:2302.07011.
     """
-    _check_ball(ball)
+    balls = _balls(ball)
     if num_samples < 2:
-        raise ValueError(f"num_samples must be >= 2 (draws come in pairs z, -z), got {num_samples}")
-    num_pairs = (num_samples + 1) // 2
-    chart, stream = Chart(ball, loss.params), Stream(seed)
-    tick = Ticks(progress, 2 * num_pairs)
-    base = loss.batch_values()
-    noise = (_noise(ball.norm, loss.params, stream) for _ in range(num_pairs))
-    rises = torch.stack([_mean_of_pair(loss, chart.displacement(z), tick) for z in noise]) - base
-    weights = torch.tensor(loss.batch_sizes, dtype=torch.float64) / loss.num_examples
-    value = float(rises.mean(dim=0) @ weights)
-    stderr, draws, batches = _two_way_errors(rises, weights)
-    return estimate(
-        value,
-        stderr,
-        num_samples=num_samples,
-        reason=None if math.isfinite(value) else "the loss is not finite at the weights or at a displaced point",
-        details={
-            "num_pairs": num_pairs,
-            "stderr_draws": draws,
-            "stderr_batches": batches,
-            "batch_values": rises.mean(dim=0).tolist(),
-            "base_losses": base.tolist(),
-        },
-        settings=settings("average_sharpness", loss, ball=ball, num_samples=num_samples, seed=seed),
-    )
+        raise ValueError(f"num_samples must be >= 2 (one draw has no standard error), got {num_samples}")
+    tick = Ticks(progress, loss.num_batches * len(balls) * num_samples)
+    seeds = _Seeds(seed)
+    tables = [_means(single, balls, num_samples, seeds.of(single), tick) for single in loss.single_batches()]
+    weights = [n / loss.num_examples for n in loss.batch_sizes]
+    results = []
+    for k, one in enumerate(balls):
+        means = [table[k] for table in tables]
+        value, batches = mean_over_batches([m.rise for m in means], loss.batch_sizes)
+        draws = math.sqrt(math.fsum(p * p * m.variance for p, m in zip(weights, means, strict=True)))
+        result = estimate(
+            value,
+            draws if loss.num_batches == 1 else max(draws, batches),
+            num_samples=num_samples,
+            reason=None if math.isfinite(value) else "the loss is not finite at the weights or at a displaced point",
+            details={
+                "stderr_draws": draws,
+                "stderr_batches": batches,
+                "batch_values": [m.rise for m in means],
+                "base_losses": [m.base for m in means],
+            },
+            settings=settings("average_sharpness", loss, ball=one, num_samples=num_samples, seed=seed),
+        )
+        results.append(result)
+    return results if isinstance(ball, Sequence) else results[0]
 
 
-@dataclass
-class _Search:
-    """The best point so far: its loss, u, and the gradient with respect to u, found at `step`."""
+@dataclass(frozen=True)
+class _Mean:
+    """The mean rise of one batch in one ball over its draws, and the variance of that mean."""
 
-    start_value: float
-    value: float
-    u: Point
-    gradient: Point
-    step: int = 0
+    base: float
+    rise: float
+    variance: float
 
 
-def _auto_pgd(loss: Loss, chart: Chart, u: Point, num_steps: int, tick: Ticks) -> _Search:
-    """Auto-PGD (arXiv:2003.01690, algorithm 1) in the unit ball, from u. One forward pass for each value and gradient.
-
-    z = P(u + step ascent);  u' = P(u + 3/4 (z - u) + 1/4 (u - u_before));  the step halves where progress stalls, and
-    the search then goes on from the best point, without its momentum.
-    """
-    value, v = _at(loss, chart, u)
-    best = _Search(value, value, u, v)
-    if not math.isfinite(value):
-        return best
-    before, step, momentum = u, 2.0, 0.0
-    schedule = _checkpoints(num_steps)
-    last, risen, last_step, last_best = 0, 0, step, value
-    for k in range(1, num_steps + 1):
-        z = chart.project([a + step * s for a, s in zip(u, chart.steepest(v), strict=True)])
-        ahead = [a + (1 - momentum) * (c - a) + momentum * (a - b) for a, b, c in zip(u, before, z, strict=True)]
-        before, u, momentum = u, chart.project(ahead), 0.25
-        old, (value, v) = value, _at(loss, chart, u, gradient=k < num_steps)
-        tick()
-        if not math.isfinite(value):
-            return _Search(best.start_value, math.nan, u, v, k)
-        risen += value > old
-        if value > best.value:
-            best = _Search(best.start_value, value, u, v, k)
-        if k in schedule:
-            stalled = risen < 0.75 * (k - last) or (step == last_step and best.value == last_best)
-            last, risen, last_step, last_best = k, 0, step, best.value
-            if stalled:
-                step, value, u, v, before = step / 2, best.value, best.u, best.gradient, best.u
-    return best
-
-
-def _at(loss: Loss, chart: Chart, u: Point, *, gradient: bool = True) -> tuple[float, Point]:
-    """The loss at w + d(u) and its gradient with respect to u, from one forward pass."""
-    with loss.displaced(chart.displacement(u)):
-        if not gradient:
-            return float(loss.value()), []
-        value, g = loss.value_and_gradient()
-    return float(value), chart.pull_back(g)
-
-
-def _checkpoints(num_steps: int) -> set[int]:
-    """The steps after which progress is judged: p num_steps, p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99."""
-    percent, stretch, found = 22, 19, set()  # whole numbers: 0.7 * 20 is a little above 14
-    while percent <= 100:
-        found.add(-(-percent * num_steps // 100))
-        percent, stretch = percent + stretch, max(stretch - 3, 6)
+def _means(
+    loss: Loss, balls: Sequence[Ball | ProductBall], num_samples: int, seed: int, tick: Callable[[], None]
+) -> list[_Mean]:
+    charts, stream = [Chart(ball, loss.params) for ball in balls], Stream(seed)
+    base, gradient = _value_and_slope(loss)
+    rises = torch.empty(len(balls), num_samples, dtype=torch.float64)
+    slopes = torch.zeros(num_samples, dtype=torch.float64)  # in the first ball
+    pulled = charts[0].pull_back(gradient)
+    for i in range(num_samples):
+        z = _noise(charts[0].norm, loss.params, stream)
+        slopes[i] = sum((float((v * x).sum(dtype=torch.float64)) for v, x in zip(pulled, z, strict=True)), start=0.0)
+        for k, chart in enumerate(charts):
+            with loss.displaced(chart.displacement(z)):
+                rises[k, i] = float(loss.value()) - base
+            tick()
+    spread = float(p_norm(pulled, 2)) ** 2 * (1 if charts[0].norm == 2 else 1 / 3) if pulled else 0.0
+    found = []
+    for ball, x in zip(balls, rises, strict=True):
+        ratio = ball.rho / balls[0].rho
+        x = _without_slope(x, ratio * slopes, ratio**2 * spread)
+        found.append(_Mean(base, float(x.mean()), float(x.var() / num_samples)))
     return found
 
 
-def _starts(chart: Chart, params: Point, num: int, seed: int) -> Iterator[Point]:
-    """u = 0, then random points: uniform on the sphere, or in the cube. Entries that cannot move (T = 0) are 0."""
-    yield [torch.zeros_like(w, requires_grad=False) for w in params]
-    stream = Stream(seed)
-    for _ in range(num - 1):
-        z = [x * (s != 0) for x, s in zip(_noise(chart.norm, params, stream), chart.scales, strict=True)]
-        yield z if chart.norm == math.inf else chart.steepest(z)
+def _value_and_slope(loss: Loss) -> tuple[float, Point]:
+    """The loss and its gradient; no gradient for what has none, such as the share of errors."""
+    try:
+        value, gradient = loss.value_and_gradient()
+    except ValueError:
+        return float(loss.value()), []
+    return float(value), gradient
+
+
+def _without_slope(x: Tensor, slope: Tensor, variance: float) -> Tensor:
+    """x - b_i slope, with b_i = 1 + the least-squares coefficient of x - slope on slope over all draws but the i-th.
+
+    As b_i does not depend on draw i, the mean keeps its expectation. `variance` is that of the slope; once added to the
+    sum of squares, it keeps few draws from a wild b_i.
+    """
+    if not (math.isfinite(variance) and variance > 0):
+        return x
+    n = len(x)
+    rest = x - slope
+    mean_of_others = (rest.sum() - rest) / (n - 1)
+    products = (slope * rest).sum() - slope * rest - mean_of_others * (slope.sum() - slope)
+    squares = variance + slope.square().sum() - slope.square()
+    return rest - products / squares * slope
+
+
+class _Seeds:
+    """A seed for the draws of each batch, by its content: the same wherever it stands, other ones for its copies."""
+
+    def __init__(self, seed: int):
+        Stream(seed)  # refuses what is no seed
+        self._seed, self._seen = seed, Counter[Any]()
+
+    def of(self, single: Loss) -> int:
+        data = single.settings()["data"]
+        self._seen[data] += 1
+        return zlib.crc32(f"{self._seed} {data} {self._seen[data]}".encode())
 
 
 def _noise(norm: float, params: Point, stream: Stream) -> Point:
@@ -221,33 +308,14 @@ def _noise(norm: float, params: Point, stream: Stream) -> Point:
     return [stream.normal_like(w) for w in params]
 
 
-def _mean_of_pair(loss: Loss, d: Point, tick: Ticks) -> Tensor:
-    """(L(w + d) + L(w - d)) / 2 of each batch, (num_batches,)."""
-    values = []
-    for sign in (1, -1):
-        with loss.displaced([sign * x for x in d]):
-            values.append(loss.batch_values())
-        tick()
-    return (values[0] + values[1]) / 2
-
-
-def _two_way_errors(x: Tensor, p: Tensor) -> tuple[float, float, float]:
-    """Standard errors of m = sum_b p_b mean_k x_kb over rows and columns, over rows alone, over columns alone.
-
-    Rows (pairs of draws) and columns (batches) each have an effect that all their entries share, so
-    Var m = Var(row means) / K + Var(column means) / B - Var(interaction) / (K B), which counts once what both hold.
-    """
-    k, b = x.shape
-    rows, columns = x @ p, x.mean(dim=0)
-    mean = rows.mean()
-    over_rows = rows.var() / k if k > 1 else mean * math.nan
-    if b == 1:
-        return float(over_rows.sqrt()), float(over_rows.sqrt()), math.nan
-    spread = b / (b - 1) * p.square()
-    over_columns = spread @ (columns - mean).square()
-    interaction = (x - rows[:, None] - columns + mean).square().sum(dim=0) @ spread / (k * max(k - 1, 1))
-    both = torch.maximum(over_rows + over_columns - interaction, over_rows)
-    return float(both.sqrt()), float(over_rows.sqrt()), float(over_columns.sqrt())
+def _balls(ball: Any) -> list[Any]:
+    """The ball, or those of a sequence, which share p and T."""
+    balls = list(ball) if isinstance(ball, Sequence) else [ball]
+    for one in balls:
+        _check_ball(one)
+    if len(balls) != 1 and len({replace(b, rho=1.0) if isinstance(b, Ball) else None for b in balls} | {None}) != 2:
+        raise ValueError(f"a sequence of balls holds Balls that differ in rho alone, got {balls}")
+    return balls
 
 
 def _check_ball(ball: Ball | ProductBall) -> None:

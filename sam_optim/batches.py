@@ -87,6 +87,17 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch.to(device) if hasattr(batch, "to") else batch
 
 
+def channels_last(batch: Any) -> Any:
+    """The batch with the strides of its images, (n, C, H, W), in the order n, H, W, C; the same numbers."""
+    if isinstance(batch, Tensor):
+        return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
+    if isinstance(batch, Mapping):
+        return {key: channels_last(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
+        return tuple(channels_last(value) for value in batch)
+    return [channels_last(value) for value in batch] if isinstance(batch, list) else batch
+
+
 def num_examples(batch: Any) -> int:
     target: Any = None
     if isinstance(batch, Mapping):

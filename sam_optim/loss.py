@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_optim import batchnorm, products, rng
-from sam_optim.batches import FixedBatches, combined, moved
+from sam_optim.batches import FixedBatches, channels_last, combined, moved
 from sam_optim.shares import Shares
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
@@ -76,6 +76,7 @@ class Loss:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
         self.device = torch.device(device) if device is not None else self.params[0].device
         self._forward = forward or _default_forward
+        self._images_last = _convolves_on_cpu(self.model)
         self._shares = Shares(distributed)
         self._batches = self._shares.together(lambda: FixedBatches(batches, may_be_empty=not self._shares.is_one))
         self._shares.check(self._batches.found, self.params)
@@ -221,13 +222,23 @@ class Loss:
             yield
 
     def _outputs(self, batch: Any) -> tuple[Any, Any]:
-        outputs, target = self._forward(self.model, batch)
+        return self._of_criterion(*self._forward(self.model, batch))
+
+    def _batch_loss(self, batch: Any) -> Tensor:
+        """l_b(w); images with their channels last, which a CPU convolves faster (gradients by a third)."""
+        if self._images_last:
+            try:
+                outputs, target = self._forward(self.model, channels_last(batch))
+            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
+                self._images_last = False
+            else:
+                return self._criterion_value(*self._of_criterion(outputs, target))
+        return self._criterion_value(*self._outputs(batch))
+
+    def _of_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
         if self.criterion is not None:
             outputs = getattr(outputs, "logits", outputs)
         return (_normalized(outputs) if self.normalize_logits else outputs), target
-
-    def _batch_loss(self, batch: Any) -> Tensor:
-        return self._criterion_value(*self._outputs(batch))
 
     def _criterion_value(self, outputs: Any, target: Any) -> Tensor:
         loss = outputs.loss if self.criterion is None else self.criterion(outputs, target)
@@ -269,6 +280,14 @@ class Loss:
     def _mean(self, values: Tensor) -> Tensor:
         sizes = torch.tensor(self.batch_sizes, dtype=torch.float64)
         return (values * sizes).sum() / self.num_examples
+
+
+def _convolves_on_cpu(model: nn.Module) -> bool:
+    """Convolutions in float32 on the CPU: where images with their channels last are faster, and equal to rounding."""
+    return any(
+        isinstance(m, nn.Conv2d) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
+        for m in model.modules()
+    )
 
 
 _A_MEAN = "use reduction='mean' (batches are weighted by their size), or add .mean()"

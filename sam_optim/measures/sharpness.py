@@ -56,7 +56,7 @@ def worst_case_sharpness(
         S(w) = sum_b n_b / N max_{||T^-1 d||_p <= rho} l_b(w + d) - l_b(w)
 
     Each maximum is searched in u = d / (rho T), where the ball is the unit ball, by steps to the maximum of the
-    extrapolated linear part, from w and from a random point (see `measures.ascent`). The value is that of the best
+    extrapolated linear part, from w and from random points (see `measures.ascent`). The value is that of the best
     point found, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With `num_steps=1`
     it is the rise at SAM's own perturbation.
 
@@ -66,8 +66,8 @@ def worst_case_sharpness(
             that differ in rho alone gives a list of results, in its order, from one pass over the data: the gradient
             at w is shared, and what a smaller ball holds counts for the larger ones, so that S does not fall with rho.
         num_steps: gradients per batch and ball, that at w included; one more forward pass comes at the end.
-        num_restarts: searches per batch and ball. The first starts at w and, from 8 steps on, gives three tenths of
-            them to a random point of the ball, and the rest to the better; the others start at random points.
+        num_restarts: searches per batch and ball. The first starts at w and, from 8 steps on, gives half of them to two
+            random points of the ball, and the last fifth to the best; the others start at random points.
         seed: of these random points, which are the same for all batches.
         progress: called with (done, total) steps.
 
@@ -87,7 +87,7 @@ def worst_case_sharpness(
         raise ValueError(f"num_steps and num_restarts must be >= 1, got {num_steps} and {num_restarts}")
     tick = Ticks(progress, loss.num_batches * len(balls) * num_restarts * num_steps)
     by_radius = sorted(set(balls), key=lambda b: b.rho) if len(balls) > 1 else balls
-    tables = [_peaks(single, by_radius, num_steps, num_restarts, seed, tick) for single in loss.single_batches()]
+    tables = loss.over_batches(lambda single: _peaks(single, by_radius, num_steps, num_restarts, seed, tick))
     results = {}
     for k, one in enumerate(by_radius):
         peaks = [table[k] for table in tables]
@@ -207,7 +207,7 @@ def average_sharpness(
         raise ValueError(f"num_samples must be >= 2 (one draw has no standard error), got {num_samples}")
     tick = Ticks(progress, loss.num_batches * len(balls) * num_samples)
     seeds = _Seeds(seed)
-    tables = [_means(single, balls, num_samples, seeds.of(single), tick) for single in loss.single_batches()]
+    tables = loss.over_batches(lambda single: _means(single, balls, num_samples, seeds.of(single), tick))
     weights = [n / loss.num_examples for n in loss.batch_sizes]
     results = []
     for k, one in enumerate(balls):

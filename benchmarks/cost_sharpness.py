@@ -21,6 +21,7 @@ from sam_optim import Ball, Loss, average_sharpness, worst_case_sharpness
 STEPS = 20
 DRAWS = 20
 BAR = 0.65
+MOST_BISECTIONS = 1000  # the published search has no limit, and need not end in float32
 WORST = {"p = inf": (math.inf, 0.005), "p = 2": (2, 0.25)}  # rho of T = |w|, in the range of the paper's for ResNets
 AVERAGE_RHO = 0.05  # the smallest of the paper's for ResNets
 
@@ -151,7 +152,9 @@ def _projected(d: Weights, scale: Weights, rho: float, norm: float) -> Weights:
     if not reached > rho:
         return found
     multiplier, low, high, limit = 0.1, 0.0, 10.0, 10.0
-    while (reached - rho).abs() > 1e-5:
+    for _ in range(MOST_BISECTIONS):
+        if (reached - rho).abs() <= 1e-5:
+            break
         found = [a / (1 + 2 * multiplier / s**2) for a, s in zip(d, scale, strict=True)]
         reached = length(found)
         if reached > rho:

@@ -12,6 +12,7 @@ from torch import nn
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.loss import Loss
 from sam_optim.measures import average_sharpness, worst_case_sharpness
+from sam_optim.measures.sharpness import _without_slope
 from sam_optim.results import mean_over_batches
 
 EPS = torch.finfo(torch.float64).eps
@@ -293,3 +294,117 @@ def test_mean_over_batches():
     assert mean_ == pytest.approx(3.0, rel=EPS)
     assert stderr == pytest.approx(math.sqrt(7 / 3), rel=4 * EPS)
     assert math.isnan(mean_over_batches([1.0], [7])[1])
+
+
+def test_a_grid_of_radii_never_falls_and_shares_the_gradient_at_the_weights(monkeypatch):
+    loss = Loss(network(cnn), cross_entropy, batches(cnn))
+    real, calls = Loss.value_and_gradient, []
+    monkeypatch.setattr(Loss, "value_and_gradient", lambda self: calls.append(0) or real(self))
+    rhos = (2.0, 0.1, 0.5)
+    grid = worst_case_sharpness(loss, [Ball(rho) for rho in rhos], num_steps=10)
+    assert len(calls) == 3 * (1 + 3 * 9)  # batches, and balls with 9 gradients away from the weights
+    assert [g.settings["ball"]["rho"] for g in grid] == list(rhos)
+    ascending = [grid[k].details["batch_values"] for k in (1, 2, 0)]
+    assert all(a <= b <= c for a, b, c in zip(*ascending, strict=True))
+    assert grid[1].value == worst_case_sharpness(loss, Ball(0.1), num_steps=10).value
+    assert max(grid[0].details["lengths"]) <= 2.0 * (1 + 1e3 * EPS)
+
+
+def test_a_smaller_ball_counts_for_a_larger_one():
+    """The loss has one narrow peak at a distance of 0.1, which a full step in a ball of radius 1 jumps over."""
+
+    class Peak(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, x):
+            return (1 - 10 * (torch.linalg.vector_norm(self.w - torch.tensor([0.1, 0.0])))).expand(len(x))
+
+    loss = Loss(Peak(), mean, [(torch.zeros(2, 1), torch.zeros(2))])
+    small, large = worst_case_sharpness(loss, [Ball(0.1), Ball(1.0)], num_steps=2)
+    assert small.value == pytest.approx(1.0, rel=1e-6)
+    assert large.details["batch_values"] == small.details["batch_values"]
+    assert large.details["lengths"] == pytest.approx([0.1])
+
+
+def test_a_grid_of_the_average_is_that_of_single_balls():
+    loss = Loss(network(cnn), cross_entropy, batches(cnn))
+    for norm in (2, math.inf):
+        balls = [Ball(rho, norm=norm, adaptive=True) for rho in (0.3, 0.1)]
+        for together, ball in zip(average_sharpness(loss, balls, num_samples=10), balls, strict=True):
+            alone = average_sharpness(loss, ball, num_samples=10)
+            assert together.details["batch_values"] == pytest.approx(alone.details["batch_values"], rel=1e-9)
+            assert together.settings == alone.settings
+
+
+@pytest.mark.parametrize("measure", [average_sharpness, worst_case_sharpness])
+def test_a_grid_of_different_balls_is_refused(measure):
+    for balls in ([Ball(0.1), Ball(0.2, norm=math.inf)], [Ball(0.1), Ball(0.1, adaptive=True)], []):
+        with pytest.raises(ValueError, match="rho alone"):
+            measure(away(), balls)
+
+
+def test_the_slope_costs_no_accuracy():
+    """Where the gradient is large the draws vary by rho ||g||, but the value only by what the Hessian gives."""
+    loss, ball = away(), Ball(1e-3)
+    found = average_sharpness(loss, ball, num_samples=100)
+    hessian = float((loss.model.a**2).sum())
+    assert found.stderr == pytest.approx(ball.rho**2 * math.sqrt(hessian / 2 / 100), rel=0.3)
+    assert ball.rho * float(loss.model.gradient().norm()) / 10 > 100 * found.stderr
+
+
+@pytest.mark.parametrize("num", [2, 3, 10])
+def test_taking_off_the_slope_leaves_no_bias(num):
+    """E[exp(s)] - 1 for slopes s ~ N(0, 1), 50000 times: the coefficient for a draw must not have looked at it."""
+    slopes = torch.randn(50_000, num, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = torch.func.vmap(lambda s: _without_slope(s.exp() - 1, s, 1.0).mean())(slopes)
+    error = float(means.std()) / math.sqrt(len(means))
+    assert abs(float(means.mean()) - (math.exp(0.5) - 1)) < 4 * error
+    assert float(means.var()) < float((slopes.exp() - 1).mean(dim=1).var())
+
+
+def test_the_average_lies_within_its_errors():
+    """200 seeds against one mean of many draws: normal at one and two standard errors, none beyond five."""
+    loss, ball = Loss(network(mlp), cross_entropy, batches(mlp, (5,))), Ball(0.2)
+    exact = average_sharpness(loss, ball, num_samples=800, seed=9999)
+    found = [average_sharpness(loss, ball, num_samples=12, seed=seed) for seed in range(200)]
+    z = torch.tensor([(f.value - exact.value) / math.hypot(f.stderr, exact.stderr) for f in found])
+    assert z.abs().max() < 5
+    assert 0.58 < float((z.abs() < 1).double().mean()) < 0.78
+    assert float((z.abs() < 2).double().mean()) > 0.89
+
+
+def test_a_loss_without_a_gradient_has_an_average():
+    """The share of errors is a step function of the weights."""
+    model, data = network(mlp), batches(mlp)
+    errors = lambda o, y: (o.argmax(1) != y).double().mean()  # noqa: E731
+    found = average_sharpness(Loss(model, errors, data), Ball(0.5), num_samples=50)
+    assert 0 < found.stderr < abs(found.value) + 1
+    assert found.converged
+
+
+def test_batches_that_are_equal_have_draws_of_their_own():
+    data = batches(mlp, (5,)) * 3
+    found = average_sharpness(Loss(network(mlp), cross_entropy, data), Ball(0.2), num_samples=10)
+    assert len(set(found.details["batch_values"])) == 3
+    assert found.details["base_losses"][0] == found.details["base_losses"][2]
+
+
+def test_images_with_their_channels_last_change_only_rounding():
+    for flatten in (nn.Flatten(), ViewsRows()):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), flatten, nn.Linear(144, 3)).eval()
+        x, y = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])
+        value, gradient = Loss(model, cross_entropy, [(x, y)]).value_and_gradient()
+        expected = cross_entropy(model(x), y)
+        assert float(value) == pytest.approx(float(expected.detach()), rel=1e-6)
+        torch.testing.assert_close(gradient, list(torch.autograd.grad(expected, list(model.parameters()))))
+
+
+class ViewsRows(nn.Module):
+    """Refuses channels that come last."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)

@@ -247,10 +247,10 @@ def _means(
     base, gradient = _value_and_slope(loss)
     rises = torch.empty(len(balls), num_samples, dtype=torch.float64)
     slopes = torch.zeros(num_samples, dtype=torch.float64)  # in the first ball
-    pulled = charts[0].pull_back(gradient)
+    pulled = charts[0].pull_back(gradient) if gradient else []
     for i in range(num_samples):
         z = _noise(charts[0].norm, loss.params, stream)
-        slopes[i] = sum((float((v * x).sum(dtype=torch.float64)) for v, x in zip(pulled, z, strict=True)), start=0.0)
+        slopes[i] = math.fsum(float((v * x).sum(dtype=torch.float64)) for v, x in zip(pulled, z, strict=False))
         for k, chart in enumerate(charts):
             with loss.displaced(chart.displacement(z)):
                 rises[k, i] = float(loss.value()) - base

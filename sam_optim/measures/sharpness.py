@@ -56,7 +56,7 @@ def worst_case_sharpness(
         S(w) = sum_b n_b / N max_{||T^-1 d||_p <= rho} l_b(w + d) - l_b(w)
 
     Each maximum is searched in u = d / (rho T), where the ball is the unit ball, by steps to the maximum of the
-    extrapolated linear part, from w and from random points (see `measures.ascent`). The value is that of the best
+    extrapolated linear part, from w and from a random point (see `measures.ascent`). The value is that of the best
     point found, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With `num_steps=1`
     it is the rise at SAM's own perturbation.
 
@@ -66,8 +66,8 @@ def worst_case_sharpness(
             that differ in rho alone gives a list of results, in its order, from one pass over the data: the gradient
             at w is shared, and what a smaller ball holds counts for the larger ones, so that S does not fall with rho.
         num_steps: gradients per batch and ball, that at w included; one more forward pass comes at the end.
-        num_restarts: searches per batch and ball. The first starts at w and, from 8 steps on, gives half of them to two
-            random points of the ball, and the last fifth to the best; the others start at random points.
+        num_restarts: searches per batch and ball. The first starts at w and, from 8 steps on, gives three tenths of
+            them to a random point of the ball, and the last to the better; the others start at random points.
         seed: of these random points, which are the same for all batches.
         progress: called with (done, total) steps.
 

@@ -207,7 +207,7 @@ def assert_errors_are_the_spread(values, errors):
 
 def test_the_standard_error_over_draws_is_that_of_repetitions():
     loss = away()
-    found = [average_sharpness(loss, Ball(0.1), num_samples=20, seed=seed) for seed in range(200)]
+    found = [average_sharpness(loss, Ball(0.1), num_samples=12, seed=seed) for seed in range(200)]
     assert_errors_are_the_spread([f.value for f in found], [f.details["stderr_draws"] for f in found])
 
 
@@ -222,7 +222,7 @@ def test_the_standard_error_over_draws_and_batches_is_that_of_repetitions():
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         data = [(torch.randn(1, 3, generator=generator).double(), torch.zeros(1)) for _ in range(5)]
-        found.append(average_sharpness(Loss(model, mean, data), Ball(0.1), num_samples=20, seed=seed))
+        found.append(average_sharpness(Loss(model, mean, data), Ball(0.1), num_samples=6, seed=seed))
     assert_errors_are_the_spread([f.value for f in found], [f.stderr for f in found])
     assert all(f.stderr >= f.details["stderr_draws"] for f in found)
 

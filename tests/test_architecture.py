@@ -15,7 +15,7 @@ ROWS = [
     {"groups", "ranks", "diagnostics", "foreign"},
     {"passes", "plan", "base"},
     {"perturbation", "measures", "landscape", "reparametrize", "correlation"},
-    {"optimizers", "report"},
+    {"optimizers", "report", "standard"},
     {"cli", "integrations", "graphs"},
     {"benchmarks"},
 ]

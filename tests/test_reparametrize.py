@@ -1,14 +1,18 @@
 """Function-preserving changes: the outputs stay, the weights are those of the formulas, the audit tells who noticed."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
-from networks import network
+from networks import Attention, Dense, network
 from torch import nn
 
-from sam_optim.reparametrize import permute, rescale, rescale_normalized
+from sam_optim import audit, permute, rescale, rescale_normalized, standard_measures
+from sam_optim.loss import Loss
+from sam_optim.measures import gradient_regret
+from sam_optim.reparametrize import NoSymmetry
 
 CHANGES = {
     "rescale": rescale,
@@ -262,7 +266,7 @@ def test_what_has_no_symmetry_is_refused():
         with pytest.raises(ValueError, match="must be a number > 0"):
             rescale(two_layers(), wrong)
     with pytest.raises(ValueError, match="pass inputs="):
-        rescale(network(network.__globals__["Attention"]))
+        rescale(network(Attention))
     with pytest.raises(ValueError, match="no parameters"):
         rescale(nn.ReLU())
 
@@ -307,3 +311,154 @@ def test_parametrized_weights_stay():
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(ValueError, match="nothing to rescale"):
         rescale(model)
+
+
+def trained_cnn():
+    """A ReLU network with BatchNorm after some steps of training, and its data in three batches."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 1, 8, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (24,), generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+        model = nn.Sequential(*body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, [(x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
+
+
+PLAIN = ("worst case", "lambda_max", "trace", "regret")
+INVARIANT = ("worst case, T = |w|", "lambda_max, T = |w|", "trace, T = |w|", "regret, Fisher metric")
+
+
+def test_the_audit_tells_plain_from_invariant_measures():
+    model, batches = trained_cnn()
+    before, ticks = copy.deepcopy(model.state_dict()), []
+    measures = standard_measures(num_steps=5, num_probes=20)
+    found = audit(
+        model, measures, criterion=nn.CrossEntropyLoss(), batches=batches, progress=lambda *t: ticks.append(t)
+    )
+    assert found.moved == dict.fromkeys(PLAIN, True) | dict.fromkeys(INVARIANT, False)
+    assert set(found.differences) == {"rescale", "rescale_normalized", "permute"}
+    assert max(found.differences.values()) < 1e-13
+    rows = {(row.measure, row.transform): row for row in found.rows}
+    for name in ("worst case, T = |w|", "lambda_max, T = |w|", "trace, T = |w|"):
+        for change in ("rescale", "rescale_normalized"):
+            assert rows[name, change].ratio == pytest.approx(1, rel=1e-6)
+    for name in PLAIN:
+        assert abs(math.log(rows[name, "rescale"].ratio)) > math.log(1.3)
+        assert not rows[name, "permute"].moved
+    assert rows["trace", "permute"].noise > 0
+    assert ticks[-1] == (32, 32)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    text = str(found)
+    assert [line.split("  ")[0] for line in text.splitlines()[2:10]] == list(measures)
+    assert text.count("*\n") + text.count("* ") >= 8
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"][0]["moved"] is True
+
+
+def test_the_ratio_of_the_trace_is_that_of_exact_hessians():
+    model, batches = trained_cnn()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+
+    def exact(m):
+        return float(Dense(m.eval(), nn.CrossEntropyLoss(), (x, y)).matrix("hessian").trace())
+
+    found = audit(model, {"trace": exact}, {"rescale": lambda m: rescale(m, 3.0, seed=1)}, inputs=x)
+    expected = exact(rescale(model, 3.0, seed=1, inputs=x)) / exact(model)
+    assert found.rows[0].ratio == pytest.approx(expected, rel=1e-12)
+    assert found.moved == {"trace": True}
+
+
+def test_measures_of_the_model_and_transforms_of_ones_own():
+    model, x = made("two layers")
+    measures = {"norm": lambda m: sum(float(p.detach().norm() ** 2) for p in m.parameters()), "one": lambda m: 1}
+    found = audit(model, measures, {"same": copy.deepcopy, "twice": lambda m: rescale(m, 2.0, inputs=x)}, inputs=x)
+    assert found.moved == {"norm": True, "one": False}
+    assert [row.ratio for row in found.rows[:1]] == [1.0]
+    assert found.differences["same"] == 0
+    assert found.skipped == {}
+
+
+def test_what_a_loss_has_not_is_a_row_with_its_reason():
+    model, batches = trained_cnn()
+    found = audit(
+        model,
+        {"regret": gradient_regret, "nan": lambda loss: math.nan},
+        make_loss=lambda m: Loss(m, nn.CrossEntropyLoss(), batches[:1]),
+        inputs=batches[0][0],
+    )
+    assert found.moved == {"regret": None, "nan": None}
+    assert "split it into several" in found.rows[0].reason
+    assert "–" in str(found)
+    assert "split it into several" in str(found)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_audits_that_cannot_be_are_refused():
+    model, x = made("two layers")
+    with pytest.raises(ValueError, match="measures is empty"):
+        audit(model, {})
+    with pytest.raises(ValueError, match="transforms is empty"):
+        audit(model, {"one": lambda m: 1.0}, {})
+    with pytest.raises(ValueError, match="not both"):
+        audit(model, {"one": lambda m: 1.0}, batches=[(x, x)], make_loss=lambda m: None)
+    with pytest.raises(ValueError, match="no change of the weights"):
+        audit(nn.Linear(4, 3), {"one": lambda m: 1.0})
+    assert "rescale_normalized" in audit(model, {"one": lambda m: 1.0}).skipped
+
+
+TIMM = ["resnet18", "resnet50", "vgg11", "vgg11_bn", "efficientnet_b0", "mobilenetv3_small_100", "densenet121"]
+TIMM += ["vit_tiny_patch16_224", "convnext_atto", "mixer_s16_224", "swin_tiny_patch4_window7_224", "regnety_002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models_keep_their_outputs(name):
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=10).double()
+    with torch.no_grad():
+        for key, t in [*model.named_parameters(), *model.named_buffers()]:
+            if t.is_floating_point() and t.ndim == 1:
+                t.add_(torch.rand(t.shape, generator=torch.Generator().manual_seed(len(key))) * 0.3)
+    size = {"size": (64, 64)} if "resnet" in name or "vgg" in name or "net" in name else {"size": (224, 224)}
+    x = torch.randn(2, 3, *size["size"], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for change in (
+        lambda m: rescale(m, 4.0, seed=0, inputs=x),
+        lambda m: rescale_normalized(m, 4.0, seed=0, inputs=x),
+        lambda m: permute(m, 0, inputs=x),
+    ):
+        try:
+            other = change(model)
+        except NoSymmetry:
+            assert name == "vgg11"  # which has no normalisation
+            continue
+        with torch.no_grad():
+            a, b = model.eval()(x), other.eval()(x)
+        assert float((a - b).abs().max() / a.abs().max()) < 1e-10
+        assert len(changed(model, other)) > 10
+
+
+@pytest.mark.slow
+def test_the_audit_of_resnet18():
+    """Sharpness of relative changes and the regret in the Fisher metric stay, plain sharpness does not."""
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("resnet18", num_classes=10).double()
+        x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    measures = standard_measures(num_steps=5, num_probes=10)
+    found = audit(model, measures, criterion=nn.CrossEntropyLoss(), batches=batches)
+    assert found.moved == dict.fromkeys(PLAIN, True) | dict.fromkeys(INVARIANT, False)
+    assert max(found.differences.values()) < 1e-10

@@ -52,7 +52,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, arguments: tuple[Any, ...] | Mapping[str, Any]) -> list[Tensor]:
-    """All floating-point tensors that the model returns, in eval mode; the model and the generators stay as they are."""
+    """All floating-point tensors that the model returns, in eval mode; model and generators stay as they are."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with measured(model), Aside(0, devices):
         outputs = model(**arguments) if isinstance(arguments, Mapping) else model(*arguments)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.reparametrize.channels import FIXED, compressed
+from sam_optim.reparametrize.channels import FIXED
 from sam_optim.reparametrize.tracing import Follower
 
 
@@ -86,7 +86,8 @@ class Scales(Follower):
         return one
 
     def _batch_norm(self, result: Tensor, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None,
-                    bias: Any = None, training: bool = False, momentum: Any = 0.1, eps: float = 1e-5) -> None:  # fmt: skip
+                    bias: Any = None, training: bool = False, momentum: Any = 0,
+                    eps: float = 1e-5) -> None:  # fmt: skip
         one = self._normalized(result, input, eps, weight, bias, 1)
         self.touch(running_mean, one, 1)
         self.touch(running_var, one, 2)

@@ -90,7 +90,7 @@ class Follower(TorchFunctionMode):
         self._uses.update({self._names[id(x)] for x in tensors if id(x) in self._names})
         self._alive.append((tensors, results))
         rule = getattr(self, f"_{name}", None)
-        first = args[0] if args else kwargs.get("input")
+        first: Any = args[0] if args else kwargs.get("input")
         if rule is not None:
             rule(result, *args, **kwargs)
         elif name in KEEPING and not (name == "pad" and kwargs.get("value")):

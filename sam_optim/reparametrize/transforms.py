@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,10 @@ from sam_optim.reparametrize.inputs import Inputs, check_outputs, inputs_for, ou
 from sam_optim.reparametrize.rules import Permutations, Scales
 from sam_optim.reparametrize.tracing import Found
 from sam_optim.rng import Stream
+
+
+class NoSymmetry(ValueError):
+    """The model has nothing that this change could change."""
 
 
 def rescale(
@@ -31,15 +34,15 @@ def rescale(
 
         W_b relu(W_a x + c_a) = (W_b / alpha) relu(alpha W_a x + alpha c_a),   alpha > 0
 
-    Every channel between two layers that allows it is multiplied by alpha where it is made (weights and bias of a linear
-    layer or convolution, the affine parameters of a normalisation) and divided by alpha where it is used. It may pass
-    through ReLU, pooling, dropout, sums (channels that a skip connection ties get one factor), attention (values) and
+    Every channel between two layers that allows it is multiplied by alpha where it is made (weights and bias of a
+    linear layer or convolution, affine parameters of a normalisation) and divided by alpha where it is used. It may
+    pass through ReLU, pooling, dropout, sums (channels that a skip connection ties get one factor), attention (values) and
     anything that only moves data. Inputs, outputs, what goes into another nonlinearity, and what a normalisation layer
     sees (`rescale_normalized`) stay.
 
     Args:
         model: any module whose forward pass runs on `inputs`. It is not changed.
-        alpha: the factor, of every channel. A layer between two others takes alpha and 1 / alpha, and keeps its weights.
+        alpha: the factor, of every channel. A layer between two others takes alpha and 1 / alpha: its weights stay.
         seed: None, or each class of tied channels has a factor of its own, alpha ** u with u uniform on (-1, 1).
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on which the model is traced and its
             outputs compared; None for two normal examples, of the size that timm's `default_cfg` or the first
@@ -51,7 +54,7 @@ def rescale(
         A deep copy with other weights, in the modes of the original.
 
     Raises:
-        ValueError: alpha is not a positive number, or the model has no channel that can be rescaled.
+        ValueError: alpha is not a positive number, or the model has no channel that can be rescaled (`NoSymmetry`).
         RuntimeError: the outputs differ by more than the tolerance (an operation that depends on the scale and was not
             recognised).
 
@@ -75,8 +78,8 @@ def rescale_normalized(
     Weights in front of BatchNorm, LayerNorm, GroupNorm, InstanceNorm or RMSNorm are multiplied by alpha, with their
     biases and, in a transformer, all that is added to the residual stream; running means take alpha, running variances
     alpha^2. So does the layer's `eps`, an attribute of the copy: with it the function is the same to rounding, with
-    running statistics and with those of a batch. Where the copy's `state_dict()` is loaded into a model with the old eps,
-    the normalised values differ by about eps (1 - alpha^-2) / (2 s^2), relative.
+    running statistics and with those of a batch. With the old eps (the copy's `state_dict()` loaded into
+    another model) the normalised values differ by about eps (1 - alpha^-2) / (2 s^2), relative.
 
     Args, Returns, Raises: as in `rescale`. One factor for everything that one layer normalises.
     """
@@ -91,15 +94,15 @@ def permute(
         W_b f(W_a x + c_a) = (W_b P^T) f(P W_a x + P c_a),   P a permutation, f elementwise
 
     Channels of convolutions with all that belongs to them (normalisation parameters and statistics, depthwise filters,
-    the inputs of every layer that reads them), hidden units of MLPs, heads of attention. Channels that a skip connection
-    ties move together.
+    the inputs of every layer that reads them), hidden units of MLPs, heads of attention. Channels that a skip
+    connection ties move together.
 
     Args:
         seed: of the permutations, uniform over those of each set of exchangeable units.
         model, inputs, tolerance: as in `rescale`.
 
     Raises:
-        ValueError: the model has no units that can change places. RuntimeError: as `rescale`.
+        ValueError: the model has no units that can change places (`NoSymmetry`). RuntimeError: as `rescale`.
     """
     return _transformed(model, inputs, tolerance, Permutations, lambda copied, found: _permute_(copied, found, seed))
 
@@ -136,7 +139,7 @@ def _scale_(model: nn.Module, found: Found, alpha: float, seed: int | None, norm
     classes = _free_classes(found, normalized=normalized)
     if not len(classes):
         kind = "normalisation layers whose input is made by weights" if normalized else "layers joined by ReLU alone"
-        raise ValueError(f"nothing to rescale: found no {kind} in {type(model).__name__}")
+        raise NoSymmetry(f"nothing to rescale: found no {kind} in {type(model).__name__}")
     factors = torch.ones(found.channels.count, dtype=torch.float64)
     draws = 1.0 if seed is None else 2 * Stream(seed).uniform_like(torch.empty(len(classes), dtype=torch.float64)) - 1
     factors[classes] = torch.as_tensor(alpha**draws, dtype=torch.float64)
@@ -185,7 +188,7 @@ def _permute_(model: nn.Module, found: Found, seed: int) -> None:
         alike[tuple(sorted((key, len(at)) for key, at in shown.items()))].append(unit)
     sets = [(kind, units) for kind, units in alike.items() if len(units) > 1]
     if not sets:
-        raise ValueError(f"nothing to permute: found no exchangeable hidden units in {type(model).__name__}")
+        raise NoSymmetry(f"nothing to permute: found no exchangeable hidden units in {type(model).__name__}")
     stream = Stream(seed)
     index: dict[tuple[str, int], Tensor] = {}
     for kind, units in sets:

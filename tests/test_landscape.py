@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim.landscape import filter_normalized, interpolate, random_direction, slice_1d, slice_2d
+from sam_optim.landscape import (
+    eigenvector_direction,
+    filter_normalized,
+    gradient_direction,
+    interpolate,
+    random_direction,
+    slice_1d,
+    slice_2d,
+    trajectory_directions,
+)
 from sam_optim.loss import Loss
+from sam_optim.measures import hessian_eigenvalues
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden values are not part of the repository")
@@ -173,6 +183,167 @@ def test_what_does_not_fit_is_refused_with_the_remedy():
             slice_1d(loss, coordinates=wrong)
     with pytest.raises(ValueError, match=r"state_dict"):
         interpolate(loss, {"w": torch.zeros(2, 2)})
+
+
+def small_loss(num_batches=3):
+    """Two layers with BatchNorm between them, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    x = torch.randn(4 * num_batches + 1, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (len(x),), generator=generator)
+    batches = list(zip(x.split([4] * (num_batches - 1) + [5]), y.split([4] * (num_batches - 1) + [5]), strict=True))
+    return Loss(model, nn.CrossEntropyLoss(), batches)
+
+
+def test_along_an_eigenvector_the_loss_has_its_curvature():
+    loss = small_loss()
+    spectrum = hessian_eigenvalues(loss, num=2, tol=1e-9)
+    for k in (0, 1):
+        d = eigenvector_direction(loss, spectrum, k)
+        assert math.sqrt(sum(float(x.square().sum()) for x in d)) == pytest.approx(1, rel=1e-12)
+        low, middle, high = slice_1d(loss, d, coordinates=[-1e-4, 0.0, 1e-4]).losses.tolist()
+        assert (low - 2 * middle + high) / 1e-8 == pytest.approx(float(spectrum.eigenvalues[k]), rel=1e-4)
+    scaled = eigenvector_direction(loss, spectrum, 1, normalize="filter")
+    torch.testing.assert_close(scaled[0].norm(dim=1), loss.params[0].norm(dim=1))
+    assert not scaled[1].any()
+
+
+def test_along_the_gradient_the_loss_rises_by_its_norm():
+    loss = small_loss()
+    norm = math.sqrt(sum(float(g.square().sum()) for g in loss.gradient()))
+    low, high = slice_1d(loss, gradient_direction(loss), coordinates=[-1e-6, 1e-6]).losses.tolist()
+    assert (high - low) / 2e-6 == pytest.approx(norm, rel=1e-6)
+    scaled = gradient_direction(loss, normalize="filter", biases=True)
+    torch.testing.assert_close(scaled[0].norm(dim=1), loss.params[0].norm(dim=1))
+    assert torch.equal(scaled[1], loss.params[1])
+
+
+def run(loss, n=9):
+    """State dicts on a curve that ends at the weights of the loss, nearly in a plane."""
+    generator = torch.Generator().manual_seed(1)
+    a, b, c = ([torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in loss.params] for _ in range(3))
+    names = [name for name, _ in loss.model.named_parameters()]
+    found = []
+    for t in torch.linspace(1, 0, n).tolist():
+        moved = [w.detach() + t * x + 0.3 * t * t * y + 0.01 * math.sin(20 * t) * z
+                 for w, x, y, z in zip(loss.params, a, b, c, strict=True)]  # fmt: skip
+        found.append(loss.model.state_dict() | dict(zip(names, moved, strict=True)))
+    return found
+
+
+def test_the_plane_of_a_run_is_that_of_its_singular_vectors():
+    loss = small_loss()
+    checkpoints = run(loss)
+    found = trajectory_directions(loss, checkpoints)
+    names = [name for name, _ in loss.model.named_parameters()]
+    rows = np.stack([np.concatenate([c[name].flatten().numpy() for name in names]) for c in checkpoints])
+    _, s, v = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    assert found.explained.tolist() == pytest.approx((s**2 / (s**2).sum())[:2].tolist(), rel=1e-10)
+    flat = np.stack([np.concatenate([x.flatten().numpy() for x in d]) for d in found.directions])
+    assert np.abs(flat @ v[:2].T) == pytest.approx(np.eye(2), abs=1e-9)
+    origin = np.concatenate([w.detach().flatten().numpy() for w in loss.params])
+    assert found.coordinates.numpy() == pytest.approx((rows - origin) @ flat.T, abs=1e-12)
+    assert found.coordinates[-1].tolist() == pytest.approx([0, 0], abs=1e-12)
+    apart = np.linalg.norm(rows - origin - found.coordinates.numpy() @ flat, axis=1)
+    assert found.distances.tolist() == pytest.approx(apart.tolist(), abs=1e-7)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_filter_normalised_plane_of_a_run_is_found_by_least_squares():
+    loss = small_loss()
+    checkpoints = run(loss)
+    found = trajectory_directions(loss, checkpoints, normalize="filter")
+    torch.testing.assert_close(found.directions[1][0].norm(dim=1), loss.params[0].norm(dim=1))
+    flat = torch.stack([torch.cat([x.flatten() for x in d]) for d in found.directions])
+    origin = torch.cat([w.detach().flatten() for w in loss.params])
+    names = [name for name, _ in loss.model.named_parameters()]
+    point = torch.cat([checkpoints[2][name].flatten() for name in names]) - origin
+    expected = torch.linalg.lstsq(flat.T, point[:, None]).solution[:, 0]
+    torch.testing.assert_close(found.coordinates[2], expected)
+    plane = slice_2d(loss, found.directions, coordinates=([0.0], [0.0, 1.0]))
+    assert plane.losses[0, 0] == pytest.approx(float(loss.value()), rel=1e-14)
+
+
+def test_a_band_has_each_of_its_directions():
+    loss = small_loss()
+    axis = [-0.5, 0.0, 1.0]
+    band = slice_1d(loss, coordinates=axis, num_directions=3, seed=4)
+    single = torch.stack([slice_1d(loss, coordinates=axis, seed=4 + k).losses for k in range(3)])
+    assert torch.equal(band.directions["losses"], single)
+    assert torch.equal(band.losses, single.mean(dim=0))
+    assert len(band.directions["norms"]) == 3
+    assert json.loads(json.dumps(band.to_dict()))["directions"]["num_directions"] == 3
+
+
+def test_batches_are_read_once_for_many_points():
+    reads = []
+
+    class Counted(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            reads.append(i)
+            return torch.full((5,), float(i), dtype=torch.float64), i % 3
+
+    model = small_loss().model
+    loss = Loss(model, nn.CrossEntropyLoss(), torch.utils.data.DataLoader(Counted(), batch_size=4))
+    reads.clear()
+    seen = []
+    slice_2d(loss, coordinates=([0.0, 1.0], [0.0, 0.5, 1.0]), progress=lambda done, total: seen.append((done, total)))
+    assert len(reads) == 8
+    assert seen[-1] == (6, 6)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_interrupted_landscape_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("sam_optim.landscape.grid.CHUNK", 4)
+    loss = small_loss()
+    before = [w.detach().clone() for w in loss.params]
+    path, axis = tmp_path / "deep" / "grid.json", [0.1 * k for k in range(10)]
+    expected = slice_1d(loss, coordinates=axis).losses
+
+    def stop(done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slice_1d(loss, coordinates=axis, resume=path, progress=stop)
+    assert all(torch.equal(w, b) for w, b in zip(loss.params, before, strict=True))
+    seen = []
+    again = slice_1d(loss, coordinates=axis, resume=path, progress=lambda done, total: seen.append(done))
+    assert torch.equal(again.losses, expected)
+    assert min(seen) >= 4
+    slice_1d(loss, coordinates=axis, resume=path, progress=lambda *_: pytest.fail("all is there"))
+    with pytest.raises(ValueError, match="delete it, or resume elsewhere"):
+        slice_1d(loss, coordinates=axis, resume=path, seed=1)
+    with torch.no_grad():
+        loss.params[0].add_(1)
+    with pytest.raises(ValueError, match="delete it, or resume elsewhere"):
+        slice_1d(loss, coordinates=axis, resume=path)
+
+
+def test_directions_that_are_none_are_refused():
+    loss = small_loss()
+    spectrum = hessian_eigenvalues(loss)
+    with pytest.raises(ValueError, match=r"none with index 1: measure it with hessian_eigenvalues\(loss, num=2\)"):
+        eigenvector_direction(loss, spectrum, 1)
+    with pytest.raises(ValueError, match="must be None or 'filter'"):
+        gradient_direction(loss, normalize="layer")
+    with torch.no_grad():
+        for w in loss.params:
+            w.zero_()
+    flat = Loss(nn.Linear(1, 1), lambda o, y: 0 * o.sum(), [(torch.ones(2, 1), torch.ones(2))])
+    with pytest.raises(ValueError, match=r"the gradient has length 0.0 and gives no direction"):
+        gradient_direction(flat)
+    with pytest.raises(ValueError, match="num must be from 1"):
+        trajectory_directions(loss, run(loss)[:2], num=2)
+    with pytest.raises(ValueError, match="span fewer than 2 directions"):
+        trajectory_directions(loss, [loss.model] * 4)
+    with pytest.raises(ValueError, match="num_directions must be >= 1"):
+        slice_1d(loss, [torch.zeros_like(w) for w in loss.params], num_directions=2)
 
 
 @needs_golden

@@ -36,9 +36,9 @@ def rescale(
 
     Every channel between two layers that allows it is multiplied by alpha where it is made (weights and bias of a
     linear layer or convolution, affine parameters of a normalisation) and divided by alpha where it is used. It may
-    pass through ReLU, pooling, dropout, sums (channels that a skip connection ties get one factor), attention (values) and
-    anything that only moves data. Inputs, outputs, what goes into another nonlinearity, and what a normalisation layer
-    sees (`rescale_normalized`) stay.
+    pass through ReLU, pooling, dropout, sums (channels that a skip connection ties get one factor), attention (values)
+    and anything that only moves data. Inputs, outputs, what goes into another nonlinearity, and what a normalisation
+    layer sees (`rescale_normalized`) stay.
 
     Args:
         model: any module whose forward pass runs on `inputs`. It is not changed.

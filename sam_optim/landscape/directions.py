@@ -1,0 +1,138 @@
+"""Directions to look along: random ones, eigenvectors, the gradient; scaled to the filters of the weights if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sam_optim import rng
+from sam_optim.batchnorm import NORM_LAYERS
+from sam_optim.geometry import p_norm
+from sam_optim.loss import Loss
+from sam_optim.results import Spectrum
+
+Direction = Sequence[Tensor]
+Weights = nn.Module | Mapping[str, Tensor] | Direction
+
+
+def random_direction(loss: Loss, *, seed: int = 0, biases: bool = False) -> list[Tensor]:
+    """A Gaussian direction with the norm of the weights in every filter (`filter_normalized`): one tensor for each of
+    `loss.params`, the same for one seed and architecture on every device."""
+    stream = rng.Stream(seed)
+    return filter_normalized(loss, [stream.normal_like(w) for w in loss.params], biases=biases)
+
+
+def gradient_direction(loss: Loss, *, normalize: str | None = None, biases: bool = False) -> list[Tensor]:
+    """The direction in which the loss rises fastest:  d = g / ||g||_2,  g = dL/dw.
+
+    Args:
+        normalize: None, a unit vector: coordinates are distances in units of w. "filter": g with the norm of the
+            weights in every filter, as `random_direction`.
+        biases: as in `filter_normalized`; only for "filter".
+
+    Raises:
+        ValueError: the gradient is 0 or not finite: there is no direction at a stationary point.
+    """
+    return _normalized(loss, loss.gradient(), "the gradient", normalize, biases)
+
+
+def eigenvector_direction(
+    loss: Loss, spectrum: Spectrum, index: int = 0, *, normalize: str | None = None, biases: bool = False
+) -> list[Tensor]:
+    """An eigenvector of the curvature, of unit length; along it L(w + a d) = L + a <g, d> + a^2 lambda / 2 + ...
+
+    Args:
+        spectrum: of `hessian_eigenvalues` for this loss, with its eigenvectors (a result read back from JSON has none).
+        index: which, in the order of `spectrum.eigenvalues`: 0 is the largest.
+        normalize, biases: as in `gradient_direction`.
+
+    Raises:
+        ValueError: no such eigenvector, or one that does not fit the parameters.
+    """
+    found = spectrum.eigenvectors
+    if not found or not -len(found) <= index < len(found):
+        raise ValueError(
+            f"the spectrum has {len(found or [])} eigenvectors, none with index {index}: "
+            f"measure it with hessian_eigenvalues(loss, num={abs(index) + 1})"
+        )
+    check_fits(loss, found[index])
+    return _normalized(loss, found[index], f"eigenvector {index}", normalize, biases)
+
+
+@torch.no_grad()
+def filter_normalized(loss: Loss, direction: Direction, *, biases: bool = False) -> list[Tensor]:
+    """d_f ||w_f|| / ||d_f|| for each filter f, a slice of a weight's first dimension: the scale of the weights is taken
+    out of the picture, and with it the rescaling between layers that leaves a ReLU network the same function.
+
+    Biases and normalisation parameters do not move; with `biases` they move along themselves, d = w, as in the peer
+    code: a random direction scaled to one number has nothing but a sign.
+
+    Source: Li et al. (2018), arXiv:1712.09913, section 4.
+    """
+    check_fits(loss, direction)
+    normalisation = {id(p) for m in loss.model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(False)}
+    found = []
+    for w, d in zip(loss.params, direction, strict=True):
+        if w.ndim <= 1 or id(w) in normalisation:
+            found.append(w.detach().clone() if biases else torch.zeros_like(w))
+        else:
+            norms = _filter_norms(d)
+            found.append(d * (_filter_norms(w) / torch.where(norms > 0, norms, 1)))
+    return found
+
+
+def length(direction: Direction) -> float:
+    return float(p_norm(direction, 2))
+
+
+def check_fits(loss: Loss, direction: Direction) -> None:
+    shapes, expected = [tuple(d.shape) for d in direction], [tuple(w.shape) for w in loss.params]
+    if shapes != expected:
+        wrong = next(
+            (i for i, (s, e) in enumerate(zip(shapes, expected, strict=False)) if s != e),
+            min(len(shapes), len(expected)),
+        )
+        raise ValueError(
+            "a direction has one tensor for each parameter, of its shape (see `loss.params`); "
+            f"got {len(shapes)} for {len(expected)} parameters, the first that differs is number {wrong}"
+        )
+
+
+def weights_and_buffers(loss: Loss, other: Weights) -> tuple[Direction, list[tuple[Tensor, Tensor]]]:
+    """w' in the order of `loss.params`, and each floating-point buffer of the model with its value in the other."""
+    if isinstance(other, nn.Module):
+        other = other.state_dict()
+    if not isinstance(other, Mapping):
+        weights = list(other)
+        check_fits(loss, weights)
+        return [w.detach() for w in weights], []
+    names = {id(p): name for name, p in loss.model.named_parameters()}
+    own = dict(loss.model.named_buffers())
+    wanted = [names[id(p)] for p in loss.params]
+    floating = [name for name, b in own.items() if b.is_floating_point() and name in loss.model.state_dict()]
+    if missing := [name for name in [*wanted, *floating] if name not in other]:
+        raise ValueError(f"the other weights lack {missing[:3]}; they need the names of the model's own state_dict()")
+    weights = [other[name].detach() for name in wanted]
+    check_fits(loss, weights)
+    return weights, [(own[name], other[name].detach()) for name in floating]
+
+
+def normalized_by(loss: Loss, direction: Direction, normalize: str | None, biases: bool) -> list[Tensor]:
+    """As it is, or `filter_normalized`."""
+    if normalize not in (None, "filter"):
+        raise ValueError(f"normalize must be None or 'filter', got {normalize!r}")
+    return list(direction) if normalize is None else filter_normalized(loss, direction, biases=biases)
+
+
+def _normalized(loss: Loss, direction: Direction, name: str, normalize: str | None, biases: bool) -> list[Tensor]:
+    size = length(direction)
+    if not 0 < size < float("inf"):
+        raise ValueError(f"{name} has length {size} and gives no direction")
+    unit = [(d / size).to(w) for d, w in zip(direction, loss.params, strict=True)]
+    return normalized_by(loss, unit, normalize, biases)
+
+
+def _filter_norms(w: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(w.detach(), dim=tuple(range(1, w.ndim)), keepdim=True)

@@ -2,5 +2,14 @@
 
 from sam_optim.report.overview import results_page
 from sam_optim.report.page import write_page
+from sam_optim.report.pictures import contour_picture, save_picture, slices_picture, spectrum_picture, surface_picture
 
-__all__ = ["results_page", "write_page"]
+__all__ = [
+    "contour_picture",
+    "results_page",
+    "save_picture",
+    "slices_picture",
+    "spectrum_picture",
+    "surface_picture",
+    "write_page",
+]

@@ -1,0 +1,64 @@
+"""The example's closed forms, and what it shows."""
+
+import pytest
+import torch
+
+from benchmarks.diagonal_network import FEATURES, TARGETS, correlations, data, half_squared_error, main, minimum, runs
+from sam_optim import Ball, Loss, hessian_trace
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scale", [0.05, 0.5, 5.0])
+def test_the_minimum_is_that_of_gradient_flow(target, scale):
+    x, y, _ = data(target, 0)
+    model = minimum(x, y, scale)
+    u, v = model.u.detach(), model.v.detach()
+    assert float((x @ (u * v) - y).abs().max()) < 1e-10
+    torch.testing.assert_close(u**2 - v**2, torch.full_like(u, scale**2), rtol=1e-9, atol=1e-9)  # the flow's invariant
+    s = torch.asinh(v / scale)
+    projected = x.T @ torch.linalg.lstsq(x.T, s[:, None]).solution
+    torch.testing.assert_close(projected[:, 0], s, rtol=1e-8, atol=1e-9)  # s is in the row space of the data
+
+
+def test_gradient_descent_ends_there():
+    x, y, _ = data("sparse", 1)
+    expected = minimum(x, y, 0.5)
+    u, v = torch.full((FEATURES,), 0.5, dtype=torch.float64), torch.zeros(FEATURES, dtype=torch.float64)
+    for _ in range(20000):
+        g = x.T @ (x @ (u * v) - y) / len(x)
+        u, v = u - 0.002 * g * v, v - 0.002 * g * u
+    torch.testing.assert_close(u * v, (expected.u * expected.v).detach(), rtol=0, atol=2e-3)
+
+
+def test_the_traces_are_those_of_the_formulas():
+    x, y, _ = data("dense", 0)
+    model = minimum(x, y, 0.4)
+    loss = Loss(model, half_squared_error, [(x, y)])
+    b, squares = (model.u * model.v).detach(), x.square().mean(dim=0)
+    plain = float((squares * (0.4**4 + 4 * b**2).sqrt()).sum())
+    adaptive = float((squares * 2 * b**2).sum())
+    found = hessian_trace(loss, num_probes=400)
+    assert found.value == pytest.approx(plain, abs=4 * found.stderr)
+    found = hessian_trace(loss, ball=Ball(1.0, adaptive=True, eta=0.0), num_probes=400)
+    assert found.value == pytest.approx(adaptive, abs=4 * found.stderr)
+
+
+def test_the_measure_that_tells_depends_on_the_data():
+    rows = runs(num_sets=4, scales=(0.05, 0.2, 0.8))
+    assert max(row["loss"] for row in rows) < 1e-18
+    found = correlations(rows)
+    for measure, taus in found.items():
+        sign = 1 if "T = 1" in measure else -1
+        assert sign * taus["sparse"] > 0.4
+        assert sign * taus["dense"] < -0.2
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("benchmarks.diagonal_network.SCALES", (0.1, 1.0))
+    monkeypatch.setattr("benchmarks.diagonal_network.runs", lambda n: runs(n, scales=(0.1, 1.0)))
+    assert main(["--num-sets", "1", "--out", str(tmp_path / "picture.png")]) == 0
+    out = capsys.readouterr().out
+    assert "sparse target" in out
+    assert "worst case, T = |w|" in out
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"

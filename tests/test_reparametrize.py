@@ -451,14 +451,44 @@ def test_the_audit_of_resnet18():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("resnet18", num_classes=10).double()
-        x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))
+        x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for _ in range(5):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
-    measures = standard_measures(num_steps=5, num_probes=10)
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    measures = standard_measures(num_steps=3, num_probes=4)
+    measures = {name: measure for name, measure in measures.items() if "lambda" not in name}  # minutes
     found = audit(model, measures, criterion=nn.CrossEntropyLoss(), batches=batches)
-    assert found.moved == dict.fromkeys(PLAIN, True) | dict.fromkeys(INVARIANT, False)
+    assert found.moved == {name: name in PLAIN for name in measures}
     assert max(found.differences.values()) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])
+def test_hugging_face_models_keep_their_outputs(kind):
+    """Mappings of inputs, attention behind an interface, weights that are (in, out), embeddings that are tied."""
+    transformers = pytest.importorskip("transformers")
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    generator = torch.Generator().manual_seed(0)
+    words = {"input_ids": torch.randint(50, (2, 9), generator=generator)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "bert":
+            config = transformers.BertConfig(vocab_size=50, hidden_size=32, intermediate_size=64, **small)
+            model, inputs = transformers.BertForSequenceClassification(config), words
+        elif kind == "gpt2":
+            config = transformers.GPT2Config(
+                vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+            )
+            model, inputs = transformers.GPT2LMHeadModel(config), words
+        else:
+            config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=32, intermediate_size=64, **small)
+            model = transformers.ViTForImageClassification(config)
+            inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)}
+    model = model.double()
+    for other in (rescale(model, 3.0, seed=0, inputs=inputs), permute(model, 0, inputs=inputs)):
+        assert len(changed(model, other)) >= 8
+        with torch.no_grad():
+            after, before = other.eval()(**inputs).logits, model.eval()(**inputs).logits
+        torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-12)

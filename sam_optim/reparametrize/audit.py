@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from sam_optim import rng
+from sam_optim.batches import moved
 from sam_optim.loss import Criterion, Loss
 from sam_optim.reparametrize.inputs import Inputs, difference, inputs_for, outputs_of
 from sam_optim.reparametrize.transforms import NoSymmetry, permute, rescale, rescale_normalized
@@ -135,7 +138,7 @@ def audit(
         raise ValueError("pass batches= or make_loss=, not both")
     if batches is not None:
         make_loss = partial(_loss_of, criterion=criterion, batches=batches)
-        inputs = _inputs_of(batches) if inputs is None else inputs
+        inputs = _inputs_of(batches, next(model.parameters()).device) if inputs is None else inputs
     arguments = inputs_for(model, inputs)
     changed, skipped = _changed(model, transforms, arguments, seed)
     outputs = outputs_of(model, arguments)
@@ -215,9 +218,10 @@ def _loss_of(model: nn.Module, *, criterion: Criterion | None, batches: Iterable
     return Loss(model, criterion, batches)
 
 
-def _inputs_of(batches: Iterable[Any]) -> Inputs:
+def _inputs_of(batches: Iterable[Any], device: torch.device) -> Inputs:
     """Those of the first batch."""
-    batch = next(iter(batches))
+    with rng.kept():  # a DataLoader draws a seed from the global generator
+        batch = moved(next(iter(batches)), device)
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}
     return tuple(batch[:-1])

@@ -27,7 +27,7 @@ KEEPING |= {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adapt
 KEEPING |= {"to", "float", "double", "type_as", "clone", "detach", "contiguous"}
 # elementwise, and no more than that
 CURVED = {"gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "selu", "celu"}
-CURVED |= {"softplus", "mish", "exp", "square", "sqrt", "rsqrt", "logsigmoid"}
+CURVED |= {"softplus", "mish", "exp", "pow", "__pow__", "square", "sqrt", "rsqrt", "logsigmoid"}
 # the same data in other places
 MOVING = {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "unbind"}
 MOVING |= {"__getitem__", "chunk", "split", "select", "narrow", "roll", "flip", "movedim", "swapaxes", "repeat"}
@@ -95,7 +95,7 @@ class Follower(TorchFunctionMode):
             rule(result, *args, **kwargs)
         elif name in KEEPING and not (name == "pad" and kwargs.get("value")):
             self.keep(result, first)
-        elif name in CURVED:
+        elif name in CURVED and len(tensors) == 1:
             self.curve(result, first)
         elif name in MOVING:
             self._move(func, result, args, kwargs)
@@ -226,6 +226,17 @@ class Follower(TorchFunctionMode):
     def _linear(self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         ids = self.channels.along(self.ids(input), input.ndim, -1)
         self.weighted(result, -1, weight, bias, ids[None, :])
+
+    def _addmm(self, result: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scaled: Any) -> None:
+        """input + mat1 mat2: a linear layer whose weight, mat2, is (in, out)."""
+        if scaled or id(mat2) not in self._parameters or input.ndim != 1:
+            self.unknown([input, mat1, mat2], [result])
+            return
+        new = self.channels.new([mat2.shape[1]])
+        self.touch(mat2, self.channels.along(self.ids(mat1), 2, -1)[:, None], -1)
+        self.touch(mat2, new, 1)
+        self.touch(input, new, 1)
+        self.spread(result, new, -1)
 
     def _conv2d(
         self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any

@@ -51,7 +51,7 @@ def rescale(
             1e-3 in float32, 0.05 in 16 bits.
 
     Returns:
-        A deep copy with other weights, in the modes of the original.
+        A deep copy with other weights, in the modes of the original, without gradients.
 
     Raises:
         ValueError: alpha is not a positive number, or the model has no channel that can be rescaled (`NoSymmetry`).
@@ -126,6 +126,7 @@ def _scaled(
 def _transformed(model: nn.Module, inputs: Any, tolerance: float | None, rules: Any, change_: Any) -> nn.Module:
     arguments = inputs_for(model, inputs)
     copied = copy.deepcopy(model)
+    copied.zero_grad(set_to_none=True)  # they belong to the old weights
     with measured(copied):  # in eval mode: dropout and drop path away, running statistics in use
         before = outputs_of(copied, arguments)
         found = rules(copied).follow(arguments)

@@ -13,6 +13,7 @@ from sam_optim import audit, permute, rescale, rescale_normalized, standard_meas
 from sam_optim.loss import Loss
 from sam_optim.measures import gradient_regret
 from sam_optim.reparametrize import NoSymmetry
+from sam_optim.report import results_page
 
 CHANGES = {
     "rescale": rescale,
@@ -396,6 +397,9 @@ def test_what_a_loss_has_not_is_a_row_with_its_reason():
     assert "–" in str(found)
     assert "split it into several" in str(found)
     json.dumps(found.to_dict(), allow_nan=False)
+    page = results_page({"audit": found})
+    assert "not known" in page
+    assert "Can a reparametrization fake it?" in page
 
 
 def test_audits_that_cannot_be_are_refused():
@@ -459,7 +463,8 @@ def test_the_audit_of_resnet18():
         optimizer.step()
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     measures = standard_measures(num_steps=3, num_probes=4)
-    measures = {name: measure for name, measure in measures.items() if "lambda" not in name}  # minutes
+    left_out = ("lambda_max", "lambda_max, T = |w|", "trace")  # minutes, for the first two or enough probes
+    measures = {name: measure for name, measure in measures.items() if name not in left_out}
     found = audit(model, measures, criterion=nn.CrossEntropyLoss(), batches=batches)
     assert found.moved == {name: name in PLAIN for name in measures}
     assert max(found.differences.values()) < 1e-10
@@ -488,7 +493,7 @@ def test_hugging_face_models_keep_their_outputs(kind):
             inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)}
     model = model.double()
     for other in (rescale(model, 3.0, seed=0, inputs=inputs), permute(model, 0, inputs=inputs)):
-        assert len(changed(model, other)) >= 8
+        assert len(changed(model, other)) >= 6
         with torch.no_grad():
             after, before = other.eval()(**inputs).logits, model.eval()(**inputs).logits
         torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-12)

@@ -105,7 +105,33 @@ def _correlations(results: Mapping[str, Result]) -> Markup:
     )
 
 
-_KNOWN = {"Estimate": _estimates, "Spectrum": _spectra, "Landscape": _landscapes, "Correlation": _correlations}
+def _audits(results: Mapping[str, Result]) -> Markup:
+    """One table for each: a row for each measure, a column for each change of the weights."""
+    return section("Can a reparametrization fake it?", *(_audit_table(n, r) for n, r in results.items()))
+
+
+def _audit_table(name: str, result: Result) -> Markup:
+    differences: Mapping[str, float] = result["differences"]
+    cells = {(row["measure"], row["transform"]): row for row in result["rows"]}
+    rows: list[list[Child]] = []
+    for measure in dict.fromkeys(row["measure"] for row in result["rows"]):
+        found = [cells[measure, change] for change in differences]
+        words = {True: ", moved", False: "", None: "not known"}
+        ratios = [f"{number(r['ratio'], 4)} times" if r.get("ratio") is not None else "" for r in found]
+        rows.append([measure, number(found[0].get("before"), 4)])
+        rows[-1] += [ratio + words[r.get("moved")] for ratio, r in zip(ratios, found, strict=True)]
+    rows.append(["outputs, largest relative change", "", *(number(d, 2) for d in differences.values())])
+    caption = f"{name}: each measure after a change of the weights that leaves the function as it is."
+    return html_table(["measure", "value", *differences], rows, caption)
+
+
+_KNOWN = {
+    "Estimate": _estimates,
+    "Spectrum": _spectra,
+    "Landscape": _landscapes,
+    "Audit": _audits,
+    "Correlation": _correlations,
+}
 
 
 def _settings(results: Mapping[str, Result]) -> Markup:

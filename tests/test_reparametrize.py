@@ -449,6 +449,7 @@ def test_timm_models_keep_their_outputs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 75 CPU seconds, more where processes share the cores
 def test_the_audit_of_resnet18():
     """Sharpness of relative changes and the regret in the Fisher metric stay, plain sharpness does not."""
     timm = pytest.importorskip("timm")

@@ -10,9 +10,6 @@ from sam_optim.loss import Loss
 from sam_optim.measures import gradient_regret, hessian_eigenvalues, hessian_trace, worst_case_sharpness
 from sam_optim.results import Estimate, Spectrum
 
-# Any T = |w| is invariant; the metric's damping is in units of the curvature matrix, and matters as little as possible.
-FISHER = {"metric": "fisher", "damping": 1e-8, "tol": 1e-3}
-
 
 def standard_measures(
     *, rho: float = 0.05, adaptive_rho: float = 0.1, num_steps: int = 20, num_probes: int = 100, seed: int = 0
@@ -21,7 +18,7 @@ def standard_measures(
 
     Plain ones, with T = 1, change with the scale of the weights: worst case, largest eigenvalue and trace of the
     Hessian, Euclidean regret. With T = |w| (eta = 0) the same numbers are those of relative changes of the weights, and
-    do not change under rescaling; nor does the regret in the Fisher metric, as far as its damping does not matter.
+    do not change under rescaling; nor does the regret in the Fisher metric, which is damped with that T.
 
     Args:
         rho: radius of the ball with T = 1, in units of w. adaptive_rho: of that with T = |w|.
@@ -36,5 +33,5 @@ def standard_measures(
         "trace": partial(hessian_trace, num_probes=num_probes, seed=seed),
         "trace, T = |w|": partial(hessian_trace, ball=adaptive, num_probes=num_probes, seed=seed),
         "regret": partial(gradient_regret, seed=seed),
-        "regret, Fisher metric": partial(gradient_regret, **FISHER, seed=seed),  # type: ignore[arg-type]
+        "regret, Fisher metric": partial(gradient_regret, metric="fisher", num_probes=0, seed=seed),
     }

@@ -206,7 +206,7 @@ def test_what_is_invariant_under_rescaling_and_what_is_not():
     models = network(relu_mlp), rescaled(network(relu_mlp), FACTORS)
     losses = [Loss(model, cross_entropy, batches(mlp, SIZES)) for model in models]
     assert float(losses[0].value()) == pytest.approx(float(losses[1].value()), rel=10 * EPS)
-    fisher = {"metric": "fisher", "num_probes": 0}
+    fisher = {"metric": "fisher", "num_probes": 0, "damping": 1e-3}
     for arguments, tolerance in (({}, 1e4 * EPS), (fisher, 1e-5), (fisher | {"damping": 0.1, "tol": 1e-10}, 1e-10)):
         before, after = (gradient_regret(loss, ball=RELATIVE, **arguments) for loss in losses)
         assert after.value == pytest.approx(before.value, rel=tolerance)
@@ -219,6 +219,9 @@ def test_what_is_invariant_under_rescaling_and_what_is_not():
         assert after.value == pytest.approx(before.value, rel=1e4 * EPS)
         before, after = (measure(loss) for loss in losses)
         assert abs(after.value / before.value - 1) > 1e-3
+    before, after = (gradient_regret(loss, metric="fisher", num_probes=0) for loss in losses)
+    assert after.value == pytest.approx(before.value, rel=1e-5)  # unless T or the damping says otherwise
+    assert before.value == gradient_regret(losses[0], ball=RELATIVE, **fisher).value
 
 
 def test_the_fisher_regret_becomes_invariant_as_the_damping_vanishes():

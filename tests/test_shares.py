@@ -40,6 +40,10 @@ def numbers(loss):
         "gradients": torch.stack(loss.over_batches(lambda b: b.gradient()[0])),
         "average": sam_optim.average_sharpness(loss, ball, num_samples=6).value,
         "average_error": sam_optim.average_sharpness(loss, ball, num_samples=6).stderr,
+        "worst": sam_optim.worst_case_sharpness(loss, ball, num_steps=4).value,
+        "worst_error": sam_optim.worst_case_sharpness(loss, ball, num_steps=4).stderr,
+        "regret": sam_optim.gradient_regret(loss).value,
+        "regret_fisher": sam_optim.gradient_regret(loss, metric="fisher", damping=0.1).value,
         "trace": sam_optim.hessian_trace(loss, num_probes=4).value,
         "eigenvalues": sam_optim.hessian_eigenvalues(loss, num=2, ball=ball).eigenvalues,
     }

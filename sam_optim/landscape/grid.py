@@ -57,7 +57,7 @@ def losses_at(
                 tick()
             return found
 
-        by_batch = torch.tensor([sweep(single) for single in loss.single_batches()], dtype=torch.float64)
+        by_batch = torch.tensor(loss.over_batches(sweep), dtype=torch.float64)
         store.add((sizes @ by_batch).tolist())
     return torch.tensor(store.losses, dtype=torch.float64)
 
@@ -112,7 +112,7 @@ class _Store:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(self._path.name + ".part")
+        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")  # ranks write the same file
         part.write_text(json.dumps({"key": self._key, "losses": [x.hex() for x in self.losses]}))
         os.replace(part, self._path)
 

@@ -28,6 +28,8 @@ from sam_optim.results import Estimate
 from sam_optim.rng import Stream
 
 METRICS = ("euclidean", "fisher")
+DAMPING = 1e-3
+INVARIANT = Ball(0.0, adaptive=True, eta=0.0)
 SHARE_TOL = 1e-3  # of each probe of the effective dimension, relative
 
 
@@ -36,7 +38,7 @@ def gradient_regret(
     *,
     metric: str = "euclidean",
     ball: Ball | ProductBall | None = None,
-    damping: float = 1e-3,
+    damping: float | None = None,
     tol: float = 1e-5,
     max_products: int = 1000,
     num_probes: int = 4,
@@ -57,15 +59,17 @@ def gradient_regret(
     divergence to leading order. T = 1 without a `ball`. Where g_1 = 0 the step is 0: the formula with a cosine of 0.
 
     G has directions without curvature, so the value depends on the damping, and with T = 1 it changes with the
-    parametrization as far as the damping matters. With `ball=Ball(0.0, adaptive=True, eta=0.0)`, T = |w|, both metrics
-    change under no rescaling of single weights by positive factors that leaves the function as it is (between ReLU
-    layers, before normalisation), nor under permutations; a weight that is 0 is held.
+    parametrization as far as the damping matters. With T = |w|, `Ball(0.0, adaptive=True, eta=0.0)`, neither metric
+    changes under any rescaling of single weights by positive factors that leaves the function as it is (between ReLU
+    layers, before normalisation), nor under permutations; a weight that is 0 is held. So that is the T of the damping
+    where neither `ball` nor `damping` is given.
 
     Args:
         loss: L, with two batches or more; the regret depends on their size m. Pairs count by their numbers of examples.
         metric: "euclidean" or "fisher".
         ball: its T; its radius and norm do not matter.
-        damping: in units of G, or of T G T with a ball; only for "fisher", as are the next three.
+        damping: in units of G (or of T G T, with a ball); only for "fisher", as are the next three. None is 1e-3, and
+            T = |w| without a `ball`.
         tol: of the residual of each solve by conjugate gradients, relative to the gradient.
         max_products: of G with a vector, for each solve.
         num_probes: random vectors that estimate the effective dimension, one solve each; 0 leaves it out.
@@ -92,6 +96,9 @@ def gradient_regret(
     if metric not in METRICS:
         raise ValueError(f"metric must be 'euclidean' or 'fisher', got {metric!r}")
     _check_batches(loss, "the regret compares batches")
+    if metric == "fisher" and ball is None and damping is None:
+        ball = INVARIANT
+    damping = DAMPING if damping is None else damping
     if not damping > 0 or not tol > 0:
         raise ValueError(f"damping and tol must be > 0, got {damping} and {tol}")
     if max_products < 1 or num_probes < 0:

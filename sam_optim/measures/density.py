@@ -49,8 +49,8 @@ def spectral_density(
         progress: called with (products done, at most num_probes * num_lanczos).
 
     Returns:
-        `grid`, `density` and its `stderr` over probes, (num_points,); `eigenvalues`: the largest and smallest Ritz value
-        over all probes, with `residuals`; `num_products`; `details`: `moments` 1 to 4 of the eigenvalues, sum_j
+        `grid`, `density` and its `stderr` over probes, (num_points,); `eigenvalues`: the largest and the smallest Ritz
+        value over all probes, with `residuals`; `num_products`; `details`: `moments` 1 to 4 of the eigenvalues, sum_j
         lambda_j^m / P (the first is trace / P, the second squared Frobenius norm / P), `moment_stderr`, `width`, and
         the `nodes` and `weights` of each probe, for kernels of one's own. Not converged where the residual of an
         extreme value is above the width: then the ends of the density are in the wrong place.
@@ -61,9 +61,8 @@ def spectral_density(
     Source: stochastic Lanczos quadrature as in arXiv:1901.10159, with full re-orthogonalisation.
     """
     if num_probes < 1 or num_lanczos < 1 or num_points < 2:
-        raise ValueError(
-            f"num_probes and num_lanczos must be >= 1 and num_points >= 2, got {num_probes}, {num_lanczos}, {num_points}"
-        )
+        got = f"{num_probes}, {num_lanczos} and {num_points}"
+        raise ValueError(f"num_probes and num_lanczos must be >= 1 and num_points >= 2, got {got}")
     if width is not None and not (width > 0 and math.isfinite(width)):
         raise ValueError(f"width is a standard deviation in units of the eigenvalues and must be > 0, got {width}")
     stream, like = Stream(seed), flat(loss.params)
@@ -99,13 +98,9 @@ def spectral_density(
     high, low = values[ends].tolist()
     width = width or KERNEL * (high - low) or KERNEL * abs(high) or KERNEL
     grid = torch.linspace(low - MARGIN * width, high + MARGIN * width, num_points, dtype=torch.float64)
-    density, stderr = _over_probes(
-        torch.stack([_smooth(grid, x, p, width) for x, p in zip(nodes, weights, strict=True)])
-    )
-    powers = torch.stack(
-        [torch.stack([(p * x**m).sum() for m in range(1, 5)]) for x, p in zip(nodes, weights, strict=True)]
-    )
-    moments, moment_stderr = _over_probes(powers)
+    probes = list(zip(nodes, weights, strict=True))
+    density, stderr = _over_probes([_smooth(grid, x, p, width) for x, p in probes])
+    moments, moment_stderr = _over_probes([torch.stack([(p * x**m).sum() for m in range(1, 5)]) for x, p in probes])
     converged = bool((residuals[ends] <= width).all())
     return Spectrum(
         values[ends],
@@ -134,8 +129,9 @@ def _smooth(grid: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tenso
     return (torch.exp(-0.5 * x.square()) @ weights) / (width * math.sqrt(2 * math.pi))
 
 
-def _over_probes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and its standard error over the first dimension; nan for the error of one."""
+def _over_probes(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and its standard error over probes; nan for the error of one."""
+    x = torch.stack(values)
     if len(x) == 1:
         return x[0], torch.full_like(x[0], math.nan)
     return x.mean(dim=0), x.std(dim=0) / math.sqrt(len(x))

@@ -39,9 +39,9 @@ def hessian_trace(
         tr A = E[z^T A z],   A = T M T,   z_i = +1 or -1;     Var[z^T A z] = 2 (||A||_F^2 - sum_i A_ii^2)
 
     "deflated" takes the variance of what stands out away: with a Krylov basis Q and A = mu + L + B, B = (1 - Q Q^T)
-    (A - mu) (1 - Q Q^T), it is mu P + tr L, both exact, plus the mean of z^T A z - mu P - c (z^T L z - tr L), where c is
-    fitted to the other probes, which keeps the mean free of bias. The basis grows as long as it pays, to half of the
-    products at most; where nothing stands out it ends at 4 vectors, and the rest is Hutchinson's estimator.
+    (A - mu) (1 - Q Q^T), it is the mean over probes of z^T A z - c (z^T L z - tr L), where tr L is exact and c, about 1,
+    is fitted to the other probes, which keeps the mean free of bias. The basis grows as long as it pays, to half of
+    the products at most; where nothing stands out it ends at 4 vectors, and the rest is Hutchinson's estimator.
 
     Args:
         loss, ball, matrix: M, T as in `hessian_eigenvalues`.
@@ -55,8 +55,8 @@ def hessian_trace(
         progress: called with (products done, num_probes).
 
     Returns:
-        `value` in units of L per squared unit of w (of T, with a ball); `stderr` over probes, on these data, 0 where the
-        value is exact; `num_samples`, the number of probes; `details`: `probes`, an unbiased value from each,
+        `value` in units of L per squared unit of w (of T, with a ball); `stderr` over probes, on these data, and that
+        of rounding, which alone is left where the value is exact; `num_samples`, the number of probes; `details`: `probes`, an unbiased value from each,
         `num_products`, `num_deflated`, the vectors of the basis or sketch.
 
     Raises:
@@ -73,10 +73,13 @@ def hessian_trace(
     own = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "tol": tol, "seed": seed, "method": method}
     with flat_product(loss, ball, matrix, seed=seed) as product:
         if num_probes >= len(like):
-            value = math.fsum(float(x) for x in _exact_diagonal(product, like, tick))
-            details = {"probes": [], "num_products": len(like), "num_deflated": 0}
+            diagonal = _exact_diagonal(product, like, tick)
             return estimate(
-                value, 0.0, num_samples=len(like), details=details, settings=settings("hessian_trace", loss, **own)
+                math.fsum(diagonal),
+                torch.finfo(like.dtype).eps * math.fsum(abs(x) for x in diagonal),
+                num_samples=len(like),
+                details={"probes": [], "num_products": len(like), "num_deflated": 0},
+                settings=settings("hessian_trace", loss, **own),
             )
         if method == "hutch++":
             probes, size, rounding = _hutch_plus_plus(product, stream, like, num_probes, tol, tick)
@@ -143,6 +146,8 @@ def hessian_frobenius_norm(
                 trace = dot(z, az) - part.quadratic(z, az) + part.trace
                 squares.append(part.squares + norm(b) ** 2 + part.mean * (2 * trace - part.mean * len(like)))
             rounding = 4 * torch.finfo(like.dtype).eps * part.squares
+        if num >= len(like):
+            rounding = torch.finfo(like.dtype).eps * squares[0]
     square, error = mean_and_stderr(squares)
     error = math.hypot(error, rounding)
     value = math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
@@ -167,7 +172,7 @@ def hessian_diagonal(
 ) -> Diagonal:
     """The diagonal of the curvature at the weights.
 
-        A_ii = mu + L_ii + E[z_i (B z)_i],   A = mu + L + B as in `hessian_trace`;     Var[z_i (B z)_i] = sum_j B_ij^2, j != i
+        A_ii = mu + L_ii + E[z_i (B z)_i],   A = mu + L + B as in `hessian_trace`;  Var[z_i (B z)_i] = sum_j!=i B_ij^2
 
     Args:
         loss, ball, matrix, num_probes, seed, progress: as in `hessian_trace`. Exact with num_probes >= P.
@@ -245,16 +250,16 @@ def _deflated(
 
 
 def _controlled(whole: Sequence[float], known: Sequence[float]) -> list[float]:
-    """a_i - c_i l_i, l of mean 0: c_i minimises the variance of the other probes, and so is independent of l_i."""
+    """a_i - c_i k_i, k of mean 0: c_i minimises the variance of the other probes, and so is independent of k_i."""
     n = len(whole)
-    a, l = torch.tensor([whole, known], dtype=torch.float64)
-    if not l.any() or n < FEWEST_PROBES:
-        return (a - l).tolist()
-    da, dl = a - a.mean(), l - l.mean()
-    # leaving i out of n takes n / (n - 1) da_i dl_i from the sum of products
-    products, squares = (x.sum() - n / (n - 1) * x for x in (da * dl, dl * dl))
+    a, k = torch.tensor([whole, known], dtype=torch.float64)
+    if not k.any() or n < FEWEST_PROBES:
+        return (a - k).tolist()
+    da, dk = a - a.mean(), k - k.mean()
+    # leaving i out of n takes n / (n - 1) da_i dk_i from the sum of products
+    products, squares = (x.sum() - n / (n - 1) * x for x in (da * dk, dk * dk))
     c = torch.where(squares > 0, products / squares, 1.0).clamp(0, 1)
-    return (a - c * l).tolist()
+    return (a - c * k).tolist()
 
 
 def _hutch_plus_plus(
@@ -273,7 +278,8 @@ def _hutch_plus_plus(
     for column in q.T:
         inside.append(dot(column, product(column)))
         tick()
-    exact, probes = math.fsum(inside), []
+    exact = math.fsum(inside)
+    probes: list[float] = []
     while len(probes) < budget - 2 * size:
         z = stream.rademacher_like(like)
         z = z - q @ (q.T @ z)

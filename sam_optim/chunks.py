@@ -112,8 +112,8 @@ def _gradient(criterion: Criterion, outputs: Tensor, target: Any) -> Tensor:
 
 
 class Curvature:
-    """v -> M v = sum_b n_b / N M_b v. Graphs of the first pieces are kept as far as the budget goes; those of others are
-    made anew for each product, one at a time."""
+    """v -> M v = sum_b n_b / N M_b v. Graphs of the first pieces are kept as far as the budget goes; those of
+    others are made anew for each product, one at a time."""
 
     def __init__(self, loss: Loss, matrix: str, seed: int):
         self._loss, self._matrix, self._seed = loss, matrix, seed

@@ -212,7 +212,15 @@ def test_results_say_how_they_were_made():
 
 def test_wrong_arguments_are_refused():
     loss = of_diagonal(1.0, 2.0)
-    for wrong in ({"num": 0}, {"num": 3}, {"which": "top"}, {"stop": "gap"}, {"tol": 0.0}, {"matrix": "kfac"}, {"seed": -1}):
+    for wrong in (
+        {"num": 0},
+        {"num": 3},
+        {"which": "top"},
+        {"stop": "gap"},
+        {"tol": 0.0},
+        {"matrix": "kfac"},
+        {"seed": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             hessian_eigenvalues(loss, **wrong)
     for wrong in ({"num_probes": 1}, {"tol": -1.0}, {"matrix": "kfac"}, {"method": "xtrace"}):

@@ -39,9 +39,9 @@ def hessian_trace(
         tr A = E[z^T A z],   A = T M T,   z_i = +1 or -1;     Var[z^T A z] = 2 (||A||_F^2 - sum_i A_ii^2)
 
     "deflated" takes the variance of what stands out away: with a Krylov basis Q and A = mu + L + B, B = (1 - Q Q^T)
-    (A - mu) (1 - Q Q^T), it is the mean over probes of z^T A z - c (z^T L z - tr L), where tr L is exact and c, about 1,
-    is fitted to the other probes, which keeps the mean free of bias. The basis grows as long as it pays, to half of
-    the products at most; where nothing stands out it ends at 4 vectors, and the rest is Hutchinson's estimator.
+    (A - mu) (1 - Q Q^T), it is the mean over probes of z^T A z - c (z^T L z - tr L), where tr L is exact and
+    c, about 1, is fitted to the other probes, which keeps the mean free of bias. The basis grows as long as it pays, to
+    half of the products at most; where nothing stands out it ends at 4 vectors, and the rest is Hutchinson's estimator.
 
     Args:
         loss, ball, matrix: M, T as in `hessian_eigenvalues`.
@@ -55,9 +55,9 @@ def hessian_trace(
         progress: called with (products done, num_probes).
 
     Returns:
-        `value` in units of L per squared unit of w (of T, with a ball); `stderr` over probes, on these data, and that
-        of rounding, which alone is left where the value is exact; `num_samples`, the number of probes; `details`: `probes`, an unbiased value from each,
-        `num_products`, `num_deflated`, the vectors of the basis or sketch.
+        `value` in units of L per squared unit of w (of T, with a ball). `stderr` over probes, on these data, with what
+        rounding adds, which alone is left where the value is exact. `num_samples`: the number of probes. `details`:
+        `probes`, an unbiased value from each; `num_products`; `num_deflated`, the vectors of the basis or sketch.
 
     Raises:
         ValueError: num_probes < 2, tol <= 0, an unknown method or matrix.
@@ -206,7 +206,7 @@ def hessian_diagonal(
                 squares += step * (x - mean)
             mean += part.diagonal(like)
     finite = bool(torch.isfinite(mean).all())
-    stderr = (squares / (num * max(num - 1, 1))).sqrt()
+    stderr = torch.where(torch.isfinite(mean), (squares / (num * max(num - 1, 1))).sqrt(), math.nan)
     own = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "seed": seed}
     return Diagonal(
         unflat(mean, loss.params),

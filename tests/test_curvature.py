@@ -1,4 +1,4 @@
-"""Eigenvalues against dense matrices from double backward, in float64; what all measures of curvature have in common."""
+"""Eigenvalues against dense matrices from double backward, in float64; what measures of curvature have in common."""
 
 import json
 from functools import partial

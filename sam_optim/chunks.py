@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ PROBE = 8  # examples whose graph is weighed
 # Bytes that one graph, and all graphs that are kept, may save for the backward pass. On a CPU small graphs are also
 # faster: they stay in the cache, and the allocator gives their memory back. Fixed numbers and not what is free: what
 # ran before must not change the pieces, and with them the rounding.
-GRAPH_BYTES, KEPT_BYTES = 2**27, 2**29
+GRAPH_BYTES, KEPT_BYTES = 2**27, 3 * 2**28
 DEVICE_SHARE = 8  # one graph on a device may take this part of its memory, and all that are kept as much
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -167,7 +168,8 @@ class Curvature:
     def _draws(self, batch: Any, n: int) -> Tensor:
         if self._matrix != "fisher_mc":
             return torch.empty(n)
-        stream = rng.Stream(self._seed * 2**32 + checksum(batch))
+        # hashed together: torch's generator reads the lower 32 bits of a seed alone
+        stream = rng.Stream(zlib.crc32(f"{self._seed} {checksum(batch)}".encode()))
         return stream.uniform_like(torch.empty(n, dtype=torch.float64))
 
     def _piece_size(self, batch: Any, n: int) -> int:

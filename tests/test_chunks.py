@@ -53,7 +53,7 @@ def test_a_piece_is_as_large_as_memory_allows(monkeypatch):
     with saved.counting(), loss.curvature() as product:
         product._product(loss._batches._batches[0], torch.empty(16), keep=True)
     monkeypatch.setattr(chunks, "GRAPH_BYTES", saved.bytes)
-    assert max(pieces_of(Loss(model, cross_entropy, data))) in range(14, 19)
+    assert 8 <= max(pieces_of(Loss(model, cross_entropy, data))) <= 18  # weighed by 8 examples, buffers included
 
 
 CRITERIA = {
@@ -86,9 +86,9 @@ def test_sampled_fisher_is_unbiased_and_depends_on_the_contents_of_batches_alone
     model, data = network(mlp).eval(), batches(mlp, (6, 5))
     exact = float(Dense(model, cross_entropy, whole(data)).matrix("fisher").trace())
     loss = Loss(model, cross_entropy, data)
-    seeds = [hessian_trace(loss, matrix="fisher_mc", seed=seed).value for seed in range(200)]
+    seeds = [hessian_trace(loss, matrix="fisher_mc", seed=seed).value for seed in range(50)]
     values = torch.tensor(seeds, dtype=torch.float64)
-    assert abs(float(values.mean()) - exact) < 4 * float(values.std()) / 200**0.5
+    assert abs(float(values.mean()) - exact) < 4 * float(values.std()) / 50**0.5
     assert float(values.std()) > 0.01 * exact
     swapped = Loss(model, cross_entropy, data[::-1])
     torch.testing.assert_close(product_of(swapped, "fisher_mc"), product_of(loss, "fisher_mc"), rtol=ULPS, atol=ULPS)
@@ -117,9 +117,8 @@ def test_layers_are_diagonal_blocks(kind, by):
     index = torch.cat([torch.full((p.numel(),), list(top).index(key)) for key, (_, p) in zip(keys, named, strict=True)])
     for i, name in enumerate(top):
         block = h[index == i][:, index == i]
-        assert float(top[name].eigenvalues) == pytest.approx(
-            float(torch.linalg.eigvalsh(block)[-1]), rel=1e-4, abs=1e-12
-        )
+        largest = float(torch.linalg.eigvalsh(block)[-1])
+        assert float(top[name].eigenvalues) == pytest.approx(largest, rel=1e-4, abs=1e-12)
         assert trace[name].value == pytest.approx(float(block.trace()), rel=1e-10, abs=1e-12)
         assert trace[name].settings["num_parameters"] == len(block)
     assert sum(t.value for t in trace.values()) == pytest.approx(float(h.trace()), rel=1e-10)
@@ -134,7 +133,7 @@ def test_blocks_are_chosen_by_name():
     assert block.settings()["parameters"] == ["0", "4.bias"]
     assert len(loss.params) == 6
     for wrong in (("5",), ("4.bia",), ()):
-        with pytest.raises(ValueError, match="block|no parameter"):
+        with pytest.raises(ValueError, match=r"block|no parameter"):
             loss.block(*wrong)
     with pytest.raises(ValueError, match="by must be"):
         by_layer(hessian_trace, loss, by="layer")

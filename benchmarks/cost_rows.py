@@ -1,4 +1,4 @@
-"""What a row of `measure_cost` is: one measure of this package beside the published code's algorithm for it."""
+"""What `measure_cost` compares: two functions that compute the same thing, and the data they compute it on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+
+@dataclass(frozen=True)
+class Row:
+    """ours, peer: run once each and return a mapping of what they found, which the results keep. peer is None where
+    it is not installed. bar: the ratio of times, ours / peer, that is asked for; None where none is."""
+
+    name: str
+    ours: Callable[[], Any]
+    peer: Callable[[], Any] | None
+    bar: float | None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """make_model: the model to measure, the same weights each time. batches: list of (x, y)."""
+    """make_model: a new model on the device, the same at each call. criterion: (outputs, target) -> mean.
+    batches: (x, y) on the device."""
 
-    make_model: Callable[[], nn.Module]
+    make_model: Callable[[], Any]
     criterion: Callable[[Any, Any], Any]
-    batches: list[Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """ours and peer are timed interleaved; the ratio of their medians is held against bar (None: for information)."""
-
-    name: str
-    ours: Callable[[], Any]
-    peer: Callable[[], Any]
-    bar: float | None
+    batches: list[tuple[Any, Any]]

@@ -37,16 +37,16 @@ class FixedBatches:
         self._batches = batches
         self._in_memory = isinstance(batches, (list, tuple))
         self._num_passes = 0
-        self.found = [(num_examples(batch), _checksum(batch)) for batch in self._read()]
+        self.found = [(num_examples(batch), checksum(batch)) for batch in self._read()]
         self.sizes = tuple(n for n, _ in self.found)
-        self._checksums = [checksum for _, checksum in self.found]
+        self._checksums = [crc for _, crc in self.found]
         if 0 in self.sizes or not (self.found or may_be_empty):
             raise ValueError(f"a loss needs batches with examples in them, got batches of sizes {list(self.sizes)}")
 
     def __iter__(self) -> Iterator[Any]:
         count = 0
         for count, batch in enumerate(self._read(), 1):
-            if not self._in_memory and (count > len(self.sizes) or self._checksums[count - 1] != _checksum(batch)):
+            if not self._in_memory and (count > len(self.sizes) or self._checksums[count - 1] != checksum(batch)):
                 raise ValueError(f"batch {count} is not that of the first pass; {REMEDY}")
             yield batch
         if count != len(self.sizes):
@@ -121,11 +121,12 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _checksum(batch: Any) -> int:
-    checksum = 0
+def checksum(batch: Any) -> int:
+    """CRC-32 of shapes, dtypes and up to 4,096 entries of each tensor: the same batch, the same number."""
+    found = 0
     for x in _tensors(batch):
         flat = x.detach().flatten()
         sample = flat[:: max(1, len(flat) // CHECKED_ENTRIES)].cpu().contiguous()
-        checksum = zlib.crc32(f"{tuple(x.shape)} {x.dtype}".encode(), checksum)
-        checksum = zlib.crc32(sample.view(torch.uint8).numpy().data, checksum) if len(sample) else checksum
-    return checksum
+        found = zlib.crc32(f"{tuple(x.shape)} {x.dtype}".encode(), found)
+        found = zlib.crc32(sample.view(torch.uint8).numpy().data, found) if len(sample) else found
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sam_optim import batchnorm, products, rng
+from sam_optim import batchnorm, chunks, products, rng
 from sam_optim.batches import FixedBatches, channels_last, combined, moved
 from sam_optim.shares import Shares
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
+SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
 
 Criterion = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -43,9 +45,13 @@ class Loss:
             function of w, so results say which.
         device: where batches are moved; None is where the parameters are.
         distributed: False measures on each rank alone; None is True where a process group of several ranks runs.
+        chunk_size: curvature products take at most so many examples of a batch through one graph. None: as many as
+            save 128 MiB (on a device, an eighth of its memory), which is also faster on a CPU. A batch stays whole
+            where the loss is not the mean over pieces: batch statistics, weights of classes, ignored labels.
 
     Attributes:
         params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.
+        blocks: the names that `block` restricted them to; None is all.
         batch_sizes: n_b of each batch (as in `FixedBatches`), of all ranks. num_batches: how many. num_examples: N,
             their sum.
 
@@ -65,12 +71,17 @@ class Loss:
         batch_statistics: bool = False,
         device: torch.device | str | None = None,
         distributed: bool | None = None,
+        chunk_size: int | None = None,
     ):
         _check_criterion(criterion, normalize_logits)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size counts examples and must be >= 1 or None, got {chunk_size}")
         self.model = _unwrapped(model)
         self.criterion = criterion
         self.normalize_logits = normalize_logits
         self.batch_statistics = batch_statistics
+        self.chunk_size = chunk_size
+        self.blocks: tuple[str, ...] | None = None
         self.params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
@@ -106,7 +117,7 @@ class Loss:
 
         def own() -> list[Tensor]:
             with self._evaluating(grad=True):
-                total = _Sum(self.params)
+                total = chunks.Sum(self.params)
                 for weight, batch in self._weighted_batches():
                     loss = self._batch_loss(batch)
                     total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
@@ -137,20 +148,41 @@ class Loss:
         """E v, E = 1/N sum_i g_i g_i^T with the gradients of single examples and the labels of the data."""
         return self._product("empirical_fisher", v)
 
+    def fisher_mc_product(self, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
+        """F v with one label y ~ softmax(outputs) for each example instead of the expectation over y."""
+        return self._product("fisher_mc", v, seed=seed)
+
     @contextmanager
-    def curvature(self, matrix: str = "hessian") -> Iterator[products.Product]:
-        """v -> M v at fixed weights, for many products in a row: a single batch keeps its graph between them (a third
-        faster, for about a third more memory); several are streamed, one graph at a time."""
-        if matrix not in MATRICES:
-            raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
-        if matrix == "empirical_fisher" and self.batch_statistics:
+    def curvature(self, matrix: str = "hessian", *, seed: int = 0) -> Iterator[products.Product]:
+        """v -> M v at fixed weights, for many products in a row: graphs are kept between them as far as 768 MiB (on a
+        device, an eighth of its memory) go, which saves a third of the time; the rest is streamed, one at a time.
+        `seed` is of the labels of "fisher_mc", which depend on it and on the contents of their batch alone."""
+        if matrix not in MATRICES + SAMPLED:
+            raise ValueError(f"matrix must be one of {', '.join(MATRICES + SAMPLED)}, got {matrix!r}")
+        if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
         with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
-            if self.num_batches == 1 and self._shares.is_one:
-                (_, batch), *_ = self._weighted_batches()
-                yield self._batch_product(matrix, batch, keep=True)
-            else:
-                yield lambda v: self._streamed_product(matrix, v)
+            yield chunks.Curvature(self, matrix, seed)
+
+    def block(self, *names: str) -> Loss:
+        """The same loss as a function of some parameters alone, the others fixed: those whose name in the model is one
+        of `names`, or begins with one and a dot ("layer1": all of that layer). Curvature becomes that block of it."""
+        own = self.parameter_names()
+        for n in names:
+            if not any(name == n or name.startswith(f"{n}.") for name in own):
+                raise ValueError(f"no parameter of this loss is {n!r} or in it; there are {', '.join(own)}")
+        if not names:
+            raise ValueError("a block needs the name of a parameter or module")
+        found = copy.copy(self)
+        pairs = zip(own, self.params, strict=True)
+        found.params = [p for name, p in pairs if any(name == n or name.startswith(f"{n}.") for n in names)]
+        found.blocks = names
+        return found
+
+    def parameter_names(self) -> list[str]:
+        """Names in the model, in the order of `params`."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names[id(p)] for p in self.params]
 
     def over_batches(self, f: Callable[[Loss], T]) -> list[T]:
         """f of the Loss over each batch alone, the unit of m-sharpness, in the order of `batch_sizes`.
@@ -163,7 +195,7 @@ class Loss:
     def single_batches(self) -> Iterator[Loss]:
         """A Loss over each batch alone, of this rank; see `over_batches`."""
         for _, batch in self._weighted_batches():
-            yield Loss(
+            single = Loss(
                 self.model,
                 self.criterion,
                 [batch],
@@ -172,7 +204,10 @@ class Loss:
                 batch_statistics=self.batch_statistics,
                 device=self.device,
                 distributed=False,
+                chunk_size=self.chunk_size,
             )
+            single.params, single.blocks = self.params, self.blocks
+            yield single
 
     @contextmanager
     def displaced(self, d: Sequence[Tensor]) -> Iterator[None]:
@@ -203,6 +238,7 @@ class Loss:
             "num_parameters": sum(w.numel() for w in self.params),
             "batch_norm": batchnorm.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
             "normalize_logits": self.normalize_logits,
+            "parameters": None if self.blocks is None else list(self.blocks),
             "dtype": str(self.params[0].dtype).removeprefix("torch."),
             "device": self.device.type,
             "data": combined(self._found),
@@ -249,21 +285,13 @@ class Loss:
             raise ValueError("the loss does not depend on the trainable parameters: is there a detach() or no_grad()?")
         return loss
 
-    def _product(self, matrix: str, v: Sequence[Tensor]) -> list[Tensor]:
-        with self.curvature(matrix) as product:
+    def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
+        with self.curvature(matrix, seed=seed) as product:
             return product(v)
 
-    def _streamed_product(self, matrix: str, v: Sequence[Tensor]) -> list[Tensor]:
-        def own() -> list[Tensor]:
-            total = _Sum(self.params)
-            for weight, batch in self._weighted_batches():
-                total.add(self._batch_product(matrix, batch, keep=False)(v), weight)
-            return total.tensors
-
-        return self._shares.summed(own)
-
-    def _batch_product(self, matrix: str, batch: Any, *, keep: bool) -> products.Product:
-        outputs, target = self._outputs(batch)
+    def _piece_product(self, matrix: str, piece: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
+        """v -> M v of one batch, or of a piece of it. uniforms: (n,) on [0, 1), for labels to be drawn."""
+        outputs, target = self._outputs(piece)
         if matrix == "hessian":
             return products.hessian(self.params, self._criterion_value(outputs, target), keep=keep)
         if self.criterion is None or not isinstance(outputs, Tensor):
@@ -271,9 +299,11 @@ class Loss:
             raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}")
         if matrix == "ggn":
             return products.gauss_newton(self.params, outputs, lambda o: self._criterion_value(o, target), keep=keep)
-        if matrix == "fisher":
-            _check_categorical(self.criterion, outputs)
-            return products.fisher(self.params, outputs, keep=keep)
+        if matrix in ("fisher", "fisher_mc"):
+            _check_categorical(self.criterion, outputs, matrix)
+            if matrix == "fisher":
+                return products.fisher(self.params, outputs, keep=keep)
+            return products.fisher_mc(self.params, outputs, uniforms, keep=keep)
         losses = [self._criterion_value(outputs[i : i + 1], target[i : i + 1]) for i in range(len(outputs))]
         return products.empirical_fisher(self.params, torch.stack(losses), keep=keep)
 
@@ -291,17 +321,6 @@ def _convolves_on_cpu(model: nn.Module) -> bool:
 
 
 _A_MEAN = "use reduction='mean' (batches are weighted by their size), or add .mean()"
-
-
-class _Sum:
-    """A weighted sum of vectors, in float32 or better."""
-
-    def __init__(self, params: Sequence[Tensor]):
-        self.tensors = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in params]
-
-    def add(self, vector: Sequence[Tensor], weight: float) -> None:
-        for total, x in zip(self.tensors, vector, strict=True):
-            total.add_(x.detach(), alpha=weight)
 
 
 def _default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
@@ -336,11 +355,11 @@ def _check_criterion(criterion: Any, normalize_logits: bool) -> None:
         raise ValueError(f"criterion must return the mean over the batch, got reduction={reduction!r}; {_A_MEAN}")
 
 
-def _check_categorical(criterion: Any, outputs: Tensor) -> None:
+def _check_categorical(criterion: Any, outputs: Tensor, matrix: str) -> None:
     other = isinstance(criterion, nn.modules.loss._Loss) and not isinstance(criterion, nn.CrossEntropyLoss)
     if other or outputs.ndim != 2:
         got = f"{type(criterion).__name__} of outputs of shape {tuple(outputs.shape)}"
-        raise ValueError(f"matrix='fisher' is that of softmax(outputs), (n, K), got {got}; use matrix='ggn'")
+        raise ValueError(f"matrix={matrix!r} is that of softmax(outputs), (n, K), got {got}; use matrix='ggn'")
 
 
 def _normalized(outputs: Any) -> Tensor:

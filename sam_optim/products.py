@@ -41,6 +41,17 @@ def fisher(params: Sequence[Tensor], logits: Tensor, *, keep: bool) -> Product:
     return _sandwich(params, logits, covariance, keep=keep)
 
 
+def fisher_mc(params: Sequence[Tensor], logits: Tensor, uniforms: Tensor, *, keep: bool) -> Product:
+    """v -> 1/n sum_i g_i g_i^T v, g_i = J_i^T (p_i - e_y), with one label y ~ p_i = softmax(logits_i) for each example:
+    that at which the cumulative probabilities pass uniforms_i, (n,), on [0, 1)."""
+    p = logits.detach().softmax(dim=1)
+    cumulative = p.double().cumsum(dim=1)
+    draw = uniforms.to(p.device)[:, None] * cumulative[:, -1:]  # the last sum is 1 only to rounding
+    labels = (cumulative <= draw).sum(dim=1).clamp(max=p.shape[1] - 1)
+    r = p - torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
+    return _sandwich(params, logits, lambda x: r * (r * x).sum(dim=1, keepdim=True) / len(p), keep=keep)
+
+
 def empirical_fisher(params: Sequence[Tensor], losses: Tensor, *, keep: bool) -> Product:
     """v -> 1/n sum_i g_i g_i^T v, g_i = d losses_i / dw, losses: (n,), one for each example."""
     return _sandwich(params, losses, lambda x: x / len(losses), keep=keep)

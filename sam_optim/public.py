@@ -20,21 +20,25 @@ from sam_optim.landscape import (
 from sam_optim.loss import Loss
 from sam_optim.measures import (
     average_sharpness,
+    by_layer,
     contrastive_sharpness,
     fisher_rao_norm,
     flatness_bounds,
     gradient_coherence,
     gradient_noise_scale,
     gradient_regret,
+    hessian_diagonal,
     hessian_eigenvalues,
+    hessian_frobenius_norm,
     hessian_trace,
     pac_bayes_sigma,
     relative_flatness,
     sharpness_alpha,
+    spectral_density,
     worst_case_sharpness,
 )
 from sam_optim.optimizers import ASAM, SAM
 from sam_optim.perturbation import Perturbation
 from sam_optim.reparametrize import Audit, NoSymmetry, audit, permute, rescale, rescale_normalized
-from sam_optim.results import Estimate, Landscape, LastStep, Spectrum
+from sam_optim.results import Diagonal, Estimate, Landscape, LastStep, Spectrum
 from sam_optim.standard import standard_measures

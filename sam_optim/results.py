@@ -78,11 +78,30 @@ class Estimate(_Result):
 
 
 @dataclass(frozen=True, eq=False)
+class Diagonal(_Result):
+    """The diagonal of a curvature matrix.
+
+    values: tensors in the shapes of the parameters. stderr: the standard error of each entry over probes, in the same
+    shapes; 0 where they are exact. num_samples: how many probes.
+    """
+
+    values: list[Tensor]
+    stderr: list[Tensor]
+    num_samples: int = 1
+    converged: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Spectrum(_Result):
     """Eigenvalues of a curvature matrix, or its spectral density.
 
     eigenvalues: (k,), descending, float64. residuals: (k,), ||A v - lambda v||_2 for unit v. eigenvectors: k lists of
-    tensors in the shapes of the parameters (left out of `to_dict`). grid, density: (n,), for spectral densities.
+    tensors in the shapes of the parameters (left out of `to_dict`). errors: (k,), bounds of the errors of the values.
+    grid, density: (n,), for spectral densities, with the stderr of the density.
     """
 
     eigenvalues: Tensor
@@ -96,6 +115,8 @@ class Spectrum(_Result):
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    errors: Tensor | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = ", ".join(f"{x:.4g}" for x in self.eigenvalues.tolist())

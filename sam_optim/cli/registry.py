@@ -51,7 +51,21 @@ MEASURES: dict[str, Row] = {
     "eigenvalue": Row("hessian_eigenvalues", "largest eigenvalue of the curvature", {"num": 1}),
     "eigenvalues": Row("hessian_eigenvalues", "the five largest eigenvalues of the curvature", {"num": 5}),
     "trace": Row("hessian_trace", "trace of the curvature"),
-    "gradient_regret": Row("gradient_regret", "what the best step for one batch forgoes on another"),
+    "density": Row("spectral_density", "how many eigenvalues of the curvature are where", {"num_probes": 10}),
+    "frobenius": Row("hessian_frobenius_norm", "root of the sum of the squared eigenvalues"),
+    "gradient_regret": Row("gradient_regret", "what the best step for one batch forgoes on another", {"num_probes": 4}),
+    "regret_fisher": Row("gradient_regret", "the same where steps are KL balls", {"metric": "fisher", "num_probes": 4}),
+    "coherence": Row("gradient_coherence", "mean cosine between the gradients of two batches"),
+    "noise_scale": Row("gradient_noise_scale", "batch size at which noise and gradient are equal"),
+    "contrastive_eigenvalue": Row(
+        "contrastive_sharpness",
+        "largest eigenvalue of single batches over that of all",
+        {"num": 1},
+        before=("hessian_eigenvalues",),
+    ),
+    "fisher_rao": Row("fisher_rao_norm", "w^T F w", {"matrix": "fisher"}),
+    "relative_flatness": Row("relative_flatness", "curvature of the last layer times its size", {"layer": LAST_LAYER}),
+    "pac_bayes_sigma": Row("pac_bayes_sigma", "noise at which the loss has risen by target", {"target": 0.1}),
 }
 
 

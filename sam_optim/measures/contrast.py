@@ -147,8 +147,8 @@ class _Whole(Loss):
         return self._loss.value_and_gradient()
 
     @contextmanager
-    def curvature(self, matrix: str = "hessian") -> Iterator[Product]:
-        with self._loss.curvature(matrix) as product:
+    def curvature(self, matrix: str = "hessian", *, seed: int = 0) -> Iterator[Product]:
+        with self._loss.curvature(matrix, seed=seed) as product:
             yield product
 
     def single_batches(self) -> Iterator[Loss]:

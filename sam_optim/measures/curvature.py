@@ -1,10 +1,9 @@
-"""Eigenvalues and traces of curvature matrices T M T, from products with vectors."""
+"""Extreme eigenvalues of curvature matrices T M T, from products with vectors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.loss import Loss
 from sam_optim.measures.lanczos import Lanczos, Ritz
-from sam_optim.measures.record import Progress, Ticks, estimate, flat, settings, unflat
-from sam_optim.results import Estimate, Spectrum, provenance
+from sam_optim.measures.operator import flat_product
+from sam_optim.measures.record import Progress, Ticks, flat, settings, unflat
+from sam_optim.results import Spectrum, provenance
 from sam_optim.rng import Stream
 
-WHICH = ("largest", "smallest", "magnitude")
-FEWEST_PROBES = 10  # a standard error of fewer is too uncertain to stop on
+WHICH = ("largest", "smallest", "magnitude", "both")
+STOP = ("residual", "value")
 
 
 def hessian_eigenvalues(
@@ -29,6 +29,7 @@ def hessian_eigenvalues(
     which: str = "largest",
     tol: float = 1e-4,
     seed: int = 0,
+    stop: str = "residual",
     max_products: int | None = None,
     progress: Progress | None = None,
 ) -> Spectrum:
@@ -44,185 +45,124 @@ def hessian_eigenvalues(
         num: how many eigenvalues, 1 to P.
         ball: its T, for curvature per relative change of the weights; its radius does not matter.
         matrix: "hessian"; "ggn", the generalized Gauss-Newton matrix; "fisher", of softmax(outputs), exact; or
-            "empirical_fisher", 1/N sum_i g_i g_i^T. The last three have no negative eigenvalues.
-        which: "largest" and "smallest" are algebraic (the largest of -5 and 2 is 2), "magnitude" is the absolute value.
-        tol: of the residual ||T M T x - lambda x||_2 relative to |lambda|; the error of lambda is at most that, and
-            mostly about its square. Where it asks for more than rounding allows, 100 ulps of the largest value count.
-        seed: of the start vector.
+            "empirical_fisher", 1/N sum_i g_i g_i^T; these have no negative eigenvalues. "fisher_mc" is "fisher" with
+            one label for each example, drawn from softmax(outputs), in place of the expectation.
+        which: "largest" and "smallest" are algebraic (the largest of -5 and 2 is 2), "magnitude" is the absolute value;
+            "both" is `num` largest and `num` smallest, from one Krylov space.
+        tol: of the residual r = ||T M T x - lambda x||_2 relative to |lambda|; the error of lambda is at most r, and
+            mostly about r^2. Where it asks for more than rounding allows, 100 ulps of the largest value count.
+        seed: of the start vector, and of the labels of "fisher_mc".
+        stop: "value" makes tol that of min(r, r^2 / gap), a bound of the error of lambda itself (Kato and Temple), with
+            the gap to the other Ritz values: about half of the products, and eigenvectors to the root of tol only.
         max_products: where to stop; None is 200 + 10 num, at most P.
         progress: called with (products done, limit).
 
     Returns:
-        `eigenvalues` in units of L per squared unit of w (of T, with a ball), descending; `residuals`, computed again
-        from the vectors in the end; `eigenvectors` x; `converged`, and `reason` where it is not.
+        `eigenvalues` in units of L per squared unit of w (of T, with a ball), descending; `residuals` r, from the
+        recurrence, exact to rounding; `errors`, min(r, r^2 / gap); `eigenvectors` x; `num_products`; `converged`, and
+        `reason` where it is not.
 
     Raises:
-        ValueError: num, which or matrix out of range, tol <= 0.
+        ValueError: num, which, stop or matrix out of range, tol <= 0.
     """
     num_parameters = sum(w.numel() for w in loss.params)
     if not 1 <= num <= num_parameters:
         raise ValueError(f"num must be from 1 to the number of parameters, {num_parameters}, got {num}")
     if which not in WHICH:
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
+    if stop not in STOP:
+        raise ValueError(f"stop must be one of {', '.join(STOP)}, got {stop!r}")
     if not tol > 0:
         raise ValueError(f"tol must be > 0, got {tol}")
     limit = min(num_parameters, max(num, 200 + 10 * num if max_products is None else max_products))
     stream, like = Stream(seed), flat(loss.params)
     tick = Ticks(progress, limit)
-    with _flat_product(loss, ball, matrix) as product:
+    with flat_product(loss, ball, matrix, seed=seed) as product:
         lanczos = Lanczos(product, lambda: stream.normal_like(like))
-        chosen = _iterate(lanczos, num, which, tol, limit, tick)
-        pairs = [_pair(product, lanczos.vector(y)) for y in chosen] if lanczos.finite else []
-    pairs.sort(key=lambda pair: -pair[0])
-    values = torch.tensor([value for value, _, _ in pairs] or [math.nan] * num, dtype=torch.float64)
-    residuals = torch.tensor([residual for _, residual, _ in pairs] or [math.nan] * num, dtype=torch.float64)
-    converged = bool((residuals <= _threshold(values, lanczos, tol)).all())
-    own = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "seed": seed}
+        goal = _Goal(num, which, tol, stop)
+        _iterate(lanczos, goal, limit, tick)
+        ritz = lanczos.ritz() if lanczos.finite else None
+    own = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "stop": stop, "seed": seed}
+    record = settings("hessian_eigenvalues", loss, **own)
+    if ritz is None:
+        nan = torch.full((num,), math.nan, dtype=torch.float64)
+        reason = "a curvature product is not finite"
+        return Spectrum(
+            nan, residuals=nan, converged=False, num_products=lanczos.size, settings=record, provenance=provenance(),
+            reason=reason,
+        )  # fmt: skip
+    chosen = goal.chosen(ritz.values)
+    chosen = chosen[ritz.values[chosen].argsort(descending=True)]
+    converged = goal.reached(lanczos, ritz)
+    why = f"{stop}s above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
     return Spectrum(
-        values,
-        residuals=residuals,
-        eigenvectors=[unflat(_signed(x), loss.params) for _, _, x in pairs] or None,
+        ritz.values[chosen],
+        residuals=ritz.bounds[chosen],
+        errors=_errors(ritz)[chosen],
+        eigenvectors=[unflat(_signed(lanczos.vector(ritz.weights[:, i])), loss.params) for i in chosen.tolist()],
         converged=converged,
-        num_products=lanczos.size + len(pairs),
-        settings=settings("hessian_eigenvalues", loss, **own),
+        num_products=lanczos.size,
+        settings=record,
         provenance=provenance(),
-        reason=None if converged else _why(lanczos, limit),
+        reason=None if converged else why,
     )
 
 
-def hessian_trace(
-    loss: Loss,
-    *,
-    ball: Ball | ProductBall | None = None,
-    matrix: str = "hessian",
-    num_probes: int = 100,
-    tol: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Estimate:
-    """The trace of the curvature at the weights, by Hutchinson's estimator.
+@dataclass(frozen=True)
+class _Goal:
+    """Which Ritz values are wanted, and how well."""
 
-        tr A = E[z^T A z],   A = T M T,   z_i = +1 or -1;     Var[z^T A z] = 2 (||A||_F^2 - sum_i A_ii^2)
+    num: int
+    which: str
+    tol: float
+    stop: str
 
-    Args:
-        loss, ball, matrix: M, T as in `hessian_eigenvalues`.
-        num_probes: independent draws of z, one product each; `stderr` falls as num_probes ** -0.5.
-        tol: stop earlier, as soon as `stderr` is at most tol times the value; then num_probes is the limit.
-        seed: of the draws.
-        progress: called with (probes done, num_probes).
+    def chosen(self, values: Tensor) -> Tensor:
+        """Their indices."""
+        most = min(self.num, len(values))
+        return torch.cat([key.topk(most).indices for key in self._keys(values)]).unique()
 
-    Returns:
-        `value` in units of L per squared unit of w (of T, with a ball); `stderr` over probes, on these data; `details`:
-        `probes`, the value of each.
+    def reached(self, lanczos: Lanczos, ritz: Ritz) -> bool:
+        if lanczos.size < self.num:
+            return False
+        threshold = (self.tol * ritz.values.abs()).clamp(min=100 * lanczos.epsilon * lanczos.scale)
+        small = (ritz.bounds if self.stop == "residual" else _errors(ritz)) <= threshold
+        return all(self._all_found(key, small, threshold, lanczos, ritz) for key in self._keys(ritz.values))
 
-    Raises:
-        ValueError: num_probes < 2, or tol <= 0.
-    """
-    if num_probes < 2:
-        raise ValueError(f"num_probes must be >= 2 (one probe has no standard error), got {num_probes}")
-    if tol is not None and not tol > 0:
-        raise ValueError(f"tol must be > 0 or None, got {tol}")
-    stream, like = Stream(seed), flat(loss.params)
-    tick = Ticks(progress, num_probes)
-    probes: list[float] = []
-    done = False
-    with _flat_product(loss, ball, matrix) as product:
-        while len(probes) < num_probes and not done:
-            z = stream.rademacher_like(like)
-            probes.append(float((z.double() * product(z)).sum()))
-            tick()
-            done = _settled(probes, tol)
-    mean, stderr = _mean_and_stderr(probes)
-    unsettled = tol is not None and not done
-    own = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "tol": tol, "seed": seed}
-    return estimate(
-        mean,
-        stderr,
-        num_samples=len(probes),
-        converged=not unsettled,
-        reason=f"the standard error is above tol after {num_probes} probes" if unsettled else None,
-        details={"probes": probes},
-        settings=settings("hessian_trace", loss, **own),
-    )
+    def _keys(self, values: Tensor) -> list[Tensor]:
+        """What is wanted has the largest keys."""
+        keys = {"largest": [values], "smallest": [-values], "magnitude": [values.abs()], "both": [values, -values]}
+        return keys[self.which]
+
+    def _all_found(self, key: Tensor, small: Tensor, threshold: Tensor, lanczos: Lanczos, ritz: Ritz) -> bool:
+        if not small[key.topk(self.num).indices].all():
+            return False
+        if self.num == 1 or lanczos.complete:
+            return True
+        if lanczos.num_spaces == 1:
+            return not lanczos.ended  # a space that ends has seen each eigenvalue once, and there may be equal ones
+        best = int(torch.where(ritz.latest, key, -math.inf).argmax())
+        found = key[~ritz.latest] >= key[best] - threshold[best]
+        return bool(small[best]) and int(found.sum()) >= self.num
 
 
-@contextmanager
-def _flat_product(loss: Loss, ball: Ball | ProductBall | None, matrix: str) -> Iterator[Callable[[Tensor], Tensor]]:
-    """v -> T M T v for vectors of P entries."""
-    scales = None if ball is None else ball.scales(loss.params)
-
-    def scaled(v: Sequence[Tensor]) -> Sequence[Tensor]:
-        return v if scales is None else [t * x for t, x in zip(scales, v, strict=True)]
-
-    with loss.curvature(matrix) as product:
-        yield lambda v: flat(scaled(product(scaled(unflat(v, loss.params)))))
-
-
-def _iterate(lanczos: Lanczos, num: int, which: str, tol: float, limit: int, tick: Ticks) -> list[Tensor]:
-    """Extends the basis until the wanted Ritz values have converged; their weights in the basis."""
+def _iterate(lanczos: Lanczos, goal: _Goal, limit: int, tick: Ticks) -> None:
+    """Extends the basis until the wanted Ritz values have converged."""
     while lanczos.finite and lanczos.size < limit:
         lanczos.extend()
         tick()
         due = lanczos.size < 100 or lanczos.size % 10 == 0  # eigh of a large T is not free
-        if lanczos.finite and lanczos.size >= num and due and _done(lanczos, lanczos.ritz(), num, which, tol):
-            break
-    if not lanczos.finite:
-        return []
-    ritz = lanczos.ritz()
-    return [ritz.weights[:, i] for i in _key(ritz.values, which).topk(min(num, lanczos.size)).indices]
+        if lanczos.finite and due and goal.reached(lanczos, lanczos.ritz()):
+            return
 
 
-def _done(lanczos: Lanczos, ritz: Ritz, num: int, which: str, tol: float) -> bool:
-    key = _key(ritz.values, which)
-    threshold = _threshold(ritz.values, lanczos, tol)
-    small = ritz.bounds <= threshold / 2  # half: the residuals are computed again in the end, with their own rounding
-    if not small[key.topk(num).indices].all():
-        return False
-    if num == 1 or lanczos.complete:
-        return True
-    if lanczos.num_spaces == 1:
-        return not lanczos.ended  # a space that ends has seen each eigenvalue once, and there may be equal ones
-    best = int(torch.where(ritz.latest, key, -math.inf).argmax())
-    found = key[~ritz.latest] >= key[best] - threshold[best]
-    return bool(small[best]) and int(found.sum()) >= num
-
-
-def _key(values: Tensor, which: str) -> Tensor:
-    """What is wanted has the largest key."""
-    return {"largest": values, "smallest": -values, "magnitude": values.abs()}[which]
-
-
-def _threshold(values: Tensor, lanczos: Lanczos, tol: float) -> Tensor:
-    return (tol * values.abs()).clamp(min=100 * lanczos.epsilon * lanczos.scale)
-
-
-def _pair(product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float, Tensor]:
-    """Rayleigh quotient, residual and x."""
-    y = product(x)
-    value = float((x.double() * y).sum())
-    return value, float(torch.linalg.vector_norm(y - value * x)), x
-
-
-def _why(lanczos: Lanczos, limit: int) -> str:
-    if not lanczos.finite:
-        return "a curvature product is not finite"
-    return f"residuals above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
-
-
-def _settled(probes: list[float], tol: float | None) -> bool:
-    if not math.isfinite(probes[-1]):
-        return True
-    if tol is None or len(probes) < FEWEST_PROBES:
-        return False
-    mean, stderr = _mean_and_stderr(probes)
-    return stderr <= tol * abs(mean)
-
-
-def _mean_and_stderr(x: list[float]) -> tuple[float, float]:
-    mean = math.fsum(x) / len(x)
-    if len(x) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((a - mean) ** 2 for a in x) / (len(x) - 1) / len(x))
+def _errors(ritz: Ritz) -> Tensor:
+    """min(r, r^2 / gap): how far each value is from an eigenvalue, if the other Ritz values are near the others."""
+    if len(ritz.values) == 1:
+        return ritz.bounds
+    distance = (ritz.values[:, None] - ritz.values).abs() - ritz.bounds
+    gap = distance.fill_diagonal_(math.inf).min(dim=1).values
+    return torch.where(gap > ritz.bounds, ritz.bounds.square() / gap, ritz.bounds)
 
 
 def _signed(x: Tensor) -> Tensor:

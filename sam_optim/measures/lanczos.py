@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sam_optim.measures.operator import dot, norm
+
 ROWS = 8  # basis vectors in one block of memory: two matrix products orthogonalise against all of them
 
 
@@ -29,11 +31,11 @@ class _Space:
     diagonal: list[float] = field(default_factory=list)
     below: list[float] = field(default_factory=list)  # the last one leads out of the space
 
-    def eigh(self) -> tuple[Tensor, Tensor]:
-        t = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
-        if len(self.diagonal) > 1:
-            t += torch.diag(torch.tensor(self.below[:-1], dtype=torch.float64), -1)
-        return torch.linalg.eigh(t)  # reads the lower triangle
+    def matrix(self) -> Tensor:
+        """(k, k), float64."""
+        below = torch.diag(torch.tensor(self.below[:-1], dtype=torch.float64), -1) if len(self.below) > 1 else 0.0
+        t = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64)) + below
+        return t + (t.T - torch.diag(t.diagonal()))
 
 
 class Lanczos:
@@ -49,10 +51,10 @@ class Lanczos:
         self._blocks: list[Tensor] = []
         self._spaces: list[_Space] = []
         self.size = 0
-        self._next = draw()
-        self.dimension = len(self._next)
-        self._next /= torch.linalg.vector_norm(self._next)
-        self.epsilon = torch.finfo(self._next.dtype).eps
+        self.next = draw()
+        self.dimension = len(self.next)
+        self.next = self.next / norm(self.next)
+        self.epsilon = torch.finfo(self.next.dtype).eps
         self.scale = 0.0  # the largest entry of T so far, a size for ||A||
         self.finite = True
 
@@ -69,15 +71,33 @@ class Lanczos:
     def complete(self) -> bool:
         return self.size == self.dimension
 
+    @property
+    def betas(self) -> list[float]:
+        """The entries beside the diagonal in the last Krylov space; the last one leads out of it."""
+        return self._spaces[-1].below
+
+    @property
+    def beta(self) -> float:
+        return self.betas[-1]
+
+    @property
+    def last(self) -> Tensor:
+        """The newest vector of the basis, (P,)."""
+        return self._blocks[-1][(self.size - 1) % ROWS]
+
+    def tridiagonal(self) -> Tensor:
+        """T of the last Krylov space, (k, k) float64."""
+        return self._spaces[-1].matrix()
+
     def extend(self) -> None:
         if self.ended:
             self._spaces.append(_Space())
-        q = self._next
+        q = self.next
         w = self._product(q)
-        alpha = float(torch.dot(q, w))
+        alpha = dot(q, w)
         self._append(q)
         w = self._orthogonal(w)
-        beta = float(torch.linalg.vector_norm(w))
+        beta = norm(w)
         self.finite = self.finite and alpha - alpha == 0 and beta - beta == 0
         self.scale = max(self.scale, abs(alpha), beta)
         broken = beta <= max(100, self.dimension**0.5) * self.epsilon * self.scale
@@ -85,8 +105,8 @@ class Lanczos:
         self._spaces[-1].below.append(0.0 if broken else beta)
         if broken and not self.complete:
             w = self._orthogonal(self._draw())
-            beta = float(torch.linalg.vector_norm(w))
-        self._next = w / beta if beta else w
+            beta = norm(w)
+        self.next = w / beta if beta else w
 
     def ritz(self) -> Ritz:
         """Exact in all spaces but the last one."""
@@ -95,19 +115,38 @@ class Lanczos:
         start = 0
         for space in self._spaces:
             end = start + len(space.diagonal)
-            values[start:end], weights[start:end, start:end] = space.eigh()
+            values[start:end], weights[start:end, start:end] = torch.linalg.eigh(space.matrix())
             bounds[start:end] = space.below[-1] * weights[end - 1, start:end].abs()
             first, start = start, end
         return Ritz(values, weights, bounds, torch.arange(self.size) >= first)
 
     def vector(self, weights: Tensor) -> Tensor:
         """Q y of unit length, y: (k,)."""
-        y = torch.zeros(len(self._blocks) * ROWS, dtype=self._next.dtype, device=self._next.device)
+        x = self.combined(weights)
+        return x / norm(x)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """Q y, y: (k,)."""
+        y = torch.zeros(len(self._blocks) * ROWS, dtype=self.next.dtype, device=self.next.device)
         y[: self.size] = weights.to(y)
-        x = torch.zeros_like(self._next)
+        x = torch.zeros_like(self.next)
         for block, part in zip(self._blocks, y.split(ROWS), strict=True):
             x += part @ block
-        return x / torch.linalg.vector_norm(x)
+        return x
+
+    def coordinates(self, v: Tensor) -> Tensor:
+        """Q^T v, (k,) float64 on the CPU."""
+        return torch.cat([block @ v for block in self._blocks])[: self.size].cpu().double()
+
+    def diagonal_of(self, t: Tensor) -> Tensor:
+        """diag(Q t Q^T), (P,), for a tridiagonal t."""
+        found = torch.zeros_like(self.next)
+        q = [row for block in self._blocks for row in block][: self.size]
+        for i, row in enumerate(q):
+            found += float(t[i, i]) * row.square()
+            if i:
+                found += 2 * float(t[i, i - 1]) * row * q[i - 1]
+        return found
 
     def _append(self, q: Tensor) -> None:
         if self.size == len(self._blocks) * ROWS:

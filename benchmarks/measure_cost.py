@@ -1,0 +1,230 @@
+"""What the measures cost, against the packages that offer them: time, peak memory, products.
+
+    python -m benchmarks.measure_cost [--pretrained FILE] [--rows NAME ...] [--rounds 3] [--quick] [--json FILE]
+    python -m benchmarks.measure_cost --device cuda --model resnet50
+
+On a CPU: ResNet-20 (272 k parameters), 512 images, one thread, thread CPU time, which holds where other processes share
+the machine. In each round ours and the peer of a row follow each other in random order; the ratio is that of the
+medians, with the smallest and largest ratio of a round. Peak memory is that of a process for each contender, above what
+the process had before. With `--pretrained` the weights are those of a file and the images are noise with random labels;
+without it the network is trained for some seconds on digits that come with scikit-learn, and measured on these.
+
+On a device: a timm model on noise images of 224 pixels, wall time of synchronised runs, peak of its own allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks import command, resnet20, timing
+from benchmarks.command import InputError, unknown
+from benchmarks.cost_rows import Problem, Row
+
+SOURCES = ("cost_curvature", "cost_sharpness")  # modules with `rows(problem)`
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def digits(n: int, num_steps: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """(ResNet-20 trained on them, the first n digits as (n, 3, 32, 32), labels)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32) / 8 - 1
+    x = x.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand(-1, 3, -1, -1).contiguous()
+    y = torch.tensor(data.target)
+    return resnet20.trained(x, y, num_steps=num_steps), x[:n], y[:n]
+
+
+def noise(n: int, size: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, size, size, generator=generator)
+    return x, torch.randint(classes, (n,), generator=generator)
+
+
+def problem_of(args: argparse.Namespace) -> Problem:
+    n = args.images
+    if args.model != "resnet20":
+        import timm
+
+        if not timm.is_model(args.model):
+            raise unknown("model", args.model, timm.list_models())
+        torch.manual_seed(0)
+        model = timm.create_model(args.model)
+        x, y = noise(n, model.pretrained_cfg["input_size"][-1], 1000)
+    elif args.pretrained:
+        model = resnet20.pretrained(args.pretrained)
+        x, y = noise(n, 32, 10)
+    else:
+        model, x, y = digits(n, 5 if args.quick else 100)
+    model, x, y = model.eval().to(args.device), x.to(args.device), y.to(args.device)
+    batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
+    return Problem(lambda: model, nn.CrossEntropyLoss(), batches)
+
+
+def rows_of(problem: Problem, names: list[str] | None) -> list[Row]:
+    found = []
+    for source in SOURCES:
+        if importlib.util.find_spec(f"benchmarks.{source}") is not None:
+            found += importlib.import_module(f"benchmarks.{source}").rows(problem)
+    if missing := set(names or ()) - {row.name for row in found}:
+        raise unknown("row", missing.pop(), [row.name for row in found])
+    return [row for row in found if names is None or row.name in names]
+
+
+def seconds(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """(thread CPU time, or wall time of a device, what it returned)."""
+    if device == "cpu":
+        start = time.thread_time()
+        found = run()
+        return time.thread_time() - start, found
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, found
+
+
+def compare(rows: list[Row], rounds: int, device: str) -> list[dict[str, Any]]:
+    """Seconds of each side in each round, and what the last run found."""
+    shuffle = random.Random(0).shuffle
+    times: dict[str, dict[str, list[float]]] = {row.name: {"ours": [], "peer": []} for row in rows}
+    found: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
+    jobs = [(row, side) for row in rows for side in ("ours", "peer") if side == "ours" or row.peer]
+    with tqdm(total=rounds * len(jobs), desc="rounds", disable=None) as bar:
+        for _ in range(rounds):
+            for row in rows:
+                sides = [(side, run) for side, run in (("ours", row.ours), ("peer", row.peer)) if run]
+                shuffle(sides)
+                for side, run in sides:
+                    bar.set_postfix_str(f"{row.name}, {side}")
+                    took, result = seconds(run, device)
+                    times[row.name][side].append(took)
+                    found[row.name][side] = dict(result) if isinstance(result, Mapping) else str(result)
+                    bar.update()
+    return [{"row": r.name, "bar": r.bar, "seconds": times[r.name], "found": found[r.name]} for r in rows]
+
+
+def summarise(result: dict[str, Any]) -> None:
+    """Adds ratios of times and memory, and of the products that equal standard errors would take."""
+    ours, peer = result["seconds"]["ours"], result["seconds"]["peer"]
+    if not peer:
+        return
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    median = statistics.median(ours) / statistics.median(peer)
+    result["ours / peer"] = {"median": median, "low": min(ratios), "high": max(ratios), "rounds": len(ratios)}
+    a, b = (result["found"][side] for side in ("ours", "peer"))
+    if isinstance(a, dict) and isinstance(b, dict) and {"stderr", "products"} <= a.keys() & b.keys():
+        result["products at equal stderr, peer / ours"] = (
+            b["products"] / a["products"] * (b["stderr"] / a["stderr"]) ** 2
+        )
+
+
+def peak_memory(args: argparse.Namespace, name: str, side: str) -> float | None:
+    """MB above what the process had before the run, in a process of its own."""
+    own = ["--contender", name, side, "--device", args.device, "--model", args.model, "--images", str(args.images)]
+    own += ["--batch-size", str(args.batch_size)] + (["--quick"] if args.quick else [])
+    own += ["--pretrained", str(args.pretrained)] if args.pretrained else []
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.measure_cost", *own], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name}, {side}: {command.one_line(RuntimeError(done.stderr))}")
+    return float(json.loads(done.stdout.splitlines()[-1])["megabytes"])
+
+
+def contender(args: argparse.Namespace) -> int:
+    """One run alone, in this process: prints its peak memory."""
+    name, side = args.contender
+    (row,) = rows_of(problem_of(args), [name])
+    run = row.ours if side == "ours" else row.peer
+    assert run is not None
+    before = _peak(args.device)
+    run()
+    print(json.dumps({"megabytes": _peak(args.device) - before}))
+    return 0
+
+
+def _peak(device: str) -> float:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # not ru_maxrss, in which a process that another one starts begins with the peak of that one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = f"{'row':28s}{'ours s':>9s}{'peer s':>9s}{'ours / peer':>22s}{'bar':>7s}{'MB':>13s}{'products':>12s}"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        ours, peer = (statistics.median(t) if t else float("nan") for t in r["seconds"].values())
+        ratio = r.get("ours / peer")
+        cell = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else ""
+        memory = "/".join(f"{x:.0f}" for x in r.get("megabytes", {}).values())
+        products = "/".join(str(f.get("products", "")) for f in r["found"].values() if isinstance(f, dict))
+        bar = f"{r['bar']:.2f}" if r["bar"] else ""
+        lines.append(f"{r['row']:28.28s}{ours:9.2f}{peer:9.2f}{cell:>22s}{bar:>7s}{memory:>13s}{products:>12s}")
+        if (key := "products at equal stderr, peer / ours") in r:
+            lines.append(f"{'':28s}  {key}: {r[key]:.1f}")
+    return "\n".join(lines)
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", help="only these")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="64 images, one round, no processes for memory: a check")
+    parser.add_argument("--pretrained", type=Path, help="weights of ResNet-20, a state dict")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="resnet20", help="resnet20, or a timm model such as vit_base_patch16_224")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--contender", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise InputError(f"--rounds must be >= 1, got {args.rounds}")
+    torch.set_num_threads(1)
+    if args.quick:
+        args.images, args.rounds = min(args.images, 64), 1
+    if args.contender:
+        return contender(args)
+    problem = problem_of(args)
+    rows = rows_of(problem, args.rows)
+    results = compare(rows, args.rounds, args.device)
+    for row, result in zip(rows, results, strict=True):
+        summarise(result)
+        if not args.quick:
+            sides = ["ours", "peer"] if row.peer else ["ours"]
+            result["megabytes"] = {side: peak_memory(args, row.name, side) for side in sides}
+    print(table(results))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        packages = [name for name in ("PyHessian",) if importlib.util.find_spec(name.lower())]
+        options = {"model": args.model, "images": args.images, "pretrained": bool(args.pretrained), "quick": args.quick}
+        facts = timing.facts(args.rounds, *packages) | options | {"device": args.device, "commit": _commit()}
+        command.write_json(args.json, {"facts": facts, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,203 @@
+"""Trace, diagonal and Frobenius norm: free of bias, with honest errors, against dense matrices and known spectra."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from networks import NETWORKS, Dense, batches, flat, mlp, network
+from quadratic import Quadratic, symmetric, unshifted
+from torch import nn
+
+from sam_optim.geometry import Ball
+from sam_optim.loss import MATRICES, Loss
+from sam_optim.measures import deflation as deflation_module
+from sam_optim.measures import hessian_diagonal, hessian_eigenvalues, hessian_frobenius_norm, hessian_trace
+from sam_optim.measures import trace as trace_module
+
+EPS = torch.finfo(torch.float64).eps
+cross_entropy = nn.CrossEntropyLoss()
+DIMENSION = 200
+SPECTRA = {
+    "outliers": [50.0, 20, 10, 5, -3] + [math.cos(i) * 0.1 for i in range(DIMENSION - 5)],
+    "power": [1 / (i + 1) for i in range(DIMENSION)],
+    "flat": [1 + i / DIMENSION for i in range(DIMENSION)],
+    "both signs": [math.cos(math.pi * i / DIMENSION) for i in range(DIMENSION)],
+}
+
+
+def whole(data):
+    return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+
+def of_spectrum(name):
+    a = symmetric(SPECTRA[name])
+    return a, unshifted(Quadratic(a), num=1)
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Products with a given matrix in place of those of a loss of that matrix: thousands of them in a second."""
+
+    def use(a):
+        monkeypatch.setattr(trace_module, "flat_product", lambda *args, **kwargs: nullcontext(lambda v: a @ v))
+
+    return use
+
+
+def of_diagonal(*values):
+    return unshifted(Quadratic(torch.diag(torch.tensor(values, dtype=torch.float64))), num=1)
+
+
+def one_probe(a):
+    """Standard deviation of Hutchinson's estimator with one probe."""
+    return math.sqrt(2 * float(a.square().sum() - a.diagonal().square().sum()))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_hutchinson_and_its_standard_error(kind, matrix):
+    """Var of one probe is 2 (||A||_F^2 - sum_i A_ii^2)."""
+    model, data = network(kind).eval(), batches(kind)
+    a = Dense(model, cross_entropy, whole(data)).matrix(matrix)
+    budget = min(150, len(a) - 1)  # with as many as there are parameters it would be exact
+    found = hessian_trace(Loss(model, cross_entropy, data), matrix=matrix, num_probes=budget, method="hutchinson")
+    assert abs(found.value - float(a.trace())) < 4 * found.stderr
+    assert found.stderr == pytest.approx(one_probe(a) / budget**0.5, rel=0.4)  # known to 7 to 15 %
+    assert found.num_samples == len(found.details["probes"]) == found.details["num_products"] == budget
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_exact_with_as_many_probes_as_parameters(kind, matrix, adaptive):
+    model, data = network(kind).eval(), batches(kind)
+    loss, ball = Loss(model, cross_entropy, data), Ball(0.0, adaptive=adaptive)
+    t = flat([s.expand_as(p) for s, p in zip(ball.scales(loss.params), loss.params, strict=True)])
+    a = t[:, None] * Dense(model, cross_entropy, whole(data)).matrix(matrix) * t
+    arguments = {"ball": ball, "matrix": matrix, "num_probes": len(a)}
+    trace, norm = hessian_trace(loss, **arguments), hessian_frobenius_norm(loss, **arguments)
+    assert trace.value == pytest.approx(float(a.trace()), rel=1e-12)
+    assert norm.value == pytest.approx(float(a.norm()), rel=1e-12)
+    assert trace.stderr < 1e-14 * float(a.diagonal().abs().sum())
+    assert norm.stderr < 1e-14 * norm.value
+    diagonal = hessian_diagonal(loss, **arguments)
+    torch.testing.assert_close(flat(diagonal.values), a.diagonal(), rtol=1e-12, atol=1e-14)
+    assert [x.shape for x in diagonal.values] == [p.shape for p in loss.params]
+    assert not flat(diagonal.stderr).any()
+
+
+HEAVY = [pytest.param(kind, method, marks=pytest.mark.slow) for kind in NETWORKS for method in ("deflated", "hutch++")]
+HEAVY[0] = (mlp, "deflated")
+
+
+@pytest.mark.parametrize(("kind", "method"), HEAVY)
+def test_200_seeds_of_a_network(kind, method):
+    """Errors in units of the standard error: mean square about 1, none beyond 4, no bias."""
+    model, data = network(kind).eval(), batches(kind, (12,))
+    loss = Loss(model, cross_entropy, data)
+    exact = float(Dense(model, cross_entropy, whole(data)).matrix("hessian").trace())
+    check_calibration([hessian_trace(loss, num_probes=36, seed=seed, method=method) for seed in range(200)], exact)
+
+
+@pytest.mark.parametrize("measure", [hessian_trace, hessian_frobenius_norm])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_200_seeds_of_known_spectra(name, measure, direct):
+    a, loss = of_spectrum(name)
+    direct(a)
+    exact = float(a.trace() if measure is hessian_trace else a.norm())
+    check_calibration([measure(loss, num_probes=60, seed=seed) for seed in range(200)], exact)
+
+
+def check_calibration(found, exact):
+    z = torch.tensor([(f.value - exact) / f.stderr for f in found], dtype=torch.float64)
+    errors = torch.tensor([f.value - exact for f in found], dtype=torch.float64)
+    # 15 to 30 probes: |z| > 4 has a probability of 1e-3 to 4e-4 under Student's t
+    assert int((z.abs() > 4).sum()) <= 2
+    assert 0.6 < float(z.square().mean()) < 1.6  # of a t distribution: 1.15 +- 0.12
+    assert abs(float(errors.mean())) < 4 * float(errors.std()) / len(found) ** 0.5
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_products_at_equal_standard_error(name, direct):
+    """A tenth of Hutchinson's where few eigenvalues stand out; where none does, 4 of 100 are the price of the look."""
+    a, loss = of_spectrum(name)
+    direct(a)
+    errors = [hessian_trace(loss, seed=seed).value - float(a.trace()) for seed in range(100)]
+    ratio = one_probe(a) ** 2 / 100 / (sum(e * e for e in errors) / 100)
+    assert ratio > {"outliers": 100, "power": 10}.get(name, 100 / 104 * (1 - 3 * math.sqrt(2 / 100)))
+
+
+def test_the_trace_of_a_diagonal_matrix_is_exact():
+    """Hutchinson's estimator has no variance there, and deflation must not bring one."""
+    found = hessian_trace(of_diagonal(1.0, 2.0, -4.0), num_probes=2)
+    assert found.value == pytest.approx(-1, rel=10 * EPS)
+    assert found.stderr <= 10 * EPS
+    values = torch.linspace(-1, 3, 300, dtype=torch.float64).tolist()
+    many = hessian_trace(of_diagonal(*values), num_probes=60)
+    assert many.details["num_deflated"] > 0
+    assert many.value == pytest.approx(sum(values), rel=1e-12)
+
+
+def test_of_low_rank_the_trace_is_exact_to_rounding():
+    loss = unshifted(Quadratic(symmetric([5.0, 4, 3, 2, 1] + [0.0] * 195)), num=1)
+    for seed in range(20):
+        found = hessian_trace(loss, num_probes=40, seed=seed)
+        assert found.value == pytest.approx(15, rel=1e-12)
+        assert abs(found.value - 15) <= 4 * found.stderr
+        assert found.stderr < 1e-12
+
+
+def test_trace_stops_on_the_standard_error():
+    a, loss = of_spectrum("power")
+    found = hessian_trace(loss, num_probes=199, tol=0.05)
+    assert found.converged
+    assert found.stderr <= 0.05 * found.value
+    assert found.num_samples >= 10
+    assert found.details["num_products"] < 0.6 * (one_probe(a) / (0.05 * float(a.trace()))) ** 2
+    short = hessian_trace(loss, num_probes=12, tol=1e-6)
+    assert not short.converged
+    assert "12 probes" in short.reason
+    assert math.isfinite(short.value)
+
+
+def test_the_basis_stays_within_its_memory(monkeypatch):
+    a, loss = of_spectrum("power")
+    monkeypatch.setattr(deflation_module, "BASIS_BYTES", 6 * 8 * DIMENSION)
+    found = hessian_trace(loss)
+    assert found.details["num_deflated"] == 6
+    assert abs(found.value - float(a.trace())) < 4 * found.stderr
+    monkeypatch.setattr(deflation_module, "BASIS_BYTES", 8 * DIMENSION)
+    assert hessian_trace(loss).details["num_deflated"] == 0
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_every_entry_of_the_diagonal_has_an_honest_error(name, direct):
+    a, loss = of_spectrum(name)
+    direct(a)
+    found = [hessian_diagonal(loss, num_probes=60, seed=seed) for seed in range(20)]
+    z = torch.stack([(flat(f.values) - a.diagonal()) / flat(f.stderr) for f in found])
+    assert 0.8 < float(z.square().mean()) < 1.4
+    assert float(z.mean(dim=0).abs().max()) < 5 * 1.1 / 20**0.5  # the largest of 200
+    if name in ("outliers", "power"):
+        plain = (a.square().sum(dim=1) - a.diagonal().square()).sum() / 60  # of Hutchinson's, all entries together
+        assert float(flat(found[0].stderr).square().sum()) < 0.1 * float(plain)
+
+
+def test_frobenius_norm_of_a_network_agrees_with_its_eigenvalues():
+    model, data = network(mlp).eval(), batches(mlp)
+    loss = Loss(model, cross_entropy, data)
+    every = hessian_eigenvalues(loss, num=51).eigenvalues
+    found = hessian_frobenius_norm(loss, num_probes=40)
+    assert abs(found.value - float(every.norm())) < 4 * found.stderr
+    assert found.stderr < 0.01 * found.value
+
+
+@pytest.mark.parametrize("measure", [hessian_trace, hessian_diagonal, hessian_frobenius_norm])
+@pytest.mark.parametrize("num_probes", [40, 51])
+def test_progress_counts_products(measure, num_probes):
+    seen = []
+    loss = Loss(network(mlp), cross_entropy, batches(mlp))
+    found = measure(loss, num_probes=num_probes, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, num_probes) for i in range(num_probes)]
+    assert found.details["num_products"] == num_probes

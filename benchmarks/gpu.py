@@ -152,6 +152,24 @@ def peer(params: list[nn.Parameter]) -> Run:
     return run
 
 
+def stepped(*, is_sam: bool) -> Callable[[list[nn.Parameter]], Run]:
+    """A whole update without passes: SGD with momentum alone, and SAM around it, whose update restores, too."""
+
+    def make(params: list[nn.Parameter]) -> Run:
+        options: dict[str, Any] = {"lr": 1e-9, "momentum": 0.9, "fused": True}
+        if not is_sam:
+            return torch.optim.SGD(params, **options).step
+        sam = SAM(params, torch.optim.SGD, rho=RHO, nonfinite="ignore", **options)
+
+        def run() -> None:
+            sam.first_step()
+            sam.second_step()
+
+        return run
+
+    return make
+
+
 def compiled(params: list[nn.Parameter]) -> Run:
     """foreach as plain operations, through torch.compile."""
     weights = [p.data for p in params]
@@ -173,6 +191,8 @@ DESIGNS: dict[str, tuple[Callable[[list[nn.Parameter]], Run], int]] = {
     "foreach": (ours(foreach=True), FOREACH_BYTES),
     "compiled": (compiled, FOREACH_BYTES),
     "peer": (peer, PEER_BYTES),
+    "SGD alone": (stepped(is_sam=False), 20),
+    "SGD in SAM": (stepped(is_sam=True), 40),
 }
 
 

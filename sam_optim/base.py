@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -65,9 +66,34 @@ class BaseUpdate:
         self.base = base
         self.nonfinite = nonfinite
         self.num_skipped: int | Tensor = 0
+        self.has_restored = False
+        self._descent: Any = None
+        self._rows: Any = None
+
+    @property
+    def may_restore(self) -> bool:
+        """Whether there are kernels that update from where the clean weights are saved: exactly these bases, fused."""
+        is_known = type(self.base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+        return is_known and all(g.get("fused") for g in self.base.param_groups)
+
+    def takes_over(self, buckets: list[kernels.Bucket]) -> bool:
+        """Whether the next update will bring back what has moved. Not the first one, which makes the base's state."""
+        self._rows = None
+        if buckets and self.may_restore and all(b.body.__name__.endswith(".triton") for b in buckets):
+            if self._descent is None:
+                from sam_optim.kernels.triton_descent import Descent
+
+                self._descent = Descent(self.base)
+            saved = {p: kept for b in buckets for p, kept in zip(b.params, b.saved, strict=True)}
+            self._rows = self._descent.rows(saved)
+        return self._rows is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descent": None, "_rows": None}
 
     def __call__(self, together: shards.Groups) -> None:
         """`together`: process groups whose ranks must all update, or none of them."""
+        self.has_restored = False
         params = self._parameters()
         on_device = any(p.device.type not in ("cpu", "meta") for p in params)
         cannot_skip = self.nonfinite is None and on_device and not takes_found_inf(self.base)
@@ -112,6 +138,12 @@ class BaseUpdate:
 
     def _run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """Without the hooks and the profiler range of the base's step: those are this step's."""
+        if self._rows is not None and grad_scale is None:
+            rows, self._rows = self._rows, None
+            self._descent.run(rows, found_inf)
+            self.has_restored = True
+            self.base._opt_called = True  # type: ignore[attr-defined]
+            return
         step = type(self.base).step
         unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
         if type(self.base).__module__.startswith("torch.optim."):  # of others Dynamo would drop attributes

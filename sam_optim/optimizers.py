@@ -188,9 +188,12 @@ class SAM(Optimizer):
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
         with self.perturbation.all_or_nothing():
-            loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
-            self.perturbation.watch()
-            self._update(self.perturbation.together)
+            self.perturbation.stays_open = callable(closure) and self._update.may_restore
+            try:
+                loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
+            finally:
+                self.perturbation.stays_open = False
+            self._descend()
             self.perturbation.completed = False
         return loss
 
@@ -235,7 +238,8 @@ class SAM(Optimizer):
     def _finish(self) -> None:
         """The base update after a perturbed pass; without one only where no gradient could be misused."""
         if self.perturbation.active:
-            self.perturbation.exit()
+            if "found_inf" in self.__dict__:
+                self.perturbation.exit()
         elif not self.perturbation.completed and self._any_gradient():
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
@@ -243,9 +247,23 @@ class SAM(Optimizer):
             )
         if "found_inf" in self.__dict__:
             self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
+        elif self.perturbation.active:
+            try:
+                self._descend()
+            except BaseException:
+                self.perturbation.exit()
+                raise
         else:
             self._update(self.perturbation.together)
         self.perturbation.completed = False
+
+    def _descend(self) -> None:
+        """The base update, from where clean weights are saved if it can, else after they are back."""
+        if not self._update.takes_over(self.perturbation.moved):
+            self.perturbation.exit()
+            self.perturbation.watch()
+        self._update(self.perturbation.together)
+        self.perturbation.exit(is_updated=self._update.has_restored)
 
     def _any_gradient(self) -> bool:
         """That a step could use; none if it has found infinities."""

@@ -146,8 +146,13 @@ class PerturbedPass:
             self._first_forward.replay()
         return ascent, realized
 
-    def end(self) -> None:
-        """Every part is done, whatever another one raises, the last one here first."""
+    @property
+    def moved(self) -> list[kernels.Bucket]:
+        return self._buckets
+
+    def end(self, *, is_updated: bool = False) -> None:
+        """Every part is done, whatever another one raises, the last one here first. Weights that have been updated from
+        where they are saved stay as they are."""
         with ExitStack() as parts:
             parts.callback(self._release)
             if self._first_forward is not None:
@@ -161,8 +166,9 @@ class PerturbedPass:
             parts.callback(torch.clear_autocast_cache)
             if self._float32 is not None:
                 parts.callback(self._float32.leave)
-            with torch.no_grad():
-                kernels.restore_(self._buckets)
+            if not is_updated:
+                with torch.no_grad():
+                    kernels.restore_(self._buckets)
         self._ended = True
 
     def _claim(self) -> None:

@@ -100,6 +100,7 @@ class Perturbation:
         kernels.fused.check_fused(self._params(), fused, foreach)
         self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise, fused)
         self._pass: PerturbedPass | None = None
+        self.stays_open = False  # the update will bring back the clean weights, and `exit` follows it
         self._first: AscentPass | None = None
         self._put_under: Callable[[], None] | None = None
         self._clean_buffers = Buffers()
@@ -128,6 +129,10 @@ class Perturbation:
     def active(self) -> bool:
         """Whether the weights are perturbed now."""
         return self._pass is not None
+
+    @property
+    def moved(self) -> list[kernels.Bucket]:
+        return [] if self._pass is None else self._pass.moved
 
     @property
     def last_step(self) -> LastStep:
@@ -266,15 +271,16 @@ class Perturbation:
 
     @outside
     @torch.no_grad()
-    def exit(self, *, failed: bool = False) -> None:
-        """w + e -> w, with buffers. With `failed`, also gradients and generators as `enter` found them: gives up."""
+    def exit(self, *, failed: bool = False, is_updated: bool = False) -> None:
+        """w + e -> w, with buffers. `failed`: also gradients and generators as `enter` found them. `is_updated`: the
+        weights have had their update, from where they were saved, and it stays."""
         if self._pass is None:
             return
         try:
             try:
-                self._pass.end()
+                self._pass.end(is_updated=is_updated)
             except BaseException:  # Ctrl-C in the middle: every part of it may be done again
-                self._pass.end()
+                self._pass.end(is_updated=is_updated)
                 raise
         finally:
             if failed and self._rollback is not None:
@@ -292,7 +298,8 @@ class Perturbation:
                 yield
                 failed = False
             finally:
-                self.exit(failed=failed)
+                if failed or not self.stays_open:
+                    self.exit(failed=failed)
         except BaseException:  # also an interrupt on the way there
             self.exit(failed=True)
             raise

@@ -28,6 +28,8 @@ OWN = {
     "sam_optim.integrations.transformers": {"transformers"},
     "sam_optim.kernels.triton": {"triton"},
     "sam_optim.kernels.triton_ascent": {"triton"},
+    "sam_optim.kernels.triton_descent": {"triton"},
+    "sam_optim.kernels.triton_update": {"triton"},
 }
 
 

@@ -1,5 +1,6 @@
 """Triton's kernels on the CPU, by its interpreter; `tests/test_triton.py` runs this file with TRITON_INTERPRET=1."""
 
+import copy
 import math
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from test_kernels import close_to, expected, make
 from torch import nn
 
-from sam_optim import Perturbation, kernels
+from sam_optim import SAM, Perturbation, kernels
 from sam_optim.kernels import foreach, tables, triton_ascent
 from sam_optim.kernels import triton as body
+from sam_optim.kernels.triton_descent import Descent
 
 SHAPES = [(3, 5), (), (1,), (0,), (4, 3, 3, 3), (2049,), (3, 2731), (8192,)]
 ADAPTIVE = [False, True, "filter", "layer"]
@@ -52,8 +54,7 @@ def perturbed_bits(sam, params, grads=None):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize(("dtype", "norm"), [*((d, 2) for d in DTYPES), (torch.float32, math.inf)], ids=str)
 @pytest.mark.parametrize("adaptive", ADAPTIVE)
 def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(adaptive, norm, dtype, launches):
     params = make(SHAPES, dtype)
@@ -297,3 +298,199 @@ def test_interpreted_or_not_is_known():
     assert body.IS_INTERPRETED
     assert kernels.fused.may_be_fused(make([(3,)]))
     assert not isinstance(triton_ascent.perturb, body.JITFunction)
+
+
+# the update that reads saved weights
+
+BASES = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    "dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "maximize": True}),
+    "amsgrad": (torch.optim.AdamW, {"lr": torch.tensor(0.01), "amsgrad": True, "betas": (0.8, 0.99)}),
+}
+UPDATED = [(3, 5), (), (0,), (2049,), (41, 70)]
+
+
+def same_steps(base, options, dtype=torch.float32, steps=4):
+    """Torch's optimizer in `dtype`, and the kernels over weights that hold NaN, with the same gradients."""
+    ours, theirs = make(UPDATED, dtype), make(UPDATED, dtype)
+    optimizers = [base(params, fused=True, **options) for params in (ours, theirs)]
+    for optimizer in optimizers:
+        optimizer.step()  # the first makes the state
+    descent = Descent(optimizers[0])
+    for k in range(steps):
+        saved = {p: p.detach().clone() for p in ours}
+        for p, q, g in zip(ours, theirs, [p.grad for p in make(UPDATED, dtype, seed=k + 1)], strict=True):
+            p.grad, q.grad = g, g.clone()
+            p.data.fill_(math.nan)
+        rows = descent.rows(saved)
+        assert rows is not None
+        descent.run(rows, None)
+        optimizers[1].step()
+    return (ours, optimizers[0]), (theirs, optimizers[1])
+
+
+def close(a, b):
+    """Within 4 ulps of the largest entry."""
+    if a.numel():
+        ulp = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=4 * ulp, atol=4 * ulp * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_update_is_torchs_own(name, launches):
+    base, options = BASES[name]
+    (ours, optimizer), (theirs, other) = same_steps(base, options)
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == other.state[q][key].dtype
+            close(value, other.state[q][key])
+    assert launches == (["sgd"] if base is torch.optim.SGD else ["adam_steps", "adam"]) * 4
+
+
+@pytest.mark.parametrize("name", ["nesterov", "amsgrad"])
+def test_the_update_in_float64(name):
+    (ours, _), (theirs, _) = same_steps(*BASES[name], dtype=torch.float64)
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+
+
+def pair(base, options):
+    """SAM fused, and SAM that restores by copy, each with its closure over the same loss."""
+    found = []
+    for fused in (True, None):
+        params = make(UPDATED)
+        sam = SAM.wrap(base(params, fused=fused, **options), rho=0.05, fused=fused)
+        found.append((params, sam, closure_of(params, sam)))
+    return found
+
+
+def closure_of(params, sam, is_bad=False):
+    centres = [0.1 * g.grad for g in make(UPDATED)]
+
+    def closure():
+        sam.zero_grad()
+        loss = sum(((p - c) ** 2).sum() for p, c in zip(params, centres, strict=True))
+        loss.backward()
+        if is_bad and sam.perturbation.active:
+            params[3].grad[5] = math.nan
+        return loss.detach()
+
+    return closure
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("how", ["closure", "two steps"])
+def test_a_step_restores_in_its_update(name, how, launches):
+    base, options = BASES[name]
+    fused, plain = pair(base, options)
+    for k in range(3):
+        launches.clear()
+        for _, sam, closure in (fused, plain):
+            if how == "closure":
+                sam.step(closure)
+            else:
+                closure()
+                sam.first_step(zero_grad=True)
+                closure()
+                sam.second_step()
+            assert not sam.perturbation.active
+        update = ["sgd"] if base is torch.optim.SGD else ["adam_steps", "adam"]
+        assert launches == ["norm_partials", "finalise", "perturb", *(update if k else [])]
+    for p, q in zip(fused[0], plain[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_checkpoint_moves_between_fused_and_not(name):
+    fused, plain = pair(*BASES[name])
+    for _ in range(2):
+        fused[1].step(fused[2])
+    with torch.no_grad():
+        for p, q in zip(fused[0], plain[0], strict=True):
+            q.copy_(p)
+    state = copy.deepcopy(fused[1].state_dict())
+    for group in state["param_groups"]:
+        group["fused"] = None
+    plain[1].load_state_dict(state)
+    for _, sam, closure in (fused, plain):
+        sam.step(closure)
+    for p, q in zip(fused[0], plain[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_a_descent_gradient_that_is_not_finite_leaves_weights_and_state():
+    """As a device does it, where the flag goes to the kernels; and as the CPU does it."""
+    (params, sam, closure), _ = pair(*BASES["amsgrad"])
+    for _ in range(2):
+        sam.step(closure)
+    kept = [p.detach().clone() for p in params]
+    state = [{k: v.clone() for k, v in sam.state[p].items()} for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, math.nan)
+        p.data.fill_(7.0)
+    descent = Descent(sam.base_optimizer)
+    descent.run(descent.rows(dict(zip(params, kept, strict=True))), torch.tensor(1.0))
+    for p, w, before in zip(params, kept, state, strict=True):
+        assert torch.equal(p, w)
+        assert all(torch.equal(sam.state[p][k], v) for k, v in before.items())
+    sam.step(closure_of(params, sam, is_bad=True))
+    assert sam.num_skipped == 1
+    assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
+
+
+@pytest.mark.parametrize("where", ["second pass", "update"])
+def test_a_fault_brings_the_weights_back(where, monkeypatch):
+    (params, sam, closure), _ = pair(*BASES["momentum"])
+    for _ in range(2):
+        sam.step(closure)
+    kept = [p.detach().clone() for p in params]
+    launch = tables.launch
+
+    def failing(kernel, programs, *args, **constants):
+        if kernel.fn.__name__ == "sgd" and where == "update":
+            raise RuntimeError("out of memory")
+        launch(kernel, programs, *args, **constants)
+
+    def closure_that_fails():
+        loss = closure()
+        if sam.perturbation.active and where == "second pass":
+            raise RuntimeError("out of memory")
+        return loss
+
+    monkeypatch.setattr(tables, "launch", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sam.step(closure_that_fails)
+    assert not sam.perturbation.active
+    assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
+    monkeypatch.setattr(tables, "launch", launch)
+    sam.step(closure)
+    assert not torch.equal(params[0], kept[0])
+
+
+def test_what_the_update_does_not_know_is_the_bases_own(launches):
+    """A subclass may do anything; a parameter that only the ascent has seen must come back, too."""
+
+    class Own(torch.optim.SGD):
+        pass
+
+    for base, drops in ((Own, False), (torch.optim.SGD, True)):
+        (params, sam, closure), _ = pair(base, {"lr": 0.1, "momentum": 0.9})
+
+        def second(params=params, sam=sam, closure=closure, drops=drops):
+            loss = closure()
+            if drops and sam.perturbation.active:
+                params[0].grad = None
+            return loss
+
+        before = params[0].detach().clone()
+        for _ in range(3):
+            launches.clear()
+            sam.step(second)
+        assert "sgd" not in launches
+        assert torch.equal(params[0], before) == drops

@@ -1,0 +1,300 @@
+"""What runs on the device for the update of SGD, Adam and AdamW, which reads clean weights where they are saved.
+
+The arithmetic of torch.optim, entry by entry, in float32 or float64. addresses: of the weights to be written, of where
+they are read, of gradients, and of the state, (rows, tensors). layout: number of entries, (tensors,). group: of each
+tensor. numbers: of each group, (5, groups). chunks: tensor, number of the block in it, (2, programs). found_inf: where
+it is not 0, the weights are only brought back, and the state stays as it is.
+"""
+
+import triton
+import triton.language as tl
+
+from sam_optim.kernels.triton_ascent import load, pointer, store
+
+
+@triton.jit
+def number(numbers, row: tl.constexpr, groups, k, WIDE: tl.constexpr):
+    return tl.load(numbers + row * groups + k).to(WIDE)
+
+
+@triton.jit
+def sgd_block(
+    addresses,
+    i,
+    tensors,
+    at,
+    n,
+    lr,
+    momentum,
+    fresh,
+    decay,
+    skips,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    clean = load(pointer(addresses, tensors + i, W, ALIGNED), at, n, FULL)
+    w = clean.to(WIDE)
+    g = load(pointer(addresses, 2 * tensors + i, G, ALIGNED), at, n, FULL).to(WIDE)
+    if MAXIMIZE:
+        g = -g
+    g += decay * w
+    if MOMENTUM:
+        place = pointer(addresses, 3 * tensors + i, W, ALIGNED)
+        before = load(place, at, n, FULL)
+        v = momentum * before.to(WIDE) + fresh * g
+        store(place, at, tl.where(skips, before, v.to(W)), n, FULL)
+        g = g + momentum * v if NESTEROV else v
+    after = (w - lr * g).to(W)
+    store(pointer(addresses, i, W, ALIGNED), at, tl.where(skips, clean, after), n, FULL)
+
+
+@triton.jit
+def sgd(
+    addresses,
+    layout,
+    group,
+    numbers,
+    chunks,
+    found_inf,
+    tensors,
+    groups,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """v <- momentum v + (1 - dampening) g;  w <- saved - lr v.  numbers: lr, momentum, dampening, weight decay, -."""
+    c = tl.program_id(0)
+    i = tl.load(chunks + c)
+    start = tl.load(chunks + tl.num_programs(0) + c).to(tl.int64) * BLOCK
+    n = tl.load(layout + i)
+    k = tl.load(group + i)
+    at = start + tl.arange(0, BLOCK)
+    lr, momentum = number(numbers, 0, groups, k, WIDE), number(numbers, 1, groups, k, WIDE)
+    fresh = (1 - tl.load(numbers + 2 * groups + k)).to(WIDE)
+    decay = number(numbers, 3, groups, k, WIDE)
+    skips = tl.load(found_inf) != 0
+    if start + BLOCK <= n:
+        sgd_block(
+            addresses,
+            i,
+            tensors,
+            at,
+            n,
+            lr,
+            momentum,
+            fresh,
+            decay,
+            skips,
+            G,
+            W,
+            WIDE,
+            MOMENTUM,
+            NESTEROV,
+            MAXIMIZE,
+            ALIGNED,
+            True,
+        )
+    else:
+        sgd_block(
+            addresses,
+            i,
+            tensors,
+            at,
+            n,
+            lr,
+            momentum,
+            fresh,
+            decay,
+            skips,
+            G,
+            W,
+            WIDE,
+            MOMENTUM,
+            NESTEROV,
+            MAXIMIZE,
+            ALIGNED,
+            False,
+        )
+
+
+@triton.jit
+def power(x, exponent):
+    """x ** exponent in float64, by squaring: exponents are whole."""
+    result = x * 0.0 + 1.0
+    for bit in tl.static_range(31):
+        result = tl.where((exponent >> bit) & 1 == 1, result * x, result)
+        x = x * x
+    return result
+
+
+@triton.jit
+def adam_steps(steps, group, numbers, found_inf, scalars, tensors, groups, BLOCK: tl.constexpr):
+    """step <- step + 1;  scalars <- [lr / (1 - beta1^step), sqrt(1 - beta2^step)] of each tensor, (2, tensors)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = i < tensors
+    place = tl.load(steps + i, mask=here, other=0).to(tl.pointer_type(tl.float32))
+    k = tl.load(group + i, mask=here, other=0)
+    taken = tl.where(tl.load(found_inf) != 0, 0.0, 1.0)
+    step = tl.load(place, mask=here, other=0.0) + taken
+    tl.store(place, step, mask=here)
+    whole = step.to(tl.int32)
+    lr = tl.load(numbers + k, mask=here, other=0.0)
+    beta1 = tl.load(numbers + groups + k, mask=here, other=0.0)
+    beta2 = tl.load(numbers + 2 * groups + k, mask=here, other=0.0)
+    tl.store(scalars + i, lr / (1 - power(beta1, whole)), mask=here & (whole > 0))
+    tl.store(scalars + tensors + i, tl.sqrt(1 - power(beta2, whole)), mask=here & (whole > 0))
+
+
+@triton.jit
+def adam_block(
+    addresses,
+    i,
+    tensors,
+    at,
+    n,
+    beta1,
+    beta2,
+    fresh1,
+    fresh2,
+    decay,
+    eps,
+    step_size,
+    correction,
+    skips,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    clean = load(pointer(addresses, tensors + i, W, ALIGNED), at, n, FULL)
+    w = clean.to(WIDE)
+    g = load(pointer(addresses, 2 * tensors + i, G, ALIGNED), at, n, FULL).to(WIDE)
+    if MAXIMIZE:
+        g = -g
+    if DECOUPLED:
+        w -= decay * w
+    else:
+        g += decay * w
+    m_place = pointer(addresses, 3 * tensors + i, W, ALIGNED)
+    v_place = pointer(addresses, 4 * tensors + i, W, ALIGNED)
+    m_before = load(m_place, at, n, FULL)
+    v_before = load(v_place, at, n, FULL)
+    m = beta1 * m_before.to(WIDE) + fresh1 * g
+    v = beta2 * v_before.to(WIDE) + fresh2 * g * g
+    store(m_place, at, tl.where(skips, m_before, m.to(W)), n, FULL)
+    store(v_place, at, tl.where(skips, v_before, v.to(W)), n, FULL)
+    if AMSGRAD:
+        most_place = pointer(addresses, 5 * tensors + i, W, ALIGNED)
+        most = load(most_place, at, n, FULL)
+        v = tl.where(most.to(WIDE) > v, most.to(WIDE), v)
+        store(most_place, at, tl.where(skips, most, v.to(W)), n, FULL)
+    after = (w - step_size * m / (tl.sqrt(v) / correction + eps)).to(W)
+    store(pointer(addresses, i, W, ALIGNED), at, tl.where(skips, clean, after), n, FULL)
+
+
+@triton.jit
+def adam(
+    addresses,
+    layout,
+    group,
+    numbers,
+    chunks,
+    found_inf,
+    scalars,
+    tensors,
+    groups,
+    first,
+    all_tensors,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As Adam, or AdamW where DECOUPLED. numbers: lr, beta1, beta2, weight decay, eps; scalars: see `adam_steps`."""
+    c = tl.program_id(0)
+    i = tl.load(chunks + c)
+    start = tl.load(chunks + tl.num_programs(0) + c).to(tl.int64) * BLOCK
+    n = tl.load(layout + i)
+    k = tl.load(group + i)
+    at = start + tl.arange(0, BLOCK)
+    beta1, beta2 = number(numbers, 1, groups, k, WIDE), number(numbers, 2, groups, k, WIDE)
+    # 1 - 0.999 has lost four digits in float32
+    fresh1 = (1 - tl.load(numbers + groups + k)).to(WIDE)
+    fresh2 = (1 - tl.load(numbers + 2 * groups + k)).to(WIDE)
+    decay = tl.load(numbers + 3 * groups + k)
+    if DECOUPLED:
+        decay = decay * tl.load(numbers + k)
+    decay = decay.to(WIDE)
+    eps = number(numbers, 4, groups, k, WIDE)
+    step_size = tl.load(scalars + first + i).to(WIDE)
+    correction = tl.load(scalars + all_tensors + first + i).to(WIDE)
+    skips = tl.load(found_inf) != 0
+    if start + BLOCK <= n:
+        adam_block(
+            addresses,
+            i,
+            tensors,
+            at,
+            n,
+            beta1,
+            beta2,
+            fresh1,
+            fresh2,
+            decay,
+            eps,
+            step_size,
+            correction,
+            skips,
+            G,
+            W,
+            WIDE,
+            DECOUPLED,
+            AMSGRAD,
+            MAXIMIZE,
+            ALIGNED,
+            True,
+        )
+    else:
+        adam_block(
+            addresses,
+            i,
+            tensors,
+            at,
+            n,
+            beta1,
+            beta2,
+            fresh1,
+            fresh2,
+            decay,
+            eps,
+            step_size,
+            correction,
+            skips,
+            G,
+            W,
+            WIDE,
+            DECOUPLED,
+            AMSGRAD,
+            MAXIMIZE,
+            ALIGNED,
+            False,
+        )

@@ -193,7 +193,7 @@ class SAM(Optimizer):
                 loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
             finally:
                 self.perturbation.stays_open = False
-            self._descend()
+            self._descend(may_undo=True)
             self.perturbation.completed = False
         return loss
 
@@ -257,11 +257,12 @@ class SAM(Optimizer):
             self._update(self.perturbation.together)
         self.perturbation.completed = False
 
-    def _descend(self) -> None:
+    def _descend(self, *, may_undo: bool = False) -> None:
         """The base update, from where clean weights are saved if it can, else after they are back."""
         if not self._update.takes_over(self.perturbation.moved):
             self.perturbation.exit()
-            self.perturbation.watch()
+            if may_undo:
+                self.perturbation.watch()
         self._update(self.perturbation.together)
         self.perturbation.exit(is_updated=self._update.has_restored)
 

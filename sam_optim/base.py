@@ -16,6 +16,8 @@ from sam_optim.outside import inside
 
 NONFINITE = (None, "skip", "raise", "ignore")
 
+Rows = list[tuple[dict[str, Any], list[Tensor]]]  # of each parameter its group, and what an update reads and writes
+
 
 def accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that the base knows. They also mean SAM's own moves; fused on CUDA."""
@@ -66,9 +68,7 @@ class BaseUpdate:
         self.base = base
         self.nonfinite = nonfinite
         self.num_skipped: int | Tensor = 0
-        self.has_restored = False
         self._descent: Any = None
-        self._rows: Any = None
 
     @property
     def may_restore(self) -> bool:
@@ -76,30 +76,31 @@ class BaseUpdate:
         is_known = type(self.base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
         return is_known and all(g.get("fused") for g in self.base.param_groups)
 
-    def takes_over(self, buckets: list[kernels.Bucket]) -> bool:
-        """Whether the next update will bring back what has moved. Not the first one, which makes the base's state."""
-        self._rows = None
-        if buckets and self.may_restore and all(b.body.__name__.endswith(".triton") for b in buckets):
-            if self._descent is None:
-                from sam_optim.kernels.triton_descent import Descent
+    def rows(self, buckets: list[kernels.Bucket]) -> Rows | None:
+        """What an update that brings back what has moved works on; None where it cannot: the first one, say, makes the
+        base's state."""
+        if not buckets or not self.may_restore or not all(b.body.__name__.endswith(".triton") for b in buckets):
+            return None
+        if self._descent is None:
+            from sam_optim.kernels.triton_descent import Descent
 
-                self._descent = Descent(self.base)
-            saved = {p: kept for b in buckets for p, kept in zip(b.params, b.saved, strict=True)}
-            self._rows = self._descent.rows(saved)
-        return self._rows is not None
+            self._descent = Descent(self.base)
+        saved = {p: kept for b in buckets for p, kept in zip(b.params, b.saved, strict=True)}
+        return self._descent.rows(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descent": None, "_rows": None}
+        return self.__dict__ | {"_descent": None}
 
-    def __call__(self, together: shards.Groups) -> None:
-        """`together`: process groups whose ranks must all update, or none of them."""
-        self.has_restored = False
+    def __call__(self, together: shards.Groups, rows: Rows | None = None) -> bool:
+        """Whether the update has also brought the weights back, as it does where it is given `rows`.
+
+        together: process groups whose ranks must all update, or none of them.
+        """
         params = self._parameters()
         on_device = any(p.device.type not in ("cpu", "meta") for p in params)
         cannot_skip = self.nonfinite is None and on_device and not takes_found_inf(self.base)
         if self.nonfinite == "ignore" or cannot_skip:
-            self._run()
-            return
+            return self._run(rows)
         grads = [p.grad for p in params if p.grad is not None and not p.grad.is_meta]
         is_finite = kernels.finite(grads)
         is_bad = not is_finite if isinstance(is_finite, bool) else ~is_finite
@@ -109,26 +110,26 @@ class BaseUpdate:
         if isinstance(is_bad, Tensor):
             if takes_found_inf(self.base):
                 self._count(is_bad)
-                self._run(is_bad.float())
-                return
+                return self._run(rows, is_bad.float())
             is_bad = bool(is_bad)
         if is_bad and self.nonfinite == "raise":
             raise FloatingPointError("the gradient at w + e has an inf or NaN, and nonfinite='raise'")
         if is_bad:
             self._count(True)
             self.base._opt_called = True  # type: ignore[attr-defined]
-        else:
-            self._run()
+            return False
+        return self._run(rows)
 
-    def scaled(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:
+    def scaled(self, found_inf: Tensor, grad_scale: Tensor | None, rows: Rows | None = None) -> bool:
         """As GradScaler has set it up: gradients still scaled where grad_scale is given, and checked by it."""
         if takes_found_inf(self.base) and found_inf.device.type != "cpu":
-            self._run(found_inf, grad_scale)
-        elif not bool(found_inf):  # the sync that GradScaler makes for such bases itself
-            for p in self._parameters():
-                if p.grad is not None and grad_scale is not None:
-                    p.grad.div_(grad_scale.to(p.grad.device))
-            self._run()
+            return self._run(rows, found_inf, grad_scale)
+        if bool(found_inf):  # the sync that GradScaler makes for such bases itself
+            return False
+        for p in self._parameters():
+            if p.grad is not None and grad_scale is not None:
+                p.grad.div_(grad_scale.to(p.grad.device))
+        return self._run(rows)
 
     def _count(self, is_bad: bool | Tensor) -> None:
         if isinstance(is_bad, Tensor) and isinstance(self.num_skipped, Tensor):
@@ -136,14 +137,12 @@ class BaseUpdate:
         else:
             self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
 
-    def _run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+    def _run(self, rows: Rows | None, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> bool:
         """Without the hooks and the profiler range of the base's step: those are this step's."""
-        if self._rows is not None and grad_scale is None:
-            rows, self._rows = self._rows, None
-            self._descent.run(rows, found_inf)
-            self.has_restored = True
+        if rows is not None:
+            self._descent.run(rows, found_inf, grad_scale)
             self.base._opt_called = True  # type: ignore[attr-defined]
-            return
+            return True
         step = type(self.base).step
         unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
         if type(self.base).__module__.startswith("torch.optim."):  # of others Dynamo would drop attributes
@@ -157,6 +156,7 @@ class BaseUpdate:
             finally:
                 del self.base.found_inf, self.base.grad_scale  # type: ignore[attr-defined]
         self.base._opt_called = True  # type: ignore[attr-defined]  # for schedulers made on the base
+        return False
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"]]

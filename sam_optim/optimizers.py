@@ -188,7 +188,7 @@ class SAM(Optimizer):
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
         with self.perturbation.all_or_nothing():
-            self.perturbation.stays_open = callable(closure) and self._update.may_restore
+            self.perturbation.stays_open = self._update.may_restore
             try:
                 loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
             finally:
@@ -237,34 +237,30 @@ class SAM(Optimizer):
 
     def _finish(self) -> None:
         """The base update after a perturbed pass; without one only where no gradient could be misused."""
-        if self.perturbation.active:
-            if "found_inf" in self.__dict__:
-                self.perturbation.exit()
-        elif not self.perturbation.completed and self._any_gradient():
+        if not self.perturbation.active and not self.perturbation.completed and self._any_gradient():
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
                 "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
             )
-        if "found_inf" in self.__dict__:
-            self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
-        elif self.perturbation.active:
-            try:
-                self._descend()
-            except BaseException:
-                self.perturbation.exit()
-                raise
-        else:
-            self._update(self.perturbation.together)
+        try:
+            self._descend()
+        except BaseException:
+            self.perturbation.exit()
+            raise
         self.perturbation.completed = False
 
     def _descend(self, *, may_undo: bool = False) -> None:
         """The base update, from where clean weights are saved if it can, else after they are back."""
-        if not self._update.takes_over(self.perturbation.moved):
+        rows = self._update.rows(self.perturbation.moved)
+        if rows is None:
             self.perturbation.exit()
             if may_undo:
                 self.perturbation.watch()
-        self._update(self.perturbation.together)
-        self.perturbation.exit(is_updated=self._update.has_restored)
+        if "found_inf" in self.__dict__:
+            has_restored = self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"), rows)
+        else:
+            has_restored = self._update(self.perturbation.together, rows)
+        self.perturbation.exit(is_updated=has_restored)
 
     def _any_gradient(self) -> bool:
         """That a step could use; none if it has found infinities."""

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sam_optim import kernels, rng
+from sam_optim import closures, kernels, rng
 from sam_optim.batchnorm import Buffers
-from sam_optim.diagnostics import Diagnostics, mean_loss
+from sam_optim.closures import Closure
+from sam_optim.diagnostics import Diagnostics
 from sam_optim.geometry import Ball, ProductBall
-from sam_optim.groups import as_groups, is_zero
-from sam_optim.guards import Apart, FirstForward, LeftoverProbe, Rollback, Transaction, zeros_for
+from sam_optim.groups import as_groups
+from sam_optim.guards import Apart, FirstForward, Rollback, Transaction, zeros_for
 from sam_optim.kernels import shards
 from sam_optim.outside import outside, prepare
 from sam_optim.passes import AscentPass, PerturbedPass
 from sam_optim.plan import Plan
 from sam_optim.ranks import Ranks
 from sam_optim.results import LastStep
-
-Closure = Callable[[], Any]
 
 
 class Perturbation:
@@ -194,6 +193,7 @@ class Perturbation:
         Raises:
             RuntimeError: no parameter has a gradient, or one is perturbed already.
         """
+        # brought back by a copy, and not by the update: what runs between may look at the weights, or move them
         with self._stay(keep_gradients=True):
             yield
 
@@ -210,33 +210,12 @@ class Perturbation:
         Raises:
             RuntimeError: the closure forgot `backward()`, or left earlier gradients in place.
         """
-        if callable(closure):
-            with self.all_or_nothing():
-                loss, perturbed = self._two_passes(closure, ascent_closure)
-                self._seen.losses(loss, perturbed, of_one_function=ascent_closure is None)
-                return loss
-        if ascent_closure is not None:
-            raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
-        closures = list(closure) if isinstance(closure, Iterable) and not isinstance(closure, Tensor) else []
-        if not closures or not all(callable(c) for c in closures):
-            raise TypeError(f"expected a closure or a list of at least one closure, got {closure!r}")
         with self.all_or_nothing():
-            params = list(dict.fromkeys(self._params()))
-            for p in params:
-                p.grad = None
-            passes = []
-            ranks = self._ranks()
-            for i, c in enumerate(closures):
-                waits = ranks.averages_once and i < len(closures) - 1
-                with ranks.no_sync() if waits else nullcontext():
-                    passes.append(self._two_passes(c, None, Apart(params)))
-            grads = [p.grad for p in params if p.grad is not None]
-            with torch.no_grad():
-                for g in grads:
-                    g.div_(len(closures))
-            loss, perturbed = (mean_loss([losses[i] for losses in passes]) for i in (0, 1))
-            self._seen.losses(loss, perturbed)
-            return loss
+            if callable(closure):
+                return closures.backward_of(self, closure, ascent_closure)
+            if ascent_closure is not None:
+                raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
+            return closures.backward_of_all(self, closure)
 
     @outside
     @torch.no_grad()
@@ -289,7 +268,7 @@ class Perturbation:
         self.completed = not failed
 
     @contextmanager
-    def _stay(self, *, keep_gradients: bool) -> Iterator[None]:
+    def _stay(self, *, keep_gradients: bool, stays_open: bool = False) -> Iterator[None]:
         self._check_inactive()
         failed = True
         try:
@@ -298,7 +277,7 @@ class Perturbation:
                 yield
                 failed = False
             finally:
-                if failed or not self.stays_open:
+                if failed or not stays_open:
                     self.exit(failed=failed)
         except BaseException:  # also an interrupt on the way there
             self.exit(failed=True)
@@ -310,69 +289,6 @@ class Perturbation:
                 "the weights are perturbed already: finish that pass before the next one begins, or give it up with "
                 "exit(failed=True) of the perturbation"
             )
-
-    def _two_passes(
-        self, closure: Closure, ascent_closure: Closure | None, apart: Apart | None = None
-    ) -> tuple[Any, Any]:
-        first, second = (torch.enable_grad()(c) for c in (ascent_closure or closure, closure))
-        if all(is_zero(g["rho"]) for g in self.param_groups):  # the second pass would be the first one again
-            loss = second()
-            self._seen.without_ascent(plain=True)
-            self.completed = True
-            if apart is not None:
-                apart.add()
-            return loss, loss
-        if self._first_forward is not None:
-            self._first_forward.state = self._rng_state()
-        params = self._params()
-        once = apart is not None and self._ranks().averages_once
-        with self._first_pass(apart, apart.put_under_next_backward if once else None) as ascent:  # type: ignore[union-attr]
-            probe = LeftoverProbe(params)
-            num_cleared = self._num_cleared
-            try:
-                loss = self._run_first(first, ascent)
-            finally:
-                kept = probe.kept() and num_cleared == self._num_cleared
-            if kept and probe.ran_nothing and self._are_constant(loss):
-                self._seen.moved(kernels.Ascent(None, 0.0, False, []), None)
-                self.completed = True
-                return loss, loss
-            if kept:
-                raise RuntimeError(
-                    "the closure left gradients of before step(closure) in place: the second pass would not see what "
-                    "they came from. Zero them in the closure; to accumulate, loop over the micro-batches inside the "
-                    "closure, pass step a list of closures, or use microbatch() and perturbed()"
-                )
-            if all(p.grad is None for p in params) and not self._ranks().may_lack_gradients:
-                if isinstance(loss, Tensor) and loss.requires_grad:
-                    raise RuntimeError(
-                        "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
-                        "loss.backward() in it, and make the optimizer from the parameters that the model has now"
-                    )
-                self._seen.without_ascent(plain=False)
-                self.completed = True
-                return loss, None  # nothing to learn from, as a step of torch.optim without gradients
-            with self._stay(keep_gradients=False):
-                perturbed = second()
-        return loss, perturbed
-
-    def _are_constant(self, loss: Any) -> bool:
-        """Whether gradients that a closure has left alone are those at w + e, too: a perturbed pass's, or the user's.
-
-        Not where a loss was returned that still has its graph, or nothing, as by closures that stand for none.
-        """
-        return self.completed or not (loss is None or (isinstance(loss, Tensor) and loss.requires_grad))
-
-    def _run_first(self, closure: Closure, ascent: AscentPass) -> Any:
-        """Once more, with all gradients, if the loss needs none of the parameters that will move."""
-        try:
-            return closure()
-        except RuntimeError as error:
-            if "does not require grad" not in str(error) or not ascent.is_partial:
-                raise
-            ascent.compute_all()
-            self._transaction.undo()
-        return closure()
 
     def all_or_nothing(self, *, keep_gradients: bool = False) -> AbstractContextManager[None]:
         """After an exception inside: weights, gradients, buffers and generators as before.

@@ -66,7 +66,13 @@ class Descent:
             return None
         return [state[name] for name in names]
 
-    def run(self, rows: list[tuple[dict[str, Any], list[Tensor]]], found_inf: Tensor | None) -> None:
+    def run(
+        self,
+        rows: list[tuple[dict[str, Any], list[Tensor]]],
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """found_inf, grad_scale: as GradScaler gives them to a fused base, on the device."""
         device = rows[0][1][0].device
         self._is_captured |= tables.is_capturing(device)
         groups = [g for g in self.base.param_groups if any(g is group for group, _ in rows)]
@@ -74,6 +80,8 @@ class Descent:
         if self._none_found is None:
             self._none_found = torch.zeros(1, device=device)
         found_inf = self._none_found if found_inf is None else found_inf.reshape(1)
+        is_scaled = {"SCALED": grad_scale is not None}
+        flags = found_inf, found_inf if grad_scale is None else grad_scale.reshape(1)
         kinds: dict[Any, list[int]] = {}
         where = [[tables.address(x) for x in row] for _, row in rows]
         for i, ((group, row), addresses) in enumerate(zip(rows, where, strict=True)):
@@ -96,13 +104,15 @@ class Descent:
             for part, members in zip(self._parts, kinds.values(), strict=True):
                 width = len(members)
                 flat = [where[i][k] for k in range(len(where[members[0]])) for i in members]
-                given = (part["addresses"].of(flat), part["layout"], part["group"], numbers, part["chunks"], found_inf)
+                given = (part["addresses"].of(flat), part["layout"], part["group"], numbers, part["chunks"], *flags)
                 programs = part["chunks"].shape[1]
                 if type(self.base) is SGD:
-                    tables.launch(triton_update.sgd, programs, *given, width, len(groups), **part["constants"])
+                    tables.launch(
+                        triton_update.sgd, programs, *given, width, len(groups), **part["constants"], **is_scaled
+                    )
                 else:
                     rest = (self._scalars, width, len(groups), first, len(order))
-                    tables.launch(triton_update.adam, programs, *given, *rest, **part["constants"])
+                    tables.launch(triton_update.adam, programs, *given, *rest, **part["constants"], **is_scaled)
                 first += width
         torch.autograd.graph.increment_version([row[0] for _, row in rows])
 

@@ -3,7 +3,8 @@
 The arithmetic of torch.optim, entry by entry, in float32 or float64. addresses: of the weights to be written, of where
 they are read, of gradients, and of the state, (rows, tensors). layout: number of entries, (tensors,). group: of each
 tensor. numbers: of each group, (5, groups). chunks: tensor, number of the block in it, (2, programs). found_inf: where
-it is not 0, the weights are only brought back, and the state stays as it is.
+it is not 0, the weights are only brought back, and the state stays as it is. grad_scale: what SCALED gradients have
+been multiplied by.
 """
 
 import triton
@@ -18,6 +19,34 @@ def number(numbers, row: tl.constexpr, groups, k, WIDE: tl.constexpr):
 
 
 @triton.jit
+def divided(x, y):
+    """Rounded as torch rounds it: in float32 Triton's own division and root are approximate."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def gradient(place, at, n, skips, scale, WIDE: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr):
+    """As it is, or what is left of it without GradScaler's factor, which then stands in its place, as with torch."""
+    given = load(place, at, n, FULL)
+    g = given.to(WIDE)
+    if SCALED:
+        g = divided(g, scale)
+        store(place, at, tl.where(skips, given, g.to(given.dtype)), n, FULL)
+    return g
+
+
+@triton.jit
 def sgd_block(
     addresses,
     i,
@@ -29,18 +58,20 @@ def sgd_block(
     fresh,
     decay,
     skips,
+    scale,
     G: tl.constexpr,
     W: tl.constexpr,
     WIDE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     clean = load(pointer(addresses, tensors + i, W, ALIGNED), at, n, FULL)
     w = clean.to(WIDE)
-    g = load(pointer(addresses, 2 * tensors + i, G, ALIGNED), at, n, FULL).to(WIDE)
+    g = gradient(pointer(addresses, 2 * tensors + i, G, ALIGNED), at, n, skips, scale, WIDE, SCALED, FULL)
     if MAXIMIZE:
         g = -g
     g += decay * w
@@ -62,6 +93,7 @@ def sgd(
     numbers,
     chunks,
     found_inf,
+    grad_scale,
     tensors,
     groups,
     G: tl.constexpr,
@@ -70,6 +102,7 @@ def sgd(
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -84,6 +117,7 @@ def sgd(
     fresh = (1 - tl.load(numbers + 2 * groups + k)).to(WIDE)
     decay = number(numbers, 3, groups, k, WIDE)
     skips = tl.load(found_inf) != 0
+    scale = tl.load(grad_scale).to(WIDE)
     if start + BLOCK <= n:
         sgd_block(
             addresses,
@@ -96,12 +130,14 @@ def sgd(
             fresh,
             decay,
             skips,
+            scale,
             G,
             W,
             WIDE,
             MOMENTUM,
             NESTEROV,
             MAXIMIZE,
+            SCALED,
             ALIGNED,
             True,
         )
@@ -117,12 +153,14 @@ def sgd(
             fresh,
             decay,
             skips,
+            scale,
             G,
             W,
             WIDE,
             MOMENTUM,
             NESTEROV,
             MAXIMIZE,
+            SCALED,
             ALIGNED,
             False,
         )
@@ -172,18 +210,20 @@ def adam_block(
     step_size,
     correction,
     skips,
+    scale,
     G: tl.constexpr,
     W: tl.constexpr,
     WIDE: tl.constexpr,
     DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     clean = load(pointer(addresses, tensors + i, W, ALIGNED), at, n, FULL)
     w = clean.to(WIDE)
-    g = load(pointer(addresses, 2 * tensors + i, G, ALIGNED), at, n, FULL).to(WIDE)
+    g = gradient(pointer(addresses, 2 * tensors + i, G, ALIGNED), at, n, skips, scale, WIDE, SCALED, FULL)
     if MAXIMIZE:
         g = -g
     if DECOUPLED:
@@ -203,7 +243,7 @@ def adam_block(
         most = load(most_place, at, n, FULL)
         v = tl.where(most.to(WIDE) > v, most.to(WIDE), v)
         store(most_place, at, tl.where(skips, most, v.to(W)), n, FULL)
-    after = (w - step_size * m / (tl.sqrt(v) / correction + eps)).to(W)
+    after = (w - divided(step_size * m, divided(root(v), correction) + eps)).to(W)
     store(pointer(addresses, i, W, ALIGNED), at, tl.where(skips, clean, after), n, FULL)
 
 
@@ -215,6 +255,7 @@ def adam(
     numbers,
     chunks,
     found_inf,
+    grad_scale,
     scalars,
     tensors,
     groups,
@@ -226,6 +267,7 @@ def adam(
     DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -248,6 +290,7 @@ def adam(
     step_size = tl.load(scalars + first + i).to(WIDE)
     correction = tl.load(scalars + all_tensors + first + i).to(WIDE)
     skips = tl.load(found_inf) != 0
+    scale = tl.load(grad_scale).to(WIDE)
     if start + BLOCK <= n:
         adam_block(
             addresses,
@@ -264,12 +307,14 @@ def adam(
             step_size,
             correction,
             skips,
+            scale,
             G,
             W,
             WIDE,
             DECOUPLED,
             AMSGRAD,
             MAXIMIZE,
+            SCALED,
             ALIGNED,
             True,
         )
@@ -289,12 +334,14 @@ def adam(
             step_size,
             correction,
             skips,
+            scale,
             G,
             W,
             WIDE,
             DECOUPLED,
             AMSGRAD,
             MAXIMIZE,
+            SCALED,
             ALIGNED,
             False,
         )

@@ -16,8 +16,6 @@ from sam_optim.outside import inside
 
 NONFINITE = (None, "skip", "raise", "ignore")
 
-Rows = list[tuple[dict[str, Any], list[Tensor]]]  # of each parameter its group, and what an update reads and writes
-
 
 def accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that the base knows. They also mean SAM's own moves; fused on CUDA."""
@@ -76,23 +74,21 @@ class BaseUpdate:
         is_known = type(self.base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
         return is_known and all(g.get("fused") for g in self.base.param_groups)
 
-    def rows(self, buckets: list[kernels.Bucket]) -> Rows | None:
-        """What an update that brings back what has moved works on; None where it cannot: the first one, say, makes the
-        base's state."""
+    def fused(self, buckets: list[kernels.Bucket]) -> Any:
+        """An update that brings back what has moved; None where there is none: the first one makes the base's state."""
         if not buckets or not self.may_restore or not all(b.body.__name__.endswith(".triton") for b in buckets):
             return None
         if self._descent is None:
             from sam_optim.kernels.triton_descent import Descent
 
             self._descent = Descent(self.base)
-        saved = {p: kept for b in buckets for p, kept in zip(b.params, b.saved, strict=True)}
-        return self._descent.rows(saved)
+        return self._descent.update([p for b in buckets for p in b.params], [x for b in buckets for x in b.saved])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descent": None}
 
-    def __call__(self, together: shards.Groups, rows: Rows | None = None) -> bool:
-        """Whether the update has also brought the weights back, as it does where it is given `rows`.
+    def __call__(self, together: shards.Groups, fused: Any = None) -> bool:
+        """Whether the update has also brought the weights back, as a `fused` one does.
 
         together: process groups whose ranks must all update, or none of them.
         """
@@ -100,17 +96,19 @@ class BaseUpdate:
         on_device = any(p.device.type not in ("cpu", "meta") for p in params)
         cannot_skip = self.nonfinite is None and on_device and not takes_found_inf(self.base)
         if self.nonfinite == "ignore" or cannot_skip:
-            return self._run(rows)
+            return self._run(fused)
+        together = together + shards.own_group(self.base)
+        if fused is not None and not together and self.nonfinite != "raise":
+            return self._run(fused, skipped=self._counter(params[0].device))
         grads = [p.grad for p in params if p.grad is not None and not p.grad.is_meta]
         is_finite = kernels.finite(grads)
         is_bad = not is_finite if isinstance(is_finite, bool) else ~is_finite
-        together += shards.own_group(self.base)
         if together:  # also a rank that has no gradient: the others wait for its answer
             is_bad = shards.any_over(is_bad, together, shards.local(params[0]).device)
         if isinstance(is_bad, Tensor):
             if takes_found_inf(self.base):
                 self._count(is_bad)
-                return self._run(rows, is_bad.float())
+                return self._run(fused, is_bad.float())
             is_bad = bool(is_bad)
         if is_bad and self.nonfinite == "raise":
             raise FloatingPointError("the gradient at w + e has an inf or NaN, and nonfinite='raise'")
@@ -118,18 +116,18 @@ class BaseUpdate:
             self._count(True)
             self.base._opt_called = True  # type: ignore[attr-defined]
             return False
-        return self._run(rows)
+        return self._run(fused)
 
-    def scaled(self, found_inf: Tensor, grad_scale: Tensor | None, rows: Rows | None = None) -> bool:
+    def scaled(self, found_inf: Tensor, grad_scale: Tensor | None, fused: Any = None) -> bool:
         """As GradScaler has set it up: gradients still scaled where grad_scale is given, and checked by it."""
-        if takes_found_inf(self.base) and found_inf.device.type != "cpu":
-            return self._run(rows, found_inf, grad_scale)
+        if fused is not None or (takes_found_inf(self.base) and found_inf.device.type != "cpu"):
+            return self._run(fused, found_inf, grad_scale)
         if bool(found_inf):  # the sync that GradScaler makes for such bases itself
             return False
         for p in self._parameters():
             if p.grad is not None and grad_scale is not None:
                 p.grad.div_(grad_scale.to(p.grad.device))
-        return self._run(rows)
+        return self._run()
 
     def _count(self, is_bad: bool | Tensor) -> None:
         if isinstance(is_bad, Tensor) and isinstance(self.num_skipped, Tensor):
@@ -137,10 +135,21 @@ class BaseUpdate:
         else:
             self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
 
-    def _run(self, rows: Rows | None, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> bool:
+    def _counter(self, device: torch.device) -> Tensor:
+        if not isinstance(self.num_skipped, Tensor):
+            self.num_skipped = torch.full((), self.num_skipped, dtype=torch.int64, device=device)
+        return self.num_skipped
+
+    def _run(
+        self,
+        fused: Any = None,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        skipped: Tensor | None = None,
+    ) -> bool:
         """Without the hooks and the profiler range of the base's step: those are this step's."""
-        if rows is not None:
-            self._descent.run(rows, found_inf, grad_scale)
+        if fused is not None:
+            self._descent.run(fused, found_inf, grad_scale, skipped)
             self.base._opt_called = True  # type: ignore[attr-defined]
             return True
         step = type(self.base).step

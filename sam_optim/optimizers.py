@@ -251,15 +251,15 @@ class SAM(Optimizer):
 
     def _descend(self, *, may_undo: bool = False) -> None:
         """The base update, from where clean weights are saved if it can, else after they are back."""
-        rows = self._update.rows(self.perturbation.moved)
-        if rows is None:
+        fused = self._update.fused(self.perturbation.moved)
+        if fused is None:
             self.perturbation.exit()
             if may_undo:
                 self.perturbation.watch()
         if "found_inf" in self.__dict__:
-            has_restored = self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"), rows)
+            has_restored = self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"), fused)
         else:
-            has_restored = self._update(self.perturbation.together, rows)
+            has_restored = self._update(self.perturbation.together, fused)
         self.perturbation.exit(is_updated=has_restored)
 
     def _any_gradient(self) -> bool:

@@ -62,7 +62,7 @@ def launches(monkeypatch):
         return known.setdefault(id(x), (x, (len(known) + 1) << 40))[1]  # with x, so that no id is used again
 
     monkeypatch.setattr(tables, "launch", recorded)
-    monkeypatch.setattr(tables, "address", address)
+    monkeypatch.setattr(tables, "addresses", lambda tensors: [address(x) for x in tensors])
     monkeypatch.setattr(tables, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(tables, "is_capturing", lambda device: False)
     monkeypatch.setattr(tables, "is_plain", lambda x: True)  # which fake tensors stand for
@@ -126,26 +126,59 @@ def test_twenty_bytes_for_each_parameter_and_twenty_four_for_asam(launches):
 
 # compiled
 
-GIVEN = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8"}
+
+class Given:
+    """An argument as Triton's launcher looks at it: where it begins, and of what type it is."""
+
+    def __init__(self, x):
+        self.dtype, self._address = x.dtype, tables.address(x)
+
+    def data_ptr(self):
+        return self._address
+
+    def ptr_range(self):
+        return 2**40
+
+
+class Driver:
+    """What Triton asks of a device before it compiles for it."""
+
+    def __init__(self, capability):
+        self._capability = capability
+
+    def get_current_device(self):
+        return self._capability  # compiled kernels are kept for each device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+
+@contextlib.contextmanager
+def driver(capability):
+    from triton.runtime.driver import driver
+
+    before = driver._active
+    driver.set_active(Driver(capability))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
 
 
 def compiled(launch, capability):
-    """The machine code of a launch, as text, and what it needs."""
+    """The machine code of a launch, as text, and what it needs: what a device would make of these very arguments."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel, _, args, constants = launch
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    attributes = {}
-    for i, (name, x) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        signature[name] = GIVEN[x.dtype] if isinstance(x, torch.Tensor) else "i32"
-        if isinstance(x, torch.Tensor):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=given, attrs=attributes)
-    options = {"num_warps": tables.WARPS, "enable_fp_fusion": False}
-    cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+    kernel, programs, args, constants = launch
+    given = [Given(x) if isinstance(x, torch.Tensor) else x for x in args]
+    with driver(capability):
+        options = {"num_warps": tables.WARPS, "enable_fp_fusion": False}
+        cubin = kernel.warmup(*given, grid=(programs,), **options, **constants).asm["cubin"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sam_optim-{os.getpid()}.cubin"
     path.write_bytes(cubin)
@@ -216,7 +249,13 @@ def whole_steps(launches, base, dtype=torch.float32, steps=3):
 def test_a_whole_step_on_a_device_restores_in_its_update(base, launches):
     """20 bytes for each parameter, and what the base reads and writes: it reads w where w is saved."""
     names = [kernel.fn.__name__ for kernel, *_ in whole_steps(launches, base)]
-    assert names == ["norm_partials", "finalise", "perturb", *(["sgd"] if base == "sgd" else ["adam_steps", "adam"])]
+    assert names == [
+        "norm_partials",
+        "finalise",
+        "perturb",
+        "nonfinite",
+        *(["sgd"] if base == "sgd" else ["adam_steps", "adam"]),
+    ]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -326,9 +326,9 @@ def same_steps(base, options, dtype=torch.float32, steps=4):
         for p, q, g in zip(ours, theirs, [p.grad for p in make(UPDATED, dtype, seed=k + 1)], strict=True):
             p.grad, q.grad = g, g.clone()
             p.data.fill_(math.nan)
-        rows = descent.rows(saved)
-        assert rows is not None
-        descent.run(rows, None)
+        update = descent.update(list(saved), list(saved.values()))
+        assert update is not None
+        descent.run(update)
         optimizers[1].step()
     return (ours, optimizers[0]), (theirs, optimizers[1])
 
@@ -400,7 +400,7 @@ def test_a_step_restores_in_its_update(name, how, launches):
                 closure()
                 sam.second_step()
             assert not sam.perturbation.active
-        update = ["sgd"] if base is torch.optim.SGD else ["adam_steps", "adam"]
+        update = ["nonfinite", *(["sgd"] if base is torch.optim.SGD else ["adam_steps", "adam"])]
         assert launches == ["norm_partials", "finalise", "perturb", *(update if k else [])]
     for p, q in zip(fused[0], plain[0], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
@@ -435,7 +435,7 @@ def test_a_descent_gradient_that_is_not_finite_leaves_weights_and_state():
         p.grad = torch.full_like(p, math.nan)
         p.data.fill_(7.0)
     descent = Descent(sam.base_optimizer)
-    descent.run(descent.rows(dict(zip(params, kept, strict=True))), torch.tensor(1.0))
+    descent.run(descent.update(params, kept), torch.tensor(1.0))
     for p, w, before in zip(params, kept, state, strict=True):
         assert torch.equal(p, w)
         assert all(torch.equal(sam.state[p][k], v) for k, v in before.items())

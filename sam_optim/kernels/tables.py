@@ -27,8 +27,12 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False, **constants)
 
 
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
 def address(x: Tensor) -> int:
-    return x.data_ptr()
+    return addresses([x])[0]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -57,6 +61,9 @@ class Uploaded:
         self._there: Tensor | None = None
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
+
+    def has(self, values: list[Any]) -> bool:
+        return self._there is not None and values == self._values
 
     def of(self, values: list[Any]) -> Tensor:
         """A captured graph gets a table of its own, and copies it from memory that nothing else will write to."""

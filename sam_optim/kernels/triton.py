@@ -71,8 +71,8 @@ def ascend_(b: Bucket, factor: Scalar) -> None:
 def ascend_together_(buckets: list[Bucket]) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """All at once: norm, length, whether it moved, factors, how often it has not, in storage that is used again."""
     ascent = _ascent(buckets)
-    ascent.measure(buckets)
-    ascent.move(buckets)
+    grads = ascent.measure(buckets)
+    ascent.move(buckets, grads)
     return ascent.norm, ascent.length, ascent.moved, ascent.factors, ascent.stays
 
 
@@ -128,6 +128,8 @@ class _Ascent:
         self._grads = Uploaded(torch.int64, device)
         self._rhos = Uploaded(torch.float64, device)
         self._order: list[int | None] = []
+        self._found: list[int] = []
+        self._table: list[int] = []
         self._aligned: list[bool] | None = None
         self._parts: list[_Part] = []
         self._t: dict[int, Tensor] = {}
@@ -157,8 +159,8 @@ class _Ascent:
             _kind(b) for b in buckets
         ]
 
-    def measure(self, buckets: list[Bucket]) -> None:
-        """Norms, and from them the factors."""
+    def measure(self, buckets: list[Bucket]) -> Tensor:
+        """Norms, and from them the factors. Returns the addresses of the gradients."""
         self.is_captured |= tables.is_capturing(self._device)
         grads = self._addresses(buckets)
         if self._t:
@@ -194,12 +196,14 @@ class _Ascent:
                 ROWS=len(self._bucket_of_row),
                 ROW=ROW,
             )
+        return grads
 
-    def move(self, buckets: list[Bucket]) -> None:
-        grads = self._addresses(buckets)
-        saved = iter(self._saved)
+    def move(self, buckets: list[Bucket], grads: Tensor | None = None) -> None:
+        grads = self._addresses(buckets) if grads is None else grads
+        first = 0
         for b in buckets:
-            b.saved = [next(saved) for _ in b.w]
+            b.saved = self._saved[first : first + len(b.w)]
+            first += len(b.w)
             b.realized = None
         with tables.on(self._device):
             for part in self._parts:
@@ -236,12 +240,15 @@ class _Ascent:
 
     def _addresses(self, buckets: list[Bucket]) -> Tensor:
         """Of the gradients, in the order of the parts, which are made here: alignment is theirs, too."""
-        found = [tables.address(g) for b in buckets for g in b.g]
-        aligned = [x % ALIGNMENT == 0 for x in found]
-        if aligned != self._aligned:
-            self._aligned = aligned
-            self._make_parts(buckets, aligned)
-        return self._grads.of([0 if i is None else found[i] for i in self._order])
+        found = tables.addresses(buckets[0].g if len(buckets) == 1 else [g for b in buckets for g in b.g])
+        if found != self._found:
+            self._found = found
+            aligned = [x % ALIGNMENT == 0 for x in found]
+            if aligned != self._aligned:
+                self._aligned = aligned
+                self._make_parts(buckets, aligned)
+            self._table = [0 if i is None else found[i] for i in self._order]
+        return self._grads.of(self._table)
 
     def _make_parts(self, buckets: list[Bucket], aligned: list[bool]) -> None:
         grads = [g for b in buckets for g in b.g]

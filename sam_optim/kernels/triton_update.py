@@ -19,6 +19,51 @@ def number(numbers, row: tl.constexpr, groups, k, WIDE: tl.constexpr):
 
 
 @triton.jit
+def nonfinite(
+    addresses,
+    layout,
+    chunks,
+    progress,
+    found_inf,
+    skipped,
+    tensors,
+    programs,
+    G: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """found_inf <- 1 where a gradient is inf or NaN, else 0; skipped <- skipped + found_inf.
+
+    By the last of `programs`, in whatever launch: progress counts them, and above 2^32 those that have found one, and
+    is 0 again afterwards. Sums of whole numbers: their order does not matter. chunks: of SPAN blocks.
+    """
+    c = tl.program_id(0)
+    i = tl.load(chunks + c)
+    start = tl.load(chunks + tl.num_programs(0) + c).to(tl.int64) * (SPAN * BLOCK)
+    n = tl.load(layout + i)
+    place = pointer(addresses, 2 * tensors + i, G, ALIGNED)
+    at = start + tl.arange(0, BLOCK)
+    bad = tl.zeros([BLOCK], dtype=tl.int32)
+    if start + SPAN * BLOCK <= n:
+        for k in tl.static_range(SPAN):
+            x = load(place, at + k * BLOCK, n, True).to(WIDE)
+            bad = tl.where(tl.abs(x) < float("inf"), bad, 1)
+    else:
+        for k in range(SPAN):
+            x = load(place, at + k * BLOCK, n, False).to(WIDE)
+            bad = tl.where(tl.abs(x) < float("inf"), bad, 1)
+    own = tl.max(bad, axis=0).to(tl.int64) * 4294967296 + 1
+    so_far = tl.atomic_add(progress, own) + own
+    if so_far % 4294967296 == programs:
+        is_bad = so_far >= 4294967296
+        tl.store(found_inf, tl.where(is_bad, 1.0, 0.0))
+        tl.store(skipped, tl.load(skipped) + tl.where(is_bad, 1, 0))
+        tl.store(progress, so_far - so_far)
+
+
+@triton.jit
 def divided(x, y):
     """Rounded as torch rounds it: in float32 Triton's own division and root are approximate."""
     if x.dtype == tl.float64:

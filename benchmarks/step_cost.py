@@ -1,11 +1,12 @@
 """What a SAM step costs beside its two backward passes: ascent and restore, on the shapes of timm models.
 
-    python -m benchmarks.step_cost [--models resnet50 ...] [--rounds 21] [--json FILE]
+    python -m benchmarks.step_cost [--device cpu] [--models resnet50 ...] [--rounds 21] [--json FILE]
+    python -m benchmarks.step_cost --device cuda [--models ...] [--rounds 20] [--minutes 6] [--json FILE]
 
-Everything runs in one process on one thread, in a new random order in each round, on clones of the same weights and
-gradients. Compared are paired ratios of thread CPU time, which hold where other processes share the machine. The peer
-is `pytorch_optimizer`'s SAM, whose adaptive variant has T = |w|; ours is measured in that form (eta = 0) and with the
-eta of the ASAM paper.
+On CUDA: see `benchmarks/cuda_cost.py`. On the CPU everything runs in one process on one thread, in a new random order
+in each round, on clones of the same weights and gradients. Compared are paired ratios of thread CPU time, which hold
+where other processes share the machine. The peer is `pytorch_optimizer`'s SAM, whose adaptive variant has T = |w|; ours
+is measured in that form (eta = 0) and with the eta of the ASAM paper.
 
 The floor is one norm (in rows that keep it exact) and one out-of-place add for each tensor, no bookkeeping; for ASAM
 the same two of T g and T^2 g, T = |w|, which is one multiplication more.
@@ -49,13 +50,28 @@ class NoStep(torch.optim.Optimizer):
 
 
 def shapes_of(model: str) -> list[torch.Size]:
-    """Those of the parameters of a timm model, made without memory."""
+    """Those of the parameters of a timm model, made without memory, or of the WRN-28-10 of the SAM paper."""
+    if model == "wide-resnet-28-10":
+        return wide_resnet()
     import timm
 
     if not timm.is_model(model):
         raise unknown("model", model, timm.list_models())
     with torch.device("meta"):
         return [p.shape for p in timm.create_model(model).parameters()]
+
+
+def wide_resnet() -> list[torch.Size]:
+    """WRN-28-10, arXiv:1605.07146, which timm does not have."""
+    found: list[tuple[int, ...]] = [(16, 3, 3, 3)]
+    width = 16
+    for wide in (160, 320, 640):
+        for _ in range(4):
+            found += [(width,), (width,), (wide, width, 3, 3), (wide,), (wide,), (wide, wide, 3, 3)]
+            if width != wide:
+                found.append((wide, width, 1, 1))
+            width = wide
+    return [torch.Size(s) for s in [*found, (640,), (640,), (10, 640), (10,)]]
 
 
 def make(shapes: list[torch.Size]) -> tuple[list[Tensor], list[Tensor]]:
@@ -181,13 +197,19 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="timm models whose shapes to use")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", nargs="+", help="timm models whose shapes to use, or wide-resnet-28-10")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--minutes", type=float, default=6.0, help="on CUDA: what would take longer is left out")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     timing.check_rounds(args.rounds)
+    if args.device == "cuda":
+        from benchmarks import cuda_cost
+
+        return cuda_cost.main(args.models, args.rounds, args.minutes, args.json)
     torch.set_num_threads(1)
-    results = [compare(model, args.rounds) for model in args.models]
+    results = [compare(model, args.rounds) for model in args.models or MODELS]
     print(table(results))
     print("thread CPU time, medians of paired ratios [quartiles]; the peer is pytorch_optimizer's SAM")
     if args.json:

@@ -1,5 +1,9 @@
-"""`make gpu` where there is no device, and the parts of it that need none."""
+"""`make gpu` and `step_cost --device cuda` where there is no device: one line, and all of it on a device that is none.
 
+`tests/dry_gpu.py` runs every line of the benchmark in Triton's interpreter, in a process of its own.
+"""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import step_cost
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_is_one_line():
-    out = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize("words", [["benchmarks.gpu"], ["benchmarks.step_cost", "--device", "cuda"]], ids=" ".join)
+def test_without_a_device_it_is_one_line(words):
+    out = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 2
     assert out.stderr.splitlines() == [
         "error: this needs a CUDA device, and torch sees none: run it on a machine with a GPU and its driver"
@@ -24,18 +29,16 @@ def test_without_a_device_it_is_one_line():
 
 def test_the_wide_resnet_has_its_36_million_parameters():
     """36.5 M in the paper that it is from, arXiv:1605.07146, table 4."""
-    assert sum(s.numel() for s in gpu.shapes("wide-resnet-28-10")) == 36_479_194
+    assert sum(s.numel() for s in step_cost.shapes_of("wide-resnet-28-10")) == 36_479_194
 
 
-def test_what_cannot_be_measured_is_named():
-    def fails():
-        raise ImportError("No module named 'pytorch_optimizer'")
-
-    missing = []
-    assert gpu.attempt("resnet18 peer", fails, missing) is None
-    facts = dict.fromkeys(("device", "cuda", "torch", "triton", "sam_optim"), "?")
-    step = {"model": "resnet50", "kind": "SAM", "fused": True, "graph": False, "ms": 12.5}
-    results = {"facts": facts, "copy TB/s": 4.0, "tests": "3 passed", "own part": [], "whole step": [step]}
-    lines = gpu.table(results | {"missing": missing}).splitlines()
-    assert lines[-1] == "missing: resnet18 peer: No module named 'pytorch_optimizer'"
-    assert lines[-2].split() == ["resnet50", "SAM", "12.50", "nan", "True"]
+def test_a_dry_run():
+    pytest.importorskip("triton")
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "tests/dry_gpu.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert out.returncode == 0, out.stdout[-4000:] + out.stderr[-1000:]

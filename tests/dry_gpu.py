@@ -1,0 +1,199 @@
+"""`benchmarks.gpu` from its first line to its last, on a device that is none: CPU tensors, clocks that show the host's
+time, graphs that run again. `tests/test_gpu_command.py` runs this file with TRITON_INTERPRET=1."""
+
+import contextlib
+import json
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import command, cuda_cost, device, gpu, step_cost
+from benchmarks.cuda_cost import Network
+
+SHAPES = {"resnet50": [(30,)], "efficientnet_b0": [()], "vit_giant_patch14_224": [(50, 41)]}
+
+
+class Event:
+    def __init__(self, *, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.seconds - self.seconds)
+
+
+class Stream:
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
+class Graph:
+    """Runs nothing again: what was captured has run once."""
+
+    replays = 0
+
+    def replay(self):
+        Graph.replays += 1
+
+
+@contextlib.contextmanager
+def entered(*_, **__):
+    yield
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """torch.cuda as far as the benchmark asks for it."""
+    replaced = {
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "_sleep": lambda cycles: None,
+        "Event": Event,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": entered,
+        "CUDAGraph": Graph,
+        "graph": entered,
+        "get_device_name": lambda: "none",
+        "get_device_properties": lambda i: SimpleNamespace(total_memory=2**33, multi_processor_count=1),
+    }
+    for name, fake in replaced.items():
+        assert hasattr(torch.cuda, name), name
+        monkeypatch.setattr(torch.cuda, name, fake)
+    # what runs below would believe in the device: pinned memory, generators
+    monkeypatch.setattr("sam_optim.kernels.tables.staged", lambda values, dtype, _: torch.tensor(values, dtype=dtype))
+    monkeypatch.setattr("sam_optim.kernels.tables.constant", lambda v, dtype, *_: torch.as_tensor(v, dtype=dtype))
+    monkeypatch.setattr(device, "DEVICE", "cpu")
+    monkeypatch.setattr(device, "COPIED", 2**16)
+    monkeypatch.setattr(device, "FLUSHED", 2**10)
+    monkeypatch.setattr(device, "WARM_UP", 1)
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(cuda_cost, "MODELS", tuple(SHAPES))
+    monkeypatch.setattr(cuda_cost, "shapes_of", lambda model: [torch.Size(s) for s in SHAPES[model]])
+    monkeypatch.setattr(cuda_cost, "build", small)
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    sizes = {"channels_last": True}
+    networks = {"resnet50": Network(8, 10, 8, **sizes), "vit_small_patch16_224": Network(8, 10, 8)}
+    monkeypatch.setattr(cuda_cost, "NETWORKS", networks | {"resnet18": Network(8, 10, 5, **sizes)})
+
+
+def small(name, *, num_classes, image_size):
+    assert image_size == (3, 8, 8)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(144, num_classes, bias=False))
+
+
+def test_all_of_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "tests", lambda seconds: (True, "3 passed"))
+    path = tmp_path / "some" / "results.json"
+    Graph.replays = 0
+    assert command.run(gpu.main, ["--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    results = json.loads(path.read_text())
+    assert results["missing"] == [], out
+    assert out.splitlines()[-1] == "tests/gpu: 3 passed"
+    measured = {(r["model"], r["design"]) for r in results["own part"]}
+    assert {d for _, d in measured} == set(cuda_cost.DESIGNS)
+    assert ("vit_giant_patch14_224", "fused ASAM") in measured
+    assert len(results["whole step"]) == 2 * 3 * 5  # eager and as a graph; base, and SAM fused or not
+    assert Graph.replays == 3 * 5 * (2 + device.WARM_UP)
+    assert {"device", "driver", "cuda", "torch", "triton", "pytorch_optimizer", "commit", "sam_optim"} <= set(
+        results["facts"]
+    )
+    assert {"measured", "bound", "met", "what", "at_least"} == set(results["targets"][0])
+    assert sum(t["met"] is None for t in results["targets"]) == 1  # no model here has 25 M parameters
+    for line in ("a copy moves", "resnet50: SAM / base", "efficientnet_b0: peer / fused SAM", "roofline"):
+        assert line in out
+
+
+def test_step_cost_takes_some_models(capsys, monkeypatch):
+    monkeypatch.setattr(cuda_cost, "NETWORKS", {})
+    assert command.run(step_cost.main, ["--device", "cuda", "--models", "resnet50", "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet50" in out
+    assert "vit_giant" not in out
+
+
+def test_what_does_not_fit_into_the_time_is_named(capsys):
+    words = ["--device", "cuda", "--models", "resnet50", "--rounds", "2", "--minutes", "0"]
+    assert command.run(step_cost.main, words) == 0
+    out = capsys.readouterr().out
+    assert "missing: resnet50, fused SAM: no time left" in out
+    assert "missing: resnet18, SAM 25 %, fused=True, as a graph: no time left" in out
+    assert out.count("not measured") == 6
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch, capsys):
+    def failing(params):
+        raise ImportError("No module named 'pytorch_optimizer'")
+
+    design = cuda_cost.DESIGNS["peer SAM"]
+    changed = cuda_cost.DESIGNS | {"peer SAM": cuda_cost.Design(failing, design.bytes, beside_base=False)}
+    monkeypatch.setattr(cuda_cost, "DESIGNS", changed)
+    monkeypatch.setattr(cuda_cost, "NETWORKS", {})
+    words = ["--device", "cuda", "--models", "efficientnet_b0", "--rounds", "2"]
+    assert command.run(step_cost.main, words) == 0
+    out = capsys.readouterr().out
+    assert "missing: efficientnet_b0, peer SAM: ImportError: No module named 'pytorch_optimizer'" in out
+    assert "fused ASAM" in out
+
+
+def test_targets_are_compared():
+    own = [
+        {"model": "resnet50", "design": "fused SAM", "parameters": 25_557_032, "roofline": 0.9, "device_us": 151.0},
+        *[
+            {"model": "efficientnet_b0", "design": d, "parameters": 5_288_548, "whole_us": us}
+            for d, us in (("peer SAM", 5000.0), ("fused SAM", 500.0))
+        ],
+    ]
+    step = {"model": "resnet50", "kind": "SAM", "fused": True, "graph": False, "times_eager_base": 2.03}
+    found = {
+        t["what"]: t["met"]
+        for t in cuda_cost.targets(own, [step, step | {"kind": "SAM 25 %", "times_eager_base": 1.3}])
+    }
+    assert found == {
+        "resnet50: share of the roofline, fused SAM": True,
+        "resnet50: device us, fused SAM": False,
+        "efficientnet_b0: peer / fused SAM": True,
+        "resnet50: SAM / base": False,
+        "resnet50: SAM with 25 % ascent / base": True,
+        "resnet18, CIFAR: SAM as a graph / eager base": None,
+    }
+
+
+def test_the_tests_are_run(monkeypatch, capsys):
+    answer = SimpleNamespace(returncode=1, stdout="E assert\n1 failed in 2 s\n", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    assert gpu.tests(1.0) == (False, "1 failed in 2 s")
+    assert "E assert" in capsys.readouterr().out
+    monkeypatch.setattr(answer, "returncode", 0)
+    assert gpu.tests(1.0) == (True, "1 failed in 2 s")
+
+    def late(*_, **__):
+        raise subprocess.TimeoutExpired("pytest", 1.0, output=b"half")
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert gpu.tests(1.0) == (False, "not finished in 1 s")
+    assert "half" in capsys.readouterr().out
+
+
+def test_the_profiler_counts_what_is_on_the_device(monkeypatch):
+    kind = torch.autograd.DeviceType
+    events = [("perturb", kind.CUDA), ("Memcpy HtoD (Pinned)", kind.CUDA), ("Memcpy DtoD", kind.CUDA), ("a", kind.CPU)]
+    seen = [SimpleNamespace(name=name, device_type=k) for name, k in events]
+
+    @contextlib.contextmanager
+    def profile(activities):
+        assert torch.profiler.ProfilerActivity.CUDA in activities
+        yield SimpleNamespace(events=lambda: seen)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    assert device.num_launches(lambda: None, lambda: None) == 2
+    seen.clear()
+    assert device.num_launches(lambda: None, lambda: None) is None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_device import Watched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam_optim import ASAM, SAM, Perturbation, kernels
@@ -24,9 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("triton")
 
 
-def test_interpreted():
+@pytest.mark.parametrize("tests", ["tests/triton_interpreted.py", "tests/gpu"])
+def test_interpreted(tests):
+    """What is in tests/gpu, too, as far as it can be: so that it does not run for the first time on a device."""
     out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "tests/triton_interpreted.py"],
+        [sys.executable, "-m", "pytest", "-x", tests],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -198,6 +201,7 @@ def check_machine_code(launch, capability, *, wide):
     if wide:
         assert "LDG.E.128" in text, name
         assert "STG.E.128" in text or name not in ("perturb", "sgd", "adam"), name
+    return int(re.search(r"REG:(\d+)", text)[1])
 
 
 def launched(launches, variant, **types):
@@ -218,30 +222,50 @@ def test_compiled_kernels_read_and_write_16_bytes_at_a_time_and_spill_nothing(va
 
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "plain sgd": (torch.optim.SGD, {"maximize": True}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "adam": (torch.optim.Adam, {"weight_decay": 0.1}),
     "adamw": (torch.optim.AdamW, {}),
-    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True, "maximize": True}),
 }
+FEW = ["sgd", "adamw", "amsgrad"]
 
 
-def whole_steps(launches, base, dtype=torch.float32, steps=3):
-    """What the last of them launches, and what it leaves to torch."""
+def update_of(base):
+    return ["sgd"] if BASES[base][0] is torch.optim.SGD else ["adam_steps", "adam"]
+
+
+def whole_steps(launches, base, dtype=torch.float32, steps=3, *, is_scaled=False, watch=None):
+    """What the last of them launches. is_scaled: by GradScaler, between `first_step` and `step`."""
     factory, options = BASES[base]
     params = parameters(SHAPES, dtype)
+    grads = [p.grad for p in params]
     sam = SAM(params, factory, lr=0.1, rho=0.05, fused=True, **options)
-
-    if base == "sgd":  # torch's own first step is unknown to fake tensors
+    sam.perturbation._seen._warned = True  # the first step reads what the rounding of low precision left
+    scale, loss = torch.empty((), device="cuda"), torch.empty((), device="cuda")
+    if options.get("momentum"):  # torch's own first step is unknown to fake tensors
         for p in params:
             sam.state[p]["momentum_buffer"] = torch.empty_like(p)
 
     def closure():
         sam.zero_grad()
-        for p in params:
-            p.grad = torch.empty_like(p)
-        return torch.empty((), device="cuda")
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        torch.autograd.graph.increment_version(grads)  # written to by a backward
+        return loss
 
-    for _ in range(steps):
+    for i in range(steps):
         launches.clear()
-        sam.step(closure)
+        with watch if watch is not None and i == steps - 1 else contextlib.nullcontext():
+            if is_scaled:
+                closure()
+                sam.first_step()
+                closure()
+                sam.grad_scale, sam.found_inf = scale, scale
+                sam.step()
+                del sam.grad_scale, sam.found_inf
+            else:
+                sam.step(closure)
     return list(launches)
 
 
@@ -249,19 +273,35 @@ def whole_steps(launches, base, dtype=torch.float32, steps=3):
 def test_a_whole_step_on_a_device_restores_in_its_update(base, launches):
     """20 bytes for each parameter, and what the base reads and writes: it reads w where w is saved."""
     names = [kernel.fn.__name__ for kernel, *_ in whole_steps(launches, base)]
-    assert names == [
-        "norm_partials",
-        "finalise",
-        "perturb",
-        "nonfinite",
-        *(["sgd"] if base == "sgd" else ["adam_steps", "adam"]),
-    ]
+    assert names == ["norm_partials", "finalise", "perturb", "nonfinite", *update_of(base)]
+    names = [kernel.fn.__name__ for kernel, *_ in whole_steps(launches, base, is_scaled=True)]
+    assert names == ["norm_partials", "finalise", "perturb", *update_of(base)]  # GradScaler has looked for infinities
+
+
+@pytest.mark.parametrize("base", FEW)
+def test_the_steady_state_of_a_whole_step_leaves_nothing_to_torch(base, launches):
+    """No operation but views, so that nothing is allocated, either."""
+    watched = Watched()
+    assert len(whole_steps(launches, base, steps=4, watch=watched)) == 4 + len(update_of(base))
+    free = r"prim\.device|profiler\.|aten\.(detach|alias|view|slice|select|unbind)\."
+    assert [name for name in watched.names if not re.match(free, name)] == []
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("base", FEW)
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_compiled_updates_read_and_write_16_bytes_at_a_time_and_spill_nothing(base, is_scaled, capability, launches):
+    for launch in whole_steps(launches, base, is_scaled=is_scaled)[3:]:
+        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "adam_steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("base", BASES)
-def test_compiled_updates_read_and_write_16_bytes_at_a_time_and_spill_nothing(base, capability, launches):
-    for launch in whole_steps(launches, base)[3:]:
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_all_updates_compile_and_spill_nothing(dtype, base, is_scaled, capability, launches):
+    for launch in whole_steps(launches, base, dtype, is_scaled=is_scaled)[3:]:
         check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "adam_steps")
 
 

@@ -1,7 +1,9 @@
 """Triton's kernels on the CPU, by its interpreter; `tests/test_triton.py` runs this file with TRITON_INTERPRET=1."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -310,26 +312,46 @@ BASES = {
     "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "maximize": True}),
     "amsgrad": (torch.optim.AdamW, {"lr": torch.tensor(0.01), "amsgrad": True, "betas": (0.8, 0.99)}),
+    "capturable": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "capturable": True, "weight_decay": 0.1}),
 }
 UPDATED = [(3, 5), (), (0,), (2049,), (41, 70)]
 
 
-def same_steps(base, options, dtype=torch.float32, steps=4):
-    """Torch's optimizer in `dtype`, and the kernels over weights that hold NaN, with the same gradients."""
-    ours, theirs = make(UPDATED, dtype), make(UPDATED, dtype)
+def as_it_is(x):
+    return x
+
+
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def same_steps(base, options, dtype=torch.float32, steps=4, shapes=UPDATED, layout=as_it_is, place=as_it_is, amp=None):
+    """Torch's optimizer in `dtype`, and the kernels over weights that hold NaN, with the same gradients.
+
+    place: where our gradients are. amp: of each step found_inf and the factor in the gradients.
+    """
+    ours, theirs = make(shapes, dtype), make(shapes, dtype)
+    for p in [*ours, *theirs]:
+        p.data, p.grad = layout(p.data), layout(p.grad)
     optimizers = [base(params, fused=True, **options) for params in (ours, theirs)]
     for optimizer in optimizers:
         optimizer.step()  # the first makes the state
     descent = Descent(optimizers[0])
     for k in range(steps):
         saved = {p: p.detach().clone() for p in ours}
-        for p, q, g in zip(ours, theirs, [p.grad for p in make(UPDATED, dtype, seed=k + 1)], strict=True):
-            p.grad, q.grad = g, g.clone()
+        found_inf, scale = (None, None) if amp is None else map(torch.tensor, amp[k])
+        for p, q, g in zip(ours, theirs, [layout(p.grad) for p in make(shapes, dtype, seed=k + 1)], strict=True):
+            g = g if scale is None else g * scale
+            p.grad, q.grad = place(g), g.clone()
             p.data.fill_(math.nan)
         update = descent.update(list(saved), list(saved.values()))
         assert update is not None
-        descent.run(update)
+        descent.run(update, found_inf, scale)
+        if amp is not None:
+            optimizers[1].found_inf, optimizers[1].grad_scale = found_inf, scale
         optimizers[1].step()
+        for p, q in zip(ours, theirs, strict=True):
+            close(p.grad, q.grad)  # torch leaves them without the factor
     return (ours, optimizers[0]), (theirs, optimizers[1])
 
 
@@ -353,11 +375,51 @@ def test_the_update_is_torchs_own(name, launches):
     assert launches == (["sgd"] if base is torch.optim.SGD else ["adam_steps", "adam"]) * 4
 
 
+def check_same(ours, theirs):
+    for p, q in zip(ours[0], theirs[0], strict=True):
+        close(p, q)
+        for key, value in ours[1].state[p].items():
+            close(value, theirs[1].state[q][key])
+
+
 @pytest.mark.parametrize("name", ["nesterov", "amsgrad"])
 def test_the_update_in_float64(name):
-    (ours, _), (theirs, _) = same_steps(*BASES[name], dtype=torch.float64)
-    for p, q in zip(ours, theirs, strict=True):
-        close(p, q)
+    check_same(*same_steps(*BASES[name], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_update_in_low_precision(name, dtype):
+    """Within 4 ulps: the interpreter cuts bfloat16 off."""
+    check_same(*same_steps(*BASES[name], dtype=dtype, steps=2))
+
+
+def one_entry_off(g):
+    """As in DDP's buckets: a view that begins 4 bytes after what a wide load can read."""
+    flat = torch.empty(g.numel() + 1, dtype=g.dtype)
+    view = torch.as_strided(flat, g.shape, g.stride(), 1)
+    return view.copy_(g)
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad"])
+@pytest.mark.parametrize("how", [{"layout": channels_last}, {"place": one_entry_off}], ids=["channels_last", "views"])
+def test_the_update_on_any_layout_and_address(name, how, launches):
+    shapes = [(4, 6, 3, 3), (2049,), ()]
+    check_same(*same_steps(*BASES[name], shapes=shapes, steps=2, **how))
+    parts = [x for x in launches if x in ("sgd", "adam")]
+    assert len(parts) == 2  # one for each step: all of them are aligned, or none
+
+
+def test_gradients_that_move_to_other_addresses_get_other_tables():
+    """Aligned in one step, not in the next: what was compiled for 16 bytes must not read them."""
+    calls = iter([as_it_is, as_it_is, as_it_is, one_entry_off, one_entry_off, one_entry_off] * 2)
+    shapes = [(4, 6, 3, 3), (2049,), (5,)]
+    check_same(*same_steps(*BASES["adam"], shapes=shapes, place=lambda g: next(calls)(g)))
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "adam", "adamw", "amsgrad"])
+def test_found_inf_and_grad_scale_are_what_torchs_own_fused_update_makes_of_them(name):
+    check_same(*same_steps(*BASES[name], amp=[(0.0, 1024.0), (1.0, 1024.0), (0.0, 512.0), (0.0, 3.0)]))
 
 
 def pair(base, options):
@@ -442,6 +504,174 @@ def test_a_descent_gradient_that_is_not_finite_leaves_weights_and_state():
     sam.step(closure_of(params, sam, is_bad=True))
     assert sam.num_skipped == 1
     assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_list_of_closures_restores_in_the_update_after_its_last(name, launches):
+    """Between two of them by a copy, since the next ascent begins at w."""
+    fused, plain = pair(*BASES[name])
+    for k in range(3):
+        launches.clear()
+        for _, sam, closure in (fused, plain):
+            sam.step([closure, closure])
+            assert not sam.perturbation.active
+        assert ("nonfinite" in launches) == bool(k)  # torch's own makes the state in the first
+        assert launches.count("perturb") == 2
+    for p, q in zip(fused[0], plain[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+class Scaler:
+    """What GradScaler leaves on a fused optimizer in `step`, as it does on a device."""
+
+    def __init__(self, scale, found_inf=0.0):
+        self.scale, self.found_inf = torch.tensor(scale), torch.tensor(found_inf)
+
+    def step(self, sam):
+        assert sam._step_supports_amp_scaling
+        sam.grad_scale, sam.found_inf = self.scale, self.found_inf
+        sam.step()
+        del sam.grad_scale, sam.found_inf
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_grad_scaler_in_two_steps_restores_in_the_update(name, is_bad, launches):
+    """`first_step`, backward, `scaler.step(optimizer)`: nobody can look at the weights in between."""
+    (params, sam, closure), (others, other, other_closure) = pair(*BASES[name])
+    for k in range(3):
+        closure()
+        sam.first_step(zero_grad=True)
+        closure()
+        for p in params:
+            p.grad.mul_(1024.0)
+        before = [p.detach().clone() for p in others]
+        launches.clear()
+        Scaler(1024.0, float(is_bad and k == 2)).step(sam)
+        assert not sam.perturbation.active
+        assert ("sgd" in launches or "adam" in launches) == bool(k)
+        assert "nonfinite" not in launches  # GradScaler has looked
+        if is_bad and k == 2:
+            assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-5) for p, q in zip(params, before, strict=True))
+        else:
+            other.step(other_closure)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+def test_what_runs_after_a_perturbed_context_sees_clean_weights():
+    """So there the weights come back by a copy, and the update is the base's own."""
+    (params, sam, closure), _ = pair(*BASES["momentum"])
+    for _ in range(2):
+        sam.step(closure)
+    before = [p.detach().clone() for p in params]
+    closure()
+    with sam.perturbed():
+        closure()
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad"])
+def test_the_steady_state_of_a_whole_step_uploads_nothing_and_makes_no_table(name, monkeypatch):
+    """Where gradients keep their addresses."""
+    (params, sam, _), _ = pair(*BASES[name])
+    grads = [p.grad for p in make(UPDATED)]
+
+    def closure():
+        sam.zero_grad()
+        torch.ones((), requires_grad=True).mul(2.0).backward()
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        return torch.zeros(())
+
+    for _ in range(3):
+        sam.step(closure)
+    sent = []
+    staged = tables.staged
+    monkeypatch.setattr(tables, "staged", lambda values, *rest: sent.append(values) or staged(values, *rest))
+    monkeypatch.setattr(tables, "constant", None)
+    sam.step(closure)
+    assert not sent
+    sam.param_groups[0]["lr"] = 0.02
+    sam.step(closure)
+    assert len(sent) == 1  # the numbers of the groups
+
+
+def test_gradients_are_not_held_on_to():
+    """The next pass needs their memory."""
+    (params, sam, closure), _ = pair(*BASES["adamw"])
+    for _ in range(3):
+        sam.step(closure)
+    seen = [weakref.ref(p.grad) for p in params]
+    sam.zero_grad()
+    gc.collect()
+    assert all(g() is None for g in seen)
+
+
+# bytes, counted where they are read and written
+
+
+@pytest.fixture
+def moved_bytes(monkeypatch):
+    """Bytes of whole blocks by kernel: what is read of tables, a few numbers for each 2048 entries, is left out."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found = {}
+    launch, load, store = tables.launch, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    current = [None]
+
+    def launched(kernel, programs, *args, **constants):
+        current[0] = kernel.fn.__name__
+        found.setdefault(current[0], 0)
+        launch(kernel, programs, *args, **constants)
+
+    def count(pointers, mask):
+        if pointers.data.size == tables.BLOCK:
+            found[current[0]] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+
+    def masked_load(self, pointers, mask, *rest, **options):
+        count(pointers, mask)
+        return load(self, pointers, mask, *rest, **options)
+
+    def masked_store(self, pointers, value, mask, *rest, **options):
+        count(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **options)
+
+    monkeypatch.setattr(tables, "launch", launched)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
+    return found
+
+
+SGD_BYTES, ADAM_BYTES, AMSGRAD_BYTES = 20, 28, 36  # torch's own: w, g and the state read, w and the state written
+
+
+@pytest.mark.parametrize(("adaptive", "ascent"), [(False, 20), (True, 24)])
+@pytest.mark.parametrize(("name", "base"), [("momentum", SGD_BYTES), ("adamw", ADAM_BYTES), ("amsgrad", AMSGRAD_BYTES)])
+def test_the_bytes_of_a_whole_step(adaptive, ascent, name, base, moved_bytes):
+    factory, options = BASES[name]
+    params = make([(2049,), (40, 30), ()])
+    how = {"rho": 0.05, "adaptive": adaptive, "fused": True}
+    sam = SAM.wrap(factory(params, fused=True, **options), nonfinite="ignore", **how)
+    number = sum(p.numel() for p in params)
+
+    def closure():
+        sam.zero_grad()
+        loss = sum((p**2).sum() for p in params)
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(2):
+        moved_bytes.clear()
+        sam.step(closure)
+    by_kernel = {k: v / number for k, v in moved_bytes.items() if k not in ("finalise", "adam_steps")}
+    update = "sgd" if factory is torch.optim.SGD else "adam"
+    assert by_kernel == {"norm_partials": ascent - 16, "perturb": 16, update: base}
+    checked = SAM.wrap(sam.base_optimizer, **how)
+    sam = checked
+    moved_bytes.clear()
+    sam.step(closure)
+    assert moved_bytes["nonfinite"] / number == 4
 
 
 @pytest.mark.parametrize("where", ["second pass", "update"])

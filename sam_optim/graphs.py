@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.base import takes_found_inf
+from sam_optim.kernels import tables
 from sam_optim.optimizers import SAM
 
 _READS_NO_LR = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # where lr is a tensor
@@ -106,6 +107,7 @@ class GraphedStep:
         self._graph, self._result = None, None  # their memory
         self._inputs = tuple(x.detach().clone() for x in inputs)
         self.optimizer.zero_grad()  # gradients belong to the graph's own memory
+        tables.prepare_capture()
         graph = torch.cuda.CUDAGraph()
         # other threads, those of a loader that pins memory, may go on
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

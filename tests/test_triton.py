@@ -192,12 +192,13 @@ def compiled(launch, capability):
         path.unlink()
 
 
-def check_machine_code(launch, capability, *, wide):
+def check_machine_code(launch, capability, *, wide, most=128):
+    """Registers of a thread."""
     text = compiled(launch, capability)
     name = launch[0].fn.__name__
     assert not re.search(r"\b(LDL|STL)\b|\b(LDL|STL)\.", text), name  # registers that did not suffice
     assert re.search(r"STACK:0\b", text), name
-    assert int(re.search(r"REG:(\d+)", text)[1]) <= 128, name
+    assert int(re.search(r"REG:(\d+)", text)[1]) <= most, name
     if wide:
         assert "LDG.E.128" in text, name
         assert "STG.E.128" in text or name not in ("perturb", "sgd", "adam"), name
@@ -311,10 +312,8 @@ def test_all_updates_compile_and_spill_nothing(dtype, base, is_scaled, capabilit
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_all_kernels_compile_and_spill_nothing(dtype, variant, capability, launches):
     for launch in launched(launches, variant, dtype=dtype):
-        name, is_wide = launch[0].fn.__name__, dtype == torch.float64
-        if is_wide and name == "norm_partials":
-            continue  # 128 registers and more in float64, which nobody trains fast in
-        check_machine_code(launch, capability, wide=name != "finalise")
+        most = 255 if dtype == torch.float64 else 128  # in float64 nobody trains fast
+        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalise", most=most)
 
 
 # what is asked for

@@ -171,7 +171,8 @@ class Descent:
         for (w_type, g_type, is_aligned, num_roles, *flags), members in by_kind.items():
             wide = torch.float64 in (w_type, g_type)
             constants = {"G": TYPES[g_type], "W": TYPES[w_type], "WIDE": tl.float64 if wide else tl.float32}
-            constants |= {"ALIGNED": is_aligned} | dict(flags)
+            block = BLOCK // 2 if wide else BLOCK  # Adam in float64 would run out of registers
+            constants |= {"ALIGNED": is_aligned, "BLOCK": block} | dict(flags)
             sizes = [made.rows[i][1][0].numel() for i in members]
             made.parts.append(
                 _Part(
@@ -180,7 +181,7 @@ class Descent:
                     len(made.flat),
                     self._constant(sizes, torch.int64, device),
                     self._constant([made.rows[i][0] for i in members], torch.int32, device),
-                    self._constant(tables.chunks(sizes, BLOCK)[0], torch.int32, device),
+                    self._constant(tables.chunks(sizes, block)[0], torch.int32, device),
                     self._constant(tables.chunks(sizes, SPAN * BLOCK)[0], torch.int32, device),
                 )
             )
@@ -233,7 +234,7 @@ class Descent:
             for part, addresses in zip(update.parts, table, strict=False):
                 width = len(part.members)
                 given = (addresses, part.layout, part.group, numbers, part.chunks, *flags)
-                constants = part.constants | is_scaled | {"BLOCK": BLOCK}
+                constants = part.constants | is_scaled
                 programs = part.chunks.shape[1]
                 if self._is_sgd:
                     tables.launch(triton_update.sgd, programs, *given, width, len(groups), **constants)

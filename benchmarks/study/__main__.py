@@ -1,0 +1,119 @@
+"""Train many models, measure all of them, and report whether flatness goes with generalization.
+
+python -m benchmarks.study run CONFIG
+python -m benchmarks.study status CONFIG
+python -m benchmarks.study report CONFIG
+python -m benchmarks.study report --csv FILE --measures a,b --targets c --factors lr,seed
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import command, options
+from benchmarks.command import InputError
+from benchmarks.study import config, storage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return args.function(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = options.Parser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = p.add_subparsers(required=True, metavar="COMMAND", parser_class=options.Parser)
+    run = commands.add_parser("run", help="work on a study; any number of processes on any number of machines may")
+    run.set_defaults(function=_run)
+    run.add_argument("--data-dir", metavar="DIR", help="on this machine")
+    run.add_argument("--device", default="cpu")
+    run.add_argument("--decoders", type=_natural, default=0, metavar="N", help="processes that decode images")
+    run.add_argument("--heartbeat", type=_positive, default=60, metavar="SECONDS", help="between signs of life")
+    run.add_argument("--grace", type=_positive, metavar="SECONDS", help="without one: dead (default: three heartbeats)")
+    run.add_argument("--limit", type=_positive, metavar="N", help="run at most so many, then leave")
+    run.add_argument("--no-wait", action="store_true", help="leave while other workers run the last ones")
+    status = commands.add_parser("status", help="how far a study is")
+    status.set_defaults(function=_status)
+    report = commands.add_parser("report", help="one page on what the numbers say")
+    report.set_defaults(function=_report)
+    for sub in (run, status, report):
+        sub.add_argument("config", type=Path, nargs="?" if sub is report else None, metavar="CONFIG")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="runs and report; default: runs/study-NAME")
+        sub.add_argument(
+            "--storage",
+            metavar="URL",
+            help=f"sqlite:///FILE or postgresql://USER@HOST/DATABASE; default: ${storage.ENVIRONMENT}, else OUT/study.db",
+        )
+    report.add_argument("--csv", type=Path, metavar="FILE", help="somebody's table, one row for each model")
+    report.add_argument("--measures", type=_names, help="its columns; for a study: only these")
+    report.add_argument("--targets", type=_names, help="its columns; for a study: only these")
+    report.add_argument("--factors", type=_names, default=[], help="its columns that were varied")
+    report.add_argument("--given", metavar="FACTOR", help="the factor to hold fixed; default: lr, else the first")
+    report.add_argument("--resamples", type=_positive, default=2000, help="of the bootstrap")
+    report.add_argument("--seed", type=_natural, default=0, help="of the bootstrap")
+    return p
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks.study.queue import Queue
+    from benchmarks.study.trial import Here
+    from benchmarks.study.worker import work
+
+    found, out, url = _found(args)
+    queue = Queue(found, url, heartbeat=args.heartbeat, grace=args.grace)
+    print(f"study {found.name}, {found.total} models, in {storage.shown(url)}", flush=True)
+    here = Here(out / "runs", args.data_dir, args.device, args.decoders)
+    return work(queue, here, limit=args.limit, wait=not args.no_wait)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from benchmarks.study.queue import Queue
+
+    found, _, url = _found(args)
+    print(Queue(found, url).tally())
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from benchmarks.study import report
+
+    if (args.csv is None) == (args.config is None):
+        raise InputError("give a study's CONFIG or --csv FILE, one of them")
+    if args.csv:
+        table = report.from_csv(args.csv, args.measures, args.targets, args.factors, given=args.given)
+        out = args.out or Path("runs") / f"study-{args.csv.stem}"
+    else:
+        found, out, url = _found(args)
+        table = report.from_study(found, url, args.measures, args.targets, given=args.given)
+    return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
+
+
+def _found(args: argparse.Namespace) -> tuple[config.Config, Path, str]:
+    found = config.load(args.config)
+    out = args.out or Path("runs") / f"study-{found.name}"
+    return found, out, storage.url_of(args.storage, out)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

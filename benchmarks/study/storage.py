@@ -1,0 +1,148 @@
+"""Where a study lives: Optuna's tables in SQLite or PostgreSQL, and a lock that makes "nothing runs twice" true.
+
+Whatever changes the queue (filling it, taking a trial, giving one back, taking one from a dead worker) happens under
+one lock of the study, which the operating system or the database gives up by itself when its holder dies. Without it,
+two workers that start together both find an empty queue and fill it, and in SQLite both may take the same trial:
+Optuna reads a trial's state and sets it in two steps, and SQLite has no row locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import InputError, one_line
+
+ENVIRONMENT = "SAM_OPTIM_STUDY_STORAGE"  # a URL with a password does not belong on a command line
+PATIENCE = 120.0  # seconds to wait for the lock: whoever holds it does so for a fraction of one
+EXTRA = "a study needs Optuna: pip install 'sam_optim[study]'"
+
+
+def url_of(given: str | None, out: Path) -> str:
+    """The storage URL: what was given, else the environment's, else SQLite under `out`; PostgreSQL by psycopg 3."""
+    url = given or os.environ.get(ENVIRONMENT) or f"sqlite:///{(out / 'study.db').absolute()}"
+    if "://" not in url:
+        raise InputError(f"--storage {url!r} is not a URL; give sqlite:///FILE or postgresql://USER@HOST/DATABASE")
+    scheme, rest = url.split("://", 1)
+    if scheme in ("postgres", "postgresql"):
+        return f"postgresql+psycopg://{rest}"
+    if scheme not in ("sqlite", "postgresql+psycopg"):
+        raise InputError(f"--storage is of kind {scheme!r}; it must be sqlite or postgresql")
+    return url
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna calls its heartbeat experimental at every use, and means `ask` to be for studies without one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="optuna")
+        warnings.filterwarnings("ignore", message=".*experimental.*")
+        warnings.filterwarnings("ignore", message=".*Heartbeat of storage.*")
+        yield
+
+
+def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> Any:
+    """Optuna's storage at `url`, its tables made if they are missing.
+
+    heartbeat: seconds between the signs of life of a worker. grace: without one for so long a worker counts as dead.
+    """
+    try:
+        import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+        from sqlalchemy.pool import NullPool
+    except ImportError:
+        raise InputError(EXTRA) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sqlite = url.startswith("sqlite")
+    if sqlite and (path := _path(url)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # no pool: connections live for one statement, so that processes forked by data loaders inherit none
+    engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if sqlite else {}}
+    try:
+        with quiet(), locked(url, "tables"):
+            return optuna.storages.RDBStorage(
+                url, engine_kwargs=engine, heartbeat_interval=heartbeat, grace_period=grace or 3 * heartbeat
+            )
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None
+
+
+@contextmanager
+def locked(url: str, name: str) -> Iterator[None]:
+    """One process at a time for this database and name; free again when the process that has it dies.
+
+    Raises:
+        InputError: another process has it for more than two minutes (it may be suspended).
+    """
+    with _advisory(url, name) if url.startswith("postgresql") else _file_lock(url, name):
+        yield
+
+
+@contextmanager
+def _file_lock(url: str, name: str) -> Iterator[None]:
+    path = _path(url)
+    if path is None:
+        yield  # in memory: no other process can see it
+        return
+    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    with held(path.with_name(f"{path.name}.{digest}.lock"), patience=PATIENCE) as got:
+        if not got:
+            raise InputError(f"{path} is locked by another process for {PATIENCE:.0f} s; is a worker suspended?")
+        yield
+
+
+@contextmanager
+def held(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
+    """Whether this process has the lock of the file `path`, after waiting for at most `patience` seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with open(path, "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.02)
+        yield True
+
+
+@contextmanager
+def _advisory(url: str, name: str) -> Iterator[None]:
+    """PostgreSQL's advisory lock, held by a connection of its own: it ends with the connection."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.pool import NullPool
+
+    key = int.from_bytes(hashlib.blake2b(f"sam_optim study {name}".encode(), digest_size=8).digest(), "big", signed=True)
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"SET lock_timeout = '{PATIENCE:.0f}s'"))
+        try:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
+        except OperationalError as error:
+            raise InputError(f"the study is locked by another worker: {one_line(error)}; is one suspended?") from None
+        yield
+
+
+def _path(url: str) -> Path | None:
+    from sqlalchemy.engine import make_url
+
+    database = make_url(url).database
+    return None if database in (None, "", ":memory:") else Path(database)

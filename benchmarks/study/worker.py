@@ -1,0 +1,97 @@
+"""A worker: takes combinations until none is left, whoever else works on the study."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.command import InputError, one_line
+from benchmarks.study.config import identifier
+from benchmarks.study.queue import Claim, Heartbeat, Queue, duration
+from benchmarks.study.trial import Here, execute, run_directory
+
+MAX_POLL = 30.0  # seconds between looks at the queue while others finish
+
+
+def work(queue: Queue, here: Here, *, limit: int | None = None, wait: bool = True) -> int:
+    """Runs combinations; 0 when there are no more, 128 + the signal's number when a signal ends it.
+
+    limit: run at most so many. wait: while other workers run the last ones, stay, to take over from one that dies.
+    """
+    done = 0
+    with terminating():
+        print(queue.tally(), flush=True)
+        while limit is None or done < limit:
+            claim = queue.claim()
+            if claim is None:
+                tally = queue.tally()
+                if not (tally.running and wait):
+                    break
+                if not getattr(queue, "said", False):
+                    queue.said = True
+                    print(f"nothing is waiting; {tally.running} run elsewhere: staying in case one dies", flush=True)
+                time.sleep(min(queue.heartbeat, MAX_POLL))
+                continue
+            code = _one(queue, claim, here)
+            if code:
+                return code
+            done += 1
+    print(f"finished: {queue.tally()}", flush=True)
+    return 0
+
+
+def _one(queue: Queue, claim: Claim, here: Here) -> int:
+    words = ", ".join(f"{factor} {level}" for factor, level in claim.levels.items())
+    print(f"trial {claim.number}: {words}", flush=True)
+    heart = Heartbeat(queue, claim)
+    try:
+        with heart, run_directory(here.runs, identifier(claim.levels)) as directory:
+            record = execute(queue.config, claim.levels, directory, here)
+    except KeyboardInterrupt as stop:
+        if heart.lost:
+            print(f"trial {claim.number} was given to another worker while this one was silent", file=sys.stderr)
+            return 0
+        signum = next((a for a in stop.args if isinstance(a, int)), signal.SIGINT)
+        queue.give_back(claim, f"signal {signum}")
+        print(f"trial {claim.number} was stopped and given back; the same command goes on with it", file=sys.stderr)
+        return 128 + signum
+    except (ValueError, OSError, RuntimeError) as error:
+        queue.give_back(claim, one_line(error), died=True)
+        raise InputError(f"trial {claim.number} ({words}): {one_line(error)}") from error
+    target = queue.config.sampler["objective"] if queue.config.sampler else "test_error"
+    value = record["targets"].get(target)
+    if not queue.finish(claim, record, value=value):
+        print(f"trial {claim.number} was given to another worker while this one was silent", file=sys.stderr)
+        return 0
+    print(f"trial {claim.number}: {_said(record)}, {duration(record['seconds'])}", flush=True)
+    print(queue.tally(), flush=True)
+    return 0
+
+
+def _said(record: dict[str, Any]) -> str:
+    if record["failed"]:
+        return f"diverged ({record['failed']})"
+    targets = record["targets"]
+    return f"test error {targets['test_error']:.2f} %, training loss {targets['train_loss']:.4g}"
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C; while training runs, its own handler saves first."""
+
+    def stop(signum: int, _: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: no signals arrive here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

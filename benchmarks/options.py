@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m benchmarks.train", description="Train an image classifier with or without SAM.")
     add, positive, fraction = p.add_argument, _number(float, 0, above=True), _number(float, 0, 1)
     amount, count, natural = _number(float, 0), _number(int, 1), _number(int, 0)
-    add("--model", default="cnn3", help="any timm name, or cnn3 (default)")
+    add("--model", default="cnn3", help="any timm name, cnn3 (default) or cnn5")
     add("--model-kwargs", nargs="*", type=_pair, default=[], metavar="KEY=VALUE", help="for timm.create_model")
     add(
         "--data",

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--storage",
             metavar="URL",
-            help=f"sqlite:///FILE or postgresql://USER@HOST/DATABASE; default: ${storage.ENVIRONMENT}, else OUT/study.db",
+            help=f"sqlite:///FILE or postgresql://USER@HOST/DATABASE; default: ${storage.ENVIRONMENT}, or OUT/study.db",
         )
     report.add_argument("--csv", type=Path, metavar="FILE", help="somebody's table, one row for each model")
     report.add_argument("--measures", type=_names, help="its columns; for a study: only these")

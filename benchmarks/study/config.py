@@ -95,7 +95,9 @@ class Range:
 def identifier(levels: Mapping[str, Any]) -> str:
     """A file name for one combination, e.g. lr0.1-sam_rho0.05-seed0-1f0c9a2b: readable, and unique by its digest."""
     digest = hashlib.blake2b(json.dumps(levels, sort_keys=True).encode(), digest_size=4).hexdigest()
-    words = "-".join(f"{factor}{level:g}" if _is_number(level) else f"{factor}-{level}" for factor, level in levels.items())
+    words = "-".join(
+        f"{factor}{level:g}" if _is_number(level) else f"{factor}-{level}" for factor, level in levels.items()
+    )
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", words)[:120] + f"-{digest}"
 
 
@@ -230,8 +232,8 @@ def _some(config: Config) -> dict[str, Any]:
 
 
 def columns(block: Settings) -> list[str]:
-    """The names of a block's measures in the table of the study: "worst", or "worst, LABEL"."""
-    return [f"{name}, {block['label']}" if block["label"] else name for name in block["names"]]
+    """The names of a block's measures in the table of the study: "worst", or "LABEL worst"."""
+    return [f"{block['label']} {name}" if block["label"] else name for name in block["names"]]
 
 
 def _argv(chosen: Settings) -> list[str]:

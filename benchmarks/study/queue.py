@@ -143,9 +143,10 @@ class Queue:
             self.study.tell(claim.trial, state=TrialState.FAIL)
             self._reconcile()
 
-    def tally(self) -> Tally:
+    def tally(self, *, own: int = 0) -> Tally:
+        """Where the study is. own: workers that are between two trials, and count for the time that is left."""
         with stores.quiet():
-            return self._tally(self.study.get_trials(deepcopy=False))
+            return self._tally(self.study.get_trials(deepcopy=False), own)
 
     def records(self) -> list[dict[str, Any]]:
         """levels, record and number of every combination that ran to its end, diverged ones included."""
@@ -219,13 +220,13 @@ class Queue:
             self.study.tell(trial, state=TrialState.PRUNED)
         return None
 
-    def _tally(self, trials: Sequence[Any]) -> Tally:
+    def _tally(self, trials: Sequence[Any], own: int) -> Tally:
         groups = self._by_levels()
         done = sum(any(t.state.name == "COMPLETE" for t in ts) for ts in groups.values())
         running = [t for t in trials if t.state.name == "RUNNING"]
         failed = sum(_given_up(ts) for ts in groups.values())
         total = self.config.total
-        left, workers = total - done - failed, max(1, len(running))
+        left, workers = total - done - failed, max(1, len(running) + own)
         seconds = [cost for t in trials if (cost := t.user_attrs.get("record", {}).get("seconds"))]
         weights = [self._passes(self._levels(t) or {}) for t in trials if t.user_attrs.get("record", {}).get("seconds")]
         guess = math.nan
@@ -234,7 +235,7 @@ class Queue:
             gone = math.fsum(_age(t) for t in running)
             pending = self._weight_left(groups, left) * unit
             guess = max(pending - gone, 0.0) / workers
-        return Tally(done, len(running), failed, total, guess, len(running))
+        return Tally(done, len(running), failed, total, guess, workers)
 
     def _weight_left(self, groups: Mapping[str, Sequence[Any]], left: int) -> float:
         if not self._grid:

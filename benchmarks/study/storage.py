@@ -130,7 +130,9 @@ def _advisory(url: str, name: str) -> Iterator[None]:
     from sqlalchemy.exc import OperationalError
     from sqlalchemy.pool import NullPool
 
-    key = int.from_bytes(hashlib.blake2b(f"sam_optim study {name}".encode(), digest_size=8).digest(), "big", signed=True)
+    key = int.from_bytes(
+        hashlib.blake2b(f"sam_optim study {name}".encode(), digest_size=8).digest(), "big", signed=True
+    )
     engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f"SET lock_timeout = '{PATIENCE:.0f}s'"))

@@ -113,7 +113,10 @@ def evaluate(config: Config, args: Any) -> dict[str, Any]:
         batches = _first(data.batches(split, BATCH, splits.image_size, workers=args.workers), limit)
         return engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=device)
 
-    train_found, test = on(splits.train, config.evaluate["train_examples"]), on(splits.test, config.evaluate["test_examples"])
+    train_found, test = (
+        on(splits.train, config.evaluate["train_examples"]),
+        on(splits.test, config.evaluate["test_examples"]),
+    )
     targets = {
         "train_error": 100 * (1 - train_found["accuracy"]),
         "train_loss": train_found["loss"],

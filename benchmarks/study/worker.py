@@ -22,7 +22,7 @@ def work(queue: Queue, here: Here, *, limit: int | None = None, wait: bool = Tru
 
     limit: run at most so many. wait: while other workers run the last ones, stay, to take over from one that dies.
     """
-    done = 0
+    done, poll = 0, 1.0
     with terminating():
         print(queue.tally(), flush=True)
         while limit is None or done < limit:
@@ -31,11 +31,12 @@ def work(queue: Queue, here: Here, *, limit: int | None = None, wait: bool = Tru
                 tally = queue.tally()
                 if not (tally.running and wait):
                     break
-                if not getattr(queue, "said", False):
-                    queue.said = True
+                if poll == 1.0:
                     print(f"nothing is waiting; {tally.running} run elsewhere: staying in case one dies", flush=True)
-                time.sleep(min(queue.heartbeat, MAX_POLL))
+                time.sleep(poll)
+                poll = min(1.5 * poll, MAX_POLL)
                 continue
+            poll = 1.0
             code = _one(queue, claim, here)
             if code:
                 return code
@@ -68,7 +69,7 @@ def _one(queue: Queue, claim: Claim, here: Here) -> int:
         print(f"trial {claim.number} was given to another worker while this one was silent", file=sys.stderr)
         return 0
     print(f"trial {claim.number}: {_said(record)}, {duration(record['seconds'])}", flush=True)
-    print(queue.tally(), flush=True)
+    print(queue.tally(own=1), flush=True)
     return 0
 
 

@@ -41,12 +41,16 @@ class Interval:
     style: int = 0
 
 
-def legend(names: Sequence[tuple[str, int]]) -> Markup:
-    """Names with their markers, as an HTML list."""
+def legend(names: Sequence[tuple[str, int]], *, palette: str = "s") -> Markup:
+    """Names with their markers, as an HTML list. palette: as for `scatter`."""
     items = []
     for name, style in names:
         icon = tag(
-            "svg", marker(8, 8, style, class_=f"dot s{style}"), viewBox="0 0 16 16", class_="key", aria_hidden="true"
+            "svg",
+            marker(8, 8, style, class_=f"dot {palette}{style}"),
+            viewBox="0 0 16 16",
+            class_="key",
+            aria_hidden="true",
         )
         items.append(tag("li", icon, name))
     return tag("ul", *items, class_="legend")
@@ -105,8 +109,12 @@ def scatter(
     y_label: str,
     note: str = "",
     log: bool = True,
+    palette: str = "s",
 ) -> Markup:
-    """One marker for each run at (x, y): each group's values are x, the numbers beside it y."""
+    """One marker for each run at (x, y): each group's values are x, the numbers beside it y.
+
+    palette: "s" for groups that are only different, "r" for groups in an order, from cold to warm.
+    """
     height = 270.0
     x = scale_over([v for g, _ in points for v in g.values], LEFT, WIDTH - RIGHT, log=log, pad=0.08)
     y = scale_over([v for _, values in points for v in values], height - 44, TOP, pad=0.08)
@@ -114,7 +122,7 @@ def scatter(
     for group, heights in points:
         for a, b in zip(group.values, heights, strict=True):
             if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log):
-                panel.add(marker(x(a), y(b), group.style, class_=f"dot s{group.style}"))
+                panel.add(marker(x(a), y(b), group.style, class_=f"dot {palette}{group.style}"))
     panel.add(words(WIDTH - RIGHT, 30, note, class_="note", text_anchor="end"))
     return panel.render(f"{y_label} against {x_label} over {sum(len(h) for _, h in points)} runs. {note}")
 
@@ -122,22 +130,27 @@ def scatter(
 def intervals(
     title: str, rows: Sequence[Interval], *, x_label: str, span: tuple[float, float] | None = None, log: bool = False
 ) -> Markup:
-    """One row for each interval: a marker at its value and a line from low to high; a rule at 0 where it is in view."""
+    """One row for each interval: a marker at its value and a line from low to high; a rule at 0 where it is in view.
+
+    A row without a name stands close below the one before it: another interval of the same thing.
+    """
     numbers = [v for row in rows for v in (row.value, row.low, row.high)]
-    step = 30.0
-    bottom = 26.0 + step * len(rows)
+    heights, bottom = [], 18.0
+    for row in rows:
+        bottom += 30.0 if row.name else 13.0
+        heights.append(bottom)
+    bottom += 8.0
     x = scale_over(numbers, 4, WIDTH - 8, log=log) if span is None else Scale(*span, 8, WIDTH - 12)
     panel = Panel(title, x, Scale(0, 1, bottom, TOP - 8), WIDTH, bottom + 42, x_label, y_ticks=[])
     if x.low <= 0 <= x.high and not log:
         panel.add(line(x(0), TOP - 8, x(0), bottom, class_="zero"))
-    for i, row in enumerate(rows):
-        at = 26.0 + step * i + 22
+    for row, at in zip(rows, heights, strict=True):
         panel.add(words(4, at - 9, row.name, class_="row-name"))
         if math.isfinite(row.low) and math.isfinite(row.high):
             panel.add(line(*_flat(x.clipped(row.low), x.clipped(row.high), at), class_=f"whisker s{row.style}"))
         if math.isfinite(row.value):
             panel.add(marker(x.clipped(row.value), at, row.style, class_=f"dot s{row.style}"))
-    said = "; ".join(f"{r.name}: {r.value:.3g} ({r.low:.3g} to {r.high:.3g})" for r in rows)
+    said = "; ".join(f"{r.name or 'and'}: {r.value:.3g} ({r.low:.3g} to {r.high:.3g})" for r in rows)
     return panel.render(f"{x_label}. {said}.", grid="x")
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, no address outside it, nothing in it but what was measured."""
+"""One self-contained HTML page: no address outside it, no script but one that is named by its hash."""
 
 from __future__ import annotations
 
@@ -9,25 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from sam_optim.report.markup import Child, Markup, join, json_script, tag
+from sam_optim.report.sortable import script_hash
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
-def html_page(title: str, *content: Child, data: Any = None) -> Markup:
-    """The page; `data` (what `results.plain` takes) travels in it as JSON under the id "data"."""
+def html_page(title: str, *content: Child, data: Any = None, script: str | None = None) -> Markup:
+    """The page; `data` (what `results.plain` takes) travels in it as JSON under the id "data".
+
+    script: JavaScript of ours, written as it stands and let run by its hash; no other can.
+    """
+    if script is not None and "</" in script:
+        raise ValueError("a script on a page must not hold '</', which could end it")
+    policy = POLICY if script is None else f"{POLICY}; script-src '{script_hash(script)}'"
     style = resources.files("sam_optim.report").joinpath("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("title", title),
         tag("style", Markup(style)),
     )
     block = None if data is None else json_script(data, "data")
+    running = None if script is None else Markup(f"<script>{script}</script>")
     return join(
-        Markup("<!doctype html>\n"), tag("html", head, tag("body", tag("main", *content), block), lang="en"), "\n"
+        Markup("<!doctype html>\n"),
+        tag("html", head, tag("body", tag("main", *content), block, running), lang="en"),
+        "\n",
     )
 
 

@@ -1,0 +1,252 @@
+"""What a table of models says: every measure against every target, and the sentences that follow from the intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sam_optim.conditional import conditional, holm
+from sam_optim.correlation import correlate
+
+LEVEL = 0.95
+NAMES = {
+    "test_error": "test error",
+    "gap": "generalization gap",
+    "ood_error": "error on corrupted images",
+    "train_loss": "training loss",
+    "lr": "learning rate",
+    "sam_rho": "radius of SAM",
+}
+UNITS = {"test_error": "%", "gap": "points", "ood_error": "%", "train_loss": "nats", "train_error": "%"}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Models, one row each, and which of their columns are what.
+
+    given: the factor that is held fixed; None where there is none to hold. about: for the page: settings, versions.
+    failed: models that have no numbers, with the reason.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    measures: Sequence[str]
+    targets: Sequence[str]
+    factors: Sequence[str] = ()
+    given: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    failed: Sequence[Row] = ()
+
+
+def analyse(table: Table, *, num_resamples: int = 2000, seed: int = 0, level: float = LEVEL) -> dict[str, Any]:
+    """Every comparison with its tests corrected for their number, and the conclusions, as plain values.
+
+    Holm's correction runs over all tests of the page: one for each measure and target over all models, and one more
+    with `given` held fixed. The chance of even one false finding on the page is then at most 1 - level.
+    """
+    options = {"level": level, "num_resamples": num_resamples, "seed": seed}
+    found = []
+    for target in table.targets:
+        for measure in table.measures:
+            overall = correlate(table.rows, measure, target, factors=table.factors, **options)
+            row: dict[str, Any] = {"measure": measure, "target": target} | _picked(overall)
+            if table.given:
+                fixed = conditional(table.rows, measure, target, table.given, **options).to_dict()
+                row["fixed"] = {k: v for k, v in fixed.items() if k not in ("type", "settings", "provenance")}
+            found.append(row)
+    follows = [followed(table, measure, options) for measure in table.measures] if table.given else []
+    _correct(found)
+    for row in found:
+        row["verdict"] = verdict(row, table.given, level)
+    return {
+        "comparisons": found,
+        "num_models": len(table.rows),
+        "num_tests": sum(1 for row in found for p in _p_values(row) if p is not None),
+        "correction": "Holm (1979)",
+        "given": table.given,
+        "follows": follows,
+        "level": level,
+        "num_resamples": num_resamples,
+        "seed": seed,
+        "headline": headline(found, table, level),
+        "conclusions": [conclusion(found, table, target, level, follows) for target in table.targets],
+    }
+
+
+def followed(table: Table, measure: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """tau of a measure with the factor that is held fixed; None where that is no number."""
+    about = {"measure": measure, "tau": None, "low": None, "high": None}
+    values = [row.get(str(table.given)) for row in table.rows]
+    if not all(isinstance(v, (int, float)) for v in values if v is not None):
+        return about
+    return about | {
+        k: v for k, v in _picked(correlate(table.rows, measure, str(table.given), **options)).items() if k in about
+    }
+
+
+def _picked(overall: Any) -> dict[str, Any]:
+    kept = ("tau", "low", "high", "p", "n", "num_dropped", "by_factor", "granulated", "reason")
+    return {k: v for k, v in overall.to_dict().items() if k in kept}
+
+
+def _p_values(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    return row.get("p"), row.get("fixed", {}).get("within_p")
+
+
+def _correct(found: Sequence[dict[str, Any]]) -> None:
+    """Adds p_adjusted, over all tests of all comparisons together."""
+    flat = [math.nan if p is None else p for row in found for p in _p_values(row)]
+    adjusted = [None if math.isnan(p) else p for p in holm(flat)]
+    for i, row in enumerate(found):
+        row["p_adjusted"] = adjusted[2 * i]
+        if "fixed" in row:
+            row["fixed"]["within_p_adjusted"] = adjusted[2 * i + 1]
+
+
+def direction(low: float | None, high: float | None, p: float | None, level: float) -> int:
+    """+1 or -1 where the interval excludes 0 and the corrected test agrees, else 0."""
+    if low is None or high is None or p is None or not p < 1 - level:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def directions(row: Mapping[str, Any], level: float) -> tuple[int, int | None]:
+    """Over all models, and with the factor held fixed (None where that could not be computed)."""
+    overall = direction(row.get("low"), row.get("high"), row.get("p_adjusted"), level)
+    fixed = row.get("fixed")
+    if not fixed or fixed.get("within") is None:
+        return overall, None
+    return overall, direction(fixed["within_low"], fixed["within_high"], fixed["within_p_adjusted"], level)
+
+
+def verdict(row: Mapping[str, Any], given: str | None, level: float = LEVEL) -> str:
+    """One comparison in words."""
+    if row.get("tau") is None:
+        return f"not computed: {row.get('reason')}"
+    words = {1: "positive", -1: "negative"}
+    overall, fixed = directions(row, level)
+    at = f"at a fixed {name(given)}" if given else ""
+    if overall and fixed is None:
+        return words[overall]
+    if overall and fixed == overall:
+        return f"{words[overall]}, also {at}"
+    if overall and fixed == 0:
+        return f"{words[overall]}, but not {at}"
+    if overall:
+        return f"{words[overall]}, but {words[fixed or 0]} {at}"
+    if fixed:
+        return f"no evidence over all models, but {words[fixed]} {at}"
+    return "no evidence after correction" if _almost(row) else "no evidence"
+
+
+def _almost(row: Mapping[str, Any]) -> bool:
+    """Whether an interval excludes 0, and only the number of tests speaks against it."""
+    fixed = row.get("fixed") or {}
+    ends = [(row.get("low"), row.get("high")), (fixed.get("within_low"), fixed.get("within_high"))]
+    return any(a is not None and b is not None and a * b > 0 for a, b in ends)
+
+
+def headline(found: Sequence[Mapping[str, Any]], table: Table, level: float = LEVEL) -> str:
+    """What the first target's comparisons come to, in one or two sentences."""
+    target = table.targets[0]
+    rows = [row for row in found if row["target"] == target and row["tau"] is not None]
+    if not rows:
+        return f"No measure could be compared with {name(target)}."
+    rising, falling, unclear = _counts([directions(row, level)[0] for row in rows])
+    n, goal = len(rows), name(target)
+    if n == 1:
+        first = {
+            1: f"{_cap(rows[0]['measure'])} rises with {goal}",
+            -1: f"{_cap(rows[0]['measure'])} falls with {goal}",
+        }
+        text = first.get(rising - falling, f"No evidence that {rows[0]['measure']} goes with {goal}")
+    elif unclear == n:
+        text = f"No evidence that any of {n} measures goes with {goal}"
+    elif rising == n or falling == n:
+        text = f"All {n} measures {'rise' if rising else 'fall'} with {goal}"
+    else:
+        text = f"Of {n} measures {_parts(rising, falling, unclear, goal)}"
+    fixed = [d for row in rows if (d := directions(row, level)[1]) is not None]
+    if not fixed:
+        return f"{text}, over {table_size(rows)} models."
+    return f"{text}; {_at_fixed(fixed, name(table.given))}."
+
+
+def _at_fixed(fixed: Sequence[int], given: str) -> str:
+    rising, falling, unclear = _counts(fixed)
+    if unclear == len(fixed):
+        return f"at a fixed {given} there is no evidence for {'it' if len(fixed) == 1 else 'any'}"
+    if len(fixed) == 1:
+        return f"at a fixed {given} it {'rises' if rising else 'falls'}"
+    if rising == len(fixed) or falling == len(fixed):
+        return f"at a fixed {given} all {'rise' if rising else 'fall'}"
+    return f"at a fixed {given} {_parts(rising, falling, unclear, 'it')}"
+
+
+def _parts(rising: int, falling: int, unclear: int, goal: str) -> str:
+    parts = []
+    for count, word in ((rising, "rise"), (falling, "fall")):
+        if count:
+            parts.append(f"{count} {word + 's' if count == 1 else word}{'' if parts else f' with {goal}'}")
+    if unclear:
+        parts.append(f"{unclear} {'shows' if unclear == 1 else 'show'} no evidence")
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+
+
+def conclusion(
+    found: Sequence[Mapping[str, Any]],
+    table: Table,
+    target: str,
+    level: float = LEVEL,
+    follows: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """One target in words: which measures, in which direction, and whether the factor held fixed explains more."""
+    rows = [row for row in found if row["target"] == target]
+    known = [row for row in rows if row["tau"] is not None]
+    if not known:
+        return f"{_cap(name(target))}: not computed ({rows[0].get('reason') if rows else 'no measures'})."
+    groups: dict[str, list[str]] = {}
+    for row in known:
+        groups.setdefault(verdict(row, table.given, level), []).append(str(row["measure"]))
+    text = "; ".join(f"{said} for {_list(measures)}" for said, measures in groups.items())
+    taus = {row["measure"]: abs(row["tau"]) for row in known}
+    closer = [
+        str(row["measure"])
+        for row in follows
+        if row["low"] is not None and row["low"] * row["high"] > 0 and abs(row["tau"]) > taus.get(row["measure"], 1.0)
+    ]
+    if closer:
+        who = "every measure" if len(closer) == len(known) else _list(closer)
+        verb = "follow" if len(closer) > 1 and len(closer) < len(known) else "follows"
+        text += f". {_cap(who)} {verb} the {name(table.given)} more closely"
+    return f"{_cap(name(target))}: {text}."
+
+
+def table_size(rows: Sequence[Mapping[str, Any]]) -> str:
+    sizes = sorted({row["n"] for row in rows})
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def name(column: str | None) -> str:
+    return NAMES.get(str(column), str(column))
+
+
+def labelled(column: str) -> str:
+    """With its unit, for an axis."""
+    return f"{name(column)}, {UNITS[column]}" if column in UNITS else name(column)
+
+
+def _counts(signs: Sequence[int]) -> tuple[int, int, int]:
+    return sum(s > 0 for s in signs), sum(s < 0 for s in signs), sum(s == 0 for s in signs)
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _cap(text: str) -> str:
+    return text[:1].upper() + text[1:]

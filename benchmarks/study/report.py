@@ -1,0 +1,184 @@
+"""From a study, or from somebody's table, to report.html, results.json and models.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import command
+from benchmarks.command import InputError, unknown
+from benchmarks.study import storage as stores
+from benchmarks.study.analysis import Table, analyse
+from benchmarks.study.config import TARGETS, Config, columns
+from benchmarks.study.page import page
+from sam_optim.report import write_page
+
+EXTRA_TARGETS = ("test_loss", "loss_gap", "train_error")
+
+
+def from_study(
+    config: Config,
+    url: str,
+    measures: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    *,
+    given: str | None = None,
+) -> Table:
+    """The finished models of a study; those that diverged are listed, and have no numbers."""
+    from benchmarks.study.queue import Queue
+
+    queue = Queue(config, url)
+    found = queue.records()
+    records = [record for record in found if not record["failed"]]
+    if not records:
+        raise InputError(f"study {config.name!r} in {stores.shown(url)} has no finished model yet")
+    all_measures = [column for block in config.measures for column in columns(block)]
+    all_targets = [t for t in TARGETS if any(t in record["targets"] for record in records)]
+    factors = list(config.factors)
+    rows = [flat(record, factors) for record in records]
+    varied = [f for f in factors if len({repr(row[f]) for row in rows}) > 1]
+    tally = queue.tally()
+    first = records[0]
+    return Table(
+        title=config.name,
+        rows=rows,
+        measures=_chosen("measure", measures, all_measures),
+        targets=_chosen("target", targets, all_targets, also=EXTRA_TARGETS),
+        factors=varied,
+        given=_given(given, varied),
+        about={
+            "config": config.to_dict(),
+            "tally": str(tally),
+            "complete": tally.left == 0,
+            "data": first.get("run", {}).get("data", {}),
+            "num_parameters": first.get("run", {}).get("num_parameters"),
+            "provenance": first.get("provenance", {}),
+            "commits": sorted({str(r.get("commit")) for r in records}),
+            "seconds": math.fsum(r.get("seconds") or 0.0 for r in found),
+            "unconverged": unconverged(records, all_measures),
+        },
+        failed=[{"levels": r["levels"], "reason": r["failed"]} for r in found if r["failed"]],
+    )
+
+
+def flat(record: Mapping[str, Any], factors: Sequence[str]) -> dict[str, Any]:
+    """One row: factor levels, targets and measures beside each other."""
+    levels = {f: v if isinstance(v, (int, float, str)) else json.dumps(v) for f, v in record["levels"].items()}
+    return {f: levels[f] for f in factors} | dict(record["targets"]) | dict(record["measures"])
+
+
+def unconverged(records: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, int]:
+    """For each measure that has no number for some models: for how many."""
+    found = {m: sum(record["measures"].get(m) is None for record in records) for m in measures}
+    return {m: count for m, count in found.items() if count}
+
+
+def from_csv(
+    path: Path,
+    measures: Sequence[str] | None,
+    targets: Sequence[str] | None,
+    factors: Sequence[str] = (),
+    *,
+    given: str | None = None,
+) -> Table:
+    """A table with a heading and one row for each model. An empty cell, or one that is no number, is a missing value.
+
+    Raises:
+        InputError: the file cannot be read, has no such column, or no measures and targets are named.
+    """
+    if not (measures and targets):
+        raise InputError("name the columns of the table: --measures a,b --targets c [--factors lr,seed]")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--csv {path} cannot be read: {command.one_line(error)}") from None
+    reader = csv.DictReader(io.StringIO(text), dialect=_dialect(text))
+    head = [h for h in reader.fieldnames or [] if h is not None]
+    if len(set(head)) < len(head):
+        raise InputError(f"{path} has a column twice: {', '.join(sorted({h for h in head if head.count(h) > 1}))}")
+    for column in (*measures, *targets, *factors, *([given] if given else [])):
+        if column not in head:
+            raise unknown("column", column, head)
+    numeric = (*measures, *targets)
+    rows = [
+        {c: number(row.get(c)) if c in numeric else level(row.get(c)) for c in dict.fromkeys((*factors, *numeric))}
+        for row in reader
+    ]
+    if not rows:
+        raise InputError(f"{path} has a heading and no rows")
+    varied = [f for f in factors if len({repr(row[f]) for row in rows}) > 1]
+    return Table(path.stem, rows, list(measures), list(targets), varied, _given(given, varied), {"source": path.name})
+
+
+def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) -> int:
+    """report.html, results.json (everything that the page says) and models.csv (what it says it from)."""
+    found = analyse(table, num_resamples=num_resamples, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [dict(row) for row in table.rows]
+    command.write_json(
+        out / "results.json", found | {"about": table.about, "failed": list(table.failed), "models": rows}
+    )
+    command.write_atomic(out / "models.csv", to_csv(rows).encode())
+    path = write_page(out / "report.html", page(table, found))
+    print(found["headline"])
+    for line in found["conclusions"]:
+        print(f"  {line}")
+    print(f"{len(rows)} models. Open {path.resolve().as_uri()}")
+    return 0
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, head, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def number(text: str | None) -> float | None:
+    """None for what is no finite number."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def level(text: str | None) -> float | str | None:
+    """A number where it is one, so that 0.1 and 1e-1 are one level, else the text; None for an empty cell."""
+    if text is None or not text.strip():
+        return None
+    value = number(text)
+    return text.strip() if value is None else value
+
+
+def _dialect(text: str) -> type[csv.Dialect] | str:
+    line = text.split("\n", 1)[0]
+    if "," in line or not ("\t" in line or ";" in line):
+        return "excel"
+
+    class Other(csv.excel):
+        delimiter = "\t" if "\t" in line else ";"
+
+    return Other
+
+
+def _given(given: str | None, varied: Sequence[str]) -> str | None:
+    if given is not None:
+        if given not in varied:
+            raise InputError(f"--given {given}: not a factor that varies; those are {', '.join(varied) or 'none'}")
+        return given
+    return "lr" if "lr" in varied else (varied[0] if varied else None)
+
+
+def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], also: Sequence[str] = ()) -> list[str]:
+    for name in names or []:
+        if name not in (*known, *also):
+            raise unknown(kind, name, (*known, *also))
+    return list(names or known)

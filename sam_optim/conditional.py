@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from sam_optim import rng
-from sam_optim.correlation import _CHUNK, _check, _number, _reason, kendall_tau
+from sam_optim.correlation import (
+    _check,
+    _number,
+    _reason,
+    kendall_tau,
+    percentiles,
+    signs,
+    times_drawn,
+    weighted_tau,
+)
 from sam_optim.results import plain, provenance
 
 
@@ -100,8 +109,7 @@ def conditional(
     if not math.isfinite(within):
         reason = f"no two runs with the same {given} differ in both {measure} and {target}"
         return Conditional(within, **found, provenance=provenance(), reason=reason)
-    taus = _resampled(x, y, groups, num_resamples, seed)
-    low, high = _percentiles(taus, level)
+    low, high = percentiles(_resampled(x, y, groups, num_resamples, seed), level)
     return Conditional(
         within,
         within_low=low,
@@ -170,13 +178,11 @@ def _variance(a: Sequence[float], b: Sequence[float]) -> float:
 def _partials(x: Tensor, y: Tensor, z: Tensor | None, level: float, num_resamples: int, seed: int) -> dict[str, float]:
     if z is None:
         return {}
-    n = len(x)
+    counts = times_drawn(rng.Stream(seed).integers(len(x), (num_resamples, len(x))), len(x))
+    a, b, c = signs(x), signs(y), signs(z)
+    taus = partial_tau(weighted_tau(counts, a, b), weighted_tau(counts, a, c), weighted_tau(counts, b, c))
+    low, high = percentiles(taus, level)
     xz, yz = float(kendall_tau(x, z)), float(kendall_tau(y, z))
-    picks = rng.Stream(seed).integers(n, (num_resamples, n)).split(max(1, _CHUNK // n**2))
-    taus = torch.cat(
-        [partial_tau(kendall_tau(x[i], y[i]), kendall_tau(x[i], z[i]), kendall_tau(y[i], z[i])) for i in picks]
-    )
-    low, high = _percentiles(taus, level)
     partial = float(partial_tau(kendall_tau(x, y), xz, yz))
     return {"partial": partial, "partial_low": low, "partial_high": high, "measure_given": xz, "target_given": yz}
 
@@ -187,17 +193,9 @@ def _resampled(x: Tensor, y: Tensor, groups: Tensor, num_resamples: int, seed: i
     for group in groups.unique():
         rows = (groups == group).nonzero().flatten()
         columns.append(rows[stream.integers(len(rows), (num_resamples, len(rows)))])
-    picks = torch.cat(columns, 1)
-    return torch.cat([within_tau(x[i], y[i], groups[i]) for i in picks.split(max(1, _CHUNK // len(x) ** 2))])
-
-
-def _percentiles(taus: Tensor, level: float) -> tuple[float, float]:
-    taus = taus[taus.isfinite()]
-    if not len(taus):
-        return math.nan, math.nan
-    tail = (1 - level) / 2
-    low, high = torch.quantile(taus, torch.tensor([tail, 1 - tail], dtype=taus.dtype)).tolist()
-    return low, high
+    counts = times_drawn(torch.cat(columns, 1), len(x))
+    same = groups[:, None] == groups[None, :]
+    return weighted_tau(counts, signs(x) * same, signs(y) * same)
 
 
 def _finite(run: Mapping[str, Any], key: str) -> bool:

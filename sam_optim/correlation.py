@@ -15,7 +15,6 @@ from sam_optim import rng
 from sam_optim.results import plain, provenance
 
 MIN_RUNS = 4  # with three, even a perfect order has p = 1/3: there is nothing to report
-_CHUNK = 2**22  # signs of pairs held at once in the bootstrap, 32 MB
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,34 @@ def _reason(x: Tensor, y: Tensor, measure: str, target: str) -> str | None:
 
 
 def _interval(x: Tensor, y: Tensor, level: float, num_resamples: int, seed: int) -> tuple[float, float]:
-    """Percentiles of tau over resampled runs; samples in which a column is constant have none and are left out."""
+    """Percentiles of tau over resampled runs; a sample in which a column is constant has none."""
     n = len(x)
-    picks = rng.Stream(seed).integers(n, (num_resamples, n))
-    taus = torch.cat([kendall_tau(x[i], y[i]) for i in picks.split(max(1, _CHUNK // n**2))])
+    counts = times_drawn(rng.Stream(seed).integers(n, (num_resamples, n)), n)
+    return percentiles(weighted_tau(counts, signs(x), signs(y)), level)
+
+
+def signs(values: Tensor) -> Tensor:
+    """(n,) -> (n, n): sign(v_i - v_j)."""
+    return (values[:, None] - values[None, :]).sign()
+
+
+def times_drawn(picks: Tensor, n: int) -> Tensor:
+    """(m, k) indices below n -> (m, n): how often each of them was drawn in each of m samples."""
+    ones = torch.ones(picks.shape, dtype=torch.float64)
+    return torch.zeros(len(picks), n, dtype=torch.float64).scatter_add_(1, picks, ones)
+
+
+def weighted_tau(counts: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(m,): tau-b of m samples that have run i `counts[:, i]` times, from the signs a and b of all pairs, (n, n).
+
+    sum_ij c_i c_j s_ij is what the sample's own pairs sum to: exactly, as these are whole numbers.
+    """
+    agreement, in_a, in_b = (((counts @ pairs) * counts).sum(1) for pairs in (a * b, a.abs(), b.abs()))
+    return agreement / (in_a * in_b).sqrt()
+
+
+def percentiles(taus: Tensor, level: float) -> tuple[float, float]:
+    """The interval that leaves out (1 - level) / 2 on both sides; samples without a tau do not count."""
     taus = taus[taus.isfinite()]
     if not len(taus):
         return math.nan, math.nan

@@ -120,14 +120,10 @@ def test_a_factor_that_moves_both_is_found_out():
     assert found.measure_given > 0.7
 
 
-def test_the_partial_tau_leaves_some_of_what_the_factor_explains_and_within_does_not():
-    """The docstring's caveat: x and y are independent at every z, and the formula is not 0 even for 3,000 runs."""
-    x, y = bivariate(torch.Generator().manual_seed(5), 3000, 0.0)
-    z = torch.arange(3000) % 3
-    table = runs((x + z).tolist(), (y + z).tolist(), z.tolist())
-    found = conditional(table, "sharpness", "error", "lr", num_resamples=20)
-    assert found.within_low < 0 < found.within_high
-    assert found.partial_low > 0.03
+def test_the_partial_tau_is_not_0_for_normal_columns_that_are_independent_given_the_third():
+    """The docstring's caveat in closed form: r_xz = r_yz = 0.7 and r_xy = 0.49 leave no partial correlation."""
+    tau_xy, tau_xz = (2 / math.pi * math.asin(r) for r in (0.49, 0.7))
+    assert float(partial_tau(tau_xy, tau_xz, tau_xz)) == pytest.approx(0.1085, abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_no_global_generator_moves():

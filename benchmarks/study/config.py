@@ -60,8 +60,10 @@ class Config:
 
     @property
     def total(self) -> int:
-        """How many models the study trains."""
-        return self.sampler["trials"] if self.sampler else len(self.combinations)
+        """How many models the study trains: a sampler's trials, but no combination twice."""
+        endless = any(isinstance(levels, Range) for levels in self.factors.values())
+        most = math.inf if endless else len(self.combinations)
+        return int(min(self.sampler["trials"], most)) if self.sampler else int(most)
 
     def argv(self, levels: Mapping[str, Any]) -> list[str]:
         """The command line of `benchmarks.train` for one level of each factor."""

@@ -22,7 +22,7 @@ from benchmarks.study import storage as stores
 from benchmarks.study.config import Config, Range
 
 DEATHS = 3  # a combination that has cost so many workers their lives is given up
-DRAWS = 100  # of a sampler in a row that were all had before: there are no more combinations
+DRAWS = 50  # of a sampler in a row that were all had before: it has no others to offer for now
 
 Levels = Mapping[str, Any]
 

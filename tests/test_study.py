@@ -1,0 +1,487 @@
+"""The queue of a study: every combination once, whoever starts, stops and dies; what a trial records; bad settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study]'")
+
+from test_data import cifar_files
+
+from benchmarks import command, data
+from benchmarks.command import InputError
+from benchmarks.study import __main__ as study
+from benchmarks.study import config, storage, trial
+from benchmarks.study.queue import DEATHS, Queue, difference, duration
+from benchmarks.study.trial import Here, run_directory
+from benchmarks.study.worker import work
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+name = "tiny"
+[grid]
+lr = [0.02, 0.1]
+sam_rho = [0, 0.1]
+seed = [0, 1]
+[fixed]
+model = "cnn3"
+data = "digits"
+epochs = 2
+train_examples = 128
+[[measures]]
+names = ["worst", "gradient_regret"]
+examples = 64
+batch_size = 32
+rho = 0.05
+"""
+
+
+def settings(**tables):
+    return config.checked({"name": "s", "grid": {"lr": [0.1, 0.2, 0.3], "seed": [0, 1]}} | tables)
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def record(claim, **found):
+    return {"levels": dict(claim.levels), "failed": None, "targets": {}, "measures": {}, "seconds": 1.0} | found
+
+
+def drain(queue):
+    """Everything that is waiting, finished."""
+    done = []
+    while claim := queue.claim():
+        assert queue.finish(claim, record(claim), value=1.0)
+        done.append(dict(claim.levels))
+    return done
+
+
+def worker(folder, *options, heartbeat=1, file="tiny.toml"):
+    """A process of its own that works on the study of folder/tiny.toml."""
+    command_line = [sys.executable, "-W", "error", "-m", "benchmarks.study", "run", str(folder / file)]
+    command_line += ["--out", str(folder / "out"), "--heartbeat", str(heartbeat), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command_line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process, code=0, timeout=300):
+    out, error = process.communicate(timeout=timeout)
+    assert process.returncode == code, error
+    return out, error
+
+
+def wait_for(condition, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+class TestConfig:
+    def test_a_grid_has_every_combination_once_and_is_what_train_understands(self, tmp_path):
+        (tmp_path / "tiny.toml").write_text(TINY)
+        found = config.load(tmp_path / "tiny.toml")
+        assert found.total == len({json.dumps(c) for c in found.combinations}) == 8
+        assert found.combinations[1] == {"lr": 0.02, "sam_rho": 0, "seed": 1}
+        assert "--lr=0.02" in found.argv(found.combinations[0])
+
+    def test_yaml_says_the_same_as_toml(self, tmp_path):
+        import tomllib
+
+        import yaml
+
+        (tmp_path / "a.toml").write_text(TINY)
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(tomllib.loads(TINY)))
+        assert config.load(tmp_path / "a.toml").to_dict() == config.load(tmp_path / "a.yaml").to_dict()
+
+    def test_a_level_may_stand_for_several_options(self):
+        named = {"plain": {"no_aug": True}, "strong": {"aa": "rand-m9", "mixup": 0.2}}
+        found = settings(grid={"augmentation": named, "seed": [0]}, fixed={"model": "resnet18", "data": "cifar10"})
+        assert found.combinations == [{"augmentation": "plain", "seed": 0}, {"augmentation": "strong", "seed": 0}]
+        argv = found.argv(found.combinations[1])
+        assert "--aa=rand-m9" in argv
+        assert "--no-aug" not in argv
+        assert "--no-aug" in found.argv(found.combinations[0])
+
+    def test_file_names_of_combinations_are_plain_and_differ(self):
+        names = {config.identifier({"lr": lr, "aug": a}) for lr in (0.1, 1e-7) for a in ("../x", ".. x", "a" * 300)}
+        assert len(names) == 6
+        assert all(len(n) < 140 and "/" not in n and not n.startswith(".") for n in names)
+
+    def test_the_studies_of_this_repository_are_valid_but_for_what_is_not_installed(self):
+        for path in (ROOT / "benchmarks" / "studies").glob("*.toml"):
+            if importlib.util.find_spec("benchmarks.corruptions") is None:
+                with pytest.raises(InputError, match="corruptions"):
+                    config.load(path)
+            else:
+                assert config.load(path).total >= 48
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ({"grid": {}}, "[grid] is empty"),
+            ({"grid": {"learning_rate": [1]}}, "unknown option of benchmarks.train 'learning_rate'"),
+            ({"grid": {"lr": [0.1, 0.1]}}, "a level twice"),
+            ({"grid": {"lr": []}}, "lr must be a list"),
+            ({"grid": {"lr": 0.1}}, "lr must be a list"),
+            ({"grid": {"lr": [math.nan]}}, "lr must be finite"),
+            ({"grid": {"lr": [-1.0]}}, "lr = -1.0: argument --lr: must be > 0"),
+            ({"grid": {"data_dir": ["x"]}}, "given on the command line"),
+            ({"grid": {"lr": {"low": 0.1, "high": 1.0}}}, "lr is a range"),
+            ({"fixed": {"sched": "linear"}}, "invalid choice"),
+            ({"measures": [{"names": ["flatness"]}]}, "unknown measure 'flatness'"),
+            ({"measures": [{"names": "worst"}]}, "must be a list"),
+            ({"measures": [{}, {}]}, "give each a label"),
+            ({"measures": [{"radius": 1}]}, "unknown setting of [measures] 'radius'"),
+            ({"sampler": {"name": "TPESampler"}}, "needs trials"),
+            ({"sampler": {"trials": 3, "objective": "speed"}}, "unknown objective"),
+            ({"typo": {}}, "unknown table 'typo'"),
+            ({"name": "../x"}, "letters, digits"),
+        ],
+    )
+    def test_bad_settings_are_named(self, content, words):
+        with pytest.raises(InputError) as caught:
+            config.checked({"name": "s", "grid": {"lr": [0.1]}} | content)
+        assert words in str(caught.value)
+
+    def test_files_that_are_not_settings(self, tmp_path):
+        for name, text in (("a.toml", "= ="), ("b.yaml", "- 1"), ("c.yaml", "a: [")):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(InputError, match=name):
+                config.load(tmp_path / name)
+        with pytest.raises(InputError, match="not a file"):
+            config.load(tmp_path / "none.toml")
+
+
+class TestStorage:
+    def test_urls(self, tmp_path, monkeypatch):
+        assert storage.url_of(None, tmp_path) == f"sqlite:///{tmp_path / 'study.db'}"
+        assert storage.url_of("postgresql://u@h/d", tmp_path) == "postgresql+psycopg://u@h/d"
+        monkeypatch.setenv(storage.ENVIRONMENT, "postgres://u:secret@h/d")
+        assert "secret" not in storage.shown(storage.url_of(None, tmp_path))
+        for bad in ("study.db", "mysql://x"):
+            with pytest.raises(InputError):
+                storage.url_of(bad, tmp_path)
+
+    def test_a_lock_is_for_one_and_ends_with_its_holder(self, tmp_path):
+        path = tmp_path / "x.lock"
+        with storage.held(path) as first, storage.held(path) as second:
+            assert (first, second) == (True, False)
+        with storage.held(path) as again:
+            assert again
+
+    def test_a_run_directory_in_use_is_left_alone(self, tmp_path):
+        with run_directory(tmp_path, "a") as first, run_directory(tmp_path, "a") as second:
+            assert (first.name, second.name) == ("a", "a-2")
+        with run_directory(tmp_path, "a") as again:
+            assert again.name == "a"
+
+
+def claim_all(url, numbers):
+    queue = Queue(settings(grid={"lr": [i / 100 for i in range(1, 21)]}), url)
+    while claim := queue.claim():
+        numbers.put(claim.levels["lr"])
+        queue.finish(claim, record(claim), value=0.5)
+
+
+class TestQueue:
+    def test_every_combination_comes_once(self, url):
+        queue = Queue(settings(), url)
+        assert sorted(map(json.dumps, drain(queue))) == sorted(map(json.dumps, settings().combinations))
+        assert queue.claim() is None
+        assert (queue.tally().done, queue.tally().left) == (6, 0)
+        assert len(queue.records()) == 6
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+    def test_workers_that_start_at_the_same_time_run_nothing_twice(self, url):
+        context = multiprocessing.get_context("fork")
+        numbers = context.Queue()
+        processes = [context.Process(target=claim_all, args=(url, numbers)) for _ in range(4)]
+        for p in processes:
+            p.start()
+        found = [numbers.get(timeout=120) for _ in range(20)]
+        for p in processes:
+            p.join(60)
+        assert [p.exitcode for p in processes] == [0] * 4
+        assert numbers.empty()
+        assert sorted(found) == [i / 100 for i in range(1, 21)]
+
+    def test_a_trial_given_back_comes_again_and_counts_no_death(self, url):
+        queue = Queue(settings(), url)
+        first = queue.claim()
+        for _ in range(DEATHS + 1):
+            queue.give_back(first, "SIGTERM")
+            again = [queue.claim() for _ in range(6)]
+            assert queue.claim() is None
+            (match,) = [c for c in again if c.levels == first.levels]
+            assert match.deaths == 0
+            for claim in again:
+                if claim is not match:
+                    queue.give_back(claim, "not now")
+            first = match
+        queue.give_back(first, "SIGTERM")
+        assert len(drain(queue)) == 6
+
+    def test_a_combination_that_kills_its_workers_is_given_up(self, url):
+        queue = Queue(settings(grid={"lr": [0.1]}), url)
+        for deaths in range(DEATHS):
+            claim = queue.claim()
+            assert claim.deaths == deaths
+            queue.give_back(claim, "out of memory", died=True)
+        assert queue.claim() is None
+        assert (queue.tally().failed, queue.tally().left) == (1, 0)
+
+    def test_a_silent_worker_loses_its_trial_and_its_result(self, url):
+        queue = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=1)
+        silent = queue.claim()
+        assert queue.claim() is None
+        time.sleep(2.2)  # the database's clock has whole seconds
+        other = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=1)
+        taken = other.claim()
+        assert (taken.levels, taken.deaths) == (silent.levels, 1)
+        assert not queue.finish(silent, record(silent, seconds=7.0), value=0.0)
+        queue.give_back(silent, "SIGTERM")
+        assert other.tally().running == 1
+        assert other.finish(taken, record(taken), value=1.0)
+        (kept,) = other.records()
+        assert kept["seconds"] == 1.0
+
+    def test_killed_between_taking_and_the_first_heartbeat(self, url):
+        queue = Queue(settings(grid={"lr": [0.1]}), url)
+        with queue._lock():
+            queue._reconcile()
+            queue.study.ask()  # RUNNING now, and the process is gone
+        claim = queue.claim()
+        assert claim.levels == {"lr": 0.1}
+        assert claim.deaths == 1
+
+    def test_diverged_is_a_result_that_is_not_tried_again(self, url):
+        queue = Queue(settings(grid={"lr": [0.1]}), url)
+        claim = queue.claim()
+        assert queue.finish(claim, record(claim, failed="the loss is nan"), value=None)
+        assert queue.claim() is None
+        assert (queue.tally().failed, queue.tally().done) == (1, 0)
+        assert queue.records()[0]["failed"] == "the loss is nan"
+
+    def test_other_settings_under_the_same_name_are_refused(self, url):
+        Queue(settings(fixed={"epochs": 2}), url)
+        Queue(settings(fixed={"epochs": 2}), url)
+        with pytest.raises(InputError, match=r"fixed\.epochs was 2 and is 3"):
+            Queue(settings(fixed={"epochs": 3}), url)
+        assert difference({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == "a.c was null and is 2"
+
+    def test_a_study_of_another_program_is_refused(self, url):
+        import optuna
+
+        with storage.quiet():
+            other = optuna.create_study(study_name="s", storage=storage.open_storage(url))
+            other.add_trial(optuna.trial.create_trial(value=1.0))
+        with pytest.raises(InputError, match="another program"):
+            Queue(settings(), url)
+
+    def test_the_time_left_counts_two_passes_for_sam(self, url):
+        queue = Queue(settings(grid={"sam_rho": [0, 0.1], "seed": [0, 1]}), url)
+        claim = queue.claim()
+        assert claim.levels["sam_rho"] == 0
+        queue.finish(claim, record(claim, seconds=10.0), value=1.0)
+        assert queue.tally(own=1).seconds_left == pytest.approx(10 + 20 + 20)
+        assert "1 of 4 done, 0 running, 0 failed; about 50 s left with 1 worker" in str(queue.tally(own=1))
+        assert [duration(s) for s in (89, 600, 7300)] == ["89 s", "10 min", "2 h 1 min"]
+
+    def test_a_sampler_draws_from_ranges_until_it_has_enough(self, url):
+        grid = {
+            "lr": {"low": 0.01, "high": 1.0, "log": True},
+            "epochs": {"low": 1, "high": 3},
+            "adaptive": [None, "layer"],
+        }
+        found = settings(grid=grid, fixed={"sam_rho": 0.1}, sampler={"trials": 5, "name": "RandomSampler"})
+        queue = Queue(found, url)
+        claim = queue.claim()
+        queue.give_back(claim, "SIGTERM")
+        levels = drain(queue)
+        assert len(levels) == 5
+        assert claim.levels in levels
+        assert all(0.01 <= level["lr"] <= 1 and level["epochs"] in (1, 2, 3) for level in levels)
+        assert queue.tally().left == 0
+
+    def test_a_sampler_does_not_run_a_combination_twice(self, url):
+        queue = Queue(settings(sampler={"trials": 20, "name": "RandomSampler"}), url)
+        levels = drain(queue)
+        assert len(levels) == len({json.dumps(level) for level in levels}) == 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study that two processes started at the same time and ran to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.toml").write_text(TINY)
+    processes = [worker(folder) for _ in range(2)]
+    return folder, [ended(p) for p in processes]
+
+
+def interrupt(runs, signum):
+    """Sends a signal to this process when a run has three epochs behind it."""
+    wait_for(lambda: any("epoch   3" in p.read_text() for p in runs.glob("*/log.txt")))
+    os.kill(os.getpid(), signum)
+
+
+class TestRuns:
+    def test_two_processes_share_a_study_and_run_nothing_twice(self, finished):
+        folder, outputs = finished
+        started = [line for out, _ in outputs for line in out.splitlines() if line.startswith("trial") and "lr" in line]
+        assert len(started) == len({line.split(":", 1)[1] for line in started}) == 8
+        assert all("finished: 8 of 8 done, 0 running, 0 failed" in out for out, _ in outputs)
+        assert len([p for p in (folder / "out" / "runs").iterdir() if p.is_dir()]) == 8
+
+    def test_every_model_is_evaluated_and_measured(self, finished):
+        folder, _ = finished
+        queue = Queue(config.load(folder / "tiny.toml"), storage.url_of(None, folder / "out"))
+        records = queue.records()
+        assert len(records) == 8
+        for found in records:
+            targets = found["targets"]
+            assert targets["gap"] == pytest.approx(targets["test_error"] - targets["train_error"])
+            assert set(found["measures"]) == {"worst", "gradient_regret"}
+            assert all(math.isfinite(v) for v in found["measures"].values())
+            assert found["provenance"]["torch"] == torch.__version__
+            assert (
+                found["details"][""]["ball"]["groups"][0]["rho"] == 0.05
+            )  # not the radius that the model was trained with
+        assert [t.value for t in queue.study.get_trials()] == [
+            next(r for r in records if r["number"] == t.number)["targets"]["test_error"]
+            for t in queue.study.get_trials()
+        ]
+
+    def test_the_same_command_again_trains_nothing(self, finished, capsys):
+        folder, _ = finished
+        before = {p: p.stat().st_mtime_ns for p in (folder / "out" / "runs").rglob("*") if p.is_file()}
+        argv = [str(folder / "tiny.toml"), "--out", str(folder / "out")]
+        assert command.run(study.main, ["run", *argv]) == 0
+        assert command.run(study.main, ["status", *argv]) == 0
+        assert "8 of 8 done" in capsys.readouterr().out
+        assert before == {p: p.stat().st_mtime_ns for p in (folder / "out" / "runs").rglob("*") if p.is_file()}
+
+    def test_the_numbers_do_not_depend_on_who_ran_them(self, finished, tmp_path):
+        folder, _ = finished
+        found = config.load(folder / "tiny.toml")
+        kept = Queue(found, storage.url_of(None, folder / "out")).records()[0]
+        again = trial.execute(found, kept["levels"], tmp_path / "run", Here(tmp_path))
+        assert (again["targets"], again["measures"]) == (kept["targets"], kept["measures"])
+
+    def test_a_signal_saves_gives_the_trial_back_and_the_next_worker_goes_on(self, tmp_path, capsys):
+        found = settings(
+            grid={"sam_rho": [0.1]},
+            fixed={"data": "digits", "epochs": 12, "train_examples": 400},
+            measures=[{"names": ["gradient_regret"], "examples": 64}],
+        )
+        queue, here = Queue(found, f"sqlite:///{tmp_path / 'study.db'}"), Here(tmp_path / "runs")
+        interrupting = threading.Thread(target=interrupt, args=(here.runs, signal.SIGTERM))
+        interrupting.start()
+        assert work(queue, here) == 128 + signal.SIGTERM
+        interrupting.join()
+        assert "given back" in capsys.readouterr().err
+        assert (queue.tally().running, queue.tally().left) == (0, 1)
+        assert work(queue, here) == 0
+        (log,) = here.runs.glob("*/log.txt")
+        assert "going on in" in log.read_text()
+        assert log.read_text().count("epoch  12") == 1
+        straight = trial.execute(found, found.combinations[0], tmp_path / "straight", Here(tmp_path))
+        (kept,) = queue.records()
+        assert (kept["targets"], kept["measures"]) == (straight["targets"], straight["measures"])
+
+    @pytest.mark.slow
+    def test_a_killed_worker_is_missed_and_another_goes_on_from_its_checkpoint(self, tmp_path):
+        text = TINY.replace("lr = [0.02, 0.1]", "lr = [0.05]").replace("sam_rho = [0, 0.1]", "sam_rho = [0.1]")
+        (tmp_path / "tiny.toml").write_text(text.replace("epochs = 2", "epochs = 40").replace("128", "400"))
+        logs = tmp_path / "out" / "runs"
+        first = worker(tmp_path)
+        wait_for(lambda: any("epoch   3" in p.read_text() for p in logs.glob("*/log.txt")))
+        first.kill()
+        first.communicate()
+        out, _ = ended(worker(tmp_path))
+        assert "finished: 2 of 2 done, 0 running, 0 failed" in out
+        assert any("going on in" in p.read_text() for p in logs.glob("*/log.txt"))
+        queue = Queue(config.load(tmp_path / "tiny.toml"), storage.url_of(None, tmp_path / "out"))
+        assert sorted(t.state.name for t in queue.study.get_trials()) == ["COMPLETE", "COMPLETE", "FAIL"]
+
+    def test_a_model_that_diverges_has_a_reason_and_the_study_goes_on(self, tmp_path, capsys):
+        grid = {"lr": [1e30, 0.05]}
+        fixed = {"data": "digits", "epochs": 1, "train_examples": 128}
+        found = settings(grid=grid, fixed=fixed, measures=[{"names": ["gradient_regret"], "examples": 64}])
+        queue = Queue(found, f"sqlite:///{tmp_path / 'study.db'}")
+        assert work(queue, Here(tmp_path / "runs")) == 0
+        assert "1 of 2 done, 0 running, 1 failed" in capsys.readouterr().out
+        (bad,) = [r for r in queue.records() if r["failed"]]
+        assert "diverged" in bad["failed"]
+
+    def test_a_machine_without_the_data_leaves_the_trial_to_others(self, tmp_path):
+        found = settings(fixed={"data": "cifar10", "model": "cnn5"})
+        queue = Queue(found, f"sqlite:///{tmp_path / 'study.db'}")
+        with pytest.raises(InputError, match="not a directory"):
+            work(queue, Here(tmp_path / "runs", str(tmp_path / "none")))
+        assert (queue.tally().running, queue.tally().left) == (0, 6)
+
+
+class TestEvaluation:
+    def test_corrupted_images_are_test_images_seen_through_the_corruption(self, tmp_path, monkeypatch):
+        """With the identity as corruption the error is the test error; black images give one class to all."""
+        import types
+
+        module = types.ModuleType("benchmarks.corruptions")
+        seen = []
+
+        def corrupted(images, name, severity, seed):
+            seen.append((name, severity, seed, images.dtype, tuple(images.shape)))
+            return images if name == "none" else torch.zeros_like(images)
+
+        module.corrupted, module.NAMES = corrupted, ("none", "black")
+        monkeypatch.setitem(sys.modules, "benchmarks.corruptions", module)
+        root, _ = cifar_files(tmp_path)
+        splits = data.load("cifar10", root)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
+        images, labels = splits.test.tensors
+        clean = model(splits.test.normalise(images)).argmax(1)
+        black = model(splits.test.normalise(torch.zeros_like(images[:1]))).argmax(1)
+        chosen = {"names": ["none", "black"], "severities": [1, 5], "examples": 0, "seed": 3}
+        found = trial.corrupted_errors(model, splits, chosen, torch.device("cpu"))
+        assert found["none, 5"] == pytest.approx(100 * float((clean != labels).double().mean()))
+        assert found["black, 1"] == pytest.approx(100 * float((black != labels).double().mean()))
+        assert seen[0] == ("none", 1, 3, torch.uint8, (20, 3, 32, 32))
+        config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"]}})
+        with pytest.raises(InputError, match="unknown corruption 'fog'"):
+            config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["fog"]}})
+        with pytest.raises(InputError, match="from 1 to 5"):
+            config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"], "severities": [6]}})
+
+    def test_some_images_are_taken_from_all_over_the_test_set(self, tmp_path):
+        """CIFAR's test images may be sorted by class: the first ones would be of one class."""
+        root, _ = cifar_files(tmp_path)
+        splits = data.load("cifar10", root)
+        images, _, _ = trial.pixels_of(splits, 5)
+        assert torch.equal(images, splits.test.tensors[0][[0, 4, 8, 12, 16]])
+        with pytest.raises(InputError, match="images in memory"):
+            trial.pixels_of(data.digits(), 5)
+
+    def test_a_measure_that_did_not_converge_has_no_number(self):
+        assert trial.number_of({"value": 1.0, "converged": False}) is None
+        assert trial.number_of({"eigenvalues": [3.0, 1.0], "converged": True}) == 3.0
+        assert trial.number_of({"value": 2.0}) == 2.0
+        assert trial.number_of({"value": None, "reason": "x"}) is None

@@ -106,9 +106,9 @@ def test_workers_that_start_at_the_same_time_run_nothing_twice(server, tmp_path)
 def test_a_lock_is_for_one_and_waits(server, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE", 1)
     url = storage.url_of(server, tmp_path)
-    with storage.locked(url, "a"), storage.locked(url, "b"):
-        with pytest.raises(InputError, match="locked by another worker"), storage.locked(url, "a"):
-            pass
+    others = storage.locked(url, "a"), storage.locked(url, "b")
+    with others[0], others[1], pytest.raises(InputError, match="locked by another worker"), storage.locked(url, "a"):
+        pass
     with storage.locked(url, "a"):
         pass
 

@@ -150,7 +150,7 @@ def intervals(
             panel.add(line(*_flat(x.clipped(row.low), x.clipped(row.high), at), class_=f"whisker s{row.style}"))
         if math.isfinite(row.value):
             panel.add(marker(x.clipped(row.value), at, row.style, class_=f"dot s{row.style}"))
-    said = "; ".join(f"{r.name or 'and'}: {r.value:.3g} ({r.low:.3g} to {r.high:.3g})" for r in rows)
+    said = "; ".join(f"{r.name or 'and'}: {_said(r.value)} ({_said(r.low)} to {_said(r.high)})" for r in rows)
     return panel.render(f"{x_label}. {said}.", grid="x")
 
 
@@ -184,6 +184,10 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, 0.0
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def _said(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,357 @@
+"""What a study's report says follows from its intervals; the page sorts, stands without JavaScript, escapes names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import re
+
+import pytest
+from chromium import BINARY, REASON, Browser
+from test_report import HOSTILE, Reader
+
+from benchmarks import command
+from benchmarks.command import InputError
+from benchmarks.study import __main__ as study
+from benchmarks.study import report
+from benchmarks.study.analysis import Table, analyse, conclusion, direction, headline, verdict
+from benchmarks.study.page import page
+from sam_optim.report.matrix import Square, colour, matrix
+from sam_optim.report.page import html_page
+from sam_optim.report.sortable import SCRIPT, Cell, script_hash, sortable_table
+
+LRS, RHOS, SEEDS = (0.02, 0.06, 0.2), (0.0, 0.05, 0.1, 0.2), (0, 1, 2, 3)
+
+
+def models(measure, target, seed=0):
+    """48 models; measure and target are functions of (learning rate, rho, noise)."""
+    draw = random.Random(seed)
+    rows = []
+    for lr in LRS:
+        for rho in RHOS:
+            for s in SEEDS:
+                values = {"lr": lr, "sam_rho": rho, "seed": s}
+                z = draw.gauss(0, 1)
+                values["sharpness"] = measure(math.log(lr), rho, z, draw.gauss(0, 1))
+                values["test_error"] = target(math.log(lr), rho, z, draw.gauss(0, 1))
+                rows.append(values)
+    return Table("t", rows, ["sharpness"], ["test_error"], ["lr", "sam_rho", "seed"], "lr")
+
+
+CASES = {
+    "positive, also at a fixed learning rate": models(lambda a, r, z, e: z, lambda a, r, z, e: z + 0.3 * e),
+    "negative, also at a fixed learning rate": models(lambda a, r, z, e: -z, lambda a, r, z, e: z + 0.3 * e),
+    "positive, but not at a fixed learning rate": models(lambda a, r, z, e: 3 * a + e, lambda a, r, z, e: 3 * a + e),
+    "positive, but negative at a fixed learning rate": models(
+        lambda a, r, z, e: 5 * a + z, lambda a, r, z, e: 5 * a - z + 0.2 * e
+    ),
+    "no evidence over all models, but positive at a fixed learning rate": models(
+        lambda a, r, z, e: a + z, lambda a, r, z, e: -a + z + 0.2 * e
+    ),
+    "no evidence": models(lambda a, r, z, e: e, lambda a, r, z, e: e),
+}
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_the_verdict_is_what_the_data_were_made_to_be(words):
+    found = analyse(CASES[words], num_resamples=400)
+    assert found["comparisons"][0]["verdict"] == words
+    assert words in found["conclusions"][0]
+
+
+def row(low, high, p, within=None, measure="m"):
+    found = {"measure": measure, "target": "test_error", "tau": (low + high) / 2, "low": low, "high": high, "n": 48}
+    found["p_adjusted"] = p
+    if within:
+        found["fixed"] = {"within": sum(within[:2]) / 2, "within_low": within[0], "within_high": within[1]}
+        found["fixed"] |= {"within_p_adjusted": within[2], "measure_given": 0.0}
+    return found
+
+
+def test_an_interval_alone_is_not_enough_after_many_tests():
+    assert direction(0.1, 0.4, 0.01, 0.95) == 1
+    assert direction(-0.4, -0.1, 0.01, 0.95) == -1
+    assert direction(0.1, 0.4, 0.2, 0.95) == 0
+    assert direction(-0.1, 0.4, 0.01, 0.95) == 0
+    assert direction(None, None, None, 0.95) == 0
+    assert verdict(row(0.1, 0.4, 0.2), None) == "no evidence after correction"
+    assert verdict(row(-0.1, 0.4, 0.2), None) == "no evidence"
+    assert verdict(row(0.1, 0.4, 0.01), None) == "positive"
+    assert verdict(row(-0.1, 0.4, 0.2, (-0.4, -0.1, 0.01)), "lr").startswith(
+        "no evidence over all models, but negative"
+    )
+    assert verdict({"tau": None, "reason": "3 runs"}, "lr") == "not computed: 3 runs"
+
+
+UP, DOWN, FLAT = (0.2, 0.5, 0.001), (-0.5, -0.2, 0.001), (-0.2, 0.2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overall", "fixed", "words"),
+    [
+        ([UP, UP], [UP, UP], "All 2 measures rise with test error; at a fixed learning rate all rise."),
+        (
+            [DOWN, DOWN],
+            [FLAT, FLAT],
+            "All 2 measures fall with test error; at a fixed learning rate there is no evidence",
+        ),
+        (
+            [UP, DOWN, FLAT],
+            None,
+            "Of 3 measures 1 rises with test error, 1 falls and 1 shows no evidence, over 48 models.",
+        ),
+        ([FLAT, FLAT], None, "No evidence that any of 2 measures goes with test error, over 48 models."),
+        ([UP], [DOWN], "M0 rises with test error; at a fixed learning rate it falls."),
+        ([FLAT, FLAT], [UP, FLAT], "at a fixed learning rate 1 rises with it and 1 shows no evidence."),
+    ],
+)
+def test_the_headline_counts_directions(overall, fixed, words):
+    rows = [
+        row(*o, within=f, measure=f"m{i}") for i, (o, f) in enumerate(zip(overall, fixed or [None] * 9, strict=False))
+    ]
+    table = Table("t", [], [r["measure"] for r in rows], ["test_error"], (), "lr" if fixed else None)
+    assert words in headline(rows, table)
+
+
+def test_a_measure_that_follows_the_learning_rate_more_closely_is_named():
+    rows = [row(*UP, within=FLAT, measure="a"), row(*UP, within=FLAT, measure="b")]
+    table = Table("t", [], ["a", "b"], ["test_error"], ["lr"], "lr")
+    follows = [
+        {"measure": "a", "tau": -0.8, "low": -0.9, "high": -0.7},
+        {"measure": "b", "tau": 0.4, "low": -0.1, "high": 0.9},
+    ]
+    said = conclusion(rows, table, "test_error", follows=follows)
+    assert said.endswith("for a and b. A follows the learning rate more closely.")
+
+
+def test_all_tests_of_the_page_are_corrected_together():
+    """2 measures x 2 targets, each over all models and at a fixed learning rate: 8 tests."""
+    rows = [dict(r, other=-r["sharpness"], gap=r["test_error"] ** 2) for r in CASES["no evidence"].rows]
+    table = Table("t", rows, ["sharpness", "other"], ["test_error", "gap"], ["lr", "seed"], "lr")
+    found = analyse(table, num_resamples=20)
+    assert found["num_tests"] == 8
+    smallest = min(c["p"] for c in found["comparisons"])
+    fixed = min(c["fixed"]["within_p"] for c in found["comparisons"])
+    adjusted = [c["p_adjusted"] for c in found["comparisons"]] + [
+        c["fixed"]["within_p_adjusted"] for c in found["comparisons"]
+    ]
+    assert min(adjusted) == pytest.approx(min(1.0, 8 * min(smallest, fixed)))
+
+
+def as_csv(rows):
+    return report.to_csv(rows)
+
+
+class TestCsv:
+    def test_a_table_of_somebody_else_gets_the_same_analysis(self, tmp_path, capsys):
+        table = CASES["positive, but not at a fixed learning rate"]
+        path = tmp_path / "theirs.csv"
+        path.write_text(as_csv(table.rows))
+        argv = ["report", "--csv", str(path), "--measures", "sharpness", "--targets", "test_error"]
+        argv += ["--factors", "lr,sam_rho,seed", "--out", str(tmp_path / "out"), "--resamples", "200"]
+        assert command.run(study.main, argv) == 0
+        assert "not at a fixed learning rate" in capsys.readouterr().out
+        theirs = json.loads((tmp_path / "out" / "results.json").read_text())
+        ours = analyse(table, num_resamples=200)
+        assert theirs["comparisons"] == json.loads(json.dumps(ours["comparisons"]))
+        again = list(csv.DictReader(io.StringIO((tmp_path / "out" / "models.csv").read_text())))
+        assert [float(r["sharpness"]) for r in again] == [r["sharpness"] for r in table.rows]
+
+    @pytest.mark.parametrize("separator", [";", "\t"])
+    def test_cells_that_are_no_numbers_are_missing_and_a_byte_order_mark_is_nothing(self, tmp_path, separator):
+        lines = ["lr,a,b", "0.1,1,2", "1e-1,nan,3", "0.1,,4", "0.2,x,5", "0.2,6,inf"]
+        (tmp_path / "t.csv").write_text("\ufeff" + "\n".join(lines).replace(",", separator), encoding="utf-8")
+        table = report.from_csv(tmp_path / "t.csv", ["a"], ["b"], ["lr"])
+        assert [r["a"] for r in table.rows] == [1.0, None, None, None, 6.0]
+        assert table.rows[4]["b"] is None
+        assert {r["lr"] for r in table.rows} == {0.1, 0.2}
+        assert table.given == "lr"
+
+    @pytest.mark.parametrize(
+        ("text", "options", "words"),
+        [
+            ("a,b\n1,2\n", (None, ["b"]), "name the columns"),
+            ("a,b\n1,2\n", (["a"], ["c"]), "unknown column 'c'"),
+            ("a,b\n", (["a"], ["b"]), "no rows"),
+            ("a,a,b\n1,2,3\n", (["a"], ["b"]), "a column twice: a"),
+            ("", (["a"], ["b"]), "unknown column 'a'"),
+        ],
+    )
+    def test_bad_tables_are_named(self, tmp_path, text, options, words):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(InputError, match=re.escape(words)):
+            report.from_csv(tmp_path / "t.csv", *options)
+
+    def test_a_factor_to_hold_fixed_must_vary(self, tmp_path):
+        (tmp_path / "t.csv").write_text("a,b,lr\n1,2,3\n2,3,3\n")
+        with pytest.raises(InputError, match="--given lr"):
+            report.from_csv(tmp_path / "t.csv", ["a"], ["b"], ["lr"], given="lr")
+
+    def test_a_few_rows_have_reasons_instead_of_numbers(self, tmp_path):
+        (tmp_path / "t.csv").write_text("a,b,lr\n1,2,3\n2,3,4\n")
+        found = report.from_csv(tmp_path / "t.csv", ["a"], ["b"], ["lr"])
+        assert report.write(found, tmp_path / "out", num_resamples=10) == 0
+        text = (tmp_path / "out" / "report.html").read_text()
+        assert "not computed: 2 runs with finite numbers" in text
+        assert "nan" not in re.sub(r"<script.*</script>", "", text, flags=re.S).lower().replace("provenance", "")
+
+    def test_either_a_study_or_a_table(self, capsys):
+        assert command.run(study.main, ["report"]) == 2
+        assert "one of them" in capsys.readouterr().err
+
+
+def big_table():
+    base = CASES["positive, but not at a fixed learning rate"].rows
+    rows = [
+        dict(
+            r,
+            flat=math.exp(-3 * r["sharpness"]),
+            gap=r["test_error"] - 5,
+            aug=("a", "b")[i % 2],
+            trace=None if i < 3 else i * 1.0,
+        )
+        for i, r in enumerate(base)
+    ]
+    return Table(
+        "study", rows, ["sharpness", "flat", "trace"], ["test_error", "gap"], ["lr", "sam_rho", "seed", "aug"], "lr"
+    )
+
+
+class TestPage:
+    def test_everything_is_on_the_page_and_nothing_comes_from_outside(self, tmp_path):
+        table = big_table()
+        found = analyse(table, num_resamples=50)
+        text = page(table, found)
+        assert found["headline"] in text
+        for identifier in ("map", "given", "comparisons", "scatter", "models", "reading", "settings"):
+            assert f'id="{identifier}"' in text
+        assert not re.findall(r"https?://|url\(|@import", text)
+        assert re.findall("<script[^>]*>", text) == ['<script type="application/json" id="data">', "<script>"]
+        assert f"script-src &#x27;{script_hash(SCRIPT)}&#x27;" in text
+        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+        assert len(data["models"]) == 48
+        assert len(data["comparisons"]) == 6
+
+    @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+    def test_hostile_names_stay_text(self, name):
+        rows = [
+            {name: r["sharpness"], "e" + name: r["test_error"], "f" + name: name + str(r["lr"])}
+            for r in big_table().rows
+        ]
+        about = {name: name, "unconverged": {name: 2}, "config": {name: [name]}}
+        table = Table(
+            name,
+            rows,
+            [name],
+            ["e" + name],
+            ["f" + name],
+            "f" + name,
+            about,
+            [{"levels": {name: name}, "reason": name}],
+        )
+        reader = Reader()
+        reader.feed(page(table, analyse(table, num_resamples=10)))
+        assert reader.tags.count("script") == 2
+        assert reader.tags.count("style") == 1
+        assert "img" not in reader.tags
+        assert not [a for a, _ in reader.attributes if a.startswith("on")]
+        assert not [v for a, v in reader.attributes if a in ("href", "src")]
+
+    def test_a_script_that_could_end_itself_is_refused(self):
+        with pytest.raises(ValueError, match="</"):
+            html_page("t", script="document.write('</script>')")
+
+    def test_cells_carry_what_they_are_sorted_by(self):
+        rows = [["a", Cell("1.00", 1.0), Cell("–", math.nan), Cell("words", "words")]]
+        text = sortable_table(["", "x", "y", "z"], rows, "c")
+        assert re.findall('data-key="([^"]*)"', text) == ["1.0", "", "words"]
+
+    def test_colours_are_those_of_the_sign(self):
+        assert colour(0.0) == "#f7f7f7"
+        assert colour(1.0) == "#b2182b"
+        assert colour(-1.0) == "#2166ac"
+        assert colour(-7.0) == colour(-1.0)
+        text = matrix("t", ["m"], ["a", "b"], [[Square(0.5), Square(math.nan, False)]])
+        assert "+0.50" in text
+        assert "–" in text
+
+
+SORTED = """(() => {
+  const rows = [...document.querySelectorAll("#models table.sortable tbody tr")];
+  return rows.map((row) => row.cells[COLUMN].textContent);
+})()"""
+
+
+def column(browser, i):
+    return browser.run(SORTED.replace("COLUMN", str(i)))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    report.write(big_table(), folder, num_resamples=50)
+    return folder / "report.html"
+
+
+@pytest.mark.skipif(BINARY is None, reason=REASON)
+class TestBrowser:
+    def test_tables_sort_by_numbers_and_back_with_what_is_missing_at_the_end(self, path, tmp_path):
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(path)
+            heads = browser.run('[...document.querySelectorAll("#models th[scope=col]")].map((h) => h.textContent)')
+            i = heads.index("trace")
+            click = f'document.querySelectorAll("#models th[scope=col] button")[{i}].click()'
+            browser.run(click)
+            numbers = column(browser, i)
+            assert numbers[-3:] == ["–"] * 3
+            rising = [float(n) for n in numbers[:-3]]
+            assert rising == sorted(rising)
+            assert browser.run(f'document.querySelectorAll("#models th[scope=col]")[{i}].ariaSort') == "ascending"
+            browser.run(click)
+            falling = column(browser, i)
+            assert falling == [*reversed(numbers[:-3]), *numbers[-3:]]
+            browser.run('document.querySelectorAll("#models th[scope=col] button")[4].click()')  # a name: a, b
+            assert column(browser, 4) == ["a"] * 24 + ["b"] * 24
+            assert browser.requests == [path.resolve().as_uri()]
+            assert browser.problems == []
+
+    def test_without_javascript_the_tables_are_whole(self, path, tmp_path):
+        with Browser(tmp_path / "profile", javascript=False) as browser:
+            browser.open(path)
+            assert browser.run('document.querySelectorAll("th button").length') == 0
+            assert browser.run('document.querySelectorAll("#models tbody tr").length') == 48
+            assert browser.run('document.querySelectorAll("#comparisons tbody tr").length') == 6
+            assert len(column(browser, 0)) == 48
+
+    def test_no_hostile_name_runs_and_our_script_still_does(self, tmp_path):
+        rows = [dict(r) for r in big_table().rows]
+        names = [n[:200] for n in HOSTILE if n.isprintable()]
+        for r in rows:
+            r.update(dict.fromkeys(names, r["sharpness"]))
+        table = Table("<script>document.title='x'</script>", rows, names, ["test_error"], ["lr"], "lr")
+        report.write(table, tmp_path, num_resamples=10)
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(tmp_path / "report.html")
+            assert browser.run("document.title").startswith("<script>")
+            assert browser.run('document.querySelectorAll("img, iframe, object, [onmouseover], [onfocus]").length') == 0
+            assert browser.run('document.querySelectorAll("th button").length') > 0
+            assert browser.problems == []
+
+    def test_the_policy_lets_no_other_script_run(self, path, tmp_path):
+        changed = tmp_path / "changed.html"
+        changed.write_text(path.read_text().replace("</main>", "<script>document.title = 'changed'</script></main>"))
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(changed)
+            assert browser.run("document.title") != "changed"
+
+    @pytest.mark.parametrize("width", [390, 1200])
+    def test_the_page_itself_does_not_scroll_sideways(self, path, tmp_path, width):
+        with Browser(tmp_path / "profile") as browser:
+            browser.ask(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            )
+            browser.open(path)
+            assert browser.run("document.documentElement.scrollWidth") <= width

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -447,9 +448,9 @@ class TestEvaluation:
         module = types.ModuleType("benchmarks.corruptions")
         seen = []
 
-        def corrupted(images, name, severity, seed):
+        def corrupted(images, name, severity, *, seed):
             seen.append((name, severity, seed, images.dtype, tuple(images.shape)))
-            return images if name == "none" else torch.zeros_like(images)
+            return images if name == "none" else np.zeros_like(images)
 
         module.corrupted, module.NAMES = corrupted, ("none", "black")
         monkeypatch.setitem(sys.modules, "benchmarks.corruptions", module)
@@ -464,7 +465,7 @@ class TestEvaluation:
         found = trial.corrupted_errors(model, splits, chosen, torch.device("cpu"))
         assert found["none, 5"] == pytest.approx(100 * float((clean != labels).double().mean()))
         assert found["black, 1"] == pytest.approx(100 * float((black != labels).double().mean()))
-        assert seen[0] == ("none", 1, 3, torch.uint8, (20, 3, 32, 32))
+        assert seen[0] == ("none", 1, 3, np.uint8, (20, 32, 32, 3))
         config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"]}})
         with pytest.raises(InputError, match="unknown corruption 'fog'"):
             config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["fog"]}})

@@ -11,6 +11,7 @@ import re
 
 import pytest
 from chromium import BINARY, REASON, Browser
+from test_docs import DOCS, NUMBER, run
 from test_report import HOSTILE, Reader
 
 from benchmarks import command
@@ -355,3 +356,10 @@ class TestBrowser:
             )
             browser.open(path)
             assert browser.run("document.documentElement.scrollWidth") <= width
+
+
+def test_the_documentation_prints_what_it_shows():
+    ((printed, shown),) = run(DOCS / "study.md")
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+    for got, said in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(got) == pytest.approx(float(said), rel=0.05)

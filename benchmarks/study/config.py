@@ -18,7 +18,7 @@ from benchmarks.command import InputError, one_line, unknown
 
 TARGETS = ("test_error", "gap", "ood_error", "train_loss")
 HERE = ("data_dir", "device", "workers")  # what may differ between the machines of one study
-OURS = (*HERE, "out", "resume", "force", "measures", "checkpoint_steps")
+OURS = (*HERE, "out", "resume", "force", "config", "measures", "checkpoint_steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 TABLES = {
     "measures": {

@@ -141,7 +141,8 @@ def corrupted_errors(model: nn.Module, splits: Any, settings: Settings, device: 
     found = {}
     for name in settings["names"]:
         for severity in settings["severities"]:
-            bad = torch.as_tensor(corrupted(images, name, severity, settings["seed"]))
+            damaged = corrupted(images.movedim(1, -1).numpy(), name, severity, seed=settings["seed"])
+            bad = torch.from_numpy(damaged).movedim(-1, 1)
             batches = [(normalise(bad[i : i + BATCH]), labels[i : i + BATCH]) for i in range(0, len(labels), BATCH)]
             result = engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=device)
             found[f"{name}, {severity}"] = 100 * (1 - result["accuracy"])

@@ -40,7 +40,7 @@ def _header(table: Table, found: Found) -> Markup:
     rows = [row for row in found["comparisons"] if row["tau"] is not None]
     counts = [directions(row, found["level"]) for row in rows]
     items: list[tuple[Child, Child]] = [
-        (str(found["num_models"]), "models, trained with every combination of " + _words(table.factors)),
+        (str(found["num_models"]), "models, which differ in " + _words(table.factors)),
         (
             f"{sum(d[0] != 0 for d in counts)} of {len(rows)}",
             f"comparisons of a measure with a target in which tau is not 0, corrected for {found['num_tests']} tests",

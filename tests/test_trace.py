@@ -87,21 +87,27 @@ def test_exact_with_as_many_probes_as_parameters(kind, matrix, adaptive):
     assert not flat(diagonal.stderr).any()
 
 
-HEAVY = [pytest.param(kind, method, marks=pytest.mark.slow) for kind in NETWORKS for method in ("deflated", "hutch++")]
-HEAVY[0] = (mlp, "deflated")
+SLOW = [(kind, method, 200) for kind in NETWORKS for method in ("deflated", "hutch++")]
 
 
-@pytest.mark.parametrize(("kind", "method"), HEAVY)
-def test_200_seeds_of_a_network(kind, method):
+@pytest.mark.parametrize(
+    ("kind", "method", "num_seeds"),
+    [(mlp, "deflated", 40), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_errors_over_seeds_of_a_network(kind, method, num_seeds):
     """Errors in units of the standard error: mean square about 1, none beyond 4, no bias."""
     model, data = network(kind).eval(), batches(kind, (12,))
     loss = Loss(model, cross_entropy, data)
     exact = float(Dense(model, cross_entropy, whole(data)).matrix("hessian").trace())
-    check_calibration([hessian_trace(loss, num_probes=36, seed=seed, method=method) for seed in range(200)], exact)
+    check_calibration(
+        [hessian_trace(loss, num_probes=36, seed=seed, method=method) for seed in range(num_seeds)], exact
+    )
 
 
 @pytest.mark.parametrize("measure", [hessian_trace, hessian_frobenius_norm])
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(
+    "name", ["outliers", "flat", *(pytest.param(n, marks=pytest.mark.slow) for n in ("power", "both signs"))]
+)
 def test_200_seeds_of_known_spectra(name, measure, direct):
     a, loss = of_spectrum(name)
     direct(a)
@@ -114,7 +120,7 @@ def check_calibration(found, exact):
     errors = torch.tensor([f.value - exact for f in found], dtype=torch.float64)
     # 15 to 30 probes: |z| > 4 has a probability of 1e-3 to 4e-4 under Student's t
     assert int((z.abs() > 4).sum()) <= 2
-    assert 0.6 < float(z.square().mean()) < 1.6  # of a t distribution: 1.15 +- 0.12
+    assert 0.6 < float(z.square().mean()) < 1.15 + 5 * (2 / len(z)) ** 0.5  # of a t distribution of 15: 1.15
     assert abs(float(errors.mean())) < 4 * float(errors.std()) / len(found) ** 0.5
 
 

@@ -88,7 +88,7 @@ def deflated(
             return Deflation(), False
         if lanczos.beta == 0:
             break
-        if lanczos.size < PILOT:
+        if lanczos.size < PILOT or (lanczos.size > 16 and lanczos.size % 4):  # quadrature of a large T is not free
             continue
         mean, trace, squares = _bulk(lanczos)
         captured = _captured(lanczos, mean, lanczos.size)
@@ -113,8 +113,10 @@ def _bulk(lanczos: Lanczos) -> tuple[float, float, float]:
     """(mu, tr A, ||A - mu||_F^2) by quadrature: Ritz values that have converged count once, the others by the weight
     that the start vector has on them, of P in all; mu is the mean of the latter."""
     ritz = lanczos.ritz()
-    found = ritz.bounds <= 0.1 * ritz.values.abs()
-    weights = torch.where(found, 0.0, lanczos.dimension * ritz.weights[0].square())
+    start = ritz.weights[0].square()
+    # relative to the distance from the mean: of a flat spectrum far from 0 nothing stands out
+    found = ritz.bounds <= 0.1 * (ritz.values - float(start @ ritz.values)).abs()
+    weights = torch.where(found, 0.0, lanczos.dimension * start)
     mean = float((weights * ritz.values).sum() / weights.sum()) if float(weights.sum()) > 0 else 0.0
     weights = weights + found
     rest = (ritz.values - mean).square()

@@ -32,12 +32,6 @@ def run(page):
     return pairs
 
 
-@pytest.mark.parametrize("page", sorted((DOCS / "measures").glob("*.md")), ids=lambda p: p.stem)
-def test_every_example_of_a_measure_runs(page):
-    with torch.random.fork_rng(devices=[]):
-        run(page)
-
-
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning's own, under torch 2.15
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("name", NEEDS)

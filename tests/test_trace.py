@@ -18,6 +18,8 @@ from sam_optim.measures import trace as trace_module
 EPS = torch.finfo(torch.float64).eps
 cross_entropy = nn.CrossEntropyLoss()
 DIMENSION = 200
+# every network with the Hessian, every matrix with one network; the products of all pairs are tests of the loss
+CASES = [(kind, "hessian") for kind in NETWORKS] + [(mlp, matrix) for matrix in MATRICES if matrix != "hessian"]
 SPECTRA = {
     "outliers": [50.0, 20, 10, 5, -3] + [math.cos(i) * 0.1 for i in range(DIMENSION - 5)],
     "power": [1 / (i + 1) for i in range(DIMENSION)],
@@ -54,8 +56,7 @@ def one_probe(a):
     return math.sqrt(2 * float(a.square().sum() - a.diagonal().square().sum()))
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize(("kind", "matrix"), CASES)
 def test_hutchinson_and_its_standard_error(kind, matrix):
     """Var of one probe is 2 (||A||_F^2 - sum_i A_ii^2)."""
     model, data = network(kind).eval(), batches(kind)
@@ -67,8 +68,7 @@ def test_hutchinson_and_its_standard_error(kind, matrix):
     assert found.num_samples == len(found.details["probes"]) == found.details["num_products"] == budget
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize(("kind", "matrix"), CASES)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_exact_with_as_many_probes_as_parameters(kind, matrix, adaptive):
     model, data = network(kind).eval(), batches(kind)

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from benchmarks import cifar, images
 from benchmarks.command import InputError, unknown
 from benchmarks.images import Augment, PictureBatches, Pictures
 from benchmarks.models import SMALL
 from benchmarks.order import Order, derive
+from benchmarks.ranks import ALONE, World
+from benchmarks.streams import StreamBatches, Streamed
 from sam_optim.rng import Stream
 
 DIGITS_TRAIN = (
@@ -131,9 +133,11 @@ class Batches:
         drop_last: bool = False,
         seed: int = 0,
         augment: Augment | None = None,
+        world: World = ALONE,
     ):
         self.dataset, self.seed, self.augment = dataset, seed, augment
-        self.order = Order(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed)
+        options = {"shuffle": shuffle, "drop_last": drop_last, "seed": seed}
+        self.order = Order(len(dataset), batch_size, **options, rank=world.rank, size=world.size)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """The next iteration gives the batches of `epoch` from `first_batch` on."""
@@ -150,18 +154,25 @@ class Batches:
             if isinstance(self.dataset, Pixels):
                 if self.augment and not self.augment.off:
                     stream = Stream(derive(self.seed, "augment", self.order.epoch, i))
-                    batch = shift_and_mirror(batch, self.augment.hflip, stream)
+                    begin, end = self.order.batch(i)
+                    drawn = (end - begin, self.order.share(i))
+                    batch = shift_and_mirror(batch, self.augment.hflip, stream, drawn)
                 batch = self.dataset.normalise(batch)
             yield batch, labels[rows]
 
 
-def shift_and_mirror(pixels: Tensor, hflip: float, stream: Stream) -> Tensor:
-    """Each image of (n, C, H, W) moved by at most H/8 with black borders, and mirrored with probability `hflip`."""
+def shift_and_mirror(pixels: Tensor, hflip: float, stream: Stream, drawn: tuple[int, slice] | None = None) -> Tensor:
+    """Each image of (n, C, H, W) moved by at most H/8 with black borders, and mirrored with probability `hflip`.
+
+    drawn: how many images the draws are for, and which of them these are; a rank draws for the batch of all ranks.
+    """
     n, _, height, _ = pixels.shape
+    total, own = drawn or (n, slice(None))
     padding = height // 8
     windows = F.pad(pixels, (padding,) * 4).unfold(2, height, 1).unfold(3, pixels.shape[3], 1)
-    moved = windows[torch.arange(n), :, stream.integers(2 * padding + 1, (n,)), stream.integers(2 * padding + 1, (n,))]
-    mirrored = stream.uniform_like(torch.empty(n, 1, 1, 1)) < hflip
+    down, right = (stream.integers(2 * padding + 1, (total,))[own] for _ in range(2))
+    moved = windows[torch.arange(n), :, down, right]
+    mirrored = stream.uniform_like(torch.empty(total, 1, 1, 1))[own] < hflip
     return torch.where(mirrored, moved.flip(-1), moved)
 
 
@@ -175,6 +186,7 @@ def load(
     num_train: int | None = None,
     image_size: int | None = None,
     default_size: tuple[int, int] = (224, 224),
+    num_classes: int | None = None,
 ) -> Splits:
     """A data set by name. Nothing is downloaded.
 
@@ -182,6 +194,7 @@ def load(
         name: "digits"; "cifar10", "cifar100" (torchvision's layout under `directory`); "folder" (or "", "imagefolder",
             "imagenet"): directory/train/CLASS/*, directory/val or test/CLASS/*; else a name of timm's create_dataset.
         image_size: H = W; None keeps images of at most 64 pixels as they are and takes `default_size` for others.
+        num_classes: of a streamed data set ("wds/"), whose labels nobody has counted.
     """
     common = {"label_noise": label_noise, "seed": seed, "validation_fraction": validation_fraction}
     common["num_train"] = num_train
@@ -203,7 +216,11 @@ def load(
     if "/" not in name:
         known = ["digits", *cifar.LAYOUT, "folder", "torch/NAME", "hfds/NAME", "hfids/NAME", "wds/NAME", "tfds/NAME"]
         raise unknown("data set", name, known)
-    return _pictures(images.timm_splits(name, directory), None, image_size, default_size, **common)
+    found = images.timm_splits(name, directory)
+    if isinstance(found[0], Streamed):
+        size = (image_size, image_size) if image_size else default_size
+        return _streamed(found, size, num_classes, label_noise, validation_fraction, num_train)
+    return _pictures(found, None, image_size, default_size, **common)
 
 
 def _in_memory(
@@ -235,10 +252,6 @@ def _pictures(
     num_train: int | None,
 ) -> Splits:
     train, validation, test = found
-    if isinstance(train, IterableDataset):
-        raise InputError(
-            "streamed data sets have no fixed order to shuffle and resume: use a map-style one (hfds/, torch/)"
-        )
     labels, test_labels = images.labels_of(train), images.labels_of(test)
     first = images.read(train, 0, mode)
     mode = mode or ("L" if first.mode in ("1", "L", "I", "I;16", "F") else "RGB")
@@ -262,8 +275,27 @@ def _pictures(
     )
 
 
+def _streamed(
+    found: tuple[Any, Any, Any],
+    size: tuple[int, int],
+    num_classes: int | None,
+    label_noise: float,
+    validation_fraction: float,
+    num_train: int | None,
+) -> Splits:
+    if num_classes is None:
+        raise InputError("a streamed data set does not tell how many classes it has: give --num-classes")
+    if label_noise or validation_fraction or num_train is not None:
+        raise InputError(
+            "--label-noise, --validation-fraction, --train-examples pick examples; a stream has no numbers"
+        )
+    return Splits(found[0], found[1], found[2], num_classes, (3, *size), torch.empty(0, dtype=torch.int64))
+
+
 def labels(dataset: Dataset) -> Tensor:
-    """(n,) int64, the labels that training sees."""
+    """(n,) int64, the labels that training sees; empty for a stream."""
+    if isinstance(dataset, Streamed):
+        return torch.empty(0, dtype=torch.int64)
     return dataset.tensors[1] if isinstance(dataset, TensorDataset) else dataset.labels
 
 
@@ -286,18 +318,27 @@ def batches(
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Batches | PictureBatches:
-    """Batches of a split: shuffled, augmented and without an incomplete last batch for training, else all in order."""
+    world: World = ALONE,
+) -> Batches | PictureBatches | StreamBatches:
+    """Batches of a split: shuffled, augmented and without an incomplete last batch for training, else all in order.
+
+    With several ranks these are of `batch_size` on each.
+    """
     if len(dataset) == 0:
         raise InputError("a split of the data has no examples; lower --validation-fraction")
-    whole = len(dataset) < batch_size  # fewer examples than one batch: that one is not left out
-    options = {"shuffle": train, "drop_last": train and not whole, "seed": seed}
     augment = augment if train else None
+    if isinstance(dataset, Streamed):
+        options = {"train": train, "seed": seed, "workers": workers, "pin_memory": pin_memory, "world": world}
+        return StreamBatches(dataset, batch_size, images.transform(image_size, augment), **options)
+    if len(dataset) < world.size:
+        raise InputError(f"a split has {len(dataset)} examples for {world.size} processes; start fewer")
+    whole = len(dataset) < batch_size * world.size  # fewer examples than one batch: that one is not left out
+    options = {"shuffle": train, "drop_last": train and not whole, "seed": seed}
     if isinstance(dataset, TensorDataset):
         if augment and augment.needs_pil:
             raise InputError("--aa, --color-jitter and --reprob need images as files or --data torch/cifar10")
-        return Batches(dataset, batch_size, augment=augment, **options)
-    order = Order(len(dataset), batch_size, **options)
+        return Batches(dataset, batch_size, augment=augment, world=world, **options)
+    order = Order(len(dataset), batch_size, rank=world.rank, size=world.size, **options)
     return PictureBatches(
         dataset, order, images.transform(image_size, augment), seed=seed, workers=workers, pin_memory=pin_memory
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.command import InputError
 
 Batch = tuple[Tensor, Tensor]
+Reduce = Callable[[Tensor], Tensor]
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,6 +74,7 @@ def train_epoch(
     after_step: Callable[[int, Totals], None] | None = None,
     totals: Totals | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
+    reduce: Reduce | None = None,
 ) -> dict[str, float]:
     """One pass over `batches`; with SAM two forward and backward passes for each.
 
@@ -87,6 +89,7 @@ def train_epoch(
         mixup: (images, labels) -> (images, soft targets), before both passes.
         after_step: called after every update with (batches done, totals); may raise to stop.
         totals: continue these sums (a resumed epoch).
+        reduce: sums a tensor over all ranks, in place; what is returned is then of all of them.
 
     Returns:
         loss, perturbed_loss and sharpness (their difference; 0 for a plain optimizer) in units of the loss, accuracy
@@ -102,10 +105,10 @@ def train_epoch(
     optimizer.zero_grad(set_to_none=True)
     start, images, num_updates, done = time.perf_counter(), 0, 0, 0
     for group in _groups(batches, accumulate):
-        for x, y in group:
+        for i, (x, y) in enumerate(group):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             x, y = mixup(x, y) if mixup else (x, y)
-            step.backward(x, y, 1 / len(group), totals)
+            step.backward(x, y, 1 / len(group), totals, last=i + 1 == len(group))
             images, done = images + len(y), done + 1
             if progress:
                 progress(done, totals)
@@ -115,10 +118,14 @@ def train_epoch(
             scheduler()
         if after_step:
             after_step(done, totals)
+    seen = totals.sums.new_tensor(images)
+    if reduce:
+        reduce(totals.sums)
+        reduce(seen)
     means = totals.means()
     check_finite(means["loss"])
     seconds = max(time.perf_counter() - start, 1e-9)
-    return means | {"images_per_s": images / seconds, "num_updates": num_updates}
+    return means | {"images_per_s": float(seen) / seconds, "num_updates": num_updates}
 
 
 class _Step:
@@ -129,21 +136,26 @@ class _Step:
         self.device, self.dtype, self.memory_format = device, AMP[amp] if amp else None, memory_format
         self.sharpness_aware = hasattr(optimizer, "perturbed")
 
-    def backward(self, x: Tensor, y: Tensor, weight: float, totals: Totals) -> None:
+    def backward(self, x: Tensor, y: Tensor, weight: float, totals: Totals, *, last: bool = True) -> None:
+        """Adds the gradient of a batch; ranks exchange theirs with the `last` batch of an update."""
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)
-        if self.sharpness_aware:
-            with self.optimizer.microbatch():
-                outputs, loss = self._pass(x, y, weight)
-                with self.optimizer.perturbed():
-                    perturbed = self._pass(x, y, weight)[1]
-        else:
-            outputs, loss = self._pass(x, y, weight)
-            perturbed = loss
+        with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+            outputs, loss, perturbed = self._gradient(x, y, weight)
         if self.device.type == "cpu":
             check_finite(loss.item())
         labels = y.argmax(1) if y.ndim == 2 else y
         totals.add(loss, perturbed, (outputs.argmax(1) == labels).sum(), len(y))
+
+    def _gradient(self, x: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.sharpness_aware:
+            outputs, loss = self._pass(x, y, weight)
+            return outputs, loss, loss
+        with self.optimizer.microbatch():
+            outputs, loss = self._pass(x, y, weight)
+            with self.optimizer.perturbed():
+                perturbed = self._pass(x, y, weight)[1]
+        return outputs, loss, perturbed
 
     def _pass(self, x: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
@@ -189,8 +201,12 @@ def evaluate(
     criterion: Callable[[Tensor, Tensor], Tensor],
     *,
     device: torch.device | str = "cpu",
+    reduce: Reduce | None = None,
 ) -> dict[str, Any]:
-    """Mean loss (in units of the criterion) and accuracy in [0, 1] in eval mode; the model's mode comes back."""
+    """Mean loss (in units of the criterion) and accuracy in [0, 1] in eval mode; the model's mode comes back.
+
+    reduce: sums a tensor over all ranks, each of which has its own batches.
+    """
     device = torch.device(device)
     totals = Totals(device)
     flags = [(m, m.training) for m in model.modules()]
@@ -204,5 +220,7 @@ def evaluate(
     finally:
         for m, training in flags:
             m.training = training
+    if reduce:
+        reduce(totals.sums)
     means = totals.means()
     return {"loss": means["loss"], "accuracy": means["accuracy"]}

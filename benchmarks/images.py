@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from benchmarks.command import InputError, one_line
 from benchmarks.models import SMALL
 from benchmarks.order import Order, derive, seed_all
+from benchmarks.streams import Streamed
 from sam_optim import rng
 from sam_optim.cli.images import TRAIN_FOLDERS, VALIDATION_FOLDERS, class_folders, read
 from sam_optim.cli.images import labels_of as listed_labels
@@ -115,7 +116,8 @@ def timm_splits(name: str, directory: Path) -> tuple[Any, None, Any]:
 
     def opened(split: str) -> Any:
         try:
-            return create_dataset(name, str(directory), split=split)
+            found = create_dataset(name, str(directory), split=split)
+            return Streamed(name, directory, split) if isinstance(found, IterableDataset) else found
         except (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError) as error:
             raise InputError(f"timm cannot open data set {name!r} in {directory}: {one_line(error)}") from None
 

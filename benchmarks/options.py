@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.command import InputError, read_json
+from benchmarks.command import InputError, one_line, read_json, unknown
 
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
-MAY_CHANGE = ("out", "resume", "force", "device", "workers", "data_dir", "checkpoint_steps", "measures")  # on a resume
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
+MAY_CHANGE = (  # on a resume
+    *("out", "resume", "force", "config", "device", "workers", "data_dir", "checkpoint_steps", "measures"),
+    "initial_checkpoint",
+)
+NOT_KEPT = ("out", "resume", "force", "config")
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m benchmarks.train", description="Train an image classifier with or without SAM.")
     add, positive, fraction = p.add_argument, _number(float, 0, above=True), _number(float, 0, 1)
     amount, count, natural = _number(float, 0), _number(int, 1), _number(int, 0)
+    add("--config", type=Path, metavar="FILE", help="YAML with any of these options; those given here replace them")
     add("--model", default="cnn3", help="any timm name, cnn3 (default) or cnn5")
     add("--model-kwargs", nargs="*", type=_pair, default=[], metavar="KEY=VALUE", help="for timm.create_model")
     add(
@@ -61,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--data-dir", metavar="DIR")
     add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
+    add("--num-classes", type=count, help="of a streamed data set (wds/NAME); others are counted")
     add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
     add("--validation-fraction", type=_number(float, 0, 0.99), default=0.0, help="of the training set, held out")
     add("--train-examples", type=count, metavar="N", help="only so many, drawn by --seed; default: all")
@@ -71,12 +77,15 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", type=positive, default=0.05)
     add("--momentum", type=fraction, default=0.9)
     add("--weight-decay", type=amount, default=5e-4, help="not on biases and normalisation parameters, as in timm")
-    add("--layer-decay", type=positive)
+    add("--decay-all", action="store_true", help="weight decay also on biases and normalisation parameters")
+    add("--layer-decay", type=positive, help="factor on the learning rate from each layer to the one below")
     add("--sched", choices=SCHEDULES, default="cosine")
+    add("--patience-epochs", type=natural, default=10, help="of --sched plateau: epochs without a better loss")
+    add("--decay-rate", type=positive, default=0.1, help="of --sched plateau, step and multistep")
     add("--warmup-epochs", type=amount, default=0.0)
     add("--min-lr", type=amount, default=0.0)
     add("--epochs", type=count, default=30)
-    add("--batch-size", type=count, default=64)
+    add("--batch-size", type=count, default=64, help="of each process, where torchrun starts several")
     add("--accumulate", type=count, default=1, help="batches for one update, each with its own perturbation")
     add("--clip-grad", type=positive, help="largest 2-norm of an update's gradient")
 
@@ -84,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add("--adaptive", nargs="?", const="elementwise", choices=("elementwise", "filter", "layer"), help="ASAM")
     add("--sam-eta", type=amount, default=0.01)
     add("--sam-norm", choices=("2", "inf"), default="2")
+
+    add("--sync-ascent", action="store_true", help="one perturbation for all processes, not one for each")
 
     add("--no-aug", action="store_true", help="no augmentation")
     add("--hflip", type=fraction, default=0.5)
@@ -95,6 +106,10 @@ def parser() -> argparse.ArgumentParser:
     add("--cutmix", type=amount, default=0.0, metavar="ALPHA")
     add("--smoothing", type=_number(float, 0, 0.99), default=0.0)
     add("--model-ema", type=_number(float, 0, 1), metavar="DECAY", help="also evaluate an average of the weights")
+
+    add("--initial-checkpoint", metavar="FILE", help="weights of the timm model, to start from; a new head if it must")
+    add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
+    add("--fsdp", action="store_true", help="weights, gradients and state spread over the processes (FSDP2)")
 
     add("--device", default="cpu")
     add("--amp", choices=("bf16", "fp16"))
@@ -112,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a run; on a resume those in its config.json, which options given now may not contradict."""
+    argv = _with_config(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     args.out = args.out or Path("runs") / default_name(args)
     if not (args.resume and (args.out / "config.json").exists()):
@@ -124,6 +140,44 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise InputError(f"{option} {plain(args)[key]} differs from the run's {kept[key]}; leave it out to resume")
         kept[key] = getattr(args, key)
     return restored(kept, out=args.out, resume=True, force=False)
+
+
+def _with_config(argv: Sequence[str]) -> list[str]:
+    """The options of --config FILE before those of the command line, which so replace them."""
+    p = Parser(add_help=False)
+    p.add_argument("--config", type=Path)
+    path = p.parse_known_args(argv)[0].config
+    return [*from_file(path), *argv] if path else list(argv)
+
+
+def from_file(path: Path) -> list[str]:
+    """A YAML mapping as a command line: `lr: 0.1`, `no-aug: true`, `opt-kwargs: {nesterov: false}`.
+
+    Raises:
+        InputError: no such file, no mapping, an option that does not exist.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path} cannot be read: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must be a mapping of options to values, like `lr: 0.1`")
+    known = {o.removeprefix("--") for action in parser()._actions for o in action.option_strings if o.startswith("--")}
+    argv: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("_", "-")
+        if name not in known - {"help", "config", "out", "resume", "force"}:
+            raise unknown(f"option in {path}", name, known)
+        if value is False or value is None:
+            continue
+        argv.append(f"--{name}")
+        if isinstance(value, dict):
+            argv += [f"{k}={v}" for k, v in value.items()]
+        elif value is not True:
+            argv.append(str(value))
+    return argv
 
 
 def restored(kept: dict[str, Any], **overrides: Any) -> argparse.Namespace:
@@ -146,7 +200,7 @@ def given(argv: Sequence[str] | None) -> set[str]:
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
     """For config.json: all options but where the run lives and how it was started."""
-    values = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "force")}
+    values = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
     return values | {k: [list(pair) for pair in values[k]] for k in ("opt_kwargs", "model_kwargs")}
 
 
@@ -164,5 +218,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.adaptive and not args.sam_rho:
         raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
+    if args.sync_ascent and not args.sam_rho:
+        raise InputError("--sync-ascent needs a radius: give --sam-rho, e.g. 0.05")
+    if args.fsdp and args.amp == "fp16":
+        raise InputError("--fsdp has no scaler for --amp fp16: use --amp bf16")
+    if args.sched == "plateau" and args.warmup_epochs:
+        raise InputError("--sched plateau follows the loss and has no warm-up: leave --warmup-epochs out")
     if args.resume and args.force:
         raise InputError("--resume goes on with a run and --force replaces it: choose one")

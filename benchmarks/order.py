@@ -27,18 +27,49 @@ def seed_all(seed: int) -> None:
 
 
 class Order(Sampler[list[int]]):
-    """Batches of indices into n examples; shuffled by (seed, epoch) alone, from `first_batch` of the epoch on."""
+    """Batches of indices into n examples; shuffled by (seed, epoch) alone, from `first_batch` of the epoch on.
 
-    def __init__(self, n: int, batch_size: int, *, shuffle: bool = False, drop_last: bool = False, seed: int = 0):
+    With several ranks each has `batch_size` of every batch of size * batch_size: together they see the batches of one
+    process with that batch size. Where a batch cannot be whole (`drop_last` is False), all batches become nearly
+    equal, so that every rank has as many batches as the others and each example is seen once.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        size: int = 1,
+    ):
         self.n, self.batch_size, self.shuffle, self.drop_last, self.seed = n, batch_size, shuffle, drop_last, seed
+        self.rank, self.size = rank, size
         self.epoch = self.first_batch = 0
 
     def __len__(self) -> int:
-        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+        together = self.batch_size * self.size
+        return self.n // together if self.drop_last else -(-self.n // together)
+
+    def batch(self, i: int) -> tuple[int, int]:
+        """Where batch i of all ranks together begins and ends in the order."""
+        if self.drop_last or self.size == 1:
+            together = self.batch_size * self.size
+            return i * together, min((i + 1) * together, self.n)
+        return i * self.n // len(self), (i + 1) * self.n // len(self)
+
+    def share(self, i: int) -> slice:
+        """Which part of that batch is this rank's."""
+        begin, end = self.batch(i)
+        n = end - begin
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.arange(self.n)
         if self.shuffle:
             order = Stream(derive(self.seed, "order", self.epoch)).permutation(self.n)
         for i in range(self.first_batch, len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+            begin, end = self.batch(i)
+            yield order[begin:end][self.share(i)].tolist()

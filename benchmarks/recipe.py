@@ -13,14 +13,18 @@ from benchmarks import data, models
 from benchmarks.command import InputError, one_line, unknown
 from benchmarks.images import Augment
 from benchmarks.order import derive, seed_all
+from benchmarks.ranks import ALONE, World
 from sam_optim import SAM, asam_param_groups
 
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
-def device(args: argparse.Namespace) -> torch.device:
+def device(args: argparse.Namespace, world: World = ALONE) -> torch.device:
+    """That of the options; of several CUDA processes each has its own."""
     try:
         found = torch.device(args.device)
+        if world.size > 1 and found.type == "cuda":
+            found = torch.device("cuda", torch.cuda.current_device())
         torch.empty(1, device=found).item()
     except (*FAULTS, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used here ({one_line(error)}); try --device cpu") from None
@@ -37,6 +41,7 @@ def splits(args: argparse.Namespace) -> data.Splits:
         num_train=args.train_examples,
         image_size=args.img_size,
         default_size=models.default_size(args.model),
+        num_classes=args.num_classes,
     )
 
 
@@ -56,17 +61,26 @@ def augmentation(args: argparse.Namespace) -> Augment | None:
     )
 
 
-def model(args: argparse.Namespace, found: data.Splits) -> nn.Module:
-    """Initialised by --seed alone, whatever ran before."""
+def model(args: argparse.Namespace, found: data.Splits, *, initial: bool = False) -> nn.Module:
+    """Initialised by --seed alone, whatever ran before; with `initial` from --initial-checkpoint, if there is one."""
     seed_all(derive(args.seed, "model"))
     made = models.build(
-        args.model, num_classes=found.num_classes, image_size=found.image_size, **dict(args.model_kwargs)
+        args.model,
+        num_classes=found.num_classes,
+        image_size=found.image_size,
+        checkpoint=args.initial_checkpoint if initial else None,
+        **dict(args.model_kwargs),
     )
+    if args.grad_checkpointing:
+        models.checkpoint_gradients_(made, args.model)
     return made.to(memory_format=torch.channels_last) if args.channels_last else made
 
 
-def optimizer(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer, with SAM around it where --sam-rho is not 0."""
+def optimizer(args: argparse.Namespace, network: nn.Module, module: nn.Module | None = None) -> torch.optim.Optimizer:
+    """timm's optimizer, with SAM around it where --sam-rho is not 0.
+
+    module: the model as it is called, in its DDP wrapper if it has one.
+    """
     base = _base(args, network)
     if not args.sam_rho:
         return base
@@ -79,7 +93,8 @@ def optimizer(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optim
             adaptive=args.adaptive or False,
             eta=args.sam_eta,
             norm=float(args.sam_norm),
-            module=network,
+            module=network if module is None else module,
+            sync_ascent=True if args.sync_ascent else None,
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"--opt {args.opt} cannot be the base of SAM: {one_line(error)}") from None
@@ -101,6 +116,7 @@ def _base(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optimizer
             weight_decay=args.weight_decay,
             momentum=args.momentum,
             layer_decay=args.layer_decay,
+            filter_bias_and_bn=not args.decay_all,
             **dict(args.opt_kwargs),
         )
     except FAULTS as error:
@@ -119,10 +135,41 @@ def split_groups_(base: torch.optim.Optimizer, network: nn.Module, adaptive: str
     base.param_groups[:] = result  # in place: Lookahead shares the list with its own base
 
 
+class Plateau:
+    """The learning rates fall by --decay-rate when the loss has not for --patience-epochs; torch's, which has a state.
+
+    (timm's is deprecated, and cannot be resumed.)
+    """
+
+    def __init__(self, args: argparse.Namespace, made: torch.optim.Optimizer):
+        for group in made.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)  # of --layer-decay, which timm's schedules multiply by
+        self.inner = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            made, factor=args.decay_rate, patience=args.patience_epochs, min_lr=args.min_lr
+        )
+
+    def __call__(self, update: int) -> None:
+        """Nothing changes within an epoch."""
+
+    def epoch(self, loss: float) -> None:
+        self.inner.step(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+
 def scheduler(args: argparse.Namespace, made: torch.optim.Optimizer, updates_per_epoch: int) -> Callable[[int], None]:
-    """Sets the learning rates for update number n: timm's schedules are functions of n, there is no state to save."""
+    """Sets the learning rates for update number n. timm's schedules are functions of n, there is no state to save; only
+    `Plateau` has one, and its `epoch` takes the loss that it follows."""
     from timm.scheduler import create_scheduler_v2
 
+    if args.sched == "plateau":
+        if args.decay_rate >= 1:
+            raise InputError(f"--decay-rate must be < 1 for --sched plateau, got {args.decay_rate:g}")
+        return Plateau(args, made)
     if args.warmup_epochs >= args.epochs and args.warmup_epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
     try:
@@ -135,6 +182,7 @@ def scheduler(args: argparse.Namespace, made: torch.optim.Optimizer, updates_per
             min_lr=args.min_lr,
             decay_milestones=[args.epochs // 2, args.epochs * 3 // 4],
             decay_epochs=None if args.sched in ("wsd", "rsqrt") else max(1, args.epochs // 3),
+            decay_rate=1.0 if args.sched == "poly" else args.decay_rate,  # of poly it is the power
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import checkpoint, command, data, measure, options, recipe
+from benchmarks import checkpoint, command, data, measure, options, ranks, recipe
 from benchmarks.command import InputError, Interrupted, Signals
+from benchmarks.ranks import ALONE, World
 from benchmarks.training import Training
 from sam_optim import rng
 from sam_optim.results import provenance
@@ -33,16 +34,21 @@ PARTS = ("config.json", "metrics.jsonl", "measures.json", "checkpoints")
 def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse(argv)
     measures = measure.chosen(args.measures)
-    resumed = _check_out(args)
-    with rng.kept():
-        training = Training(args, recipe.splits(args), recipe.device(args))
-        if resumed:
-            training.load(resumed)
-            print(f"going on in {args.out} after {training.position.updates} updates", flush=True)
-        else:
-            _start(args, training)
-        code = _run(training)
-    if code or not measures:
+    with ranks.joined(args.device) as world:
+        resumed = _check_out(args, world)
+        with rng.kept():
+            device, splits = recipe.device(args, world), recipe.splits(args)
+            training = Training(args, splits, device, world=world, initial=resumed is None)
+            world.barrier()  # all have seen what is in --out, and found their options good
+            if resumed:
+                training.load(resumed)
+                if world.main:
+                    print(f"going on in {args.out} after {training.position.updates} updates", flush=True)
+            elif world.main:
+                _start(args, training)
+            code = _run(training)
+            world.barrier()
+    if code or not measures or not world.main:
         return code
     try:
         return measure.run(args.out, measures, args)
@@ -57,19 +63,21 @@ def _run(training: Training) -> int:
         try:
             training.run(signals)
         except Interrupted as stop:
+            if not training.world.main:
+                return 128 + stop.signum
             print(f"stopped by {stop.name} after {training.position.updates} updates; all are saved", file=sys.stderr)
             print(f"to go on: python -m benchmarks.train --out {out} --resume", file=sys.stderr)
             return 128 + stop.signum
     return 0
 
 
-def _check_out(args: argparse.Namespace) -> dict[str, Any] | None:
+def _check_out(args: argparse.Namespace, world: World = ALONE) -> dict[str, Any] | None:
     """The state to resume from, or None to start; refuses to mix with what is already there."""
     out: Path = args.out
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; choose a directory")
     if not out.exists() or not any(out.iterdir()) or args.force:
-        if args.resume:
+        if args.resume and world.main:
             print(f"{out} holds no run to resume: a new one starts", flush=True)
         return None
     if not args.resume:
@@ -110,6 +118,8 @@ def _facts(args: argparse.Namespace, training: Training) -> dict[str, Any]:
         },
         "label_noise": _noise(data.labels(splits.train), splits.clean_train_labels, args),
         "num_parameters": sum(p.numel() for p in training.model.parameters()),
+        "num_processes": training.world.size,
+        "initial_checkpoint_sha256": _sha256(args.initial_checkpoint),
         "provenance": provenance(
             timm=timm.__version__,
             torchvision=torchvision.__version__,
@@ -119,6 +129,13 @@ def _facts(args: argparse.Namespace, training: Training) -> dict[str, Any]:
             commit=_commit(),
         ),
     }
+
+
+def _sha256(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _noise(labels: Tensor, clean: Tensor, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import checkpoint, command, data, engine, recipe
+from benchmarks import checkpoint, command, data, engine, ranks, recipe
 from benchmarks.command import InputError, Interrupted, Signals
 from benchmarks.engine import Batch, NonFiniteLoss, Totals
 from benchmarks.order import derive, seed_all
+from benchmarks.ranks import ALONE, Agreed, World
 
 
 @dataclass
@@ -34,21 +35,47 @@ class Training:
 
     Nothing that is random has a state: the order of the examples, their augmentation, mixup and dropout are functions
     of (--seed, epoch, batch), so weights, optimizer and position are all that a checkpoint needs to go on bitwise.
+
+    Args:
+        world: the processes that train together; each must make the same calls. One of them writes.
+        initial: start from --initial-checkpoint; False where a checkpoint of the run is loaded anyway.
     """
 
-    def __init__(self, args: argparse.Namespace, splits: data.Splits, device: torch.device):
-        self.args, self.splits, self.device = args, splits, device
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        splits: data.Splits,
+        device: torch.device,
+        *,
+        world: World = ALONE,
+        initial: bool = True,
+    ):
+        self.args, self.splits, self.device, self.world = args, splits, device, world
         self.position, self.totals = Position(), Totals(device)
         self.train_batches = self._batches(splits.train, train=True)
         self.held_out = {"test": splits.test} | ({"validation": splits.validation} if splits.validation else {})
-        self.model = recipe.model(args, splits).to(device)
+        self.model = recipe.model(args, splits, initial=initial).to(device)
         self.ema = self._ema()
-        self.optimizer = recipe.optimizer(args, self.model)
+        self.network = self._network()
+        self.optimizer = recipe.optimizer(args, self.model, self.network if self.ddp else None)
         self.scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
         self.mixup = recipe.mixup(args, splits.num_classes)
         self._set_rates = recipe.scheduler(args, self.optimizer, -(-len(self.train_batches) // args.accumulate))
-        self.network = torch.compile(self.model) if args.compile else self.model
         self._check_mixup()
+
+    def _network(self) -> nn.Module:
+        """The model as a batch is given to it."""
+        if self.args.fsdp:
+            if not torch.distributed.is_initialized():
+                raise InputError("--fsdp spreads the model over processes: start them with torchrun")
+            for model in [self.model, self.ema.module] if self.ema else [self.model]:
+                ranks.shard_(model, self.device)
+        network = torch.compile(self.model) if self.args.compile else self.model
+        self.ddp = self.world.size > 1 and not self.args.fsdp
+        if not self.ddp:
+            return network
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
     def _batches(self, split: Any, *, train: bool = False) -> Any:
         return data.batches(
@@ -60,6 +87,7 @@ class Training:
             seed=self.args.seed,
             workers=self.args.workers,
             pin_memory=self.device.type == "cuda",
+            world=self.world,
         )
 
     def _ema(self) -> nn.Module | None:
@@ -77,36 +105,55 @@ class Training:
     # state
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that it loads with weights_only."""
+        """Tensors and plain values only, so that it loads with weights_only. Every rank must call it."""
+        self.world.mean_buffers_(self.model)
+        if self.args.fsdp:
+            model, optimizer = ranks.full_state(self.model, self.optimizer)
+            ema = ranks.full_model_state(self.ema.module) if self.ema else None
+        else:
+            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+            ema = self.ema.module.state_dict() if self.ema else None
         return {
             "step": self.position.updates,
             "position": asdict(self.position),
-            "totals": self.totals.sums.cpu(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "totals": self.world.sum_(self.totals.sums.clone()).cpu(),
+            "model": model,
+            "optimizer": optimizer,
+            "ema": ema,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "schedule": self._set_rates.state_dict() if isinstance(self._set_rates, recipe.Plateau) else None,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema:
+            if self.args.fsdp:
+                ranks.load_full_state(self.model, self.optimizer, (state["model"], state["optimizer"]))
+            else:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema and self.args.fsdp:
+                ranks.load_full_model_state(self.ema.module, state["ema"])
+            elif self.ema:
                 self.ema.module.load_state_dict(state["ema"])
             if self.scaler:
                 self.scaler.load_state_dict(state["scaler"])
+            if isinstance(self._set_rates, recipe.Plateau):
+                self._set_rates.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
-            self.totals.sums.copy_(state["totals"])
+            if self.world.main:  # the sums of all ranks
+                self.totals.sums.copy_(state["totals"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"the checkpoint does not fit this run's options: {command.one_line(error)}") from None
 
     def save(self) -> None:
-        """Never overwrites a good checkpoint with weights that are not finite."""
-        for name, tensor in self.model.state_dict().items():
+        """Never overwrites a good checkpoint with weights that are not finite. Every rank must call it."""
+        state = self.state()
+        if not self.world.main:
+            return
+        for name, tensor in state["model"].items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteLoss(f"{name} is not finite: training diverged; lower --lr or set --clip-grad 1")
-        checkpoint.save(self.args.out / "checkpoints", self.state())
+        checkpoint.save(self.args.out / "checkpoints", state)
 
     # running
 
@@ -117,11 +164,12 @@ class Training:
             Interrupted: a signal came; everything done so far is saved.
             NonFiniteLoss: the message names the last good checkpoint.
         """
-        self.signals = signals
+        self.signals = Agreed(signals, self.world)
         try:
             while self.position.epoch < self.args.epochs:
                 self._epoch()
-                signals.check()
+                self.signals.check()
+            self.signals.settle()
         except Interrupted:
             self.save()
             raise
@@ -135,11 +183,12 @@ class Training:
         start = time.perf_counter()
         self.train_batches.set_epoch(epoch, first)
         self._set_rates(self.position.updates)
-        with _Bar(f"epoch {epoch + 1}/{self.args.epochs}", len(self.train_batches), first, self.args.batch_size) as bar:
+        title, size = f"epoch {epoch + 1}/{self.args.epochs}", self.args.batch_size * self.world.size
+        with _Bar(title, len(self.train_batches), first, size, self.world.main) as bar:
             found = engine.train_epoch(
                 self.network,
                 self.optimizer,
-                _seeded(self.train_batches, self.args.seed, epoch, first),
+                _seeded(self.train_batches, self.args.seed, epoch, first, self.world.rank),
                 nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else self.args.smoothing),
                 device=self.device,
                 amp=self.args.amp,
@@ -151,13 +200,17 @@ class Training:
                 after_step=lambda done, totals: self._after_update(first + done),
                 totals=self.totals,
                 memory_format=torch.channels_last if self.args.channels_last else torch.preserve_format,
+                reduce=self.world.sum_,
             )
         record = {"epoch": epoch + 1, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"train_{k}": found[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness")}
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             record |= self._evaluate()
         record |= {"images_per_s": found["images_per_s"], "seconds": time.perf_counter() - start}
-        self._log(record)
+        if isinstance(self._set_rates, recipe.Plateau):
+            self._set_rates.epoch(record.get("validation_loss", record["train_loss"]))
+        if self.world.main:
+            self._log(record)
         self.position.epoch, self.position.batch, self.totals = epoch + 1, 0, Totals(self.device)
         self.save()
 
@@ -173,12 +226,15 @@ class Training:
             self.save()
 
     def _evaluate(self) -> dict[str, float]:
+        self.world.mean_buffers_(self.model)
         models = {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
         record = {}
         for prefix, model in models.items():
             for name, split in self.held_out.items():
                 batches = _checking(self._batches(split), self.signals)
-                found = engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=self.device)
+                found = engine.evaluate(
+                    model, batches, nn.CrossEntropyLoss(), device=self.device, reduce=self.world.sum_
+                )
                 engine.check_finite(found["loss"])
                 record |= {f"{prefix}{name}_{key}": value for key, value in found.items()}
         return record
@@ -196,25 +252,27 @@ class Training:
         print(f"epoch {record['epoch']:3d}  {numbers}  {record['images_per_s']:.0f} images/s", flush=True)
 
 
-def _seeded(batches: Iterable[Batch], seed: int, epoch: int, first: int) -> Iterator[Batch]:
+def _seeded(batches: Iterable[Batch], seed: int, epoch: int, first: int, rank: int = 0) -> Iterator[Batch]:
     """Mixup, dropout and stochastic depth of a batch draw from the global generators, set anew for each."""
+    others = (rank,) if rank else ()
     for i, batch in enumerate(batches, start=first):
-        seed_all(derive(seed, "step", epoch, i))
+        seed_all(derive(seed, "step", epoch, i, *others))
         yield batch
 
 
-def _checking(batches: Iterable[Batch], signals: Signals) -> Iterator[Batch]:
+def _checking(batches: Iterable[Batch], signals: Agreed) -> Iterator[Batch]:
     for batch in batches:
-        signals.check()
+        signals.check_here()
         yield batch
 
 
 class _Bar:
     """A progress bar on a terminal, nothing elsewhere; numbers are read from the device only when it is redrawn."""
 
-    def __init__(self, title: str, total: int, first: int, batch_size: int):
+    def __init__(self, title: str, total: int, first: int, batch_size: int, shown: bool = True):
+        disable = None if shown else True
         self.bar = tqdm(
-            total=total, initial=first, desc=title, leave=False, disable=None, file=sys.stderr, unit="batch"
+            total=total, initial=first, desc=title, leave=False, disable=disable, file=sys.stderr, unit="batch"
         )
         self.batch_size, self.start, self.shown = batch_size, time.perf_counter(), 0.0
 

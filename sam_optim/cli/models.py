@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from sam_optim.cli.errors import InputError, one_line, unknown
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
 
 
-def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **options: Any) -> nn.Module:
-    """A timm model, or "cnn3". Up to 64 pixels: 3x3 stem of stride 1 without max-pool, or small patches.
+def build(
+    name: str, *, num_classes: int, image_size: tuple[int, int, int], checkpoint: str | None = None, **options: Any
+) -> nn.Module:
+    """A timm model, "cnn3" or "cnn5". Up to 64 pixels: 3x3 stem of stride 1 without max-pool, or small patches.
 
     Args:
         image_size: (C, H, W).
+        checkpoint: a file of the model's weights, .safetensors or torch.save's, read without running what it holds.
+            timm fits position embeddings and the stem's channels to these images, and makes a new head for another
+            number of classes; where small images get another stem, that is new too.
         options: for timm.create_model, e.g. drop_path_rate; None means the model's default.
 
     Raises:
@@ -26,9 +32,12 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **op
     """
     options = {key: value for key, value in options.items() if value is not None}
     if name in OWN:
+        if checkpoint:
+            raise InputError(f"--initial-checkpoint is for timm's models; {name} is trained in minutes")
         if options:
             raise InputError(f"{name} takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
         return OWN[name](num_classes, image_size)
+    options |= _pretrained(name, checkpoint) if checkpoint else {}
     model = _from_timm(name, num_classes, image_size, options)
     if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
         print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
@@ -36,6 +45,36 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, int, int], **op
     if fault := _fault(model, image_size):
         raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")
     return model
+
+
+def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
+    """Arguments that make timm load a local file as it loads its own weights."""
+    import timm
+    from timm.models import get_pretrained_cfg, load_state_dict
+
+    if not timm.is_model(name):
+        raise unknown("model", name, [*OWN, *timm.list_models()])
+    if not Path(checkpoint).is_file():
+        raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
+    try:
+        state = load_state_dict(checkpoint, use_ema=True, weights_only=True)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+    except Exception as error:  # of torch, pickle, safetensors or zip: whatever a file can hold
+        raise InputError(f"--initial-checkpoint {checkpoint} holds no weights: {one_line(error)}") from None
+    config = get_pretrained_cfg(name)
+    classifier = (config.classifier if config else None) or "head"
+    head = classifier if isinstance(classifier, str) else classifier[0]
+    classes = shapes.get(f"{head}.weight", (0,))[0]
+    overlay = {"file": checkpoint, "url": None, "hf_hub_id": None, "num_classes": classes, "custom_load": False}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def checkpoint_gradients_(model: nn.Module, name: str) -> None:
+    """Forward passes keep only what stands between the blocks, and are repeated for the backward pass."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise InputError(f"{name} cannot checkpoint its gradients: leave --grad-checkpointing out") from None
 
 
 def cnn3(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:

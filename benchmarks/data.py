@@ -329,7 +329,9 @@ def batches(
     augment = augment if train else None
     if isinstance(dataset, Streamed):
         options = {"train": train, "seed": seed, "workers": workers, "pin_memory": pin_memory, "world": world}
-        return StreamBatches(dataset, batch_size, images.transform(image_size, augment), **options)
+        return StreamBatches(
+            dataset, batch_size, images.split_transform(images.transform(image_size, augment)), **options
+        )
     if len(dataset) < world.size:
         raise InputError(f"a split has {len(dataset)} examples for {world.size} processes; start fewer")
     whole = len(dataset) < batch_size * world.size  # fewer examples than one batch: that one is not left out
@@ -339,6 +341,6 @@ def batches(
             raise InputError("--aa, --color-jitter and --reprob need images as files or --data torch/cifar10")
         return Batches(dataset, batch_size, augment=augment, world=world, **options)
     order = Order(len(dataset), batch_size, rank=world.rank, size=world.size, **options)
-    return PictureBatches(
-        dataset, order, images.transform(image_size, augment), seed=seed, workers=workers, pin_memory=pin_memory
-    )
+    made = images.transform(image_size, augment)
+    random = augment is not None and not augment.off
+    return PictureBatches(dataset, order, made, seed=seed, workers=workers, pin_memory=pin_memory, random=random)

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add, positive, fraction = p.add_argument, _number(float, 0, above=True), _number(float, 0, 1)
     amount, count, natural = _number(float, 0), _number(int, 1), _number(int, 0)
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options; those given here replace them")
-    add("--model", default="cnn3", help="any timm name, cnn3 (default) or cnn5")
+    add("--model", default="cnn3", help="any timm name, cnn3 (default), cnn5 or wrn28_10")
     add("--model-kwargs", nargs="*", type=_pair, default=[], metavar="KEY=VALUE", help="for timm.create_model")
     add(
         "--data",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from benchmarks.command import InputError, one_line
-from benchmarks.order import derive, seed_all
+from benchmarks.order import derive, seed_here
 from benchmarks.ranks import ALONE, World
 from sam_optim import rng
 
@@ -53,13 +53,16 @@ class StreamBatches:
 
     Every rank evaluates the whole split: shards cannot be dealt out so that each example is seen once. A resumed epoch
     reads again what it has seen, without handing it out. With `train` the order depends on `workers`.
+
+    Args:
+        transform: of `images.split_transform`.
     """
 
     def __init__(
         self,
         stream: Streamed,
         batch_size: int,
-        transform: Any,
+        transform: tuple[Any, Any],
         *,
         train: bool = False,
         seed: int = 0,
@@ -67,7 +70,8 @@ class StreamBatches:
         pin_memory: bool = False,
         world: World = ALONE,
     ):
-        self.stream, self.batch_size, self.transform, self.train = stream, batch_size, transform, train
+        self.stream, self.batch_size, self.train = stream, batch_size, train
+        self.transform, self.collate = transform
         self.seed, self.workers, self.pin_memory, self.world = seed, workers, pin_memory, world
         self.epoch = self.first_batch = 0
         self.num = self._count()
@@ -96,6 +100,7 @@ class StreamBatches:
         loader = DataLoader(
             _Transformed(opened, self.transform, self.seed, purpose),
             self.batch_size,
+            collate_fn=self.collate,
             num_workers=self.workers,
             drop_last=self.train,
             pin_memory=self.pin_memory,
@@ -119,6 +124,6 @@ class _Transformed(IterableDataset):
         worker = info.id if info else 0
         for k, (image, label) in enumerate(self.source):
             with rng.kept():
-                seed_all(derive(self.seed, *self.purpose, worker, k))
+                seed_here(derive(self.seed, *self.purpose, worker, k))
                 shown = self.transform(image)
             yield shown, int(label)

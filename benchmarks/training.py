@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import time
@@ -52,6 +53,7 @@ class Training:
     ):
         self.args, self.splits, self.device, self.world = args, splits, device, world
         self.position, self.totals = Position(), Totals(device)
+        self.signals = Agreed(Signals(), ALONE)
         self.train_batches = self._batches(splits.train, train=True)
         self.held_out = {"test": splits.test} | ({"validation": splits.validation} if splits.validation else {})
         self.model = recipe.model(args, splits, initial=initial).to(device)
@@ -74,8 +76,10 @@ class Training:
         self.ddp = self.world.size > 1 and not self.args.fsdp
         if not self.ddp:
             return network
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        ddp, ids = nn.parallel.DistributedDataParallel, [self.device.index] if self.device.type == "cuda" else None
+        known = inspect.signature(ddp).parameters
+        own_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return ddp(network, device_ids=ids, **own_buffers)
 
     def _batches(self, split: Any, *, train: bool = False) -> Any:
         return data.batches(
@@ -178,14 +182,14 @@ class Training:
             kept = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
             raise NonFiniteLoss(f"{error}; {kept}") from None
 
-    def _epoch(self) -> None:
+    def train_epoch(self) -> dict[str, float]:
+        """The rest of the epoch in which the run is, without evaluation; what `engine.train_epoch` returns."""
         epoch, first = self.position.epoch, self.position.batch
-        start = time.perf_counter()
         self.train_batches.set_epoch(epoch, first)
         self._set_rates(self.position.updates)
         title, size = f"epoch {epoch + 1}/{self.args.epochs}", self.args.batch_size * self.world.size
         with _Bar(title, len(self.train_batches), first, size, self.world.main) as bar:
-            found = engine.train_epoch(
+            return engine.train_epoch(
                 self.network,
                 self.optimizer,
                 _seeded(self.train_batches, self.args.seed, epoch, first, self.world.rank),
@@ -202,6 +206,10 @@ class Training:
                 memory_format=torch.channels_last if self.args.channels_last else torch.preserve_format,
                 reduce=self.world.sum_,
             )
+
+    def _epoch(self) -> None:
+        epoch, start = self.position.epoch, time.perf_counter()
+        found = self.train_epoch()
         record = {"epoch": epoch + 1, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"train_{k}": found[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness")}
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:

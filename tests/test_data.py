@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import pickle
@@ -269,14 +270,86 @@ def test_timms_torchvision_data_sets(tmp_path):
         data.load("torch/cifar10", tmp_path)
 
 
-def test_streams_are_refused_with_what_to_use_instead(tmp_path, monkeypatch):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(())
+def shards(root: Path, *, num: int = 4, each: int = 6, splits=("train", "validation")) -> Path:
+    """A WebDataset of grey images in two classes, with the _info.json that timm reads; the grey tells the number."""
+    import io
+    import json
+    import tarfile
 
-    monkeypatch.setattr("timm.data.create_dataset", lambda *args, **kwargs: Stream())
-    with pytest.raises(InputError, match="map-style"):
-        data.load("wds/imagenet", tmp_path)
+    root.mkdir(parents=True)
+    info: dict = {"splits": {}}
+    for split in splits:
+        names = [f"{split}-{i:02d}.tar" for i in range(num)]
+        for shard, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for i in range(each):
+                    k = shard * each + i
+                    pixels = np.full((16, 16, 3), 5 * k, np.uint8)
+                    file = io.BytesIO()
+                    Image.fromarray(pixels).save(file, "PNG")
+                    for suffix, content in (("png", file.getvalue()), ("cls", str(k % 2).encode())):
+                        member = tarfile.TarInfo(f"{split}{k:05d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        lengths = [each] * num
+        entry = {"name": split, "num_samples": num * each, "filenames": names, "shard_lengths": lengths}
+        info["splits"][split] = entry
+    (root / "_info.json").write_text(json.dumps(info))
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves a shard open where one stops
+class TestStreams:
+    @pytest.fixture(autouse=True)
+    def closed(self):
+        yield
+        gc.collect()
+
+    def numbers(self, batches) -> list[int]:
+        """Which images came, from their grey."""
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        mean, std = IMAGENET_DEFAULT_MEAN[0], IMAGENET_DEFAULT_STD[0]
+        return [round(float(x[0, 0, 0] * std + mean) * 255 / 5) for batch, _ in batches for x in batch]
+
+    def splits(self, root):
+        pytest.importorskip("webdataset")
+        return data.load("wds/pictures", shards(root), num_classes=2, image_size=16)
+
+    def test_evaluation_sees_every_example_once_with_its_label(self, tmp_path):
+        splits = self.splits(tmp_path / "d")
+        assert len(splits.test) == 24
+        batches = list(data.batches(splits.test, 5, splits.image_size))
+        assert self.numbers(batches) == list(range(24))
+        assert torch.cat([y for _, y in batches]).tolist() == [k % 2 for k in range(24)]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_epoch_is_a_function_of_the_seed_and_can_be_resumed(self, tmp_path, workers):
+        splits = self.splits(tmp_path / "d")
+        options = {"train": True, "augment": Augment(), "workers": workers}
+        batches = data.batches(splits.train, 4, splits.image_size, seed=3, **options)
+        epochs = []
+        for epoch in (0, 1, 0):
+            batches.set_epoch(epoch)
+            epochs.append(list(batches))
+            assert len(epochs[-1]) == len(batches) == 6
+        for (a, _), (b, _) in zip(epochs[0], epochs[2], strict=True):
+            assert torch.equal(a, b)
+        assert any(not torch.equal(a, b) for (a, _), (b, _) in zip(epochs[0], epochs[1], strict=True))
+        batches.set_epoch(1, first_batch=4)
+        rest = list(batches)
+        assert len(rest) == 2
+        for (a, x), (b, y) in zip(rest, epochs[1][4:], strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(x, y)
+
+    def test_what_a_stream_cannot_do(self, tmp_path):
+        pytest.importorskip("webdataset")
+        root = shards(tmp_path / "d")
+        with pytest.raises(InputError, match="give --num-classes"):
+            data.load("wds/pictures", root)
+        with pytest.raises(InputError, match="a stream has no numbers"):
+            data.load("wds/pictures", root, num_classes=2, label_noise=0.1)
 
 
 @pytest.mark.slow

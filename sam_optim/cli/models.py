@@ -1,24 +1,30 @@
-"""Models: any timm name, with the stem that the field uses for small images, and two CNNs small enough for a CPU."""
+"""Models: any timm name, with the stem that the field uses for small images; wide ResNets; two CNNs for a CPU."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sam_optim.cli import wide_resnet
 from sam_optim.cli.errors import InputError, one_line, unknown
 
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
+
+Make = Callable[[int, tuple[int, int, int]], nn.Module]  # of (num_classes, image_size)
 
 
 def build(
     name: str, *, num_classes: int, image_size: tuple[int, int, int], checkpoint: str | None = None, **options: Any
 ) -> nn.Module:
-    """A timm model, "cnn3" or "cnn5". Up to 64 pixels: 3x3 stem of stride 1 without max-pool, or small patches.
+    """A timm model, "cnn3", "cnn5" or "wrn28_10".
+
+    Of timm's, up to 64 pixels: a 3x3 stem of stride 1 without max-pool, or small patches.
 
     Args:
         image_size: (C, H, W).
@@ -31,12 +37,12 @@ def build(
         InputError: the name or an option is unknown, or the model cannot take images of this size.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    if name in OWN:
+    if make := own(name):
         if checkpoint:
-            raise InputError(f"--initial-checkpoint is for timm's models; {name} is trained in minutes")
+            raise InputError(f"--initial-checkpoint is for timm's models; {name} starts from random weights")
         if options:
             raise InputError(f"{name} takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
-        return OWN[name](num_classes, image_size)
+        return make(num_classes, image_size)
     options |= _pretrained(name, checkpoint) if checkpoint else {}
     model = _from_timm(name, num_classes, image_size, options)
     if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
@@ -53,7 +59,7 @@ def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
     from timm.models import get_pretrained_cfg, load_state_dict
 
     if not timm.is_model(name):
-        raise unknown("model", name, [*OWN, *timm.list_models()])
+        raise unknown("model", name, names())
     if not Path(checkpoint).is_file():
         raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
     try:
@@ -72,7 +78,8 @@ def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
 def checkpoint_gradients_(model: nn.Module, name: str) -> None:
     """Forward passes keep only what stands between the blocks, and are repeated for the backward pass."""
     try:
-        model.set_grad_checkpointing(True)
+        checkpointing: Any = model.set_grad_checkpointing
+        checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError):
         raise InputError(f"{name} cannot checkpoint its gradients: leave --grad-checkpointing out") from None
 
@@ -107,7 +114,23 @@ def cnn5(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-OWN = {"cnn3": cnn3, "cnn5": cnn5}
+OWN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
+
+
+def own(name: str) -> Make | None:
+    """Makes a model that timm does not have: one of `OWN`, or a wide ResNet; None for every other name."""
+    if name in OWN:
+        return OWN[name]
+    if wide := wide_resnet.named(name):
+        return lambda num_classes, image_size: wide_resnet.WideResNet(*wide, num_classes, image_size[0])
+    return None
+
+
+def names() -> list[str]:
+    """All that can be built, wide ResNets by the example of the SAM paper."""
+    import timm
+
+    return [*OWN, "wrn28_10", *timm.list_models()]
 
 
 def default_size(name: str) -> tuple[int, int]:
@@ -126,18 +149,18 @@ def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], op
     except ImportError:
         raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
     if not timm.is_model(name):
-        raise unknown("model", name, [*OWN, *timm.list_models()])
+        raise unknown("model", name, names())
     channels, height, _ = image_size
     arguments = {"num_classes": num_classes, "in_chans": channels} | options
     try:
         if height > SMALL:
             return timm.create_model(name, **arguments | sized(timm, name, image_size, patch=False))
-        own = sized(timm, name, image_size, patch=True)
+        fitted = sized(timm, name, image_size, patch=True)
         try:
-            model = timm.create_model(name, **arguments | own)
+            model = timm.create_model(name, **arguments | fitted)
         except TypeError:  # some entry points fix the patch size themselves (mixer_s16_224)
-            own.pop("patch_size", None)
-            model = timm.create_model(name, **arguments | own)
+            fitted.pop("patch_size", None)
+            model = timm.create_model(name, **arguments | fitted)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
     return model

@@ -87,7 +87,7 @@ def _problem(p: argparse.ArgumentParser) -> None:
     """Which model, loss and data."""
     add, count = p.add_argument, number(int, 1)
     g = p.add_argument_group("model")
-    g.add_argument("--model", metavar="NAME", help="a timm model, or cnn3 (default: what a run directory says)")
+    g.add_argument("--model", metavar="NAME", help="a timm model, cnn3, cnn5 or wrn28_10 (default: what a run says)")
     g.add_argument("--model-kwargs", nargs="+", type=pair, default=[], metavar="KEY=VALUE", help="timm.create_model")
     g.add_argument("--num-classes", type=count, help="default: the rows of the checkpoint's last layer")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, stride 1, no max-pool (CIFAR)")

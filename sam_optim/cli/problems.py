@@ -133,7 +133,7 @@ class Images:
 
     def _make(self, name: str, num: int, small: bool, kwargs: dict[str, Any]) -> nn.Module:
         shape = self.data.shape
-        if name in models.OWN or small:
+        if models.own(name) or small:
             if len(shape) != 3:
                 raise InputError(f"{name} takes images, (C, H, W), and x has the shape {shape}")
             return models.build(name, num_classes=num, image_size=(shape[0], shape[1], shape[2]), **kwargs)
@@ -148,8 +148,9 @@ class Images:
             raise InputError(f"{name} cannot be built with {kwargs}: {one_line(error)}") from None
 
     def _num_outputs(self, name: str, state: Mapping[str, Tensor]) -> int | None:
-        if name in models.OWN:
-            return weights.num_outputs(models.OWN[name](2, (1, 8, 8)), state)
+        if make := models.own(name):
+            with torch.device("meta"):
+                return weights.num_outputs(make(2, (1, 8, 8)), state)
         import timm
 
         with torch.device("meta"):
@@ -282,9 +283,10 @@ def _data_config(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         from timm.models import get_pretrained_cfg
     except ImportError:
         raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
-    if name not in models.OWN and not timm.is_model(name):
-        raise unknown("model", name, [*models.OWN, *timm.list_models()])
-    known = None if name in models.OWN else get_pretrained_cfg(name)
+    own = models.own(name) is not None
+    if not own and not timm.is_model(name):
+        raise unknown("model", name, models.names())
+    known = None if own else get_pretrained_cfg(name)
     found: dict[str, Any] = dict(resolve_data_config({"no": None}, pretrained_cfg=known.to_dict() if known else {}))
     found["input_size"] = (kwargs.get("in_chans", found["input_size"][0]), *found["input_size"][1:])
     return found

@@ -1,0 +1,205 @@
+"""Every recipe is read, its options are there, and it runs for an epoch of two steps on tiny models and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import picture_tree
+from test_train import PICTURES, run
+
+from benchmarks import command, finetune_text, models, options
+from benchmarks.command import InputError
+from sam_optim.cli import wide_resnet
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml"))
+TINY = {"resnet18": "test_resnet", "resnet50": "test_resnet", "wrn28_10": "wrn10_1", "cnn": "cnn3"}
+
+
+def parsed(path: Path, *more: str):
+    return options.parse(["--config", str(path), "--data-dir", "d", *more])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_says_what_its_name_says(path):
+    args = parsed(path)
+    kind = path.stem.rpartition("_")[2]
+    assert (args.sam_rho > 0) == (kind in ("sam", "asam"))
+    assert (args.adaptive is not None) == (kind == "asam")
+    assert args.model in path.read_text()
+    assert models.build  # the names below are built in the next test
+    text = path.read_text()
+    assert f"--config benchmarks/recipes/{path.name}" in text
+    for line in text.splitlines():
+        assert len(line) <= 120
+    values = [line for line in text.splitlines() if line and not line.startswith("#")]
+    numbers = [line for line in values if line.partition(":")[0] in ("lr", "sam-rho", "weight-decay", "epochs")]
+    sourced_above = "All values are" in text or "big_vision" in text or "No published values" in text
+    assert sourced_above or all("#" in line for line in numbers), "every number says where it is from"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_runs(path, tmp_path):
+    tree = picture_tree(tmp_path / "data", n=8)
+    args = parsed(path)
+    model = TINY.get(args.model, "test_vit")
+    more = ["--model", model, "--data", "folder", "--data-dir", tree, "--batch-size", "8", "--epochs", "1"]
+    more += ["--warmup-epochs", "0", "--img-size", "32", "--workers", "0", "--measures", "none"]
+    assert run("--config", path, *more, "--out", tmp_path / "run") == 0
+    config = command.read_json(tmp_path / "run" / "config.json")
+    for key in ("lr", "weight_decay", "sam_rho", "adaptive", "opt", "clip_grad", "smoothing", "mixup", "aa"):
+        assert config["options"][key] == getattr(args, key)
+    record = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert record["step"] == 2
+    assert (record["train_sharpness"] != 0) == (args.sam_rho > 0)
+
+
+class TestConfig:
+    def test_the_command_line_replaces_the_file(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("lr: 1e-3\nno_aug: true\nopt-kwargs: {betas: '(0.8, 0.9)'}\nopt: adamw\nchannels-last: false\n")
+        args = options.parse(["--config", str(path), "--opt", "lion"])
+        assert (args.lr, args.no_aug, args.opt, args.channels_last) == (1e-3, True, "lion", False)
+        assert args.opt_kwargs == [("betas", (0.8, 0.9))]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("learning-rate: 1", "unknown option in .* 'learning-rate'; choose from"),
+            ("out: /tmp", "unknown option in .* 'out'"),
+            ("- lr", "must be a mapping"),
+            ("lr: [", "cannot be read"),
+            ("lr: fast", "--lr: must be float"),
+            ("lr: !!python/object/apply:os.system [ls]", "cannot be read"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, tmp_path, text, message):
+        path = tmp_path / "a.yaml"
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            options.parse(["--config", str(path)])
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            options.parse(["--config", str(tmp_path / "none.yaml")])
+
+
+class TestWideResNet:
+    def test_it_is_the_network_of_the_paper(self):
+        """36.5 million parameters, table 2 of arXiv:1605.07146, counted here from the shapes; 25 3x3 convolutions."""
+        with torch.device("meta"):
+            model = wide_resnet.WideResNet(28, 10, 10)
+        assert sum(p.numel() for p in model.parameters()) == 36_479_194
+        kernels = [m.kernel_size for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert kernels.count((3, 3)) == 25
+        assert kernels.count((1, 1)) == 3
+
+    def test_bad_names(self):
+        for name in ("wrn27_10", "wrn4_1", "wrn28_0"):
+            with pytest.raises(InputError, match="does not exist"):
+                models.build(name, num_classes=10, image_size=(3, 32, 32))
+
+
+class TestInitialCheckpoint:
+    def saved(self, tmp_path, **more):
+        import timm
+
+        torch.manual_seed(5)
+        source = timm.create_model("test_vit", num_classes=7, img_size=32, **more)
+        torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
+        return source, tmp_path / "weights.pth"
+
+    def test_all_but_the_head_is_loaded(self, tmp_path):
+        source, path = self.saved(tmp_path, patch_size=4)
+        for classes in (7, 10):
+            made = models.build("test_vit", num_classes=classes, image_size=(3, 32, 32), checkpoint=str(path))
+            for name, value in source.state_dict().items():
+                same = made.state_dict()[name]
+                if name.startswith("head.") and classes != 7:
+                    assert same.shape[0] == classes
+                else:
+                    assert torch.equal(same, value), name
+
+    def test_position_embeddings_are_fitted(self, tmp_path):
+        source, path = self.saved(tmp_path)
+        made = models.build("test_vit", num_classes=3, image_size=(3, 160, 160), checkpoint=str(path))
+        assert made.pos_embed.shape != source.pos_embed.shape
+        assert torch.equal(made.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+    def test_a_run_starts_from_it_and_goes_on_without_it(self, tmp_path):
+        tree = picture_tree(tmp_path / "data", n=8)
+        _, path = self.saved(tmp_path)
+        options = [*PICTURES, "--model", "test_vit", "--data-dir", tree, "--out", tmp_path / "run", "--epochs", "1"]
+        assert run(*options, "--initial-checkpoint", path, "--grad-checkpointing") == 0
+        assert command.read_json(tmp_path / "run" / "config.json")["initial_checkpoint_sha256"]
+        path.unlink()
+        assert run("--out", tmp_path / "run", "--resume") == 0
+
+    @pytest.mark.parametrize(
+        ("content", "message"), [(None, "is not a file"), (b"", "holds no weights"), (b"PK\x03\x04x", "no weights")]
+    )
+    def test_bad_files(self, tmp_path, content, message):
+        path = tmp_path / "weights.pth"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            models.build("test_vit", num_classes=3, image_size=(3, 32, 32), checkpoint=str(path))
+
+
+class TestText:
+    @pytest.fixture
+    def model(self, tmp_path):
+        """A BERT of 2 layers with a vocabulary of words, as save_pretrained writes it."""
+        transformers = pytest.importorskip("transformers")
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "runs", "sleeps", "not"]
+        folder = tmp_path / "bert"
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+        transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)
+        config.save_pretrained(folder)
+        return folder
+
+    def files(self, tmp_path):
+        rows = [("a dog runs", "a dog runs", "entailment"), ("a dog runs", "a dog not runs", "contradiction")]
+        rows += [("a cat sleeps", "a dog runs", "neutral"), ("a cat", "a dog", "-")]
+        tsv, jsonl = tmp_path / "train.tsv", tmp_path / "dev.jsonl"
+        lines = ["index\tsentence1\tsentence2\tgold_label"] + [f"{i}\t" + "\t".join(r) for i, r in enumerate(rows * 6)]
+        tsv.write_text("\n".join(lines) + "\n")
+        keys = ("premise", "hypothesis", "label")
+        jsonl.write_text("\n".join(json.dumps(dict(zip(keys, r, strict=True))) for r in rows) + "\n")
+        return tsv, jsonl
+
+    def test_both_formats_are_read(self, tmp_path):
+        tsv, jsonl = self.files(tmp_path)
+        assert len(finetune_text.read(tsv)) == 18
+        assert finetune_text.read(jsonl)[1] == ("a dog runs", "a dog not runs", 2)
+
+    @pytest.mark.parametrize("options", [[], ["--sam-rho", "0.05"], ["--sam-rho", "0.5", "--adaptive"]], ids=str)
+    def test_two_steps(self, tmp_path, model, options, capsys):
+        tsv, jsonl = self.files(tmp_path)
+        argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
+        argv += ["--scratch", "--max-steps", "2", "--batch-size", "4", "--length", "16", "--device", "cpu"]
+        assert command.run(finetune_text.main, [*argv, *options]) == 0
+        found = command.read_json(tmp_path / "out" / "result.json")
+        assert found["updates"] == 2
+        assert 0 <= found["accuracy"] <= 1
+        assert found["loss"] == pytest.approx(1.1, abs=0.3)  # log 3, of a model that has learnt nothing yet
+
+    def test_bad_input(self, tmp_path, model, capsys):
+        tsv, jsonl = self.files(tmp_path)
+        argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
+        assert command.run(finetune_text.main, [*argv, "--adaptive"]) == 2
+        jsonl.write_text('{"premise": "a", "hypothesis": "b", "label": "maybe"}')
+        assert command.run(finetune_text.main, argv) == 2
+        jsonl.write_text('{"premise": "a"}')
+        assert command.run(finetune_text.main, argv) == 2
+        assert command.run(finetune_text.main, [*argv[:3], str(tmp_path / "none.tsv"), *argv[4:]]) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert "label 'maybe' is none of" in err[1]
+        assert "has no sentence2 or hypothesis" in err[2]
+        assert "cannot be read" in err[3]
+        assert not (tmp_path / "out").exists()

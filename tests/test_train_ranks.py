@@ -1,0 +1,278 @@
+"""benchmarks.train on two processes: against one process with their batches together, stopped, resumed, sharded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import spawn
+from test_data import picture_tree
+
+from benchmarks import checkpoint, command, data, engine, options, ranks, recipe, train
+from benchmarks.command import Interrupted, Signals
+from benchmarks.order import Order
+from benchmarks.training import Training
+
+TIMES = ("seconds", "images_per_s")
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # two sums of half a batch against one of the batch, over an epoch
+BASE = ("--measures", "none", "--epochs", "1", "--train-examples", "320")
+
+
+def metrics(out: Path) -> dict:
+    return {k: v for k, v in command.read_jsonl(out / "metrics.jsonl")[-1].items() if k not in TIMES}
+
+
+def run_each(rank, cases):
+    """Each case of the command in turn, in the process group of `spawn`; their exit codes."""
+    return [command.run(train.main, [str(o) for o in case]) for case in cases]
+
+
+class TestOrder:
+    @pytest.mark.parametrize("n", [64, 65, 67, 127, 7])
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_evaluation_sees_each_example_once_in_as_many_batches_on_each_rank(self, n, size):
+        orders = [list(Order(n, 8, rank=rank, size=size)) for rank in range(size)]
+        assert len({len(batches) for batches in orders}) == 1
+        assert sorted(i for batches in orders for batch in batches for i in batch) == list(range(n))
+        assert all(0 < len(batch) <= 8 for batches in orders for batch in batches)
+
+    def test_training_batches_are_those_of_one_process(self):
+        whole = list(Order(70, 12, shuffle=True, drop_last=True, seed=3))
+        parts = [list(Order(70, 4, shuffle=True, drop_last=True, seed=3, rank=rank, size=3)) for rank in range(3)]
+        assert [sum(batches, []) for batches in zip(*parts, strict=True)] == whole
+
+    def test_augmentation_too(self):
+        pixels = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        split = data.Pixels(pixels, torch.arange(40), (0.5,) * 3, (0.2,) * 3)
+        make = {"train": True, "augment": recipe.Augment(), "seed": 1}
+        whole = list(data.batches(split, 10, (3, 16, 16), **make))
+        parts = [
+            list(data.batches(split, 5, (3, 16, 16), **make, world=ranks.World(rank, 2, rank))) for rank in range(2)
+        ]
+        for (x, y), (a, b), (c, d) in zip(whole, *parts, strict=True):
+            assert torch.equal(x, torch.cat([a, c]))
+            assert torch.equal(y, torch.cat([b, d]))
+
+
+class TestTwoProcesses:
+    """One start of two processes for many runs: starting takes longer than they do."""
+
+    CASES: dict[str, tuple[str, ...]] = {
+        "sgd": (),
+        "adamw, accumulated, clipped": ("--opt", "adamw", "--lr", "0.01", "--accumulate", "2", "--clip-grad", "0.5"),
+        "one perturbation for all": ("--sam-rho", "0.1", "--sync-ascent", "--model-ema", "0.9"),
+    }
+
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory) -> Path:
+        root = tmp_path_factory.mktemp("runs")
+        two = ["--batch-size", "32"]
+        cases = [[*BASE, *two, *more, "--out", root / f"two {name}"] for name, more in self.CASES.items()]
+        cases += [[*BASE, *two, *more, "--fsdp", "--out", root / f"fsdp {name}"] for name, more in self.CASES.items()
+                  if "--sync-ascent" not in more]  # fmt: skip
+        cases.append([*BASE, *two, "--sam-rho", "0.1", "--model-ema", "0.9", "--fsdp", "--out", root / "fsdp sam"])
+        cases.append([*BASE, *two, "--sam-rho", "0.1", "--out", root / "own"])
+        assert spawn(run_each, cases) == [[0] * len(cases)] * 2
+        for name, more in self.CASES.items():
+            argv = [str(o) for o in (*BASE, "--batch-size", "64", *more, "--out", root / f"one {name}")]
+            assert command.run(train.main, argv) == 0
+        return root
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_the_run_is_that_of_one_process_with_their_batches_together(self, runs, name):
+        one, two = metrics(runs / f"one {name}"), metrics(runs / f"two {name}")
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+        self.same_weights(runs / f"one {name}", runs / f"two {name}")
+
+    @pytest.mark.parametrize("name", ["sgd", "adamw, accumulated, clipped"])
+    def test_sharded_too(self, runs, name):
+        self.same_weights(runs / f"one {name}", runs / f"fsdp {name}")
+
+    def test_sharded_sam_has_one_perturbation_for_all(self, runs):
+        self.same_weights(runs / "one one perturbation for all", runs / "fsdp sam")
+        state = checkpoint.newest(runs / "fsdp sam" / "checkpoints")
+        reference = checkpoint.newest(runs / "one one perturbation for all" / "checkpoints")
+        for key, value in reference["ema"].items():
+            torch.testing.assert_close(state["ema"][key], value, **ROUNDING)
+
+    def test_each_with_its_own_perturbation_is_another_run(self, runs):
+        """m-sharpness: the mean of the losses at w + e of each rank, which is not that at one e for both."""
+        own, together = (metrics(runs / name) for name in ("own", "two one perturbation for all"))
+        assert own["train_sharpness"] > 1.02 * together["train_sharpness"] > 0
+
+    def same_weights(self, a: Path, b: Path) -> None:
+        found, expected = (checkpoint.newest(path / "checkpoints")["model"] for path in (b, a))
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, **ROUNDING)
+
+    def test_one_process_writes(self, runs):
+        facts = command.read_json(runs / "own" / "config.json")
+        assert facts["num_processes"] == 2
+        assert len(command.read_jsonl(runs / "own" / "metrics.jsonl")) == 1
+
+
+def stopped(rank, out):
+    """A signal to one rank only; both stop after the same update, save, and go on to where a whole run is."""
+    argv = [*BASE, "--batch-size", "16", "--sam-rho", "0.1"]
+    after = Training._after_update
+
+    def stopping(self, batch):
+        if rank == 1 and self.position.updates == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(self, batch)
+
+    assert command.run(train.main, [*argv, "--out", f"{out}/whole"]) == 0
+    Training._after_update = stopping
+    code = command.run(train.main, [*argv, "--out", f"{out}/cut"])
+    Training._after_update = after
+    step = checkpoint.newest(Path(out) / "cut" / "checkpoints")["step"]
+    again = command.run(train.main, ["--out", f"{out}/cut", "--resume"])
+    return [code, step, again]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_update_and_the_run_goes_on(tmp_path):
+    results = spawn(stopped, str(tmp_path))
+    assert results[0] == results[1]
+    code, step, again = results[0]
+    assert (code, again) == (143, 0)
+    assert 4 <= step <= 6
+    whole, cut = (checkpoint.newest(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
+    for key, value in whole["model"].items():
+        assert torch.equal(cut["model"][key], value)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_alone_a_signal_is_raised_at_once():
+    with Signals() as signals:
+        agreed = ranks.Agreed(signals, ranks.ALONE)
+        agreed.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            agreed.check()
+
+
+def test_batch_norm_statistics_are_the_mean_over_ranks():
+    assert spawn(_means) == [[1.5, 0], [1.5, 0]]
+
+
+def _means(rank):
+    model = torch.nn.BatchNorm1d(1)
+    model.running_mean.fill_(rank + 1.0)
+    ranks.World(rank, 2, rank).mean_buffers_(model)
+    return [float(model.running_mean), int(model.num_batches_tracked)]
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--fsdp"], "start them with torchrun"),
+            (["--fsdp", "--amp", "fp16"], "use --amp bf16"),
+            (["--sync-ascent"], "needs a radius"),
+            (["--sched", "plateau", "--warmup-epochs", "1"], "has no warm-up"),
+            (["--sched", "plateau", "--decay-rate", "1"], "must be < 1"),
+            (["--grad-checkpointing"], "cannot checkpoint its gradients"),
+            (["--initial-checkpoint", "x"], "is for timm's models"),
+        ],
+    )
+    def test_what_does_not_go_together(self, tmp_path, capsys, argv, message):
+        assert command.run(train.main, [*argv, "--out", str(tmp_path / "x")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
+class TestPlateau:
+    ARGV = (
+        "--sched",
+        "plateau",
+        "--patience-epochs",
+        "1",
+        "--decay-rate",
+        "0.5",
+        "--measures",
+        "none",
+        "--epochs",
+        "6",
+    )
+
+    def test_rates_fall_where_the_loss_has_not(self, tmp_path, monkeypatch):
+        """Losses as given here, against the rule written out."""
+        losses = iter([2.0, 1.5, 1.6, 1.55, 1.7, 1.8])
+        train_epoch = engine.train_epoch
+        monkeypatch.setattr(engine, "train_epoch", lambda *a, **k: train_epoch(*a, **k) | {"loss": next(losses)})
+        assert command.run(train.main, [*self.ARGV, "--lr", "0.04", "--out", str(tmp_path)]) == 0
+        rates = [r["lr"] for r in command.read_jsonl(tmp_path / "metrics.jsonl")]
+        assert rates == pytest.approx([0.04, 0.04, 0.04, 0.04, 0.02, 0.02])
+
+    def test_a_resumed_run_is_the_whole_one(self, tmp_path):
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        argv = [*self.ARGV, "--lr", "0.5", "--label-noise", "0.5"]
+        assert command.run(train.main, [*argv, "--out", str(whole)]) == 0
+        epoch = Training._epoch
+
+        def stopping(self):
+            if self.position.epoch == 4:
+                raise Interrupted(signal.SIGTERM)
+            epoch(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Training, "_epoch", stopping)
+            assert command.run(train.main, [*argv, "--out", str(cut)]) == 143
+        assert command.run(train.main, ["--out", str(cut), "--resume"]) == 0
+        a, b = ([r["lr"] for r in command.read_jsonl(path / "metrics.jsonl")] for path in (whole, cut))
+        assert a == b
+        assert len(set(a)) > 1
+        assert metrics(whole) == metrics(cut)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    tree = picture_tree(tmp_path / "data", n=8)
+    argv = ["--data", "folder", "--data-dir", str(tree), "--model", "test_vit", "--batch-size", "8", "--epochs", "1"]
+    argv += ["--measures", "none", "--sam-rho", "0.1"]
+    states = []
+    for more in ([], ["--grad-checkpointing"]):
+        out = tmp_path / f"run{len(more)}"
+        assert command.run(train.main, [*argv, *more, "--out", str(out)]) == 0
+        states.append(checkpoint.newest(out / "checkpoints")["model"])
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_torchrun(tmp_path, fsdp):
+    """The real launcher; SIGTERM to it, as a scheduler sends it; the same command again goes on."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command_ = [*argv, "-m", "benchmarks.train", "--resume", "--out", str(tmp_path / "run")]
+    first = [*command_, "--epochs", "300", "--sam-rho", "0.1", "--measures", "worst", *fsdp]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(first, text=True, env=environment, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("epoch   3"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.wait(60)
+    state = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert state["step"] > 20
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["options"]["epochs"] = state["position"]["epoch"] + 2
+    path.write_text(json.dumps(config))
+    again = subprocess.run(command_, env=environment, timeout=120, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"going on in {tmp_path / 'run'} after {state['step']} updates" in again.stdout
+    assert (tmp_path / "run" / "measures.json").exists()
+
+
+def test_an_option_of_the_run_is_kept_by_name():
+    assert {"fsdp", "sync_ascent", "grad_checkpointing"} <= set(options.plain(options.parse([])))

@@ -28,9 +28,36 @@ def metrics(out: Path) -> dict:
     return {k: v for k, v in command.read_jsonl(out / "metrics.jsonl")[-1].items() if k not in TIMES}
 
 
-def run_each(rank, cases):
-    """Each case of the command in turn, in the process group of `spawn`; their exit codes."""
-    return [command.run(train.main, [str(o) for o in case]) for case in cases]
+def everything(rank, cases, out):
+    """All that needs two processes, in one start of them, which takes longer than the runs."""
+    codes = [command.run(train.main, [str(o) for o in case]) for case in cases]
+    return {"codes": codes, "stopped": stopped(rank, out), "statistics": mean_statistics(rank)}
+
+
+def stopped(rank, out):
+    """A signal to one rank only; both stop after the same update, save, and go on to where a whole run is."""
+    argv = [*BASE, "--batch-size", "16", "--sam-rho", "0.1"]
+    after = Training._after_update
+
+    def stopping(self, batch):
+        if rank == 1 and self.position.updates == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(self, batch)
+
+    assert command.run(train.main, [*argv, "--out", f"{out}/whole"]) == 0
+    Training._after_update = stopping
+    code = command.run(train.main, [*argv, "--out", f"{out}/cut"])
+    Training._after_update = after
+    step = checkpoint.newest(Path(out) / "cut" / "checkpoints")["step"]
+    again = command.run(train.main, ["--out", f"{out}/cut", "--resume"])
+    return [code, step, again]
+
+
+def mean_statistics(rank):
+    model = torch.nn.BatchNorm1d(1)
+    model.running_mean.fill_(rank + 1.0)
+    ranks.World(rank, 2, rank).mean_buffers_(model)
+    return [float(model.running_mean), int(model.num_batches_tracked)]
 
 
 class TestOrder:
@@ -45,7 +72,7 @@ class TestOrder:
     def test_training_batches_are_those_of_one_process(self):
         whole = list(Order(70, 12, shuffle=True, drop_last=True, seed=3))
         parts = [list(Order(70, 4, shuffle=True, drop_last=True, seed=3, rank=rank, size=3)) for rank in range(3)]
-        assert [sum(batches, []) for batches in zip(*parts, strict=True)] == whole
+        assert [[i for b in batches for i in b] for batches in zip(*parts, strict=True)] == whole
 
     def test_augmentation_too(self):
         pixels = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -60,30 +87,38 @@ class TestOrder:
             assert torch.equal(y, torch.cat([b, d]))
 
 
+CASES = {
+    "sgd": (),
+    "adamw, accumulated, clipped": ("--opt", "adamw", "--lr", "0.01", "--accumulate", "2", "--clip-grad", "0.5"),
+    "one perturbation for all": ("--sam-rho", "0.1", "--sync-ascent", "--model-ema", "0.9"),
+}
+SHARDED = tuple(CASES)[:2]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """(folder of the runs, what each process returned)."""
+    root = tmp_path_factory.mktemp("runs")
+    two = [*BASE, "--batch-size", "32"]
+    cases = [[*two, *more, "--out", root / f"two {name}"] for name, more in CASES.items()]
+    cases += [[*two, *CASES[name], "--fsdp", "--out", root / f"fsdp {name}"] for name in SHARDED]
+    cases.append([*two, "--sam-rho", "0.1", "--model-ema", "0.9", "--fsdp", "--out", root / "fsdp sam"])
+    cases.append([*two, "--sam-rho", "0.1", "--out", root / "own"])
+    results = spawn(everything, cases, str(root))
+    for name, more in CASES.items():
+        argv = [str(o) for o in (*BASE, "--batch-size", "64", *more, "--out", root / f"one {name}")]
+        assert command.run(train.main, argv) == 0
+    return root, results
+
+
+@pytest.fixture(scope="module")
+def runs(together) -> Path:
+    root, results = together
+    assert all(code == 0 for result in results for code in result["codes"])
+    return root
+
+
 class TestTwoProcesses:
-    """One start of two processes for many runs: starting takes longer than they do."""
-
-    CASES: dict[str, tuple[str, ...]] = {
-        "sgd": (),
-        "adamw, accumulated, clipped": ("--opt", "adamw", "--lr", "0.01", "--accumulate", "2", "--clip-grad", "0.5"),
-        "one perturbation for all": ("--sam-rho", "0.1", "--sync-ascent", "--model-ema", "0.9"),
-    }
-
-    @pytest.fixture(scope="class")
-    def runs(self, tmp_path_factory) -> Path:
-        root = tmp_path_factory.mktemp("runs")
-        two = ["--batch-size", "32"]
-        cases = [[*BASE, *two, *more, "--out", root / f"two {name}"] for name, more in self.CASES.items()]
-        cases += [[*BASE, *two, *more, "--fsdp", "--out", root / f"fsdp {name}"] for name, more in self.CASES.items()
-                  if "--sync-ascent" not in more]  # fmt: skip
-        cases.append([*BASE, *two, "--sam-rho", "0.1", "--model-ema", "0.9", "--fsdp", "--out", root / "fsdp sam"])
-        cases.append([*BASE, *two, "--sam-rho", "0.1", "--out", root / "own"])
-        assert spawn(run_each, cases) == [[0] * len(cases)] * 2
-        for name, more in self.CASES.items():
-            argv = [str(o) for o in (*BASE, "--batch-size", "64", *more, "--out", root / f"one {name}")]
-            assert command.run(train.main, argv) == 0
-        return root
-
     @pytest.mark.parametrize("name", CASES)
     def test_the_run_is_that_of_one_process_with_their_batches_together(self, runs, name):
         one, two = metrics(runs / f"one {name}"), metrics(runs / f"two {name}")
@@ -92,7 +127,7 @@ class TestTwoProcesses:
             assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
         self.same_weights(runs / f"one {name}", runs / f"two {name}")
 
-    @pytest.mark.parametrize("name", ["sgd", "adamw, accumulated, clipped"])
+    @pytest.mark.parametrize("name", SHARDED)
     def test_sharded_too(self, runs, name):
         self.same_weights(runs / f"one {name}", runs / f"fsdp {name}")
 
@@ -120,35 +155,16 @@ class TestTwoProcesses:
         assert len(command.read_jsonl(runs / "own" / "metrics.jsonl")) == 1
 
 
-def stopped(rank, out):
-    """A signal to one rank only; both stop after the same update, save, and go on to where a whole run is."""
-    argv = [*BASE, "--batch-size", "16", "--sam-rho", "0.1"]
-    after = Training._after_update
-
-    def stopping(self, batch):
-        if rank == 1 and self.position.updates == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        after(self, batch)
-
-    assert command.run(train.main, [*argv, "--out", f"{out}/whole"]) == 0
-    Training._after_update = stopping
-    code = command.run(train.main, [*argv, "--out", f"{out}/cut"])
-    Training._after_update = after
-    step = checkpoint.newest(Path(out) / "cut" / "checkpoints")["step"]
-    again = command.run(train.main, ["--out", f"{out}/cut", "--resume"])
-    return [code, step, again]
-
-
-def test_a_signal_to_one_process_stops_both_after_the_same_update_and_the_run_goes_on(tmp_path):
-    results = spawn(stopped, str(tmp_path))
-    assert results[0] == results[1]
-    code, step, again = results[0]
+def test_a_signal_to_one_process_stops_both_after_the_same_update_and_the_run_goes_on(together):
+    root, results = together
+    assert results[0]["stopped"] == results[1]["stopped"]
+    code, step, again = results[0]["stopped"]
     assert (code, again) == (143, 0)
     assert 4 <= step <= 6
-    whole, cut = (checkpoint.newest(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
+    whole, cut = (checkpoint.newest(root / name / "checkpoints") for name in ("whole", "cut"))
     for key, value in whole["model"].items():
         assert torch.equal(cut["model"][key], value)
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert metrics(root / "cut") == metrics(root / "whole")
 
 
 def test_alone_a_signal_is_raised_at_once():
@@ -160,15 +176,8 @@ def test_alone_a_signal_is_raised_at_once():
             agreed.check()
 
 
-def test_batch_norm_statistics_are_the_mean_over_ranks():
-    assert spawn(_means) == [[1.5, 0], [1.5, 0]]
-
-
-def _means(rank):
-    model = torch.nn.BatchNorm1d(1)
-    model.running_mean.fill_(rank + 1.0)
-    ranks.World(rank, 2, rank).mean_buffers_(model)
-    return [float(model.running_mean), int(model.num_batches_tracked)]
+def test_batch_norm_statistics_are_the_mean_over_ranks(together):
+    assert [result["statistics"] for result in together[1]] == [[1.5, 0], [1.5, 0]]
 
 
 class TestOptions:

@@ -6,6 +6,7 @@ import gc
 import gzip
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,21 @@ class TestStreams:
         for (a, x), (b, y) in zip(rest, epochs[1][4:], strict=True):
             assert torch.equal(a, b)
             assert torch.equal(x, y)
+
+    def test_a_run_trains_stops_and_goes_on(self, tmp_path, monkeypatch):
+        from test_train import assert_same_run, run, stop_at
+
+        pytest.importorskip("webdataset")
+        root = shards(tmp_path / "d")
+        argv = ["--data", "wds/pictures", "--data-dir", root, "--num-classes", "2", "--img-size", "16"]
+        argv += ["--model", "test_resnet", "--batch-size", "4", "--epochs", "2", "--sam-rho", "0.05"]
+        argv += ["--measures", "none"]
+        assert run(*argv, "--out", tmp_path / "whole") == 0
+        with monkeypatch.context() as patch:
+            stop_at(patch, 9, signal.SIGTERM)
+            assert run(*argv, "--out", tmp_path / "cut") == 143
+        assert run("--out", tmp_path / "cut", "--resume") == 0
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
     def test_what_a_stream_cannot_do(self, tmp_path):
         pytest.importorskip("webdataset")

@@ -40,7 +40,16 @@ def test_a_recipe_says_what_its_name_says(path):
     assert sourced_above or all("#" in line for line in numbers), "every number says where it is from"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def runs_by_default(path: Path) -> bool:
+    """Those for CIFAR-100 differ from those for CIFAR-10 in a number."""
+    return "cifar100" not in path.stem
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if runs_by_default(p) else pytest.mark.slow) for p in RECIPES],
+    ids=lambda p: p.stem,
+)
 def test_a_recipe_runs(path, tmp_path):
     tree = picture_tree(tmp_path / "data", n=8)
     args = parsed(path)

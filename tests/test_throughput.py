@@ -7,7 +7,6 @@ import pytest
 from benchmarks import command, options, throughput
 from sam_optim import rng
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its images open
 
 

@@ -119,7 +119,7 @@ class TestNumbers:
         assert rows[0] == ["checkpoint", "trace", "trace error", "eigenvalues", "eigenvalues error"]
         for row in rows[1:]:
             trace, spectrum = (found[row[0], column]["result"] for column in ("trace", "eigenvalues"))
-            expected = [trace["value"], trace["stderr"], spectrum["eigenvalues"][0], spectrum["residuals"][0]]
+            expected = [trace["value"], trace["stderr"], spectrum["eigenvalues"][0], spectrum["errors"][0]]
             assert [float(x) for x in row[1:]] == expected
         assert [line.split()[0] for line in out.splitlines()[2:]] == names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -69,7 +70,9 @@ def combined(factors: Sequence[float], directions: Sequence[Direction]) -> list[
         total = torch.zeros_like(parts[0])
         for a, d in zip(factors, parts, strict=True):
             if a:
-                total.add_(d, alpha=a)
+                # torch refuses a factor that the dtype cannot hold; the point is then at infinity, and its loss says so
+                fits = abs(a) <= torch.finfo(total.dtype).max
+                total.add_(d, alpha=a if fits else math.copysign(math.inf, a))
         found.append(total)
     return found
 

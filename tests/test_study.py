@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -126,13 +125,9 @@ class TestConfig:
         assert len(names) == 6
         assert all(len(n) < 140 and "/" not in n and not n.startswith(".") for n in names)
 
-    def test_the_studies_of_this_repository_are_valid_but_for_what_is_not_installed(self):
+    def test_the_studies_of_this_repository_are_valid(self):
         for path in (ROOT / "benchmarks" / "studies").glob("*.toml"):
-            if importlib.util.find_spec("benchmarks.corruptions") is None:
-                with pytest.raises(InputError, match="corruptions"):
-                    config.load(path)
-            else:
-                assert config.load(path).total >= 48
+            assert config.load(path).total >= 48
 
     @pytest.mark.parametrize(
         ("content", "words"),
@@ -471,6 +466,24 @@ class TestEvaluation:
             config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["fog"]}})
         with pytest.raises(InputError, match="from 1 to 5"):
             config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"], "severities": [6]}})
+
+    def test_the_corruptions_are_those_of_the_benchmarks(self, tmp_path):
+        """The number is that of the same pixels, corrupted here one severity at a time."""
+        from benchmarks.corruptions import corrupted
+
+        root, _ = cifar_files(tmp_path)
+        splits = data.load("cifar10", root)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
+        images, labels = splits.test.tensors
+        chosen = {"names": ["gaussian_noise", "contrast"], "severities": [1, 5], "examples": 0, "seed": 3}
+        found = trial.corrupted_errors(model, splits, chosen, torch.device("cpu"))
+        assert len(found) == 4
+        for key, error in found.items():
+            name, severity = key.split(", ")
+            bad = corrupted(images.permute(0, 2, 3, 1).contiguous().numpy(), name, int(severity), seed=3)
+            wrong = model(splits.test.normalise(torch.from_numpy(bad).permute(0, 3, 1, 2))).argmax(1) != labels
+            assert error == pytest.approx(100 * float(wrong.double().mean()))
 
     def test_some_images_are_taken_from_all_over_the_test_set(self, tmp_path):
         """CIFAR's test images may be sorted by class: the first ones would be of one class."""

@@ -218,10 +218,8 @@ def _check(config: Config) -> None:
 def _check_corruptions(found: Settings) -> None:
     if not found["names"]:
         return
-    try:
-        from benchmarks.corruptions import NAMES
-    except ImportError:
-        raise InputError("[corruptions] needs benchmarks/corruptions.py, which is missing here") from None
+    from benchmarks.corruptions import NAMES
+
     for name in found["names"]:
         if name not in NAMES:
             raise unknown("corruption", str(name), NAMES)

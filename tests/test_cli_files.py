@@ -210,7 +210,8 @@ class TestFit:
         assert "the data have labels up to 9, " in err
 
     def test_vits_of_small_images_and_stems_for_them(self, tmp_path):
-        """A timm ViT takes the size of the data; --small-stem builds what the benchmarks train on small images."""
+        """A timm ViT takes the size of the data; --small-stem builds what the benchmarks train on small images; a wide
+        ResNet goes by its name."""
         g = torch.Generator().manual_seed(0)
         x, y = torch.randn(4, 3, 32, 32, generator=g), torch.arange(4)
         np.savez(tmp_path / "d.npz", x=x, y=y)
@@ -218,7 +219,9 @@ class TestFit:
 
         vit = timm.create_model("test_vit", img_size=32, num_classes=5)
         stem = models.build("test_resnet", num_classes=5, image_size=(3, 32, 32))
-        for name, model, flags in (("test_vit", vit, []), ("test_resnet", stem, ["--small-stem"])):
+        wide = models.build("wrn10_1", num_classes=5, image_size=(3, 32, 32))
+        cases = (("test_vit", vit, []), ("test_resnet", stem, ["--small-stem"]), ("wrn10_1", wide, []))
+        for name, model, flags in cases:
             torch.save(model.state_dict(), tmp_path / "c.pt")
             argv = ["measure", str(tmp_path / "c.pt"), "--model", name, "--data", str(tmp_path / "d.npz"), *flags]
             args = options.parse(argv)

@@ -91,20 +91,21 @@ def _quadrature(h: Any) -> dict[str, Any]:
 
 @contextmanager
 def _eig() -> Iterator[None]:
-    """`torch.eig`, which PyHessian's density calls, and torch no longer has."""
-    there = hasattr(torch, "eig")
-    if not there:
+    """`torch.eig`, which PyHessian's density calls, and which torch has removed, or left as a name that raises."""
+    original = getattr(torch, "eig", None)
 
-        def eig(a: Any, eigenvectors: bool = False) -> tuple[Any, Any]:
-            values, vectors = torch.linalg.eigh(a)
-            return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
+    def eig(a: Any, eigenvectors: bool = False) -> tuple[Any, Any]:
+        values, vectors = torch.linalg.eigh(a)
+        return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
-        torch.eig = eig  # type: ignore[attr-defined]
+    torch.eig = eig  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        if not there:
+        if original is None:
             del torch.eig  # type: ignore[attr-defined]
+        else:
+            torch.eig = original  # type: ignore[attr-defined]
 
 
 @contextmanager

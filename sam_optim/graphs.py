@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sam_optim.base import takes_found_inf
-from sam_optim.kernels import tables
 from sam_optim.optimizers import SAM
 
 _READS_NO_LR = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # where lr is a tensor
@@ -24,20 +23,21 @@ class GraphedStep:
             loss = step(x, y)
             scheduler.step()
 
-    The first `warmup` calls run as they are, the next one captures, and from then on a call copies its inputs into
-    those of the graph and replays it: no Python, no launches one by one. That is worth most where a model is small and
-    the processor cannot keep up with the device. Every call is one step of training, captured or not.
+    The first calls run as they are, the next one captures, and from then on a call copies its inputs into those of the
+    graph and replays it: no Python, no launches one by one. That is worth most where a model is small and the processor
+    cannot keep up with the device. Every call is one step of training, captured or not.
 
     `lr` and `rho` of each group become 0-d tensors on the device; what a scheduler or you put into the group is copied
     into them. (A base other than SGD, Adam and AdamW keeps its lr a number.) Any other hyperparameter that changes, and
-    a state that is loaded, cost another capture. Step hooks run when a step is captured, not when it is replayed; so
+    a state that is loaded, cost a step that runs as it is, and another capture. Step hooks run when a step is captured, not when it is replayed; so
     does everything else in Python. Inputs keep their shapes.
 
     Args:
         optimizer: over parameters on one CUDA device; over SGD with fused=True, over Adam and AdamW with
             capturable=True.
         loss: from the inputs of a call to the loss, a 0-d tensor; forward only.
-        warmup: calls before the capture, at least 1: they create the optimizer's state and let libraries choose.
+        warmup: calls before the capture, at least 1: they create the optimizer's state and let libraries choose. One
+            more follows where the last of them has changed what a graph would have inside.
 
     Raises:
         ValueError: parameters that are not on CUDA, a base or an option that a graph cannot hold, warmup < 1.
@@ -54,6 +54,7 @@ class GraphedStep:
         self._stream = torch.cuda.Stream(self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: Any = None
+        self._ran: Any = None
         self._scalars: dict[tuple[int, str], Tensor] = {}
         self._inputs: tuple[Tensor, ...] = ()
         self._result: Any = None
@@ -61,10 +62,14 @@ class GraphedStep:
     def __call__(self, *inputs: Tensor) -> Tensor:
         """One step. The loss at w, which the next call overwrites: `float(loss)` or `loss.clone()` keeps it."""
         self._to_device()
-        if self._left > 0:
-            self._left -= 1
-            return self._eagerly(inputs)
-        if self._graph is None or self._captured != self._signature():
+        signature = self._signature()
+        if self._graph is None or self._captured != signature:
+            # A capture must find all tables and kernels made, by a step of exactly this kind: it may not load code, nor
+            # ask for pinned memory.
+            if self._left > 0 or self._ran != signature:
+                self._left = max(0, self._left - 1)
+                self._ran = signature
+                return self._eagerly(inputs)
             self._capture(inputs)
         self._fill(inputs)
         self._graph.replay()  # type: ignore[union-attr]
@@ -107,7 +112,6 @@ class GraphedStep:
         self._graph, self._result = None, None  # their memory
         self._inputs = tuple(x.detach().clone() for x in inputs)
         self.optimizer.zero_grad()  # gradients belong to the graph's own memory
-        tables.prepare_capture()
         graph = torch.cuda.CUDAGraph()
         # other threads, those of a loader that pins memory, may go on
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

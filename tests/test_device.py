@@ -1,5 +1,7 @@
 """What a device would see, without one: what SAM's own part reads back, and what it allocates."""
 
+import contextlib
+import copy
 import functools
 import math
 import re
@@ -140,6 +142,70 @@ def test_a_graph_needs_a_device():
     sam = SAM([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match=r"one CUDA device, and the parameters are on \['cpu'\]"):
         GraphedStep(sam, lambda x: x)
+
+
+class NoStream:
+    def wait_stream(self, other):
+        pass
+
+
+class NoGraph:
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """A GraphedStep on the CPU, and the kinds of its steps: nothing is captured, and nothing replayed."""
+    entered = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
+    for name, fake in {"stream": entered, "graph": entered, "CUDAGraph": NoGraph}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: NoStream())
+    monkeypatch.setattr("sam_optim.graphs._device_of", lambda optimizer: torch.device("cpu"))
+    kinds = []
+    for name in ("_eagerly", "_capture"):
+        method = getattr(GraphedStep, name)
+
+        def noted(self, inputs, method=method, name=name):
+            kinds.append(name)
+            return method(self, inputs)
+
+        monkeypatch.setattr(GraphedStep, name, noted)
+
+    def make(warmup):
+        p = nn.Parameter(torch.ones(3))
+        sam = SAM([p], torch.optim.AdamW, lr=0.1, capturable=False)
+        return sam, GraphedStep(sam, lambda x: ((p - x) ** 2).sum(), warmup=warmup)
+
+    monkeypatch.setattr("sam_optim.graphs._check", lambda optimizer: None)
+    return make, kinds
+
+
+def test_what_is_captured_has_run_as_it_is_before(graphed):
+    """A capture may neither load kernels nor ask for pinned memory: also after a warmup of 1, whose step makes the
+    state, after another weight decay, and after a state was loaded."""
+    make, kinds = graphed
+    sam, step = make(1)
+    x = torch.zeros(3)
+    for _ in range(3):
+        step(x)
+    assert kinds == ["_eagerly", "_eagerly", "_capture"]
+    sam.param_groups[0]["weight_decay"] = 0.5
+    for _ in range(3):
+        step(x)
+    assert kinds[3:] == ["_eagerly", "_capture"]
+    sam.load_state_dict(copy.deepcopy(sam.state_dict()))
+    for _ in range(3):
+        step(x)
+    assert kinds[5:] == ["_eagerly", "_capture"]
+    sam.param_groups[0]["lr"] = 0.01  # what a graph reads
+    step(x)
+    assert len(kinds) == 7
+    for i in range(3):  # what is another one at every step is not captured at all
+        sam.param_groups[0]["weight_decay"] = 0.1 * i
+        step(x)
+    assert kinds[7:] == ["_eagerly"] * 3
 
 
 def test_unperturbed_steps_are_counted_in_place():

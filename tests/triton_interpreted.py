@@ -286,6 +286,32 @@ def test_parameters_that_come_and_go(launches):
         torch.testing.assert_close(a, b, rtol=2**-22, atol=1e-7)
 
 
+def test_weights_that_are_laid_out_anew_come_back():
+    """As by model.to(memory_format=torch.channels_last) between two steps: what is saved must lie as they do."""
+    params = make([(8, 6, 3, 3), (20,)])
+    sam = Perturbation(params, rho=0.1, fused=True)
+    perturbed_bits(sam, params)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        others = make([(8, 6, 3, 3), (20,)])
+        for p, q in zip(params, others, strict=True):
+            p.data, p.grad = q.data, q.grad
+        params[0].data, params[0].grad = (x.to(memory_format=layout) for x in (others[0].data, others[0].grad))
+        truth = expected(params, 0.1)
+        close_to(perturbed_bits(sam, params), truth, torch.float32)
+
+
+def test_bodies_that_do_not_move_together_send_their_addresses_once(monkeypatch):
+    """A graph has pinned memory for one table of each kind, and must not ask for more while it is captured."""
+    params = make([(40, 30), (8, 6, 3, 3)])
+    params[1].data = params[1].data.to(memory_format=torch.channels_last)  # its gradient is not: foreach moves it
+    truth = expected(params, 0.1)
+    sam, asked = Perturbation(params, rho=0.1, fused=True), []
+    of = tables.Uploaded.of
+    monkeypatch.setattr(tables.Uploaded, "of", lambda self, values: asked.append(self) or of(self, values))
+    close_to(perturbed_bits(sam, params), truth, torch.float32)
+    assert len(asked) == len(set(map(id, asked))) == 2  # addresses and radii
+
+
 def test_low_precision_says_what_its_rounding_left():
     params = make([(400,), (30, 30)], torch.bfloat16)
     others = make([(400,), (30, 30)], torch.bfloat16)
@@ -595,6 +621,57 @@ def test_the_steady_state_of_a_whole_step_uploads_nothing_and_makes_no_table(nam
     sam.param_groups[0]["lr"] = 0.02
     sam.step(closure)
     assert len(sent) == 1  # the numbers of the groups
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_number_in_place_of_a_tensor_is_seen(name):
+    """Also a zero: what stood there was another tensor's value."""
+    base, options = BASES[name]
+    (params, sam, closure), _ = pair(base, options | {"lr": torch.tensor(0.1), "weight_decay": 0.0})
+    for _ in range(3):
+        sam.step(closure)
+    sam.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in params]
+    sam.step(closure)
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+
+
+def test_after_an_interrupt_between_two_launches_infinities_are_still_found(monkeypatch):
+    """The programs of the first have counted themselves, and those of the second never will."""
+    (params, sam, closure), _ = pair(*BASES["momentum"])
+    flats = [torch.zeros(p.numel() + 1) for p in params[:2]]
+    is_bad = False
+
+    def split():
+        loss = closure()
+        for p, flat in zip(params[:2], flats, strict=True):  # unaligned: a launch of their own
+            p.grad = flat[1:].copy_(p.grad.flatten()).view_as(p)
+        if is_bad and sam.perturbation.active:
+            params[3].grad[5] = math.nan
+        return loss
+
+    for _ in range(2):
+        sam.step(split)
+    launch, seen = tables.launch, []
+
+    def interrupted(kernel, *args, **constants):
+        seen.append(kernel.fn.__name__)
+        if seen.count("nonfinite") == 2:
+            raise KeyboardInterrupt
+        launch(kernel, *args, **constants)
+
+    kept = [p.detach().clone() for p in params]
+    monkeypatch.setattr(tables, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sam.step(split)
+    monkeypatch.setattr(tables, "launch", launch)
+    assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
+    sam.step(split)
+    assert not torch.equal(params[3], kept[3])
+    kept, is_bad = [p.detach().clone() for p in params], True
+    sam.step(split)
+    assert int(sam.num_skipped) == 1
+    assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
 
 
 def test_gradients_are_not_held_on_to():

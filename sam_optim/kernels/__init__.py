@@ -165,7 +165,7 @@ class Store:
 
     def _make_room(self, i: int, w: Tensor) -> None:
         kept, like = self._inplace.get(i), torch.view_as_real(w.detach()) if w.is_complex() else w.detach()
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (like.shape, like.dtype, like.device):
+        if kept is None or _form(kept) != _form(like):  # Triton's body saves storage as it lies
             self._inplace[i] = torch.empty_like(like)
 
     def _selected(self, c: _Choice) -> _Choice:
@@ -186,6 +186,10 @@ class Store:
         if self._foreach or (self._foreach is None and w.device.type != "cpu"):
             return foreach
         return reference
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, _stride(x), x.dtype, x.device
 
 
 def _check_writable(w: Tensor) -> None:

@@ -7,7 +7,7 @@ allocator gives others: then they go up through pinned memory, without waiting f
 from __future__ import annotations
 
 import itertools
-import weakref
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -53,13 +53,7 @@ def staged(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
     return host.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else host
 
 
-_uploaded: weakref.WeakSet[Uploaded] = weakref.WeakSet()
-
-
-def prepare_capture() -> None:
-    """To be called before a capture that comes after another one without an eager step between them."""
-    for table in list(_uploaded):
-        table.refill()
+IN_TENSOR = math.nan  # in a list of numbers: one that a tensor has, equal to itself alone
 
 
 class Uploaded:
@@ -71,7 +65,6 @@ class Uploaded:
         self._there: Tensor | None = None
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
-        _uploaded.add(self)
 
     def has(self, values: list[Any]) -> bool:
         return self._there is not None and values == self._values
@@ -87,14 +80,9 @@ class Uploaded:
             # pinned memory is not given to another while a copy from it is under way
             self._there.copy_(staged(values, self._dtype, self._device), non_blocking=True)
             self._values = list(values)
-        if self._spare is None:
-            self.refill()
+        if self._device.type == "cuda" and (self._spare is None or len(self._spare) != len(values)):
+            self._spare = staged(values, self._dtype, self._device)  # for a capture, which must not ask for any
         return self._there
-
-    def refill(self) -> None:
-        """Pinned memory for a capture, which must not ask for any."""
-        if self._spare is None and self._device.type == "cuda" and self._values is not None:
-            self._spare = staged(self._values, self._dtype, self._device)
 
     def _for_graph(self, values: list[Any]) -> Tensor:
         host, self._spare = self._spare, None

@@ -71,8 +71,8 @@ def ascend_(b: Bucket, factor: Scalar) -> None:
 def ascend_together_(buckets: list[Bucket]) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """All at once: norm, length, whether it moved, factors, how often it has not, in storage that is used again."""
     ascent = _ascent(buckets)
-    grads = ascent.measure(buckets)
-    ascent.move(buckets, grads)
+    ascent.measure(buckets)
+    ascent.move(buckets)
     return ascent.norm, ascent.length, ascent.moved, ascent.factors, ascent.stays
 
 
@@ -131,6 +131,7 @@ class _Ascent:
         self._found: list[int] = []
         self._table: list[int] = []
         self._aligned: list[bool] | None = None
+        self._measured: Tensor | None = None  # addresses that `move` will find as they are
         self._parts: list[_Part] = []
         self._t: dict[int, Tensor] = {}
         scales: list[Tensor | None] = [t for b in buckets for t in (b.t or [None] * len(b.w))]  # type: ignore[list-item]
@@ -159,10 +160,10 @@ class _Ascent:
             _kind(b) for b in buckets
         ]
 
-    def measure(self, buckets: list[Bucket]) -> Tensor:
-        """Norms, and from them the factors. Returns the addresses of the gradients."""
+    def measure(self, buckets: list[Bucket]) -> None:
+        """Norms, and from them the factors."""
         self.is_captured |= tables.is_capturing(self._device)
-        grads = self._addresses(buckets)
+        self._measured = grads = self._addresses(buckets)
         if self._t:
             torch._foreach_copy_(list(self._t.values()), [t for b in buckets for t in b.t or ()])
         with tables.on(self._device):
@@ -196,9 +197,10 @@ class _Ascent:
                 ROWS=len(self._bucket_of_row),
                 ROW=ROW,
             )
-        return grads
 
-    def move(self, buckets: list[Bucket], grads: Tensor | None = None) -> None:
+    def move(self, buckets: list[Bucket]) -> None:
+        """After `measure` with the same gradients: a graph would take a second table, and memory for it."""
+        grads, self._measured = self._measured, None
         grads = self._addresses(buckets) if grads is None else grads
         first = 0
         for b in buckets:
@@ -232,7 +234,7 @@ class _Ascent:
     def _radii(self, buckets: list[Bucket]) -> Tensor:
         if len(buckets) == 1 and isinstance(rho := buckets[0].rho, Tensor) and rho.device == self._device:
             return rho
-        there = self._rhos.of([0.0 if isinstance(b.rho, Tensor) else float(b.rho) for b in buckets])
+        there = self._rhos.of([tables.IN_TENSOR if isinstance(b.rho, Tensor) else float(b.rho) for b in buckets])
         for k, b in enumerate(buckets):
             if isinstance(b.rho, Tensor):
                 there[k].copy_(b.rho, non_blocking=True)

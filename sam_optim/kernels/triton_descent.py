@@ -78,8 +78,8 @@ class Descent:
         self.base = base
         self._is_sgd = type(base) is SGD
         self._update: Update | None = None
-        self._numbers: Uploaded | None = None
-        self._addresses: Uploaded | None = None
+        self._numbers: Any = None
+        self._addresses: Any = None
         self._slices: tuple[Tensor, list[Tensor]] | None = None
         self._none_found: Any = None
         self._found: Any = None
@@ -210,13 +210,11 @@ class Descent:
         """found_inf, grad_scale: as GradScaler gives them to a fused base, on the device. skipped: where there is no
         found_inf, counts the updates that are left out for a gradient that is inf or NaN, which is looked for."""
         device = update.params[0].device
+        self._settle(device)
         self._is_captured |= tables.is_capturing(device)
-        table = self._table(update, device)
+        table = self._table(update)
         groups = [self.base.param_groups[k] for k, *_ in update.options]
-        numbers = self._group_numbers(groups, device)
-        if self._none_found is None:
-            self._none_found, self._found = torch.zeros(1, device=device), torch.zeros(1, device=device)
-            self._progress = torch.zeros(1, dtype=torch.int64, device=device)
+        numbers = self._group_numbers(groups)
         with tables.on(device):
             if found_inf is not None:
                 found_inf = found_inf.reshape(1)
@@ -244,11 +242,18 @@ class Descent:
                 first += width
         torch.autograd.graph.increment_version(update.params)
 
-    def _table(self, update: Update, device: torch.device) -> list[Tensor]:
+    def _settle(self, device: torch.device) -> None:
+        """Storage of its own on the device, also where the model has moved to another one."""
+        if self._none_found is None or self._none_found.device != device:
+            if self._is_captured:
+                self.held += [self._numbers, self._addresses, self._none_found, self._found, self._progress]
+            self._none_found, self._found = torch.zeros(1, device=device), torch.zeros(1, device=device)
+            self._progress = torch.zeros(1, dtype=torch.int64, device=device)
+            self._numbers, self._addresses = Uploaded(torch.float64, device), Uploaded(torch.int64, device)
+
+    def _table(self, update: Update) -> list[Tensor]:
         """Addresses on the device: of each part, and of the steps."""
         found = self._found_addresses(update)
-        if self._addresses is None:
-            self._addresses = Uploaded(torch.int64, device)
         if is_new := not self._addresses.has(found):
             aligned = [a % ALIGNMENT == 0 for a in found]
             if aligned != update.aligned:
@@ -274,15 +279,19 @@ class Descent:
     def _look_through(self, update: Update, table: list[Tensor], skipped: Tensor) -> Tensor:
         """Whether any gradient is inf or NaN, on the device."""
         programs = sum(part.spans.shape[1] for part in update.parts)
-        for part, addresses in zip(update.parts, table, strict=False):
-            constants = {k: part.constants[k] for k in ("G", "WIDE", "ALIGNED")}
-            given = (addresses, part.layout, part.spans, self._progress, self._found, skipped.reshape(1))
-            sizes = {"SPAN": SPAN, "BLOCK": BLOCK}
-            count = part.spans.shape[1]
-            tables.launch(triton_update.nonfinite, count, *given, len(part.members), programs, **constants, **sizes)
+        try:
+            for part, addresses in zip(update.parts, table, strict=False):
+                constants = {k: part.constants[k] for k in ("G", "WIDE", "ALIGNED")}
+                given = (addresses, part.layout, part.spans, self._progress, self._found, skipped.reshape(1))
+                sizes = {"SPAN": SPAN, "BLOCK": BLOCK}
+                count = part.spans.shape[1]
+                tables.launch(triton_update.nonfinite, count, *given, len(part.members), programs, **constants, **sizes)
+        except BaseException:  # some have counted themselves, and no last one will come
+            self._progress.zero_()
+            raise
         return self._found
 
-    def _group_numbers(self, groups: list[dict[str, Any]], device: torch.device) -> Tensor:
+    def _group_numbers(self, groups: list[dict[str, Any]]) -> Tensor:
         columns = []
         for g in groups:
             if self._is_sgd:
@@ -290,9 +299,7 @@ class Descent:
             else:
                 columns.append([g["lr"], *g["betas"], g["weight_decay"], g["eps"]])
         flat = [column[row] for row in range(5) for column in columns]
-        if self._numbers is None:
-            self._numbers = Uploaded(torch.float64, device)
-        there = self._numbers.of([0.0 if isinstance(x, Tensor) else float(x) for x in flat])
+        there = self._numbers.of([tables.IN_TENSOR if isinstance(x, Tensor) else float(x) for x in flat])
         for i, x in enumerate(flat):
             if isinstance(x, Tensor):
                 there[i].copy_(x, non_blocking=True)

@@ -29,8 +29,8 @@ class GraphedStep:
 
     `lr` and `rho` of each group become 0-d tensors on the device; what a scheduler or you put into the group is copied
     into them. (A base other than SGD, Adam and AdamW keeps its lr a number.) Any other hyperparameter that changes, and
-    a state that is loaded, cost a step that runs as it is, and another capture. Step hooks run when a step is captured, not when it is replayed; so
-    does everything else in Python. Inputs keep their shapes.
+    a state that is loaded, cost a step that runs as it is, and another capture. Step hooks run when a step is captured,
+    not when it is replayed; so does everything else in Python. Inputs keep their shapes.
 
     Args:
         optimizer: over parameters on one CUDA device; over SGD with fused=True, over Adam and AdamW with

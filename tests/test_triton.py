@@ -165,7 +165,7 @@ class Driver:
 def driver(capability):
     from triton.runtime.driver import driver
 
-    before = driver._active
+    before = driver._active if hasattr(driver, "_active") else driver.active  # before 3.5
     driver.set_active(Driver(capability))
     try:
         yield

@@ -11,9 +11,11 @@ graphs. What does not fit into the time is left out, and named; so is what fails
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,27 +285,55 @@ class Plan:
             self.missing.append(f"{what}: no time left")
             return None
         try:
-            return run()
-        except (ImportError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, AssertionError) as error:
+            with until(self.deadline):
+                return run()
+        except Exception as error:  # also Triton's own, which are no RuntimeErrors: the other rows count
             self.missing.append(f"{what}: {type(error).__name__}: {command.one_line(error)[:200]}")
             return None
         finally:
-            device.forget()
+            with contextlib.suppress(RuntimeError):  # of a device on which nothing runs any more
+                device.forget()
 
 
-def measure(models: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+@contextlib.contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """TimeoutError at the deadline: torch.compile may take minutes where it was given one."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError("the time was over before it had ended")
+
+    begun = time.monotonic()
+    before = signal.signal(signal.SIGALRM, late)
+    others, _ = signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - begun))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if others:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, others - (time.monotonic() - begun)))
+
+
+def measure(
+    models: list[str], rounds: int, seconds: float, save: Callable[[dict[str, Any]], None] = lambda results: None
+) -> dict[str, Any]:
+    """save: gets the results after every row, so that a crash of the process costs no more than one."""
     plan = Plan(time.monotonic() + seconds, [])
     own: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
     results = {"facts": device.facts(rounds), "own part": own, "whole step": steps, "missing": plan.missing}
-    roofline = device.bandwidth(rounds)
+    results["copy_bytes_per_second"] = roofline = device.bandwidth(rounds)
     device.forget()
+
+    def note() -> None:
+        save(results | {"targets": targets(own, steps)})
 
     def one(model: str, name: str) -> None:
         base = next((r for r in own if (r["model"], r["design"]) == (model, "SGD alone")), None)
         run = lambda: own_part(model, name, roofline, rounds, base)  # noqa: E731
         if (row := plan.attempt(f"{model}, {name}", run, DESIGNS[name].seconds)) is not None:
             own.append(row)
+        note()
 
     for model in models:
         for name in DESIGNS:
@@ -311,14 +341,16 @@ def measure(models: list[str], rounds: int, seconds: float) -> dict[str, Any]:
                 one(model, name)
     for network, n in NETWORKS.items():
         steps += plan.attempt(f"{network}, whole steps", lambda m=network: eager_steps(m, rounds), n.seconds) or []
+        note()
     for network, n in NETWORKS.items():
         base = next((r["ms"] for r in steps if (r["model"], r["kind"]) == (network, "base")), None)
         for kind, fused in ((k, f) for k in KINDS for f in _flags(k)):
             run = lambda m=network, k=kind, f=fused, b=base: graphed_step(m, k, rounds, b, fused=f)  # noqa: E731
             steps += plan.attempt(f"{network}, {kind}, fused={fused}, as a graph", run, n.seconds / 3) or []
+            note()
     for model in [m for m in COMPILED if m in models]:
         one(model, "compiled SAM")
-    return results | {"copy_bytes_per_second": roofline, "targets": targets(own, steps)}
+    return results | {"targets": targets(own, steps)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -358,9 +390,14 @@ def table(results: dict[str, Any]) -> str:
 
 def main(models: list[str] | None, rounds: int, minutes: float, path: Path | None) -> int:
     device.check_device()
-    results = measure(list(MODELS) if models is None else models, rounds, 60 * minutes)
+
+    def save(results: dict[str, Any]) -> None:
+        if path is not None:
+            command.write_json(path, results)
+
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        command.write_json(path, results)
+    results = measure(list(MODELS) if models is None else models, rounds, 60 * minutes, save)
+    save(results)
     print(table(results))
     return 0

@@ -129,19 +129,52 @@ def test_what_does_not_fit_into_the_time_is_named(capsys):
     assert out.count("not measured") == 6
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch, capsys):
-    def failing(params):
+class Odd(Exception):
+    """As Triton's are: of no kind that Python has."""
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "results.json"
+
+    def unknown(params):
         raise ImportError("No module named 'pytorch_optimizer'")
 
-    design = cuda_cost.DESIGNS["peer SAM"]
-    changed = cuda_cost.DESIGNS | {"peer SAM": cuda_cost.Design(failing, design.bytes, beside_base=False)}
-    monkeypatch.setattr(cuda_cost, "DESIGNS", changed)
+    def failing(params):
+        assert len(json.loads(path.read_text())["own part"]) == 3  # what was measured before is there
+        raise Odd("out of resources")
+
+    changed = {"peer SAM": unknown, "foreach SAM": failing}
+    changed = {k: cuda_cost.Design(make, cuda_cost.DESIGNS[k].bytes, beside_base=False) for k, make in changed.items()}
+    names = ("SGD alone", "fused SAM", "fused, copy", "compiled SAM", *changed)
+    kept = {k: d for k, d in cuda_cost.DESIGNS.items() if k in names}
+    monkeypatch.setattr(cuda_cost, "DESIGNS", kept | changed)
     monkeypatch.setattr(cuda_cost, "NETWORKS", {})
-    words = ["--device", "cuda", "--models", "efficientnet_b0", "--rounds", "2"]
+    words = ["--device", "cuda", "--models", "efficientnet_b0", "--rounds", "2", "--json", str(path)]
     assert command.run(step_cost.main, words) == 0
     out = capsys.readouterr().out
     assert "missing: efficientnet_b0, peer SAM: ImportError: No module named 'pytorch_optimizer'" in out
-    assert "fused ASAM" in out
+    assert "missing: efficientnet_b0, foreach SAM: Odd: out of resources" in out
+    assert "fused, copy" in out
+    assert len(json.loads(path.read_text())["missing"]) == 2
+
+
+def test_a_device_that_has_failed_does_not_hide_what_failed(monkeypatch):
+    def forget():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "forget", forget)
+    plan = cuda_cost.Plan(time.monotonic() + 60, [])
+    assert plan.attempt("one", lambda: 1, 1.0) == 1
+    assert plan.attempt("another", lambda: 1 / 0, 1.0) is None
+    assert plan.missing == ["another: ZeroDivisionError: division by zero"]
+
+
+def test_what_takes_longer_than_it_was_given_is_stopped():
+    plan = cuda_cost.Plan(time.monotonic() + 0.1, [])
+    began = time.monotonic()
+    assert plan.attempt("compiled", lambda: time.sleep(30), 0.0) is None
+    assert time.monotonic() - began < 10
+    assert plan.missing == ["compiled: TimeoutError: the time was over before it had ended"]
 
 
 def test_targets_are_compared():

@@ -39,6 +39,6 @@ def test_a_dry_run():
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert out.returncode == 0, out.stdout[-4000:] + out.stderr[-1000:]

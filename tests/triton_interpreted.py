@@ -222,9 +222,9 @@ def test_adaptive_and_plain_groups_need_three_launches(launches):
 @pytest.mark.parametrize("norm", [2, math.inf])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_gradient_that_leads_nowhere_moves_nothing_and_is_counted(adaptive, norm, bad):
-    params = make(SHAPES)
+    params = make(SHAPES[:6])
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, norm=norm, fused=True)
-    for i in range(3):
+    for i in range(2):
         before = [p.detach().clone() for p in params]
         for p in params:
             p.grad = torch.zeros_like(p) if bad == 0 else torch.randn_like(p)
@@ -238,7 +238,7 @@ def test_a_gradient_that_leads_nowhere_moves_nothing_and_is_counted(adaptive, no
         p.grad = torch.ones_like(p)
     with sam.perturbed():
         assert not torch.equal(params[0], before[0])
-    assert int(sam.num_unperturbed) == 3
+    assert int(sam.num_unperturbed) == 2
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e25])

@@ -127,6 +127,26 @@ def test_twenty_bytes_for_each_parameter_and_twenty_four_for_asam(launches):
             assert programs == sum(-(-p.numel() // length) for p in params)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_model_over_two_devices_has_one_norm(flags, variant, dtype, launches):
+    """Nothing meets a tensor of another device, which fake tensors refuse as real ones do."""
+    params = [torch.nn.Parameter(torch.empty(s, dtype=dtype, device=f"cuda:{i % 2}")) for i, s in enumerate(SHAPES)]
+    sam = VARIANTS[variant](params, **flags)
+    sam._seen._warned = True
+    optimizer = SAM.wrap(torch.optim.SGD(params, lr=0.1, foreach=True), rho=0.05, **flags)
+    optimizer.perturbation._seen._warned = True
+    for _ in range(2):
+        for step in (sam.enter, sam.exit, optimizer.first_step, optimizer.second_step):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            step()
+    assert sam.last_step is not None
+    if "fused" in flags:
+        assert {args[0].device.index for _, _, args, _ in launches} == {0, 1}
+
+
 # compiled
 
 

@@ -338,6 +338,8 @@ def _radius(rho: Scalar, stayed: Tensor) -> Tensor:
 
 
 def _share(x: Scalar, total: Scalar) -> Scalar:
+    if isinstance(x, Tensor) and isinstance(total, Tensor):
+        x = x.to(total.device, non_blocking=True)  # of a model over several
     if isinstance(x, Tensor) or isinstance(total, Tensor):
         return torch.as_tensor(x / total).nan_to_num(0.0)
     return x / total if total else 0.0

@@ -91,6 +91,12 @@ class TestNumbers:
             expected = hessian_trace(loss, num_probes=2).to_dict()
             assert entries(here / "o.json")[name, "trace"]["result"] == expected
 
+    def test_an_error_in_it_says_what_and_where(self, here):
+        (here / "study_broken.py").write_text("def problem():\n    return {}['here']\n")
+        code, _, err = run("measure", "--target", "study_broken:problem", "--measures", "trace")
+        assert code == 1
+        assert re.search(r"study_broken:problem raised KeyError: 'here' \(.*study_broken\.py, line 2\)", err)
+
     def test_a_function_without_checkpoints(self, here):
         study(here, count=0)
         code, out, _ = run("measure", "--target", "study_problem:problem", *QUICK, "--measures", "trace,worst")

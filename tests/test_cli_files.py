@@ -66,6 +66,8 @@ def saved(form, path, model, other):
             "hyper_parameters": {"lr": 0.1},
         },
         "compiled in Lightning": {"state_dict": under("net._orig_mod.", own) | {"loss.weight": torch.ones(10)}},
+        "average beside it": {"state_dict": under("net.", own) | under("ema.", other.state_dict())},
+        "metrics of NumPy": {"state_dict": own, "metric": np.float64(0.9), "best": np.int64(3)},
         "averaged": under("module.", own) | {"n_averaged": torch.tensor(3)},
     }[form]
     torch.save(content, path / "c.ckpt")
@@ -73,7 +75,7 @@ def saved(form, path, model, other):
 
 
 FORMS = ["plain", "model", "timm", "DataParallel", "compiled", "compiled in DDP", "Lightning", "compiled in Lightning"]
-FORMS += ["averaged", "safetensors", "hugging face", "run of the benchmarks"]
+FORMS += ["average beside it", "metrics of NumPy", "averaged", "safetensors", "hugging face", "run of the benchmarks"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -97,6 +99,22 @@ def test_averaged_weights_that_are_not_there_are_an_error(tmp_path):
     path = saved("plain", tmp_path, network(0), network(1))
     with pytest.raises(InputError, match=r"has no averaged weights .*leave --ema out"):
         checkpoints.read(checkpoints.find([str(path)])[0], ema=True)
+
+
+def test_two_models_in_one_file_are_an_error_and_neither_is_taken(tmp_path):
+    student, teacher = network(0).state_dict(), network(1).state_dict()
+    both = {f"student.{k}": w for k, w in student.items()} | {f"teacher.{k}": w for k, w in teacher.items()}
+    with pytest.raises(InputError, match=r"2 times, under student\., teacher\.: save one alone"):
+        weights.load_(network(2), both, "c.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "is empty;"), (b"hello", "is damaged or no checkpoint of torch; copy it")]
+)
+def test_a_file_that_is_no_checkpoint_is_said_in_words(content, says, tmp_path):
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        checkpoints.read_file(tmp_path / "c.pt")
 
 
 class Harmful:

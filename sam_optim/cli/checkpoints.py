@@ -146,8 +146,8 @@ def read_file(path: Path) -> Any:
     if (named := OF_A_RUN.fullmatch(path.name)) and (got := Checkpoint("", (path,)).digest()) != named[2]:
         raise InputError(f"{path} is damaged: its SHA-256 begins with {got}, its name says {named[2]}")
     try:
-        # timm's scripts save their options as a Namespace, which is plain attributes
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        # timm's scripts save their options as a Namespace, which is plain attributes, and metrics as NumPy's numbers
+        with torch.serialization.safe_globals([argparse.Namespace, *_numbers()]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle's protocol; what does not load is an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -157,7 +157,26 @@ def read_file(path: Path) -> Any:
         reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
         raise InputError(f"{path} is damaged or no checkpoint of torch: {reason[1] if reason else 'pickle'}") from None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise InputError(f"{path} is damaged or no checkpoint of torch: {one_line(error)[:200]}") from None
+        raise InputError(f"{path} is {_damage(path, error)}; copy it again, or leave it out") from None
+
+
+def _numbers() -> list[Any]:
+    """What a pickled number of NumPy refers to, under the names of NumPy 1 and 2. None of it runs anything."""
+    try:
+        import numpy as np
+    except ImportError:
+        return []
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdg"]
+    return [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")] + [np.dtype, *kinds]
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch cannot open; the text of a KeyError or EOFError is a byte of it."""
+    if path.is_file() and path.stat().st_size == 0:
+        return "empty"
+    reason = "" if isinstance(error, (KeyError, EOFError)) else one_line(error).split(". ")[0][:200]
+    return f"damaged or no checkpoint of torch{reason and ': '}{reason}"
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -121,7 +122,9 @@ class Images:
         num = self._args.num_classes or kwargs.pop("num_classes", None) or self._num_outputs(name, state)
         kwargs.pop("num_classes", None)
         if num is None:
-            raise InputError(f"{checkpoint.name} does not show how many classes it has: give --num-classes")
+            raise InputError(
+                f"{checkpoint.name} has no last layer of {name}: choose its --model, or give --num-classes"
+            )
         if self.data.largest >= num or self.data.num_classes not in (None, num):
             has = f"{self.data.num_classes} classes" if self.data.num_classes else f"labels up to {self.data.largest}"
             raise InputError(f"the data have {has}, {checkpoint.name} has {num} outputs: other --data or --model")
@@ -205,9 +208,21 @@ class Target:
 
     def _made(self, checkpoint: Checkpoint | None) -> Loss:
         if self._cached is None or (self._loads and self._cached[0] != checkpoint):
-            path = checkpoint and str(checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.name)
-            self._cached = (checkpoint, self._loss(self._function(path) if self._loads else self._function()))
+            path = None
+            if checkpoint is not None:
+                path = str(checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.name)
+            self._cached = (checkpoint, self._loss(self._called(path)))
         return self._cached[1]
+
+    def _called(self, path: str | None) -> Any:
+        try:
+            return self._function(path) if self._loads else self._function()
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename}, line {last.lineno}"
+            raise InputError(
+                f"{self._args.target} raised {type(error).__name__}: {one_line(error)} ({where})"
+            ) from error
 
     def _loss(self, made: Any) -> Loss:
         args, flags = self._args, (self._args.normalize_logits, self._args.batch_statistics, self._args.dtype)

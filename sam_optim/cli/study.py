@@ -118,7 +118,7 @@ class Study:
         self._failed[name] = reason
         self._store.put({"checkpoint": name, "key": _LOADING, "column": None, "error": reason})
         self.progress.skip(len(self._columns) - 1)
-        self.progress.done(f"{name}: {reason}")
+        self.progress.done(_about(name, reason))
 
     def exit_code(self) -> int:
         good = all("result" in e and is_finite(e["result"]) for e in self._table.values())
@@ -133,7 +133,7 @@ class Study:
         labels = [column.label for column in self._columns]
         rows = [[name, *(self._cell(name, label) for label in labels)] for name in names]
         print(text_table(["checkpoint", *labels], rows))
-        problems = [f"{name}: {reason}" for name, reason in self._failed.items()]
+        problems = [_about(name, reason) for name, reason in self._failed.items()]
         for (name, label), entry in self._table.items():
             reason = entry.get("error") or entry["result"].get("reason")
             if reason:
@@ -159,6 +159,11 @@ class Study:
                 row += headline(self._table.get((name, label), {}).get("result") or {})
             writer.writerow(row)
         return out.getvalue()
+
+
+def _about(name: str, reason: str) -> str:
+    """Most reasons begin with the name already."""
+    return reason if reason.startswith(name) else f"{name}: {reason}"
 
 
 _LOADING = "loading"  # the key of a checkpoint that could not be read or measured at all

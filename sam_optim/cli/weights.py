@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from sam_optim.cli.errors import InputError
 
+AVERAGED = re.compile(r"ema|averag|swa", re.IGNORECASE)
 OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is measured depends on it
 
 
@@ -44,12 +46,25 @@ def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, T
 
     torch.compile puts `_orig_mod.` into names, DataParallel `module.` before them, Lightning `model.` or whatever the
     attribute is called. The prefix under which most of the wanted names stand is taken off; what stands outside it
-    belongs to something else (a metric, a loss). Without a prefix everything belongs to the model.
+    belongs to something else (a metric, a loss). Without a prefix everything belongs to the model. A prefix that names
+    an average (`ema_model.`) is not the model's own.
+
+    Raises:
+        InputError: the model stands there under several prefixes (a student and a teacher).
     """
     plain = {k.replace("_orig_mod.", ""): v for k, v in state.items()}
     prefixes = {""} | {k[: -len(w)] for w in list(wanted)[:1] + list(wanted)[-1:] for k in plain if k.endswith("." + w)}
     counts = {p: sum(p + w in plain for w in wanted) for p in prefixes}
-    best = min(prefixes, key=lambda p: (-counts[p], len(p)))
+    best = min(prefixes, key=lambda p: (-counts[p], bool(p), bool(AVERAGED.search(p)), len(p), p))
+    if best and 2 * counts[best] > len(wanted):
+        same = [
+            p for p in prefixes if counts[p] == counts[best] and bool(AVERAGED.search(p)) == bool(AVERAGED.search(best))
+        ]
+        if len(same) > 1:
+            names = ", ".join(sorted(same))
+            raise InputError(
+                f"the checkpoint holds weights of this model {len(same)} times, under {names}: save one alone"
+            )
     return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best)}
 
 

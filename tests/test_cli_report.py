@@ -58,6 +58,12 @@ class TestTable:
         ]
         assert len(found.cells) == 5
 
+    def test_balls_are_told_apart_in_few_words(self):
+        entries = [made(), made()]
+        for e, eta, adaptive in zip(entries, (None, 0.0), (False, "elementwise"), strict=True):
+            e["identity"] |= {"options": {"ball": {"eta": eta, "adaptive": adaptive}}}
+        assert table(entries).columns == ["trace [adaptive=false]", "trace [adaptive=elementwise, eta=0.0]"]
+
     def test_models_are_rows_of_one_column(self):
         found = table([made("a", model="resnet18"), made("b", model="vit")])
         assert (found.rows, found.columns) == (["a", "b"], ["trace"])

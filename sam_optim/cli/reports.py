@@ -19,6 +19,8 @@ Rows = list[dict[str, str]]
 
 
 def report(args: argparse.Namespace) -> int:
+    if args.out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out is a page and must end in .html, got {args.out}; a browser prints it to .pdf")
     entries: list[dict[str, Any]] = []
     others: dict[str, Mapping[str, Any]] = {}
     extra: Rows = []
@@ -101,6 +103,8 @@ def _measured_csv(path: Path) -> tuple[list[dict[str, Any]], Rows]:
             entries.append(
                 {"checkpoint": line["checkpoint"], "column": name, "key": name, "identity": identity, "result": result}
             )
+    if not measures:
+        raise InputError(f"{path} has no measures (columns X and 'X error'); numbers to compare with go to --targets")
     left = set(columns) - set(measures) - {f"{name} error" for name in measures}
     return entries, [{k: v for k, v in line.items() if k in left} for line in lines]
 

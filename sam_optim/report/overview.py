@@ -77,7 +77,10 @@ def _landscapes(results: Mapping[str, Result]) -> Markup:
     planes = {n: r for n, r in results.items() if len(r["coordinates"]) == 2}
     drawn = [
         curves(
-            n, [Curves(n, r["coordinates"][0], [_known(r["losses"])], 3)], x_label="distance along d", y_label="loss"
+            n,
+            [Curves(n, r["coordinates"][0], [_known(r["losses"])], 3)],
+            x_label="step along the direction",
+            y_label="loss",
         )
         for n, r in lines.items()
     ]
@@ -86,10 +89,8 @@ def _landscapes(results: Mapping[str, Result]) -> Markup:
         levels = Levels.geometric(min(heights), max(heights))
         maps = {n: (r["coordinates"], [_known(row) for row in r["losses"]]) for n, r in planes.items()}
         drawn += [contour_map(n, a, b, losses, levels) for n, ((a, b), losses) in maps.items()]
-    return section(
-        "Loss around the weights",
-        figure(panels(*drawn), "All maps share one colour scale, from dark (low) to light (high)."),
-    )
+    caption = "All maps share one colour scale, from dark (low) to light (high)." if planes else "The weights are at 0."
+    return section("Loss around the weights", figure(panels(*drawn), caption))
 
 
 def _correlations(results: Mapping[str, Result]) -> Markup:

@@ -219,7 +219,7 @@ def _compared(
 
 def _settings(found: Table) -> Markup:
     rows: list[Sequence[Child]] = [
-        [column, ", ".join(f"{k}={_word(v)}" for k, v in _flat(found.settings[column]).items())]
+        [column, _sentence(", ".join(f"{k}={_word(v)}" for k, v in _flat(found.settings[column]).items()))]
         for column in found.columns
     ]
     made = sorted({json.dumps(e["result"].get("provenance", {})) for e in found.cells.values() if "result" in e})
@@ -231,11 +231,20 @@ def _settings(found: Table) -> Markup:
         checkpoints.append([row, ", ".join(f"{k}={_word(v)}" for k, v in about.items() if v not in (None, False, {}))])
     return section(
         "Settings",
-        html_table(["measure", "settings"], rows, "All that a number depends on but the checkpoint."),
+        html_table(["measure", _sentence("settings")], rows, "All that a number depends on but the checkpoint."),
         html_table(["checkpoint", "SHA-256 of its content, and model"], checkpoints, "The checkpoints."),
-        html_table(["", "data"], [[i + 1, text] for i, text in enumerate(data)], "Where the data come from."),
+        html_table(
+            ["", _sentence("data")],
+            [[i + 1, _sentence(text)] for i, text in enumerate(data)],
+            "Where the data come from.",
+        ),
         html_table(["", "made with"], [[i + 1, text] for i, text in enumerate(made)], "Versions."),
     )
+
+
+def _sentence(text: str) -> Markup:
+    """A cell that is read, not compared: it begins at the left and takes as many lines as it needs."""
+    return tag("div", text, class_="sentence")
 
 
 def _cell(entry: Entry | None) -> str:
@@ -267,7 +276,9 @@ def _names(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[tuple[str, str],
         keys = {k for about in flat.values() for k in about}
         differs = sorted(k for k in keys if len({_word(about.get(k)) for about in flat.values()}) > 1)
         for key, about in flat.items():
-            said = ", ".join(f"{k}={_word(about.get(k))}" for k in differs)
+            # a ball's eta is nothing where adaptive=false
+            has = [k for k in differs if about.get(k) is not None or not k.startswith("ball.")] or differs
+            said = ", ".join(f"{k.removeprefix('ball.')}={_word(about.get(k))}" for k in has)
             names[name, key] = f"{name} [{said}]" if said else name
     return names
 

@@ -90,6 +90,21 @@ def test_equal_eigenvalues_are_all_found(values, num):
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(num, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("values", "num"),
+    [((10.0, 10.0, *range(9, 0, -1)), 2), ((5.0, 5.0, 5.0, *torch.linspace(0, 4, 40).tolist()), 3)],
+    ids=["10 values", "41 values"],
+)
+def test_equal_eigenvalues_of_a_small_matrix_with_a_rich_spectrum(values, num):
+    """The first Krylov space holds one vector of each eigenspace, and converges before it ends."""
+    found = hessian_eigenvalues(unshifted(Quadratic(symmetric(values))), num=num)
+    assert found.eigenvalues.tolist() == pytest.approx([values[0]] * num, rel=1e-12)
+    assert found.converged
+    assert found.num_products == len(values)
+    early = hessian_eigenvalues(unshifted(Quadratic(symmetric(values))), num=num, max_products=len(values) - 1)
+    assert early.converged  # to `tol`, which is all that so few products can tell
+
+
 def test_no_more_products_than_parameters_and_few_for_one_eigenvalue():
     spectrum = torch.linspace(0, 1, 400, dtype=torch.float64).pow(8).tolist()
     loss = unshifted(Quadratic(symmetric([*spectrum, 2.0])), num=1)

@@ -18,6 +18,7 @@ from sam_optim.rng import Stream
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 STOP = ("residual", "value")
+SMALL = 200  # parameters: as many products are soon taken, and leave nothing out
 
 
 def hessian_eigenvalues(
@@ -37,8 +38,9 @@ def hessian_eigenvalues(
 
         T M T x = lambda x,   ||x||_2 = 1,   M = d^2 L / dw^2 or another curvature matrix, T = 1 or that of a ball
 
-    Lanczos with full re-orthogonalisation. Eigenvalues are found as often as they occur where their number is small
-    (the Krylov space ends); of equal ones in a rich spectrum only one may be found.
+    Lanczos with full re-orthogonalisation. Eigenvalues are found as often as they occur where there are at most 200
+    parameters (all products are taken) or few different values (the Krylov space ends, and another one begins); of
+    equal ones in a larger, rich spectrum only one may be found.
 
     Args:
         loss: L at the weights w, P entries in total.
@@ -79,7 +81,7 @@ def hessian_eigenvalues(
     tick = Ticks(progress, limit)
     with flat_product(loss, ball, matrix, seed=seed) as product:
         lanczos = Lanczos(product, lambda: stream.normal_like(like))
-        goal = _Goal(num, which, tol, stop)
+        goal = _Goal(num, which, tol, stop, exhaust=num_parameters <= min(limit, SMALL))
         _iterate(lanczos, goal, limit, tick)
         ritz = lanczos.ritz() if lanczos.finite else None
     own = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "stop": stop, "seed": seed}
@@ -116,6 +118,7 @@ class _Goal:
     which: str
     tol: float
     stop: str
+    exhaust: bool  # go on to the last dimension, which shows how often each of several values occurs
 
     def chosen(self, values: Tensor) -> Tensor:
         """Their indices."""
@@ -140,7 +143,8 @@ class _Goal:
         if self.num == 1 or lanczos.complete:
             return True
         if lanczos.num_spaces == 1:
-            return not lanczos.ended  # a space that ends has seen each eigenvalue once, and there may be equal ones
+            # a space that ends has seen each eigenvalue once, and there may be equal ones
+            return not (lanczos.ended or self.exhaust)
         best = int(torch.where(ritz.latest, key, -math.inf).argmax())
         found = key[~ritz.latest] >= key[best] - threshold[best]
         return bool(small[best]) and int(found.sum()) >= self.num

@@ -106,9 +106,8 @@ def relative_flatness(
         raise ValueError(f"num_probes must be >= 2 (one probe has no standard error), got {num_probes}")
     name, weight = _weight(loss, layer)
     rows = weight.detach().flatten(1).double().cpu()
-    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
-    rank = int((s > s[0] * max(rows.shape) * torch.finfo(weight.dtype).eps).sum())
-    root = u[:, :rank] * s[:rank]  # C = root root^T
+    root = _root(rows, torch.finfo(weight.dtype).eps)
+    rank = root.shape[1]
     total = rank * rows.shape[1]
     if exact is None:
         exact = total <= EXACT
@@ -154,6 +153,15 @@ def relative_flatness(
             "relative_flatness", loss, layer=name, matrix=matrix, num_probes=num_probes, exact=exact, seed=seed
         ),
     )
+
+
+def _root(rows: Tensor, eps: float) -> Tensor:
+    """R with R R^T = rows rows^T, and as many columns as the rank; nan, as one column, where a weight is not finite."""
+    if not rows.isfinite().all():
+        return torch.full_like(rows[:, :1], math.nan)
+    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    rank = int((s > s[0] * max(rows.shape) * eps).sum())
+    return u[:, :rank] * s[:rank]
 
 
 def _weight(loss: Loss, layer: str | nn.Module | Tensor) -> tuple[str, Tensor]:

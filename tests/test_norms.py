@@ -247,6 +247,30 @@ def test_no_sigma_is_said():
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("exact", [True, False])
+def test_flatness_of_weights_that_are_not_finite_is_not_a_number(bad, exact):
+    model = network(mlp)
+    name, weight = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        weight[0, 0] = bad
+    found = relative_flatness(Loss(model, cross_entropy, batches(mlp)), name, exact=exact)
+    assert math.isnan(found.value)
+    assert not found.converged
+    assert "finite" in found.reason
+
+
+def test_alpha_at_a_minimum_of_a_quadratic():
+    """The gradient there is 0 and has no signs; with a diagonal Hessian every corner of the box is a maximum."""
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    loss = Loss(Quadratic(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))), mean, [(x, x)])
+    with torch.no_grad():
+        for w in loss.params:
+            w.zero_()
+    found = sharpness_alpha(loss, target=0.3, tol=1e-6)
+    assert found.value == pytest.approx(math.sqrt(2 * 0.3 / 6.0), rel=1e-5)
+
+
 def test_sigma_and_alpha_in_relative_units_do_not_change_with_the_parametrization():
     data = batches(mlp, (20, 20))
     losses = [Loss(m, cross_entropy, data) for m in (network(relu_mlp), rescaled(network(relu_mlp), FACTORS))]

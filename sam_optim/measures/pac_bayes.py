@@ -163,6 +163,9 @@ def sharpness_alpha(
     tick = Ticks(progress, num_steps * 10)
     base = float((error or loss).value())
     _, first = loss.value_and_gradient()
+    if not any(g.any() for g in first):  # no sign to follow: the climb from a stationary point begins at some corner
+        stream = Stream(0)
+        first = [stream.rademacher_like(g) for g in first]
 
     def rise(a: float) -> float:
         """The highest found in the box |d| <= a T + eps: never below 0, which d = 0 gives."""

@@ -97,6 +97,12 @@ def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
     flags = [(m, m.training) for m in model.modules()]
     buffers = Buffers()
     buffers.save(model)
+
+    def restore() -> None:
+        for m, training in flags:
+            m.training = training
+        buffers.restore()
+
     try:
         model.eval()
         if batch_statistics:
@@ -105,9 +111,11 @@ def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
                     m.training = True
         yield
     finally:
-        for m, training in flags:
-            m.training = training
-        buffers.restore()
+        try:
+            restore()
+        except BaseException:  # an interrupt on the way back
+            restore()
+            raise
 
 
 def statistics_in_use(model: nn.Module, *, batch_statistics: bool) -> str | None:

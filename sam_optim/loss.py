@@ -215,8 +215,16 @@ class Loss:
         subtraction, whatever happens inside."""
         if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in self.params]:
             raise ValueError(f"d needs one tensor for each parameter, of its shape (see `params`), got shapes {got}")
-        with torch.no_grad():
-            saved = [w.clone() for w in self.params]
+        grad = torch.is_grad_enabled()
+        saved = [w.detach().clone() for w in self.params]
+
+        def restore() -> None:
+            torch.set_grad_enabled(False)
+            for w, s in zip(self.params, saved, strict=True):
+                w.copy_(s)
+            torch.clear_autocast_cache()
+            torch.set_grad_enabled(grad)
+
         try:
             with torch.no_grad():
                 for w, x in zip(self.params, d, strict=True):
@@ -224,10 +232,11 @@ class Loss:
             torch.clear_autocast_cache()  # or an enclosing autocast region would go on using the weights at w
             yield
         finally:
-            with torch.no_grad():
-                for w, s in zip(self.params, saved, strict=True):
-                    w.copy_(s)
-            torch.clear_autocast_cache()
+            try:
+                restore()
+            except BaseException:  # an interrupt on the way back
+                restore()
+                raise
 
     def settings(self) -> dict[str, Any]:
         """What a result has to say about its loss: m and n in examples, and which function of w it is."""
@@ -253,9 +262,13 @@ class Loss:
     def _evaluating(self, *, grad: bool) -> Iterator[None]:
         cuda = [self.device] if self.device.type == "cuda" else []
         measured = batchnorm.measured(self.model, batch_statistics=self.batch_statistics)
-        aside = rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
-        with measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
-            yield
+        kept, aside = rng.kept(cuda), rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
+        before = torch.is_grad_enabled()
+        try:
+            with kept, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
+                yield
+        finally:
+            torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
     def _outputs(self, batch: Any) -> tuple[Any, Any]:
         return self._of_criterion(*self._forward(self.model, batch))

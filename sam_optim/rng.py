@@ -81,7 +81,11 @@ def kept(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        state.restore()
+        try:
+            state.restore()
+        except BaseException:  # an interrupt on the way back
+            state.restore()
+            raise
 
 
 class Aside:

@@ -1,7 +1,9 @@
 """Values, gradients and products against dense double backward in float64; the model found as it was left."""
 
+import itertools
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -384,3 +386,46 @@ def test_settings_say_what_was_measured():
 
 def test_shapes_of_the_networks():
     assert set(SHAPES) == set(NETWORKS)
+
+
+@pytest.mark.parametrize("where", ["loss.py", "batchnorm.py", "rng.py"])
+def test_an_interrupt_on_the_way_back_leaves_the_model_as_found(where):
+    """At each line of each function that brings something back; batch statistics, so that buffers have moved."""
+    model, data = network(cnn).train(), batches(cnn, (4, 4))
+    loss = Loss(model, cross_entropy, data, batch_statistics=True)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    pointers = [x.data_ptr() for x in model.state_dict().values()]
+    step = [torch.ones_like(w) for w in loss.params]
+    generator, outside = torch.get_rng_state(), sys.gettrace()
+
+    for k in itertools.count(1):
+        lines = 0
+
+        def in_restore(frame, event, arg, k=k):
+            nonlocal lines
+            lines += event == "line"
+            if lines == k:
+                raise KeyboardInterrupt
+            return in_restore
+
+        def calls(frame, event, arg, here=in_restore):
+            found = frame.f_code.co_name == "restore" and frame.f_code.co_filename.endswith(f"sam_optim/{where}")
+            return here if found else None
+
+        sys.settrace(calls)
+        interrupted = False
+        try:
+            with loss.displaced(step):
+                loss.value_and_gradient()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(outside)
+        assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+        assert pointers == [x.data_ptr() for x in model.state_dict().values()]
+        assert all(m.training for m in model.modules())
+        assert torch.equal(generator, torch.get_rng_state())
+        assert torch.is_grad_enabled()
+        if not interrupted:
+            break
+    assert k > 5

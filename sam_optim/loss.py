@@ -195,19 +195,38 @@ class Loss:
     def single_batches(self) -> Iterator[Loss]:
         """A Loss over each batch alone, of this rank; see `over_batches`."""
         for _, batch in self._weighted_batches():
-            single = Loss(
-                self.model,
-                self.criterion,
-                [batch],
-                forward=self._forward,
-                normalize_logits=self.normalize_logits,
-                batch_statistics=self.batch_statistics,
-                device=self.device,
-                distributed=False,
-                chunk_size=self.chunk_size,
-            )
-            single.params, single.blocks = self.params, self.blocks
-            yield single
+            yield self._over([batch], distributed=False)
+
+    def split(self, size: int) -> Loss:
+        """The same function of the weights over batches of at most `size` examples: another m of m-sharpness.
+
+        Raises:
+            ValueError: size < 1, or a batch whose tensors do not all begin with its examples.
+        """
+        if size < 1:
+            raise ValueError(f"size counts examples and must be >= 1, got {size}")
+        pieces: list[Any] = []
+        for n, (_, batch) in zip(self._batches.sizes, self._weighted_batches(), strict=True):
+            found = chunks.divided(batch, n, size)
+            if len(found) < -(-n // size):
+                raise ValueError("this batch cannot be split: not all of its tensors begin with its examples")
+            pieces += [piece for _, piece in found]
+        return self._over(pieces, distributed=not self._shares.is_one)
+
+    def _over(self, batches: list[Any], *, distributed: bool) -> Loss:
+        found = Loss(
+            self.model,
+            self.criterion,
+            batches,
+            forward=self._forward,
+            normalize_logits=self.normalize_logits,
+            batch_statistics=self.batch_statistics,
+            device=self.device,
+            distributed=distributed,
+            chunk_size=self.chunk_size,
+        )
+        found.params, found.blocks = self.params, self.blocks
+        return found
 
     @contextmanager
     def displaced(self, d: Sequence[Tensor]) -> Iterator[None]:

@@ -430,8 +430,9 @@ def test_a_gradient_that_is_noise_alone_has_no_scale():
 @pytest.mark.parametrize("measure", [gradient_coherence, gradient_noise_scale])
 def test_coherence_and_noise_scale_refuse_and_report(measure):
     data = batches(mlp)
+    few = [(x[:1], y[:1]) for x, y in data[:1]] if measure is gradient_noise_scale else data[:1]
     with pytest.raises(ValueError, match="split it"):
-        measure(Loss(network(mlp), cross_entropy, data[:1]))
+        measure(Loss(network(mlp), cross_entropy, few))
     data[1] = (data[1][0] * torch.nan, data[1][1])
     found = measure(Loss(network(mlp), cross_entropy, data))
     assert math.isnan(found.value)
@@ -524,6 +525,8 @@ def test_golden_noise_scale_and_coherence():
     assert found.details["trace"] == pytest.approx(exact["gradient_noise"]["tr_sigma"], rel=1e-11)
     assert found.details["mean_norm"] == pytest.approx(exact["gradient_noise"]["mean_norm"], rel=1e-11)
     assert found.stderr == 0
+    whole = gradient_noise_scale(loss_of(512))  # one batch is taken apart
+    assert (whole.value, whole.settings["m"]) == (found.value, 1)
     for m, name in ((32, "sixteen_16x32"), (128, "even_4x128")):
         drawn = gradient_noise_scale(loss_of(m))
         assert abs(drawn.value - found.value) < 4 * drawn.stderr

@@ -429,3 +429,26 @@ def test_an_interrupt_on_the_way_back_leaves_the_model_as_found(where):
         if not interrupted:
             break
     assert k > 5
+
+
+def test_split_is_the_same_loss_in_smaller_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = [(torch.randn(n, 3, dtype=torch.float64), torch.arange(n) % 2) for n in (5, 4)]
+    loss = Loss(model, nn.CrossEntropyLoss(), data, normalize_logits=True, chunk_size=7)
+    small = loss.split(2)
+    assert small.batch_sizes == (2, 2, 1, 2, 2)
+    assert float(small.value()) == pytest.approx(float(loss.value()), rel=1e-14)
+    assert (small.normalize_logits, small.chunk_size) == (True, 7)
+    assert loss.block("0").split(3).params is not loss.params
+    assert [w.shape for w in loss.block("0").split(3).params] == [(4, 3), (4,)]
+    with pytest.raises(ValueError, match="size counts examples and must be >= 1, got 0"):
+        loss.split(0)
+    odd = Loss(
+        model,
+        lambda o, t: o.mean(),
+        [(data[0][0], torch.zeros(5), torch.ones(2))],
+        forward=lambda m, b: (m(b[0]), b[1]),
+    )
+    with pytest.raises(ValueError, match="cannot be split"):
+        odd.split(1)

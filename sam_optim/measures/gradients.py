@@ -204,7 +204,8 @@ def gradient_noise_scale(
     ratio is not); near a minimum of L that of ||G||^2 may be negative, because g vanishes and G does not.
 
     Args:
-        loss: L, with two batches or more, of any sizes; the more batches, the better tr Sigma is known.
+        loss: L, with batches of any sizes; the more batches, the better tr Sigma is known. One batch is taken apart
+            into its examples, each with a gradient of its own.
         ball: its T, for gradients T g; radius and norm do not matter.
         sampled: which of the two.
         progress: called with (gradients done, total).
@@ -217,10 +218,12 @@ def gradient_noise_scale(
         `gradient_norm`, `norms` as in `gradient_regret`. `converged` is False and the value nan where ||G||^2 <= 0.
 
     Raises:
-        ValueError: fewer than two batches.
+        ValueError: one example, or one batch with batch statistics, where examples have no gradients of their own.
 
     Source: arXiv:1812.06162.
     """
+    if loss.num_batches == 1 and loss.num_examples > 1 and not loss.batch_statistics:
+        loss = loss.split(1)
     _check_batches(loss, "the noise is seen between batches")
     scales = None if ball is None else ball.scales(loss.params)
     gram, p = gram_matrix(loss, scales=scales, progress=progress), batch_weights(loss)

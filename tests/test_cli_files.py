@@ -413,11 +413,18 @@ class TestImages:
             load(tmp_path)
         assert load(tmp_path, "--split", "test").about["examples"] == 6
 
+    def test_small_images_that_are_enlarged_are_noted(self, tree):
+        large = CONFIG | {"input_size": (3, 224, 224)}
+        (note,) = load(tree, config=large).notes
+        assert "images of 50 pixels are enlarged to the" in note
+        assert "--image-size 50" in note
+        assert not load(tree, "--image-size", 50, config=large).notes
+
     def test_the_first_of_a_sorted_folder_are_noted_and_mixed_ones_are_of_all_classes(self, tree):
         first, mixed = load(tree, "--examples", 3), load(tree, "--examples", 3, "--order", "mixed")
-        assert "the first 3 of 6 examples have 1 of 2 labels" in first.notes[0]
+        assert "the first 3 of 6 examples have 1 of 2 labels" in first.notes[-1]
         assert set(inputs(mixed)[1].tolist()) == {0, 1}
-        assert not mixed.notes
+        assert not any("labels" in note for note in mixed.notes)
         assert torch.equal(inputs(mixed)[0], inputs(load(tree, "--examples", 3, "--order", "mixed"))[0])
 
     def test_too_many_to_keep_are_decoded_again_in_every_pass(self, tree, monkeypatch):

@@ -42,12 +42,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Source:
-    """example: row -> x. labels: (N,), or (N, K) probabilities."""
+    """example: row -> x. labels: (N,), or (N, K) probabilities. notes: for the reader."""
 
     example: Callable[[int], Tensor]
     labels: Tensor
     about: dict[str, Any]
     num_classes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Rows(Sequence[Batch]):
@@ -97,7 +98,7 @@ def load(args: argparse.Namespace, config: Mapping[str, Any], dtype: torch.dtype
         shape,
         source.num_classes,
         int(chosen.max()) if chosen.ndim == 1 else chosen.shape[1] - 1,
-        _notes(chosen, source.labels),
+        [*source.notes, *_notes(chosen, source.labels)],
     )
 
 
@@ -182,7 +183,11 @@ def _pictures(
     chosen |= {"interpolation": config["interpolation"]}
     transform: Any = create_transform(**chosen, is_training=False)
     mode = _mode(config)
-    return Source(lambda row: transform(read(row).convert(mode)), labels, about | chosen, num_classes)
+    notes: tuple[str, ...] = ()
+    if not args.image_size and len(labels) and (own := max(read(0).size)) <= SMALL < max(size):
+        wide = f"images of {own} pixels are enlarged to the {max(size)} that the model was made for"
+        notes = (f"{wide}; --image-size {own} keeps their size",)
+    return Source(lambda row: transform(read(row).convert(mode)), labels, about | chosen, num_classes, notes)
 
 
 def _reader(source: Any, config: Mapping[str, Any]) -> Callable[[int], Any]:

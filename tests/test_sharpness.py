@@ -408,3 +408,9 @@ class ViewsRows(nn.Module):
 
     def forward(self, x):
         return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize("measure", [worst_case_sharpness, average_sharpness])
+def test_a_model_in_place_of_a_loss_is_told_what_to_pass(measure):
+    with pytest.raises(TypeError, match=r"pass Loss\(model, criterion, batches\), got Linear"):
+        measure(torch.nn.Linear(2, 2), Ball(0.1))

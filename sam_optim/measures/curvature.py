@@ -61,7 +61,8 @@ def hessian_eigenvalues(
 
     Returns:
         `eigenvalues` in units of L per squared unit of w (of T, with a ball), descending; `residuals` r, from the
-        recurrence, exact to rounding; `errors`, min(r, r^2 / gap); `eigenvectors` x; `num_products`; `converged`, and
+        recurrence, exact to rounding; `errors`, min(r, r^2 / gap), but not below the rounding of the products, taken
+        as 100 ulps of the largest value; `eigenvectors` x; `num_products`; `converged`, and
         `reason` where it is not.
 
     Raises:
@@ -100,7 +101,7 @@ def hessian_eigenvalues(
     return Spectrum(
         ritz.values[chosen],
         residuals=ritz.bounds[chosen],
-        errors=_errors(ritz)[chosen],
+        errors=_errors(ritz)[chosen].clamp(min=100 * lanczos.epsilon * lanczos.scale),
         eigenvectors=[unflat(_signed(lanczos.vector(ritz.weights[:, i])), loss.params) for i in chosen.tolist()],
         converged=converged,
         num_products=lanczos.size,

@@ -82,6 +82,7 @@ def worst_case_sharpness(
     Source: arXiv:2302.07011, whose search is Auto-PGD along T g. The point that maximises the linear part is along
     T^2 g, as in SAM and ASAM (arXiv:2010.01412, arXiv:2102.11600): in adaptive balls it finds up to a third more.
     """
+    _check_loss(loss)
     balls = _balls(ball)
     if num_steps < 1 or num_restarts < 1:
         raise ValueError(f"num_steps and num_restarts must be >= 1, got {num_steps} and {num_restarts}")
@@ -202,6 +203,7 @@ def average_sharpness(
 
     Source: average-case sharpness, arXiv:2302.07011.
     """
+    _check_loss(loss)
     balls = _balls(ball)
     if num_samples < 2:
         raise ValueError(f"num_samples must be >= 2 (one draw has no standard error), got {num_samples}")
@@ -306,6 +308,11 @@ def _noise(norm: float, params: Point, stream: Stream) -> Point:
     if norm == math.inf:
         return [2 * stream.uniform_like(w) - 1 for w in params]
     return [stream.normal_like(w) for w in params]
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Loss):
+        raise TypeError(f"sharpness is that of a Loss: pass Loss(model, criterion, batches), got {type(loss).__name__}")
 
 
 def _balls(ball: Any) -> list[Any]:

@@ -1,4 +1,5 @@
-"""All that needs a device, in one command: the tests in tests/gpu, then `python -m benchmarks.step_cost --device cuda`.
+"""All that needs a device, in one command: the tests in tests/gpu, `python -m benchmarks.step_cost --device cuda`, and
+two rows of `python -m benchmarks.measure_cost --device cuda`.
 
 python -m benchmarks.gpu [--minutes 8] [--json FILE] [--skip-tests]
 """
@@ -16,6 +17,8 @@ from benchmarks import command, cuda_cost, device
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 20
 TESTS = 150.0  # seconds, at most
+MEASURED = ("resnet50", "vit_base_patch16_224")
+MEASURES = 35.0  # seconds for each of these
 ENDING = 20.0  # seconds in which all of it ends after what was last begun
 RESULTS = ROOT / "runs" / "gpu" / "step_cost.json"
 
@@ -34,6 +37,18 @@ def tests(seconds: float) -> tuple[bool, str]:
     return out.returncode == 0, lines[-1] if lines else f"exit code {out.returncode}"
 
 
+def measures(model: str, seconds: float, folder: Path) -> str:
+    """The table of `measure_cost` for this model, or why there is none."""
+    words = ["-m", "benchmarks.measure_cost", "--device", "cuda", "--model", model, "--quick", "--batch-size", "32"]
+    words += ["--images", "32", "--rows", "lambda_max", "trace", "--json", str(folder / f"measure_cost_{model}.json")]
+    try:
+        out = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished in {seconds:.0f} s"
+    lines = out.stderr.strip().splitlines()
+    return out.stdout.strip() if not out.returncode else (lines[-1] if lines else f"exit code {out.returncode}")
+
+
 def _text(output: bytes | str | None) -> str:
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
@@ -47,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     device.check_device()
     deadline = time.monotonic() + 60 * args.minutes - ENDING
     passed, line = (True, "left out") if args.skip_tests else tests(TESTS)
+    tables = {model: measures(model, MEASURES, args.json.parent) for model in MEASURED}
     code = cuda_cost.main(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
+    for model, table in tables.items():
+        print(f"measures of {model}:\n{table}")
     print(f"tests/gpu: {line}")
     return code if passed else 1
 

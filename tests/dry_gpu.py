@@ -91,6 +91,7 @@ def small(name, *, num_classes, image_size):
 
 def test_all_of_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "tests", lambda seconds: (True, "3 passed"))
+    monkeypatch.setattr(gpu, "measures", lambda model, seconds, folder: f"those of {model}")
     path = tmp_path / "some" / "results.json"
     Graph.replays = 0
     assert command.run(gpu.main, ["--json", str(path)]) == 0
@@ -98,6 +99,7 @@ def test_all_of_it(monkeypatch, tmp_path, capsys):
     results = json.loads(path.read_text())
     assert results["missing"] == [], out
     assert out.splitlines()[-1] == "tests/gpu: 3 passed"
+    assert "measures of vit_base_patch16_224:\nthose of vit_base_patch16_224" in out
     measured = {(r["model"], r["design"]) for r in results["own part"]}
     assert {d for _, d in measured} == set(cuda_cost.DESIGNS)
     assert ("vit_giant_patch14_224", "fused ASAM") in measured
@@ -214,6 +216,22 @@ def test_the_tests_are_run(monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", late)
     assert gpu.tests(1.0) == (False, "not finished in 1 s")
     assert "half" in capsys.readouterr().out
+
+
+def test_the_measures_are_run(monkeypatch, tmp_path):
+    asked = []
+    answer = SimpleNamespace(returncode=0, stdout="a table\n", stderr="a warning")
+    monkeypatch.setattr(subprocess, "run", lambda words, **__: asked.append(words) or answer)
+    assert gpu.measures("resnet50", 1.0, tmp_path) == "a table"
+    assert {"--device", "cuda", "resnet50", str(tmp_path / "measure_cost_resnet50.json")} <= set(asked[0])
+    monkeypatch.setattr(answer, "returncode", 2)
+    assert gpu.measures("resnet50", 1.0, tmp_path) == "a warning"
+
+    def late(*_, **__):
+        raise subprocess.TimeoutExpired("measure_cost", 1.0)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert gpu.measures("resnet50", 1.0, tmp_path) == "not finished in 1 s"
 
 
 def test_the_profiler_counts_what_is_on_the_device(monkeypatch):

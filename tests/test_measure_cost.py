@@ -73,3 +73,19 @@ def test_what_it_refuses(arguments, message, problem, monkeypatch):
     monkeypatch.setattr(measure_cost, "problem_of", lambda args: problem)
     with pytest.raises(InputError, match=message):
         measure_cost.main(arguments)
+
+
+def test_on_a_device_it_waits_for_it_and_asks_its_allocator(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    took, found = measure_cost.seconds(lambda: len(waits), "cuda")
+    assert (found, len(waits)) == (1, 2)
+    assert took >= 0
+    assert measure_cost._peak("cuda") == 3
+
+
+def test_a_model_of_timm_is_measured_on_noise():
+    words = ["--quick", "--model", "test_resnet", "--images", "4", "--batch-size", "2", "--rows", "lambda_max"]
+    pytest.importorskip("timm")
+    assert measure_cost.main(words) == 0

@@ -19,9 +19,10 @@ from typing import Any, Self
 
 import torch
 
-from benchmarks import checkpoint, command
+from benchmarks import checkpoint
 from faults.cases import PATHS, VARIANTS
 from faults.harness import Rig
+from sam_optim.cli import files
 
 ENTRIES = 20_000  # of what is saved again and again: large enough for a kill to come in the middle
 
@@ -100,7 +101,7 @@ def save_killed_at(directory: str, first: int, call: str) -> None:
         return Half()
 
     if name == "write":
-        command.open = open_and_die  # type: ignore[attr-defined]
+        files.open = open_and_die  # type: ignore[attr-defined]
     elif name == "unlink":
         Path.unlink = die  # type: ignore[method-assign]
     else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.command import InputError, one_line, read_json, unknown
+from sam_optim.cli.options import number
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
 MAY_CHANGE = (  # on a resume
@@ -23,22 +23,6 @@ NOT_KEPT = ("out", "resume", "force", "config")
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
-
-
-def _number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """A finite number in [low, high], or in (low, high] with `above`."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {kind.__name__}, got {text!r}") from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    return convert
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -54,8 +38,8 @@ def _pair(text: str) -> tuple[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m benchmarks.train", description="Train an image classifier with or without SAM.")
-    add, positive, fraction = p.add_argument, _number(float, 0, above=True), _number(float, 0, 1)
-    amount, count, natural = _number(float, 0), _number(int, 1), _number(int, 0)
+    add, positive, fraction = p.add_argument, number(float, 0, above=True), number(float, 0, 1)
+    amount, count, natural = number(float, 0), number(int, 1), number(int, 0)
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options; those given here replace them")
     add("--model", default="cnn3", help="any timm name, cnn3 (default), cnn5 or wrn28_10")
     add("--model-kwargs", nargs="*", type=_pair, default=[], metavar="KEY=VALUE", help="for timm.create_model")
@@ -68,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
     add("--num-classes", type=count, help="of a streamed data set (wds/NAME); others are counted")
     add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
-    add("--validation-fraction", type=_number(float, 0, 0.99), default=0.0, help="of the training set, held out")
+    add("--validation-fraction", type=number(float, 0, 0.99), default=0.0, help="of the training set, held out")
     add("--train-examples", type=count, metavar="N", help="only so many, drawn by --seed; default: all")
     add("--workers", type=natural, default=0, help="processes that decode images")
 
@@ -101,11 +85,11 @@ def parser() -> argparse.ArgumentParser:
     add("--aa", metavar="POLICY", help="timm's auto-augment string, e.g. rand-m9-mstd0.5")
     add("--color-jitter", type=amount, default=0.0)
     add("--reprob", type=fraction, default=0.0, help="random erasing")
-    add("--crop-scale", type=_number(float, 0, 1, above=True), default=0.08, help="smallest area of a resized crop")
+    add("--crop-scale", type=number(float, 0, 1, above=True), default=0.08, help="smallest area of a resized crop")
     add("--mixup", type=amount, default=0.0, metavar="ALPHA")
     add("--cutmix", type=amount, default=0.0, metavar="ALPHA")
-    add("--smoothing", type=_number(float, 0, 0.99), default=0.0)
-    add("--model-ema", type=_number(float, 0, 1), metavar="DECAY", help="also evaluate an average of the weights")
+    add("--smoothing", type=number(float, 0, 0.99), default=0.0)
+    add("--model-ema", type=number(float, 0, 1), metavar="DECAY", help="also evaluate an average of the weights")
 
     add("--initial-checkpoint", metavar="FILE", help="weights of the timm model, to start from; a new head if it must")
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")

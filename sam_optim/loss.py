@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_optim import batchnorm, chunks, products, rng
 from sam_optim.batches import FixedBatches, channels_last, combined, moved
+from sam_optim.convolutions import CheapSecondDerivatives
 from sam_optim.shares import Shares
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
@@ -290,17 +291,16 @@ class Loss:
             torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
     def _outputs(self, batch: Any) -> tuple[Any, Any]:
+        """(outputs, target); of images with their channels last, which a CPU convolves faster."""
+        if self._images_last:
+            try:
+                return self._of_criterion(*self._forward(self.model, channels_last(batch)))
+            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
+                self._images_last = False
         return self._of_criterion(*self._forward(self.model, batch))
 
     def _batch_loss(self, batch: Any) -> Tensor:
-        """l_b(w); images with their channels last, which a CPU convolves faster (gradients by a third)."""
-        if self._images_last:
-            try:
-                outputs, target = self._forward(self.model, channels_last(batch))
-            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
-                self._images_last = False
-            else:
-                return self._criterion_value(*self._of_criterion(outputs, target))
+        """l_b(w)."""
         return self._criterion_value(*self._outputs(batch))
 
     def _of_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
@@ -323,7 +323,10 @@ class Loss:
 
     def _piece_product(self, matrix: str, piece: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
         """v -> M v of one batch, or of a piece of it. uniforms: (n,) on [0, 1), for labels to be drawn."""
-        outputs, target = self._outputs(piece)
+        with CheapSecondDerivatives():
+            return self._product_of(matrix, *self._outputs(piece), uniforms, keep=keep)
+
+    def _product_of(self, matrix: str, outputs: Any, target: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
         if matrix == "hessian":
             return products.hessian(self.params, self._criterion_value(outputs, target), keep=keep)
         if self.criterion is None or not isinstance(outputs, Tensor):

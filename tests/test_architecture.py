@@ -20,7 +20,7 @@ ROWS = [
     {"benchmarks"},
 ]
 # modules of one part: they may import each other, and stand in the row of that part
-PARTS = dict.fromkeys(("batches", "chunks", "products", "shares"), "loss") | {"__main__": "cli"}
+PARTS = dict.fromkeys(("batches", "chunks", "convolutions", "products", "shares"), "loss") | {"__main__": "cli"}
 PARTS |= {"closures": "perturbation", "conditional": "correlation"}
 HARD = {"torch", "sam_optim"} | set(sys.stdlib_module_names)
 # what only those import who have it: a class of a framework's needs that framework's class to stand on

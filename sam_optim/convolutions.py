@@ -1,0 +1,205 @@
+"""Convolutions whose second derivatives are cheap on a CPU, and normalisation by running statistics folded into them.
+
+torch's own double backward computes the gradients of a convolution's weight and input as convolutions with images for
+kernels. They are ordinary backward passes: with C(x, w) bilinear, <g, C(x, w)> has mixed second derivatives
+C(x', w) + C(x, w'), the backward pass of C(., w') at g and that of C(x', .) at g, which cost half of that or less.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sam_optim.chunks import Saved
+
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+
+
+class Geometry(NamedTuple):
+    """Of a convolution: one number for each spatial dimension, and the number of groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class _Made(NamedTuple):
+    """The convolution whose output was the last."""
+
+    output: weakref.ref[Tensor]
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+
+
+class CheapSecondDerivatives(TorchFunctionMode):
+    """While it is active, convolutions of plain tensors on the CPU are computed so, and a normalisation by running
+    statistics that follows one becomes part of its weight and bias, which are what they were to rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: _Made | None = None
+
+    def __exit__(self, *exc: Any) -> None:
+        self._last = None
+        super().__exit__(*exc)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (dims := _CONVOLUTIONS.get(func)) and (made := _convolution(dims, *args, **kwargs)) is not None:
+            y = _Convolution.apply(*made)
+            self._last = _Made(weakref.ref(y), *made)
+            return y
+        if func in _BATCH_NORMS and self._last is not None:
+            norm = _normalisation if func is F.batch_norm else _native_normalisation
+            folded = norm(self._last, *args, **kwargs)
+            self._last = None
+            if folded is not None:
+                return _Convolution.apply(*folded)
+        return func(*args, **kwargs)
+
+
+_CONVOLUTIONS: dict[Callable[..., Any], int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_Arguments = tuple[Tensor, Tensor, Tensor | None, Geometry]
+
+
+def _convolution(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> _Arguments | None:
+    """The arguments of torch's function as those of ours; None for one that is torch's affair."""
+    tensors = [t for t in (input, weight, bias) if t is not None]
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    if not plain or isinstance(padding, str) or input.ndim != dims + 2 or len({t.dtype for t in tensors}) > 1:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None or _recomputed():
+        return None
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return None
+    stride, padding, dilation = (
+        (n,) * dims if isinstance(n, int) else tuple(n) * (dims // len(n)) for n in (stride, padding, dilation)
+    )
+    return input, weight, bias, Geometry(stride, padding, dilation, groups)
+
+
+def _normalisation(
+    made: _Made,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> _Arguments | None:
+    """The convolution with s w and s (b - mean) + bias, s = weight / sqrt(var + eps), for a normalisation of what it
+    gave; None where it is one of something else, or not by running statistics."""
+    if training or made.output() is not input or running_mean is None or running_var is None:
+        return None
+    if any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in (running_mean, running_var, weight, bias)):
+        return None
+    if any(t is not None and t.dtype != made.weight.dtype for t in (running_mean, running_var, weight, bias)):
+        return None
+    s = (running_var + eps).rsqrt()
+    s = s if weight is None else s * weight
+    shift = -running_mean * s if made.bias is None else (made.bias - running_mean) * s
+    shift = shift if bias is None else shift + bias
+    return made.x, made.weight * s.reshape(-1, *[1] * (made.weight.ndim - 1)), shift, made.geometry
+
+
+def _native_normalisation(
+    made: _Made,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> _Arguments | None:
+    return _normalisation(made, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _recomputed() -> bool:
+    """In an activation checkpoint, which runs the model again when this mode is over, and compares what both save."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and not isinstance(getattr(hooks[0], "__self__", None), Saved)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return _convolve(x, w, b, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        return (*_ConvolutionBackward.apply(g, x, w, ctx.needs_input_grad[:3], ctx.geometry), None)
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, needed: tuple[bool, bool, bool], geometry: Geometry
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(g, x, w)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return _backward(g, x, w, needed, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, x2: Tensor | None, w2: Tensor | None, b2: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of <g, C(x2, w) + C(x, w2) + b2> with respect to g, x and w."""
+        g, x, w = ctx.saved_tensors
+        needs_g, needs_x, needs_w = ctx.needs_input_grad[:3]
+        g_g = g_x = g_w = None
+        if needs_g:
+            terms = [(a, b) for a, b in ((x2, w), (x, w2)) if a is not None and b is not None]
+            for i, (a, b) in enumerate(terms):
+                y = _Convolution.apply(a, b, b2 if i == 0 else None, ctx.geometry)
+                g_g = y if g_g is None else g_g.add_(y)
+            if not terms and b2 is not None:
+                g_g = b2.reshape(-1, *[1] * (g.ndim - 2)).expand_as(g)
+        # C(x2, .) and C(., w2) at g are what one backward pass takes if x2 and w2 stand for x and w
+        needed = (needs_x and w2 is not None, needs_w and x2 is not None, False)
+        if any(needed):
+            at = (g, x if x2 is None else x2, w if w2 is None else w2)
+            g_x, g_w, _ = _ConvolutionBackward.apply(*at, needed, ctx.geometry)
+        return g_g, g_x, g_w, None, None
+
+
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
+    none = (0,) * len(geometry.stride)
+    return torch.convolution(
+        x, w, b, geometry.stride, geometry.padding, geometry.dilation, False, none, geometry.groups
+    )
+
+
+def _backward(
+    g: Tensor, x: Tensor, w: Tensor, needed: tuple[bool, bool, bool], geometry: Geometry
+) -> tuple[Tensor | None, ...]:
+    none = (0,) * len(geometry.stride)
+    found = torch.ops.aten.convolution_backward(
+        g, x, w, [len(w)], geometry.stride, geometry.padding, geometry.dilation, False, none, geometry.groups,
+        list(needed),
+    )  # fmt: skip
+    return tuple(t if need else None for t, need in zip(found, needed, strict=True))

@@ -52,7 +52,7 @@ class Saved:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return x
+        return x.detach()  # an output that is saved as it is keeps its own graph alive for ever
 
 
 def divided(batch: Any, n: int, size: int) -> list[tuple[int, Any]]:

@@ -1,5 +1,7 @@
 """Curvature in pieces of batches: the same matrix, and whole batches where pieces would be another loss; blocks."""
 
+import gc
+
 import pytest
 import torch
 from networks import NETWORKS, Dense, batches, cnn, flat, like, mlp, network
@@ -145,3 +147,26 @@ def test_the_trace_of_a_relu_network_is_that_of_its_gauss_newton_matrix():
     loss = Loss(network(cnn), cross_entropy, batches(cnn))
     traces = [hessian_trace(loss, matrix=matrix, num_probes=1000).value for matrix in ("hessian", "ggn")]
     assert traces[0] == pytest.approx(traces[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher", "empirical_fisher"])
+def test_graphs_are_freed(matrix):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Tanh(), nn.Conv2d(4, 4, 2)]
+    model = nn.Sequential(*layers, nn.Sigmoid(), nn.Flatten(), nn.Linear(16, 3), nn.Softmax(dim=1)).eval()
+    loss = Loss(model, nn.CrossEntropyLoss(), [(torch.randn(20, 1, 8, 8), torch.randint(3, (20,)))])
+    v = [torch.randn_like(p) for p in loss.params]
+
+    def num_tensors():
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    with loss.curvature(matrix) as product:
+        product(v)
+    del product
+    before = num_tensors()
+    for _ in range(3):
+        with loss.curvature(matrix) as product:
+            product(v)
+        del product
+    assert num_tensors() == before

@@ -331,7 +331,8 @@ class Loss:
             return products.hessian(self.params, self._criterion_value(outputs, target), keep=keep)
         if self.criterion is None or not isinstance(outputs, Tensor):
             got = "no criterion" if self.criterion is None else f"outputs of type {type(outputs).__name__}"
-            raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}")
+            remedy = "pass one, such as nn.CrossEntropyLoss(), or use matrix='hessian'"
+            raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}: {remedy}")
         if matrix == "ggn":
             return products.gauss_newton(self.params, outputs, lambda o: self._criterion_value(o, target), keep=keep)
         if matrix in ("fisher", "fisher_mc"):

@@ -507,3 +507,26 @@ class TestProgress:
         assert shown(shown=False) == ""
         monkeypatch.setitem(sys.modules, "tqdm", None)
         assert re.fullmatch(r"\[1/2\] a trace: 3 \(\d+\.\d s\)\n", shown(shown=True))
+
+    def test_without_a_terminal_a_line_says_now_and_then_that_a_long_measure_is_alive(self, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", out := io.StringIO())
+        bar = progress.Progress(3, shown=True)
+        step = bar.start("a.pt trace")
+        step(1, 4)
+        monkeypatch.setattr(progress, "SILENCE", 0.0)
+        step(2, 4)
+        bar.done("a.pt  trace: 3")
+        first, last = out.getvalue().splitlines()
+        assert first == "[0/3] a.pt trace: 2 of at most 4 steps, 0 s"
+        assert last.startswith("[1/3] a.pt  trace: 3")
+
+
+def test_what_is_said_of_many_checkpoints_is_said_once(here):
+    path, *_ = images(here / "d.npz")
+    for i in range(3):
+        torch.save(network(i).state_dict(), f"{i}.pt")
+    common = ["measure", "0.pt", "1.pt", "2.pt", "--model", "cnn3", "--data", path, "--measures", "worst", "--quiet"]
+    _, _, err = run(*common, "--num-steps", 1, "--examples", 20, "--batch-size", 10)
+    assert err.splitlines() == ["0.pt and 2 more, worst rho=0.05: few samples: the standard error is over 2"]
+    _, _, err = run(*common, "--num-steps", 1, "--examples", 20, "--batch-size", 5)
+    assert err == ""

@@ -37,6 +37,11 @@ def made(name="c0.pt", column="trace", *, value=1.0, stderr=0.1, seed=0, sha="a"
     return {"checkpoint": name, "column": column, "key": f"{name}{identity}", "identity": identity, "result": result}
 
 
+def test_a_file_that_is_not_there_is_named(here):
+    code, _, err = run("report", "nope.json", "-o", "x.html")
+    assert (code, err) == (2, "error: nope.json: no such file or directory\n")
+
+
 class TestTable:
     def test_rows_are_checkpoints_and_columns_are_measures(self):
         found = table([made("a", "trace", value=1.0), made("b", "trace", value=2.0), made("a", "worst", value=3.0)])

@@ -69,6 +69,9 @@ def test_too_few_steps_are_said_and_one_probe_has_no_error():
     assert "num_lanczos" in found.reason
     assert torch.isnan(found.stderr).all()
     assert torch.isfinite(found.density).all()
+    enough = spectral_density(loss_of(torch.linspace(-1, 1, 20).tolist()), num_lanczos=20, num_probes=1)
+    assert enough.converged
+    assert "num_probes" in enough.reason
 
 
 def test_a_space_that_ends_is_not_continued():

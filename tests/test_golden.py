@@ -22,6 +22,7 @@ from sam_optim.geometry import Ball
 from sam_optim.loss import Loss
 from sam_optim.measures import (
     average_sharpness,
+    by_layer,
     gradient_regret,
     hessian_eigenvalues,
     hessian_trace,
@@ -130,6 +131,22 @@ def test_traces(golden):
     assert abs(relative.value - exact["adaptive_hessian_exact"]["trace"]) < 4 * relative.stderr
     empirical = hessian_trace(loss, matrix="empirical_fisher")
     assert abs(empirical.value - exact["empirical_fisher_exact"]["trace"]) < 4 * empirical.stderr
+
+
+def test_blocks_of_single_tensors(golden):
+    expected, loss, relative = golden["exact"]["per_tensor_blocks"], loss_of(), Ball(0.0, adaptive=True, eta=0.0)
+    largest = by_layer(hessian_eigenvalues, loss, by="tensor", num=1)
+    traces = by_layer(hessian_trace, loss, by="tensor")
+    adaptive = by_layer(hessian_trace, loss, by="tensor", ball=relative)
+    assert list(largest) == list(expected)
+    for name, exact in expected.items():
+        assert float(largest[name].eigenvalues[0]) == pytest.approx(exact["lambda_max"], rel=1e-6)
+        for found, value in ((traces[name], exact["trace"]), (adaptive[name], exact["adaptive_trace"])):
+            assert abs(found.value - value) <= max(4 * found.stderr, 1e-9 * value)  # exact where all products are taken
+            assert found.stderr < 0.05 * value
+    smallest = by_layer(hessian_eigenvalues, loss, by="tensor", num=1, which="smallest")
+    for name in ("fc1.weight", "fc1.bias"):  # those of the last layer are 0
+        assert float(smallest[name].eigenvalues[0]) == pytest.approx(expected[name]["lambda_min"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("name", "m"), [("even_4x128", 128), ("sixteen_16x32", 32)])

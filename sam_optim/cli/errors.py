@@ -25,7 +25,10 @@ def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> In
 
 
 def one_line(error: BaseException) -> str:
-    """The last non-empty line: an error that crossed from a data worker carries that worker's traceback before it."""
+    """The last non-empty line: an error that crossed from a data worker carries that worker's traceback before it. What
+    the system says of a file begins with its name."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
     return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")

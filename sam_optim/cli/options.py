@@ -13,7 +13,7 @@ from sam_optim.cli.errors import InputError, unknown
 from sam_optim.cli.registry import MEASURES, chosen
 
 ADAPTIVE = ("elementwise", "filter", "layer")
-MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
+MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher", "fisher_mc")
 DEFAULT_RHO = 0.05
 NAMES = "\n".join(f"  {name:20s} {row.about}" for name, row in MEASURES.items())
 MEASURE = f"""Measure how sharp the loss is around trained weights.

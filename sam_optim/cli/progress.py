@@ -1,4 +1,5 @@
-"""How far a long command is, on standard error: tqdm's bars on a terminal, a line for each result elsewhere."""
+"""How far a long command is, on standard error: tqdm's bars on a terminal, elsewhere a line for each result, and one
+every half minute while it takes long."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+SILENCE = 30.0  # seconds without a line, at most, as long as a measure makes steps
 
 
 class Progress:
@@ -16,7 +19,8 @@ class Progress:
         self._bars = _tqdm() if shown and sys.stderr.isatty() else None
         self._outer: Any = self._bars(total=total, unit="number", position=0) if self._bars else None
         self._inner: Any = None
-        self._started = time.monotonic()
+        self._started = self._spoke = time.monotonic()
+        self._label = ""
 
     def say(self, text: str) -> None:
         if not self._shown:
@@ -28,9 +32,12 @@ class Progress:
 
     def start(self, label: str) -> Callable[[int, int], None] | None:
         """A measure begins; what it may call with (done, total) steps."""
-        self._started = time.monotonic()
-        if self._bars is None:
+        self._started = self._spoke = time.monotonic()
+        self._label = label
+        if not self._shown:
             return None
+        if self._bars is None:
+            return self._told
         self._inner = self._bars(desc=label, position=1, leave=False)
         return self._step
 
@@ -53,6 +60,13 @@ class Progress:
         self._close_inner()
         if self._outer is not None:
             self._outer.close()
+
+    def _told(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._spoke >= SILENCE:
+            self._spoke = now
+            seconds = now - self._started
+            self.say(f"[{self._done}/{self._total}] {self._label}: {done} of at most {total} steps, {seconds:.0f} s")
 
     def _step(self, done: int, total: int) -> None:
         self._inner.total = total

@@ -134,10 +134,14 @@ class Study:
         rows = [[name, *(self._cell(name, label) for label in labels)] for name in names]
         print(text_table(["checkpoint", *labels], rows))
         problems = [_about(name, reason) for name, reason in self._failed.items()]
+        alike: dict[tuple[str, str], list[str]] = {}
         for (name, label), entry in self._table.items():
             reason = entry.get("error") or entry["result"].get("reason")
             if reason:
-                problems.append(f"{name}, {label}: {reason}")
+                alike.setdefault((label, reason), []).append(name)
+        for (label, reason), found in alike.items():
+            others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            problems.append(f"{found[0]}{others}, {label}: {reason}")
         for text in problems:
             print(text, file=sys.stderr)
         if self._args.csv is not None:

@@ -41,7 +41,7 @@ def spectral_density(
 
     Args:
         loss, ball, matrix: M, T as in `hessian_eigenvalues`; P parameters.
-        num_probes: start vectors; `stderr` falls as num_probes ** -0.5, and is nan for one.
+        num_probes: start vectors; `stderr` falls as num_probes ** -0.5, and is nan for one (`reason` says so).
         num_lanczos: products for each; at most P. Moments up to 2 num_lanczos - 1 of each probe are exact.
         seed: of the start vectors.
         width: standard deviation of the Gaussian kernel, in units of the eigenvalues; None is 0.01 of the range.
@@ -102,6 +102,7 @@ def spectral_density(
     density, stderr = _over_probes([_smooth(grid, x, p, width) for x, p in probes])
     moments, moment_stderr = _over_probes([torch.stack([(p * x**m).sum() for m in range(1, 5)]) for x, p in probes])
     converged = bool((residuals[ends] <= width).all())
+    few = "one probe has no standard error: raise num_probes" if num_probes == 1 else None
     return Spectrum(
         values[ends],
         residuals=residuals[ends],
@@ -112,7 +113,7 @@ def spectral_density(
         num_products=num_products,
         settings=record,
         provenance=provenance(),
-        reason=None if converged else "the ends of the spectrum are not known to the width: raise num_lanczos",
+        reason=few if converged else "the ends of the spectrum are not known to the width: raise num_lanczos",
         details={
             "width": width,
             "moments": moments.tolist(),

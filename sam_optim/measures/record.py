@@ -20,13 +20,19 @@ def settings(measure: str, loss: Loss, **own: Any) -> dict[str, Any]:
     return {"measure": measure} | {name: plain(value) for name, value in own.items()} | loss.settings()
 
 
+FEWEST = 4  # samples for a standard error: with three of them it is itself uncertain by half
+
+
 def estimate(
     value: float, stderr: float, *, settings: dict[str, Any], reason: str | None = None, **more: Any
 ) -> Estimate:
-    """An Estimate that never passes off as a number what is not: a value that is not finite is nan, with a reason."""
+    """An Estimate that never passes off as a number what is not: a value that is not finite is nan, with a reason; and
+    one that says when its standard error is itself a guess."""
     if not math.isfinite(value):
         value, stderr = math.nan, math.nan
         reason = reason or "the loss or one of its derivatives is not finite"
+    elif 0 < stderr < math.inf and (n := more.get("num_samples", 1)) < FEWEST:
+        reason = reason or f"few samples: the standard error is over {n}"
     more["converged"] = more.get("converged", True) and math.isfinite(value)
     return Estimate(value, stderr, settings=settings, provenance=provenance(), reason=reason, **more)
 

@@ -467,6 +467,16 @@ class TestEvaluation:
         with pytest.raises(InputError, match="from 1 to 5"):
             config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"], "severities": [6]}})
 
+    @pytest.mark.parametrize(("limit", "number"), [(10, 10), (33, 33), (99, 99), (0, 100), (100, 100), (500, 100)])
+    def test_fewer_examples_are_spread_over_files_that_are_sorted_by_class(self, limit, number):
+        labels = torch.arange(100) // 10
+        batches = [(labels[i : i + 7, None], labels[i : i + 7]) for i in range(0, 100, 7)]
+        found = list(trial._spread(batches, limit, 100))
+        counts = torch.cat([y for _, y in found]).bincount(minlength=10)
+        assert int(counts.sum()) == number
+        assert int(counts.max() - counts.min()) <= 1
+        assert all(torch.equal(x[:, 0], y) for x, y in found)
+
     def test_the_corruptions_are_those_of_the_benchmarks(self, tmp_path):
         """The number is that of the same pixels, corrupted here one severity at a time."""
         from benchmarks.corruptions import corrupted

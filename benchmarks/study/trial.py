@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -110,7 +109,7 @@ def evaluate(config: Config, args: Any) -> dict[str, Any]:
     model.eval()
 
     def on(split: Any, limit: int) -> dict[str, float]:
-        batches = _first(data.batches(split, BATCH, splits.image_size, workers=args.workers), limit)
+        batches = _spread(data.batches(split, BATCH, splits.image_size, workers=args.workers), limit, len(split))
         return engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=device)
 
     train_found, test = (
@@ -178,11 +177,15 @@ def number_of(result: Mapping[str, Any]) -> float | None:
     return result.get("value")
 
 
-def _first(batches: Any, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first `limit` examples; all of them for 0."""
-    left = limit or sys.maxsize
+def _spread(batches: Any, limit: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`limit` of the `total` examples, evenly spaced, for files are often sorted by class; all of them for 0."""
+    if not 0 < limit < total:
+        yield from batches
+        return
+    start = 0
     for x, y in batches:
-        yield x[:left], y[:left]
-        left -= len(y)
-        if left <= 0:
-            return
+        i = torch.arange(start, start + len(y))
+        kept = (i * limit).div(total, rounding_mode="floor") != ((i - 1) * limit).div(total, rounding_mode="floor")
+        if kept.any():
+            yield x[kept], y[kept]
+        start += len(y)

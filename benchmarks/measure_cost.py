@@ -3,7 +3,7 @@
     python -m benchmarks.measure_cost [--pretrained FILE] [--rows NAME ...] [--rounds 3] [--quick] [--json FILE]
     python -m benchmarks.measure_cost --device cuda --model resnet50
 
-On a CPU: ResNet-20 (272 k parameters), 512 images, one thread, thread CPU time, which holds where other processes share
+On a CPU: ResNet-20 (270 k parameters), 512 images, one thread, thread CPU time, which holds where other processes share
 the machine. In each round ours and the peer of a row follow each other in random order; the ratio is that of the
 medians, with the smallest and largest ratio of a round. Peak memory is that of a process for each contender, above what
 the process had before. With `--pretrained` the weights are those of a file and the images are noise with random labels;
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import command, resnet20, timing
+from benchmarks import cifar_resnet, command, timing
 from benchmarks.command import InputError, unknown
 from benchmarks.cost_rows import Problem, Row
 
@@ -47,7 +47,7 @@ def digits(n: int, num_steps: int) -> tuple[nn.Module, torch.Tensor, torch.Tenso
     x = torch.tensor(data.images, dtype=torch.float32) / 8 - 1
     x = x.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand(-1, 3, -1, -1).contiguous()
     y = torch.tensor(data.target)
-    return resnet20.trained(x, y, num_steps=num_steps), x[:n], y[:n]
+    return cifar_resnet.trained(x, y, num_steps=num_steps), x[:n], y[:n]
 
 
 def noise(n: int, size: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
         model = timm.create_model(args.model)
         x, y = noise(n, model.pretrained_cfg["input_size"][-1], 1000)
     elif args.pretrained:
-        model = resnet20.pretrained(args.pretrained)
+        model = cifar_resnet.pretrained(args.pretrained)
         x, y = noise(n, 32, 10)
     else:
         model, x, y = digits(n, 5 if args.quick else 100)

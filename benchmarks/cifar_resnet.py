@@ -1,7 +1,13 @@
-"""The ResNet-20 for CIFAR of He et al. (2016), arXiv:1512.03385, section 4.2: shortcuts without parameters."""
+"""The ResNets for CIFAR of He et al. (2016), arXiv:1512.03385, section 4.2: shortcuts without parameters.
+
+    SAM_OPTIM_CIFAR10=DIR sam-optim measure resnet*.th --target benchmarks.cifar_resnet:problem --measures worst,trace
+
+measures trained ones on CIFAR-10; DIR holds cifar-10-batches-py.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -26,17 +32,20 @@ class Block(nn.Module):
         return F.relu(y + F.pad(short, (0, 0, 0, 0, self.padding, self.padding)))
 
 
-class ResNet20(nn.Module):
-    """272,474 parameters; (n, 3, 32, 32) -> (n, 10)."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pretrained ones
 
-    def __init__(self) -> None:
+
+class ResNet(nn.Module):
+    """(n, 3, 32, 32) -> (n, 10): 3 stages of `blocks`, 6 blocks + 2 layers. Those with 20 have 269,722 parameters."""
+
+    def __init__(self, blocks: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         width = 16
         for stage, (outputs, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
-            blocks = [Block(width if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(3)]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            stack = [Block(width if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks)]
+            self.add_module(f"layer{stage}", nn.Sequential(*stack))
             width = outputs
         self.linear = nn.Linear(64, 10)
 
@@ -46,20 +55,31 @@ class ResNet20(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-def pretrained(path: Path) -> ResNet20:
+def pretrained(path: Path | str) -> ResNet:
     """With the weights of a state dict or a checkpoint that holds one, also one of a DataParallel model."""
     found = torch.load(path, map_location="cpu", weights_only=True)
-    state = found.get("state_dict", found)
-    model = ResNet20()
-    model.load_state_dict({name.removeprefix("module."): w for name, w in state.items()})
+    state = {name.removeprefix("module."): w for name, w in found.get("state_dict", found).items()}
+    model = ResNet(sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in state))
+    model.load_state_dict(state)
     return model
 
 
-def trained(x: Tensor, y: Tensor, *, num_steps: int, batch_size: int = 64, seed: int = 0) -> ResNet20:
+def problem(checkpoint: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A pretrained one and 512 training images in 4 batches, evenly spread over the training set."""
+    from benchmarks import data
+
+    x, y = data.load("cifar10", Path(os.environ["SAM_OPTIM_CIFAR10"])).train.tensors
+    rows = torch.arange(512) * len(x) // 512
+    mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
+    images = (x[rows].float() / 255 - mean) / std
+    return pretrained(checkpoint), nn.CrossEntropyLoss(), list(zip(images.split(128), y[rows].split(128), strict=True))
+
+
+def trained(x: Tensor, y: Tensor, *, num_steps: int, batch_size: int = 64, seed: int = 0) -> ResNet:
     """After a few steps of SGD: at random weights the Hessian is not that of any minimum."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet20()
+        model = ResNet()
         order = torch.randint(len(x), (num_steps, batch_size))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for rows in order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ def joined(device: str) -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+        # DDP keeps the threads of its process group alive, and one that lets go of a tensor while Python shuts down
+        # aborts the process: it gets the time to do it now
+        time.sleep(0.1)
 
 
 class Agreed:

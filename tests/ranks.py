@@ -1,6 +1,7 @@
 """Two processes that train together: `spawn(worker, ...)` runs a function of a test module on each rank."""
 
 import os
+import sys
 import tempfile
 
 import torch
@@ -30,6 +31,15 @@ def _main(rank, world, folder, worker, args, timeout):
         torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    leave()
+
+
+def leave():
+    """Ends this process. DDP keeps the threads of its process group alive, and one that lets go of a tensor while
+    Python shuts down would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def spawn(worker, *args, world=WORLD, timeout=120):

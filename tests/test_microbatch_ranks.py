@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 from by_hand import LOSS, batches
+from ranks import leave
 from torch import nn
 
 from sam_optim import Perturbation
@@ -43,6 +44,7 @@ def run(rank, port, results):
         results[rank, rho, views] = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

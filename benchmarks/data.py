@@ -181,6 +181,7 @@ def load(
     directory: str | Path | None = None,
     *,
     label_noise: float = 0.0,
+    train_labels: str | None = None,
     seed: int = 0,
     validation_fraction: float = 0.0,
     num_train: int | None = None,
@@ -193,11 +194,15 @@ def load(
     Args:
         name: "digits"; "cifar10", "cifar100" (torchvision's layout under `directory`); "folder" (or "", "imagefolder",
             "imagenet"): directory/train/CLASS/*, directory/val or test/CLASS/*; else a name of timm's create_dataset.
+        train_labels: FILE.npz:ARRAY, other labels for the training images of CIFAR, in the order of its files (those of
+            CIFAR-10N, say). Validation keeps its own.
         image_size: H = W; None keeps images of at most 64 pixels as they are and takes `default_size` for others.
         num_classes: of a streamed data set ("wds/"), whose labels nobody has counted.
     """
     common = {"label_noise": label_noise, "seed": seed, "validation_fraction": validation_fraction}
     common["num_train"] = num_train
+    if train_labels is not None and (name not in cifar.LAYOUT or label_noise):
+        raise InputError("--train-labels replaces those of cifar10 or cifar100, and --label-noise must be left out")
     if name == "digits":
         if directory is not None or image_size not in (None, 8):
             raise InputError("digits come with scikit-learn, 8x8: leave --data-dir and --img-size out")
@@ -208,7 +213,7 @@ def load(
     if not directory.is_dir():
         raise InputError(f"--data-dir {directory} is not a directory")
     if name in cifar.LAYOUT and image_size in (None, 32):
-        return _in_memory(name, directory, **common)
+        return _in_memory(name, directory, train_labels=train_labels, **common)
     if name in cifar.LAYOUT:
         raise InputError(f"--data {name} has images of 32 pixels: leave --img-size out, or use --data torch/{name}")
     if name in ("", "folder", "imagefolder", "imagenet"):
@@ -224,14 +229,22 @@ def load(
 
 
 def _in_memory(
-    name: str, directory: Path, *, label_noise: float, seed: int, validation_fraction: float, num_train: int | None
+    name: str,
+    directory: Path,
+    *,
+    train_labels: str | None,
+    label_noise: float,
+    seed: int,
+    validation_fraction: float,
+    num_train: int | None,
 ) -> Splits:
     (train, labels), (test, test_labels) = cifar.read(name, directory)
     num_classes = int(name.removeprefix("cifar"))
+    given = labels if train_labels is None else cifar.other_labels(train_labels, labels, num_classes)
     kept, held = hold_out(len(train), validation_fraction, seed, num_train)
     statistics = cifar.STATISTICS[name]
     return Splits(
-        train=Pixels(train[kept], noisy(labels[kept], num_classes, label_noise, seed), *statistics),
+        train=Pixels(train[kept], noisy(given[kept], num_classes, label_noise, seed), *statistics),
         validation=Pixels(train[held], labels[held], *statistics) if len(held) else None,
         test=Pixels(test, test_labels, *statistics),
         num_classes=num_classes,

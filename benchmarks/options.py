@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
     add("--num-classes", type=count, help="of a streamed data set (wds/NAME); others are counted")
     add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
+    add("--train-labels", metavar="FILE.npz:ARRAY", help="other labels for the training images, as CIFAR-10N's are")
     add("--validation-fraction", type=number(float, 0, 0.99), default=0.0, help="of the training set, held out")
     add("--train-examples", type=count, metavar="N", help="only so many, drawn by --seed; default: all")
     add("--workers", type=natural, default=0, help="processes that decode images")
@@ -191,6 +192,7 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 def default_name(args: argparse.Namespace) -> str:
     sam = f"-{'asam' if args.adaptive else 'sam'}{args.sam_rho:g}" if args.sam_rho else ""
     noise = f"-noise{args.label_noise:g}" if args.label_noise else ""
+    noise += f"-{args.train_labels.rpartition(':')[2]}" if args.train_labels else ""
     name = f"{args.data}-{args.model}-{args.opt}{sam}{noise}-s{args.seed}"
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:120]
 

@@ -36,6 +36,7 @@ def splits(args: argparse.Namespace) -> data.Splits:
         args.data,
         args.data_dir,
         label_noise=args.label_noise,
+        train_labels=args.train_labels,
         seed=args.seed,
         validation_fraction=args.validation_fraction,
         num_train=args.train_examples,

@@ -49,6 +49,54 @@ def cifar_files(root: Path, n: int = 20) -> tuple[Path, np.ndarray]:
     return root, np.concatenate(pixels[:5])
 
 
+class TestOtherLabels:
+    @staticmethod
+    def load(root, **arrays):
+        np.savez(root / "labels.npz", **arrays)
+        return data.load("cifar10", root, train_labels=f"{root / 'labels.npz'}:human", num_train=60, seed=1)
+
+    def test_training_sees_them_and_nothing_else_does(self, tmp_path):
+        root, _ = cifar_files(tmp_path)
+        plain = data.load("cifar10", root)
+        clean = plain.train.tensors[1]
+        human = (clean + 1) % 10
+        found = self.load(root, human=human.numpy().astype(np.uint8), clean_label=clean.numpy())
+        usual = data.load("cifar10", root, num_train=60, seed=1)
+        assert torch.equal(found.train.tensors[0], usual.train.tensors[0])
+        assert torch.equal(found.train.tensors[1], (usual.train.tensors[1] + 1) % 10)
+        assert torch.equal(found.clean_train_labels, usual.train.tensors[1])
+        assert torch.equal(found.test.tensors[1], usual.test.tensors[1])
+
+    @pytest.mark.parametrize(
+        ("arrays", "message"),
+        [
+            ({"others": np.zeros(100, np.int64)}, "unknown array of .* 'human'; choose from others"),
+            ({"human": np.zeros(99, np.int64)}, r"must hold 100 integers, got int64 of shape \(99,\)"),
+            ({"human": np.zeros(100)}, "must hold 100 integers, got float64"),
+            ({"human": np.full(100, 10)}, "labels from 0 to 9, got 10 to 10"),
+            ({"human": np.zeros(100, np.int64), "clean_label": np.full(100, 3)}, "in another order"),
+        ],
+    )
+    def test_labels_that_do_not_fit_are_refused(self, tmp_path, arrays, message):
+        root, _ = cifar_files(tmp_path)
+        with pytest.raises(InputError, match=message):
+            self.load(root, **arrays)
+
+    def test_wrong_words_are_refused(self, tmp_path):
+        root, _ = cifar_files(tmp_path)
+        with pytest.raises(InputError, match=r"FILE\.npz:ARRAY, got 'human'"):
+            data.load("cifar10", root, train_labels="human")
+        with pytest.raises(InputError, match=r"none\.npz"):
+            data.load("cifar10", root, train_labels=f"{root}/none.npz:human")
+        (root / "bad.npz").write_bytes(b"no archive")
+        with pytest.raises(InputError, match=r"is not an \.npz file of labels"):
+            data.load("cifar10", root, train_labels=f"{root}/bad.npz:human")
+        with pytest.raises(InputError, match="must be left out"):
+            data.load("cifar10", root, train_labels="x.npz:y", label_noise=0.1)
+        with pytest.raises(InputError, match="cifar10 or cifar100"):
+            data.load("digits", train_labels="x.npz:y")
+
+
 class TestDigits:
     def test_the_split_is_scikit_learns_example(self):
         from sklearn.datasets import load_digits

@@ -156,7 +156,7 @@ class Loss:
     @contextmanager
     def curvature(self, matrix: str = "hessian", *, seed: int = 0) -> Iterator[products.Product]:
         """v -> M v at fixed weights, for many products in a row: graphs are kept between them as far as 896 MiB (on a
-        device, an eighth of its memory) go, which saves a third of the time; the rest is streamed, one at a time.
+        device, an eighth of its memory) go, which saves 40 % of the time; the rest is streamed, one at a time.
         `seed` is of the labels of "fisher_mc", which depend on it and on the contents of their batch alone."""
         if matrix not in MATRICES + SAMPLED:
             raise ValueError(f"matrix must be one of {', '.join(MATRICES + SAMPLED)}, got {matrix!r}")

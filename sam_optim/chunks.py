@@ -44,15 +44,26 @@ class Saved:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        with torch.autograd.graph.saved_tensors_hooks(self._count, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(self._count, _unchanged):
             yield
 
-    def _count(self, x: Tensor) -> Tensor:
+    def _count(self, x: Tensor) -> tuple[Tensor, int]:
         storage = x.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return x.detach()  # an output that is saved as it is keeps its own graph alive for ever
+        return x.detach(), x._version  # an output that is saved as it is keeps its own graph alive for ever
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    """autograd does not look for changes in place where there are hooks."""
+    x, version = saved
+    if x._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{list(x.shape)} is at version {x._version}, saved at version {version}"
+        )
+    return x
 
 
 def divided(batch: Any, n: int, size: int) -> list[tuple[int, Any]]:

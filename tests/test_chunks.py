@@ -58,6 +58,36 @@ def test_a_piece_is_as_large_as_memory_allows(monkeypatch):
     assert 8 <= max(pieces_of(Loss(model, cross_entropy, data))) <= 18  # weighed by 8 examples, buffers included
 
 
+class ChangesWhatItSaved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.first(x).sigmoid()
+        z = self.second(y)
+        y.mul_(2)
+        return z
+
+
+def test_a_change_in_place_of_what_a_graph_saved_is_an_error():
+    loss = Loss(ChangesWhatItSaved(), cross_entropy, [(torch.randn(5, 3), torch.randint(2, (5,)))])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product_of(loss)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_weights_that_change_while_graphs_are_kept_are_an_error(matrix):
+    loss = Loss(network(mlp), cross_entropy, batches(mlp, (6,)))
+    v = [torch.ones_like(w) for w in loss.params]
+    with loss.curvature(matrix) as product:
+        product(v)
+        with torch.no_grad():
+            loss.params[-2].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product(v)
+
+
 CRITERIA = {
     "class weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)),
     "ignored labels": nn.CrossEntropyLoss(ignore_index=0),

@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sam_optim.chunks import Saved
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+# What normalisations ask before they begin. Anything else between a convolution and a normalisation may change, detach
+# or hook the output, the weights or the statistics, in place.
+_ATTRIBUTES: tuple[Any, ...] = (Tensor.ndim, Tensor.shape)
+_QUESTIONS = (Tensor.dim, Tensor.size, torch._assert, *(a.__get__ for a in _ATTRIBUTES))
 
 
 class Geometry(NamedTuple):
@@ -31,9 +36,10 @@ class Geometry(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """The convolution whose output was the last."""
+    """The convolution that gave the last output, and the version that this was."""
 
     output: weakref.ref[Tensor]
+    version: int
     x: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -41,8 +47,8 @@ class _Made(NamedTuple):
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
-    """While it is active, convolutions of plain tensors on the CPU are computed so, and a normalisation by running
-    statistics that follows one becomes part of its weight and bias, which are what they were to rounding."""
+    """While it is active, convolutions of plain tensors on the CPU are computed so, and one that a normalisation by
+    running statistics directly follows is computed again with that in its weight and bias: the same to rounding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +62,14 @@ class CheapSecondDerivatives(TorchFunctionMode):
         kwargs = kwargs or {}
         if (dims := _CONVOLUTIONS.get(func)) and (made := _convolution(dims, *args, **kwargs)) is not None:
             y = _Convolution.apply(*made)
-            self._last = _Made(weakref.ref(y), *made)
+            self._last = _Made(weakref.ref(y), y._version, *made)
             return y
-        if func in _BATCH_NORMS and self._last is not None:
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
+        last, self._last = self._last, None
+        if func in _BATCH_NORMS and last is not None:
             norm = _normalisation if func is F.batch_norm else _native_normalisation
-            folded = norm(self._last, *args, **kwargs)
-            self._last = None
-            if folded is not None:
+            if (folded := norm(last, *args, **kwargs)) is not None:
                 return _Convolution.apply(*folded)
         return func(*args, **kwargs)
 
@@ -84,16 +91,21 @@ def _convolution(
     """The arguments of torch's function as those of ours; None for one that is torch's affair."""
     tensors = [t for t in (input, weight, bias) if t is not None]
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    if not plain or isinstance(padding, str) or input.ndim != dims + 2 or len({t.dtype for t in tensors}) > 1:
+    if not plain or input.ndim != dims + 2 or {t.dtype for t in tensors} != {weight.dtype} or weight.is_complex():
         return None
-    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None or _recomputed():
+    if _transformed() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    strides, paddings, dilations = (_of_each_dimension(n, dims) for n in (stride, padding, dilation))
+    if () in (strides, paddings, dilations):
         return None
-    stride, padding, dilation = (
-        (n,) * dims if isinstance(n, int) else tuple(n) * (dims // len(n)) for n in (stride, padding, dilation)
-    )
-    return input, weight, bias, Geometry(stride, padding, dilation, groups)
+    return input, weight, bias, Geometry(strides, paddings, dilations, groups)
+
+
+def _of_each_dimension(n: Any, dims: int) -> tuple[int, ...]:
+    """() for what torch may understand, or has an error for: "same", numbers of numpy, too many."""
+    if isinstance(n, int):
+        return (n,) * dims
+    return tuple(n) * (dims // len(n)) if isinstance(n, (tuple, list)) and len(n) in (1, dims) else ()
 
 
 def _normalisation(
@@ -109,11 +121,14 @@ def _normalisation(
 ) -> _Arguments | None:
     """The convolution with s w and s (b - mean) + bias, s = weight / sqrt(var + eps), for a normalisation of what it
     gave; None where it is one of something else, or not by running statistics."""
-    if training or made.output() is not input or running_mean is None or running_var is None:
+    if made.output() is not input or input._version != made.version or _transformed():
         return None
-    if any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in (running_mean, running_var, weight, bias)):
+    if training or running_mean is None or running_var is None:
         return None
-    if any(t is not None and t.dtype != made.weight.dtype for t in (running_mean, running_var, weight, bias)):
+    tensors = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != made.weight.dtype for t in tensors):
+        return None
+    if any(t.shape != made.weight.shape[:1] for t in tensors):
         return None
     s = (running_var + eps).rsqrt()
     s = s if weight is None else s * weight
@@ -135,6 +150,13 @@ def _native_normalisation(
     cudnn_enabled: bool,
 ) -> _Arguments | None:
     return _normalisation(made, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _transformed() -> bool:
+    """Where a function of autograd that is not torch's own has no rule, or may not stand for one that is."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    forward = forward_ad._current_level >= 0
+    return functorch or forward or torch.is_autocast_enabled("cpu") or _recomputed()
 
 
 def _recomputed() -> bool:

@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -141,6 +143,70 @@ def test_normalisation_of_something_else_stays_as_it_is():
     assert_equal(lambda x, *_: norm(convolution(x)[:1]), [x, *convolution.parameters(), *norm.parameters()])
 
 
+def add_without_gradient(y):
+    with torch.no_grad():
+        return y.add_(1)
+
+
+def doubled_gradient(y):
+    y.register_hook(lambda g: 2 * g)
+    return y
+
+
+def data_doubled(y):
+    y.data.mul_(2)
+    return y
+
+
+BETWEEN = {
+    "in-place activation": nn.ReLU(inplace=True),
+    "in place, of a part": lambda y: y[:, 0].add_(1)._base,
+    "in place without gradients": add_without_gradient,
+    "of the data": data_doubled,
+    "detached in place": lambda y: y.detach_(),
+    "hook": doubled_gradient,
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_what_happens_to_an_output_before_its_normalisation_is_not_lost(between):
+    torch.manual_seed(3)
+    convolution, norm = nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def compute(x, *_):
+        y = convolution(x)
+        changed = between(y)
+        assert changed is y
+        return norm(changed) + convolution(x.tanh())
+
+    assert_equal(compute, [x, *convolution.parameters(), *norm.parameters()])
+
+
+def test_a_weight_that_changes_before_the_normalisation_is_an_error():
+    convolution, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval()
+    with CheapSecondDerivatives():
+        y = convolution(torch.randn(2, 3, 6, 6, requires_grad=True))
+        with torch.no_grad():
+            convolution.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            norm(y).sum().backward()
+
+
+def test_in_place_operations_on_a_normalised_output():
+    torch.manual_seed(3)
+    convolution, norm = nn.Conv2d(3, 3, 3, padding=1).double(), nn.BatchNorm2d(3).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def compute(x, *_):
+        y = norm(convolution(x)).relu_()
+        z = norm(convolution(y))
+        z += y
+        return z.tanh()
+
+    assert_equal(compute, [x, *convolution.parameters(), *norm.parameters()])
+
+
 def test_statistics_of_the_batch_stay_so():
     torch.manual_seed(4)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().train()
@@ -169,6 +235,25 @@ def test_what_is_torch_s_affair_stays_there():
         assert per_example.shape == (2, 4, 3, 3, 3)
         with pytest.raises(RuntimeError, match="weight"):
             F.conv2d(x, torch.randn(4, 2, 3, 3, requires_grad=True))
+        with pytest.raises(RuntimeError, match="running_mean"):
+            F.batch_norm(F.conv2d(x, w), torch.zeros(1), torch.ones(1))
+        with pytest.raises(RuntimeError, match="stride"):
+            F.conv2d(x, w, stride=[])
+        assert "ConvolutionBackward0" in names(F.conv2d(x, w, stride=np.int64(2)))
+        assert F.conv2d(x.cfloat(), w.cfloat()).dtype == torch.complex64
+        y = F.conv2d(x, w)
+        mean, var = torch.zeros(4), torch.ones(4)
+        normalised = torch.vmap(lambda b: F.batch_norm(y, mean, var, None, b))(torch.zeros(3, 4))
+        torch.testing.assert_close(normalised[0], y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's forward mode calls it
+def test_forward_mode():
+    w = torch.randn(4, 3, 3, 3, requires_grad=True)
+    x, tangent = torch.randn(2, 2, 3, 6, 6)
+    with CheapSecondDerivatives(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(F.conv2d(forward_ad.make_dual(x, tangent), w)).tangent
+        torch.testing.assert_close(found, F.conv2d(tangent, w))
 
 
 def test_higher_derivatives():
@@ -203,6 +288,16 @@ class Checkpointed(nn.Module):
         x = self.first(x)
         x = checkpoint(self.second, x, use_reentrant=False) if self.recompute else self.second(x)
         return self.head(x.mean(dim=(2, 3)))
+
+
+def test_a_checkpoint_that_begins_with_a_normalisation():
+    convolution, norm = nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def compute(x, *_):
+        return checkpoint(lambda y: norm(y).tanh(), convolution(x), use_reentrant=False)
+
+    assert_equal(compute, [x, *convolution.parameters(), *norm.parameters()])
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher", "empirical_fisher"])

@@ -219,6 +219,14 @@ def test_statistics_of_the_batch_stay_so():
     torch.testing.assert_close(model[1].running_mean, before[1].running_mean)
 
 
+def test_layers_of_many_weights_are_torch_s_unless_they_are_grouped():
+    x, w = torch.randn(1, 16, 2, 2), torch.randn(16, 16, 3, 3, requires_grad=True)
+    with CheapSecondDerivatives():
+        assert "ConvolutionBackward0" in names(F.conv2d(x, w, padding=1))
+        assert "_ConvolutionBackward" in names(F.conv2d(x.repeat(32, 1, 1, 1), w, padding=1))
+        assert "_ConvolutionBackward" in names(F.conv2d(x, w[:, :1].detach().requires_grad_(), padding=1, groups=16))
+
+
 def test_what_is_torch_s_affair_stays_there():
     w = torch.randn(4, 3, 3, 3, requires_grad=True)
     x = torch.randn(2, 3, 6, 6)

@@ -335,7 +335,7 @@ def finished(tmp_path_factory):
 def interrupt(runs, signum):
     """Sends a signal to this process when a run has three epochs behind it."""
     wait_for(lambda: any("epoch   3" in p.read_text() for p in runs.glob("*/log.txt")))
-    os.kill(os.getpid(), signum)
+    signal.raise_signal(signum)
 
 
 class TestRuns:

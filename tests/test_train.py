@@ -70,7 +70,7 @@ def stop_at(monkeypatch, update: int, signum: int) -> None:
 
     def stopping(self, batch):
         if self.position.updates + 1 == update:
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         after_update(self, batch)
 
     monkeypatch.setattr(Training, "_after_update", stopping)
@@ -107,7 +107,7 @@ class TestResume:
         evaluate = engine.evaluate
 
         def stopped(*arguments, **options):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return evaluate(*arguments, **options)
 
         with monkeypatch.context() as patch:
@@ -119,8 +119,8 @@ class TestResume:
 
     def test_a_second_ctrl_c_acts_at_once(self, tmp_path, monkeypatch, capsys):
         def twice(self, batch):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             pytest.fail("the second signal was only noted, too")
 
         monkeypatch.setattr(Training, "_after_update", twice)

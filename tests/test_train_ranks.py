@@ -41,7 +41,7 @@ def stopped(rank, out):
 
     def stopping(self, batch):
         if rank == 1 and self.position.updates == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         after(self, batch)
 
     assert command.run(train.main, [*argv, "--out", f"{out}/whole"]) == 0
@@ -171,7 +171,7 @@ def test_alone_a_signal_is_raised_at_once():
     with Signals() as signals:
         agreed = ranks.Agreed(signals, ranks.ALONE)
         agreed.check()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted):
             agreed.check()
 

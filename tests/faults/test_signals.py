@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import sys
@@ -112,7 +111,7 @@ def random_signals(handler, *, seed: int):
 
     def send():
         while not done.wait(0.003 * draw.random()):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, handler)
     sender = threading.Thread(target=send)

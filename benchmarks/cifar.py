@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +15,15 @@ from sam_optim.cli.cifar import LAYOUT, STATISTICS, official, read
 __all__ = ["LAYOUT", "STATISTICS", "official", "other_labels", "read"]
 
 
-def other_labels(source: str, labels: Tensor, num_classes: int) -> Tensor:
-    """(N,): the array of FILE.npz:ARRAY, labels of the same images by others. Where the file also has an array
-    `clean_label`, as that of CIFAR-10N has, it must be `labels`: else its images are in another order."""
+def other_labels(source: str, labels: Tensor, num_classes: int, directory: Path | None = None) -> Tensor:
+    """(N,): the array of FILE.npz:ARRAY, labels of the same images by others; FILE may be relative to `directory`.
+    Where the file also has an array `clean_label`, as that of CIFAR-10N has, it must be `labels`: else its images are
+    in another order."""
     path, _, name = source.rpartition(":")
     if not path:
         raise InputError(f"--train-labels is FILE.npz:ARRAY, got {source!r}")
+    if directory is not None and not Path(path).exists() and (directory / path).exists():
+        path = str(directory / path)
     try:
         with np.load(path, allow_pickle=False) as file:
             if name not in file.files:

@@ -195,7 +195,7 @@ def load(
         name: "digits"; "cifar10", "cifar100" (torchvision's layout under `directory`); "folder" (or "", "imagefolder",
             "imagenet"): directory/train/CLASS/*, directory/val or test/CLASS/*; else a name of timm's create_dataset.
         train_labels: FILE.npz:ARRAY, other labels for the training images of CIFAR, in the order of its files (those of
-            CIFAR-10N, say). Validation keeps its own.
+            CIFAR-10N, say); a FILE that is not here is looked for under `directory`. Validation keeps its own.
         image_size: H = W; None keeps images of at most 64 pixels as they are and takes `default_size` for others.
         num_classes: of a streamed data set ("wds/"), whose labels nobody has counted.
     """
@@ -240,7 +240,7 @@ def _in_memory(
 ) -> Splits:
     (train, labels), (test, test_labels) = cifar.read(name, directory)
     num_classes = int(name.removeprefix("cifar"))
-    given = labels if train_labels is None else cifar.other_labels(train_labels, labels, num_classes)
+    given = labels if train_labels is None else cifar.other_labels(train_labels, labels, num_classes, directory)
     kept, held = hold_out(len(train), validation_fraction, seed, num_train)
     statistics = cifar.STATISTICS[name]
     return Splits(

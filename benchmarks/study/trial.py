@@ -99,7 +99,7 @@ def _train(argv: list[str]) -> None:
 
 def evaluate(config: Config, args: Any) -> dict[str, Any]:
     """Errors in percent, the gap in points, losses in nats: on training data without augmentation and with the labels
-    that training saw, on test data, and on corrupted test data."""
+    that training saw, on test data, on corrupted test data, and on what --validation-fraction holds out."""
     state = checkpoint.newest(args.out / "checkpoints")
     device = recipe.device(args)
     with rng.kept():
@@ -124,6 +124,8 @@ def evaluate(config: Config, args: Any) -> dict[str, Any]:
         "gap": 100 * (train_found["accuracy"] - test["accuracy"]),
         "loss_gap": test["loss"] - train_found["loss"],
     }
+    if splits.validation is not None:
+        targets["validation_error"] = 100 * (1 - on(splits.validation, 0)["accuracy"])
     ood = corrupted_errors(model, splits, config.corruptions, device)
     if ood:
         targets["ood_error"] = math.fsum(ood.values()) / len(ood)

@@ -8,16 +8,17 @@ tridiagonal matrix T' and A' Q = Q T' + beta q e^T, so L costs no product beyond
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sam_optim.measures.lanczos import Lanczos
-from sam_optim.measures.operator import Product
+from sam_optim.measures.operator import Product, dot
 
 FEWEST = 20  # products below which a basis is not worth a look
-PILOT = 4  # vectors before the first decision; the price of a spectrum without outliers
+PILOT = 4  # vectors before the first decision on how far the basis goes
+LOOK = 10  # probes that say whether anything stands out, before there is a basis
 BASIS_BYTES = 2**31  # of Q
 
 
@@ -65,6 +66,40 @@ class Deflation:
             found += self._lanczos.diagonal_of(self._t)
             found += 2 * self._beta * self._lanczos.last * self._lanczos.next
         return found
+
+
+def num_to_look_at(like: Tensor, budget: int) -> int:
+    """Probes to keep, with their products, until `stand_out` has seen them; 0 where a basis cannot pay or be kept."""
+    room = BASIS_BYTES // (like.numel() * (like.element_size() + 1))  # signs are kept in a byte
+    return min(LOOK, room) if budget >= FEWEST and room >= PILOT else 0
+
+
+def stand_out(probes: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[bool]:
+    """For each of the probes (z, A z), whether by the products of the *others* few eigenvalues make up the variance:
+
+        (sum_k l_k^2)^2 / sum_k l_k^4 <= (budget - 10) / 2,   l_k the eigenvalues of A' = A - mu,
+        E[z^T A'^2 z] = sum_k l_k^2,   E[(z_i^T A'^2 z_j)^2] = sum_k l_k^4 up to terms of diagonals, i != j.
+
+    The left side is how many eigenvalues of one size would do the same; a basis of half of the products can hold them.
+    What a probe itself says has no part in its answer: the value from it stays free of bias whatever is decided.
+    """
+    num, dimension = len(probes), probes[0][0].numel()
+    zz, za, aa = torch.zeros(3, num, num, dtype=torch.float64)
+    for i, (z, az) in enumerate(probes):
+        for j, (other, product) in enumerate(probes[: i + 1]):
+            zz[i, j] = zz[j, i] = dot(z.to(az), other.to(az))
+            za[i, j] = za[j, i] = dot(z.to(az), product)
+            aa[i, j] = aa[j, i] = dot(az, product)
+    found = []
+    for i in range(num):
+        others = torch.arange(num) != i
+        z, a, square = (x[others][:, others] for x in (zz, za, aa))
+        mean = a.diagonal().mean() / dimension
+        gram = square - 2 * mean * a + mean**2 * z
+        second = gram.diagonal().mean()
+        fourth = (gram.square().sum() - gram.diagonal().square().sum()) / ((num - 1) * (num - 2))
+        found.append(bool(second**2 <= (budget - LOOK) / 2 * fourth))
+    return found
 
 
 def deflated(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sam_optim.geometry import Ball, ProductBall
 from sam_optim.loss import Loss
-from sam_optim.measures.deflation import Deflation, deflated
+from sam_optim.measures.deflation import Deflation, deflated, num_to_look_at, stand_out
 from sam_optim.measures.operator import Product, dot, flat_product, mean_and_stderr, norm
 from sam_optim.measures.record import Progress, Ticks, estimate, flat, settings, unflat
 from sam_optim.results import Diagonal, Estimate, provenance
@@ -40,8 +40,9 @@ def hessian_trace(
 
     "deflated" takes the variance of what stands out away: with a Krylov basis Q and A = mu + L + B, B = (1 - Q Q^T)
     (A - mu) (1 - Q Q^T), it is the mean over probes of z^T A z - c (z^T L z - tr L), where tr L is exact and
-    c, about 1, is fitted to the other probes, which keeps the mean free of bias. The basis grows as long as it pays, to
-    half of the products at most; where nothing stands out it ends at 4 vectors, and the rest is Hutchinson's estimator.
+    c, about 1, is fitted to the other probes, which keeps the mean free of bias. Ten probes say whether anything stands
+    out; if not, they are the first ten of Hutchinson's estimator, at no further cost. The basis grows as long as it
+    pays, to half of the products at most.
 
     Args:
         loss, ball, matrix: M, T as in `hessian_eigenvalues`.
@@ -57,7 +58,8 @@ def hessian_trace(
     Returns:
         `value` in units of L per squared unit of w (of T, with a ball). `stderr` over probes, on these data, with what
         rounding adds, which alone is left where the value is exact. `num_samples`: the number of probes. `details`:
-        `probes`, an unbiased value from each; `num_products`; `num_deflated`, the vectors of the basis or sketch.
+        `probes`, an unbiased value from each, and their `weights`; `num_products`; `num_deflated`, the vectors of the
+        basis or sketch.
 
     Raises:
         ValueError: num_probes < 2, tol <= 0, an unknown method or matrix.
@@ -83,11 +85,12 @@ def hessian_trace(
             )
         if method == "hutch++":
             probes, size, rounding = _hutch_plus_plus(product, stream, like, num_probes, tol, tick)
+            weights = [1 / len(probes)] * len(probes)
         else:
-            probes, size, rounding = _deflated(
+            probes, weights, size, rounding = _deflated(
                 product, stream, like, num_probes, tol, tick, deflate=method == "deflated"
             )
-    value, stderr = mean_and_stderr(probes)
+    value, stderr = _weighted(probes, weights)
     settled = _settled(value, stderr, len(probes), tol)
     num_products = len(probes) + (2 * size if method == "hutch++" else size)
     return estimate(
@@ -96,7 +99,7 @@ def hessian_trace(
         num_samples=len(probes),
         converged=tol is None or settled,
         reason=None if tol is None or settled else f"the standard error is above tol after {len(probes)} probes",
-        details={"probes": probes, "num_products": num_products, "num_deflated": size},
+        details={"probes": probes, "weights": weights, "num_products": num_products, "num_deflated": size},
         settings=settings("hessian_trace", loss, **own),
     )
 
@@ -227,39 +230,82 @@ def _check(num_probes: int, tol: float | None) -> None:
         raise ValueError(f"tol must be > 0 or None, got {tol}")
 
 
+class _Probes:
+    """Values a_i - c_i k_i from probes, each of mean tr(A): a = z^T A z; k = z^T L z - tr L, of mean 0; c_i minimises
+    the variance of the other probes, and so is independent of k_i.
+
+    The first `num_first` probes decide whether there is an L: `used` says of each of them whether the others wanted it,
+    and with it come its correction and its weight, 1 / (number of probes) or 1 / (number of products). So no decision
+    about a probe depends on that probe, and the value has no bias. The rest share what remains of the weight.
+    """
+
+    def __init__(self, num_first: int = 0):
+        self.whole: list[float] = []
+        self.known: list[float] = []
+        self.used: list[bool] = []
+        self.num_first = num_first
+        self.size = 0  # of the basis
+
+    def add(self, whole: float, known: float = 0.0, *, used: bool = True) -> None:
+        self.whole.append(whole)
+        self.known.append(known)
+        self.used.append(used)
+
+    def values(self) -> list[float]:
+        n = len(self.whole)
+        a, k = torch.tensor([self.whole, self.known], dtype=torch.float64)
+        used = torch.tensor(self.used, dtype=torch.float64)
+        if not k.any() or n < FEWEST_PROBES:
+            return (a - used * k).tolist()
+        da, dk = a - a.mean(), k - k.mean()
+        # leaving i out of n takes n / (n - 1) da_i dk_i from the sum of products
+        products, squares = (x.sum() - n / (n - 1) * x for x in (da * dk, dk * dk))
+        c = torch.where(squares > 0, products / squares, 1.0).clamp(0, 1)
+        return (a - used * c * k).tolist()
+
+    def weights(self) -> list[float]:
+        n, first = len(self.whole), self.num_first
+        if n == first:
+            return [1 / n] * n
+        found = [1 / (n if used else n + self.size) for used in self.used[:first]]
+        return found + [(1 - math.fsum(found)) / (n - first)] * (n - first)
+
+
 def _deflated(
     product: Product, stream: Stream, like: Tensor, budget: int, tol: float | None, tick: Tick, *, deflate: bool
-) -> tuple[list[float], int, float]:
-    """(an unbiased value from each probe, size of the basis, rounding error of the exact part)."""
-    part, finite = Deflation(), True
-    if deflate:
-        part, finite = deflated(product, lambda: stream.normal_like(like), budget, tol, tick)
-    if not finite:
-        return [math.nan, math.nan], 0, 0.0
-    whole: list[float] = []
-    known: list[float] = []
-    while len(whole) < budget - part.size:
+) -> tuple[list[float], list[float], int, float]:
+    """(an unbiased value from each probe, their weights, size of the basis, rounding error of the exact part)."""
+    probes = _Probes(num_to_look_at(like, budget) if deflate else 0)
+    part = Deflation()
+
+    def probe() -> tuple[Tensor, Tensor]:
         z = stream.rademacher_like(like)
         az = product(z)
-        whole.append(dot(z, az))
-        known.append(part.quadratic(z, az) - part.trace)
         tick()
-        if _stop(_controlled(whole, known), tol):
+        return z, az
+
+    first = []
+    for _ in range(probes.num_first):
+        z, az = probe()
+        if not math.isfinite(dot(z, az)):
+            return [math.nan, math.nan], [0.5, 0.5], 0, 0.0
+        first.append((z.to(torch.int8), az))
+    wanted = stand_out(first, budget) if first else []
+    if any(wanted) and not _stop([dot(z.to(az), az) for z, az in first], tol):
+        part, finite = deflated(product, lambda: stream.normal_like(like), budget, tol, tick)
+        if not finite:
+            return [math.nan, math.nan], [0.5, 0.5], 0, 0.0
+    probes.size = part.size
+    for (signs, az), used in zip(first, wanted, strict=True):
+        z = signs.to(az)
+        probes.add(dot(z, az), part.quadratic(z, az) - part.trace, used=used)
+    del first
+    while len(probes.whole) < budget - part.size:
+        if probes.whole and _stop(probes.values(), tol, probes.weights()):
             break
-    return _controlled(whole, known), part.size, part.rounding
-
-
-def _controlled(whole: Sequence[float], known: Sequence[float]) -> list[float]:
-    """a_i - c_i k_i, k of mean 0: c_i minimises the variance of the other probes, and so is independent of k_i."""
-    n = len(whole)
-    a, k = torch.tensor([whole, known], dtype=torch.float64)
-    if not k.any() or n < FEWEST_PROBES:
-        return (a - k).tolist()
-    da, dk = a - a.mean(), k - k.mean()
-    # leaving i out of n takes n / (n - 1) da_i dk_i from the sum of products
-    products, squares = (x.sum() - n / (n - 1) * x for x in (da * dk, dk * dk))
-    c = torch.where(squares > 0, products / squares, 1.0).clamp(0, 1)
-    return (a - c * k).tolist()
+        z, az = probe()
+        probes.add(dot(z, az), part.quadratic(z, az) - part.trace)
+    return probes.values(), probes.weights(), part.size, part.rounding
 
 
 def _hutch_plus_plus(
@@ -290,10 +336,21 @@ def _hutch_plus_plus(
     return probes, size, 4 * torch.finfo(like.dtype).eps * math.fsum(abs(x) for x in inside)
 
 
-def _stop(probes: Sequence[float], tol: float | None) -> bool:
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """sum_i v_i x_i and its standard error, the root of sum_i v_i^2 (x_i - mean)^2 / (1 - sum_i v_i^2)."""
+    mean = math.fsum(v * x for v, x in zip(weights, values, strict=True))
+    if len(values) < 2:
+        return mean, math.nan
+    squares = math.fsum((v * (x - mean)) ** 2 for v, x in zip(weights, values, strict=True))
+    return mean, math.sqrt(squares / (1 - math.fsum(v * v for v in weights)))
+
+
+def _stop(probes: Sequence[float], tol: float | None, weights: Sequence[float] | None = None) -> bool:
     if not math.isfinite(probes[-1]):
         return True
-    return tol is not None and _settled(*mean_and_stderr(probes), len(probes), tol)
+    if tol is None:
+        return False
+    return _settled(*_weighted(probes, weights or [1 / len(probes)] * len(probes)), len(probes), tol)
 
 
 def _settled(mean: float, stderr: float, num: int, tol: float | None) -> bool:

@@ -65,11 +65,13 @@ def pretrained(path: Path | str) -> ResNet:
 
 
 def problem(checkpoint: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A pretrained one and 512 training images in 4 batches, evenly spread over the training set."""
+    """A pretrained one and training images, evenly spread over the training set, in batches of 128; the environment says
+    where they are (SAM_OPTIM_CIFAR10, in torchvision's layout) and how many (SAM_OPTIM_IMAGES, 512)."""
     from benchmarks import data
 
     x, y = data.load("cifar10", Path(os.environ["SAM_OPTIM_CIFAR10"])).train.tensors
-    rows = torch.arange(512) * len(x) // 512
+    num = int(os.environ.get("SAM_OPTIM_IMAGES", "512"))
+    rows = torch.arange(num) * len(x) // num
     mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
     images = (x[rows].float() / 255 - mean) / std
     return pretrained(checkpoint), nn.CrossEntropyLoss(), list(zip(images.split(128), y[rows].split(128), strict=True))

@@ -41,6 +41,7 @@ model = "cnn3"
 data = "digits"
 epochs = 2
 train_examples = 128
+validation_fraction = 0.2
 [[measures]]
 names = ["worst", "gradient_regret"]
 examples = 64
@@ -354,6 +355,7 @@ class TestRuns:
         for found in records:
             targets = found["targets"]
             assert targets["gap"] == pytest.approx(targets["test_error"] - targets["train_error"])
+            assert 0 < targets["validation_error"] < 100
             assert set(found["measures"]) == {"worst", "gradient_regret"}
             assert all(math.isfinite(v) for v in found["measures"].values())
             assert found["provenance"]["torch"] == torch.__version__
@@ -373,6 +375,29 @@ class TestRuns:
         assert command.run(study.main, ["status", *argv]) == 0
         assert "8 of 8 done" in capsys.readouterr().out
         assert before == {p: p.stat().st_mtime_ns for p in (folder / "out" / "runs").rglob("*") if p.is_file()}
+
+    def test_the_levels_of_a_factor_side_by_side(self, finished, capsys):
+        folder, _ = finished
+        argv = ["compare", str(folder / "tiny.toml"), "--out", str(folder / "out"), "--by", "sam_rho"]
+        assert command.run(study.main, [*argv, "--targets", "test_accuracy,validation_error"]) == 0
+        said = capsys.readouterr().out
+        assert "Test accuracy, learning rate 0.02" in said
+        assert "Held-out error, learning rate 0.1" in said
+        found = command.read_json(folder / "out" / "compare.json")["comparisons"]
+        assert [one["setting"] for one in found] == [{"lr": 0.02}, {"lr": 0.1}] * 2
+        kept = Queue(config.load(folder / "tiny.toml"), storage.url_of(None, folder / "out")).records()
+        errors = [r["targets"]["test_error"] for r in kept if (r["levels"]["lr"], r["levels"]["sam_rho"]) == (0.02, 0)]
+        assert found[0]["rows"][0]["mean"] == pytest.approx(100 - sum(errors) / 2)
+        assert command.run(study.main, [*argv, "--baseline", "0.1"]) == 0
+        assert "minus 0.1" in capsys.readouterr().out
+        for wrong, words in (
+            (["--targets", "test_eror"], "test_error"),
+            (["--baseline", "0.3"], "level of sam_rho"),
+            (["--over", "sam_rho"], "--by and --over"),
+            (["--by", "rho"], "factor"),
+        ):
+            assert command.run(study.main, [*argv, *wrong]) == command.EXIT_BAD_INPUT
+            assert words in capsys.readouterr().err
 
     def test_the_numbers_do_not_depend_on_who_ran_them(self, finished, tmp_path):
         folder, _ = finished

@@ -12,13 +12,15 @@ import re
 import pytest
 from chromium import BINARY, REASON, Browser
 from test_docs import DOCS, NUMBER, run
-from test_report import HOSTILE, Reader
+from test_report import HOSTILE, Reader, read
 
 from benchmarks import command
 from benchmarks.command import InputError
 from benchmarks.study import __main__ as study
 from benchmarks.study import report
 from benchmarks.study.analysis import Table, analyse, conclusion, direction, headline, verdict
+from benchmarks.study.compare import compare, difference
+from benchmarks.study.compare import page as compare_page
 from benchmarks.study.page import page
 from sam_optim.report.matrix import Square, colour, matrix
 from sam_optim.report.page import html_page
@@ -363,3 +365,77 @@ def test_the_documentation_prints_what_it_shows():
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
     for got, said in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
         assert float(got) == pytest.approx(float(said), rel=0.05)
+
+
+ACCURACIES = {
+    "SGD": {0: 60.0, 1: 62.0, 2: 61.0, 3: 59.5},
+    "SAM": {0: 63.0, 1: 62.5, 2: 64.0, 3: 61.0},
+    "ASAM": {0: 63.5, 2: 61.0, 3: 60.5},
+}
+
+
+def methods(**about):
+    """SAM above SGD with both kinds of labels; one run of ASAM diverged, and has no number."""
+    rows = [
+        {"labels": labels, "method": method, "seed": seed, "test_accuracy": value - shift}
+        for labels, shift in (("noisy", 10.0), ("clean", 0.0))
+        for method, runs in ACCURACIES.items()
+        for seed, value in runs.items()
+    ]
+    failed = [{"levels": {"labels": "clean", "method": "ASAM", "seed": 1}, "reason": "diverged"}]
+    return Table("t", rows, [], ["test_accuracy"], ["labels", "method", "seed"], None, about, failed)
+
+
+def test_differences_are_paired_by_seed():
+    from scipy import stats
+
+    noisy, clean = compare(methods(), "method")
+    assert (noisy["setting"], clean["setting"]) == ({"labels": "noisy"}, {"labels": "clean"})
+    sgd, sam, asam = clean["rows"]
+    assert sgd["difference"] is None
+    assert (sgd["n"], sam["n"], asam["n"], asam["num_failed"]) == (4, 4, 3, 1)
+    assert noisy["rows"][2]["num_failed"] == 0
+    assert (sam["mean"], sam["std"]) == (pytest.approx(62.625), pytest.approx(1.25))
+    a, b = ([ACCURACIES[m][s] for s in range(4)] for m in ("SAM", "SGD"))
+    theirs = stats.ttest_rel(a, b)
+    interval = theirs.confidence_interval(0.95)
+    found = sam["difference"]
+    assert (found["mean"], found["n"]) == (pytest.approx(2.0), 4)
+    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert found["p"] == pytest.approx(theirs.pvalue)
+    assert found["p_adjusted"] == pytest.approx(min(1, 4 * theirs.pvalue))  # the smallest of four
+    assert asam["difference"]["n"] == 3  # seeds that both have
+    assert asam["difference"]["mean"] == pytest.approx((3.5 + 0 + 1) / 3)
+
+
+def test_a_difference_of_too_few_runs_has_no_interval():
+    assert difference({"0": 1.0}, {"0": 0.5}) == {"mean": 0.5, "low": None, "high": None, "p": None, "n": 1}
+    assert difference({"0": 1.0}, {"1": 0.5})["mean"] is None
+    assert difference({"0": 1.0, "1": 2.0}, {"0": 0.0, "1": 1.0})["low"] is None  # no spread to judge by
+
+
+def test_levels_stand_in_the_order_of_the_settings_file():
+    grid = {"labels": {"clean": {}, "noisy": {}}, "method": {"ASAM": {}, "SAM": {}, "SGD": {}}, "seed": [0, 1, 2, 3]}
+    found = compare(methods(config={"grid": grid}), "method", baseline="SGD")
+    assert [one["setting"]["labels"] for one in found] == ["clean", "noisy"]
+    assert [row["level"] for row in found[0]["rows"]] == ["ASAM", "SAM", "SGD"]
+    assert found[0]["rows"][2]["difference"] is None
+
+
+def test_the_page_of_methods_has_every_number():
+    table = methods()
+    text = str(compare_page(compare(table, "method"), table))
+    assert "3, 1 diverged" in text
+    assert "62.6 ± 1.2" in text
+    assert text.count("<svg") == 2
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_of_methods_stay_text(name):
+    table = methods()
+    for row in table.rows:
+        row["method"] = name + row["method"]
+    reader = read(compare_page(compare(table, "method"), table))
+    assert reader.tags.count("script") == 1  # the data
+    assert not {"img", "iframe", "object", "embed", "form", "link", "base"} & set(reader.tags)
+    assert not [key for key, _ in reader.attributes if key.startswith("on")]

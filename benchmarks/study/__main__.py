@@ -3,6 +3,7 @@
 python -m benchmarks.study run CONFIG
 python -m benchmarks.study status CONFIG
 python -m benchmarks.study report CONFIG
+python -m benchmarks.study compare CONFIG --by FACTOR
 python -m benchmarks.study report --csv FILE --measures a,b --targets c --factors lr,seed
 """
 
@@ -43,7 +44,15 @@ def parser() -> argparse.ArgumentParser:
     status.set_defaults(function=_status)
     report = commands.add_parser("report", help="one page on what the numbers say")
     report.set_defaults(function=_report)
-    for sub in (run, status, report):
+    compare = commands.add_parser(
+        "compare", help="the levels of one factor: mean and deviation over seeds, differences"
+    )
+    compare.set_defaults(function=_compare)
+    compare.add_argument("--by", required=True, metavar="FACTOR", help="whose levels are compared, e.g. method")
+    compare.add_argument("--over", default="seed", metavar="FACTOR", help="what the runs of a level differ in")
+    compare.add_argument("--baseline", metavar="LEVEL", help="differences are to this one; default: the first")
+    compare.add_argument("--targets", type=_names, default=["test_accuracy"], help="default: test_accuracy")
+    for sub in (run, status, report, compare):
         sub.add_argument("config", type=Path, nargs="?" if sub is report else None, metavar="CONFIG")
         sub.add_argument("--out", type=Path, metavar="DIR", help="runs and report; default: runs/study-NAME")
         sub.add_argument(
@@ -93,6 +102,23 @@ def _report(args: argparse.Namespace) -> int:
         found, out, url = _found(args)
         table = report.from_study(found, url, args.measures, args.targets, given=args.given)
     return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from benchmarks.study import compare, report
+
+    found, out, url = _found(args)
+    table = report.from_study(found, url)
+    rows = compare.with_accuracies(table)
+    for target in args.targets:
+        if target not in rows[0]:
+            raise command.unknown("target", target, sorted(set(rows[0]) - set(table.factors)))
+    table = dataclasses.replace(table, rows=rows, targets=args.targets)
+    levels = {str(row[args.by]): row[args.by] for row in rows if args.by in row}
+    baseline = levels.get(args.baseline, args.baseline)
+    return compare.write(compare.compare(table, args.by, over=args.over, baseline=baseline), out, table)
 
 
 def _found(args: argparse.Namespace) -> tuple[config.Config, Path, str]:

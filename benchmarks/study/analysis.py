@@ -16,10 +16,16 @@ NAMES = {
     "gap": "generalization gap",
     "ood_error": "error on corrupted images",
     "train_loss": "training loss",
+    "train_error": "training error",
+    "validation_error": "held-out error",
+    "train_accuracy": "training accuracy",
+    "validation_accuracy": "held-out accuracy",
+    "test_accuracy": "test accuracy",
+    "ood_accuracy": "accuracy on corrupted images",
     "lr": "learning rate",
     "sam_rho": "radius of SAM",
 }
-UNITS = {"test_error": "%", "gap": "points", "ood_error": "%", "train_loss": "nats", "train_error": "%"}
+UNITS = {c: "%" for c in NAMES if c.endswith(("_error", "_accuracy"))} | {"gap": "points", "train_loss": "nats"}
 
 Row = Mapping[str, Any]
 

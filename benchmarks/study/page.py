@@ -59,6 +59,7 @@ def _header(table: Table, found: Found) -> Markup:
         paragraph(f"Study {table.title}", class_="overline"),
         tag("h1", found["headline"]),
         paragraph(unfinished, class_="lead") if unfinished else None,
+        paragraph("If flatter models generalized better, measures of sharpness would rise with the errors."),
         bullets(found["conclusions"]),
         facts(items),
     )

@@ -18,7 +18,7 @@ from benchmarks.study.config import TARGETS, Config, columns
 from benchmarks.study.page import page
 from sam_optim.report import write_page
 
-EXTRA_TARGETS = ("test_loss", "loss_gap", "train_error")
+EXTRA_TARGETS = ("test_loss", "loss_gap", "train_error", "validation_error")
 
 
 def from_study(

@@ -40,6 +40,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
+LONG = 24  # characters, from which on a cell of words gets a wider column
+
+
 class Cell(NamedTuple):
     """What is shown, and what it is sorted by: a number (nan and None go last), or a word."""
 
@@ -71,7 +74,7 @@ def _cell(cell: Cell | Child, *, first: bool) -> Markup:
         key = ""
     attributes = {
         "data_key": repr(float(key)) if isinstance(key, (int, float)) else key,
-        "class_": "words" if _is_word(cell) else None,
+        "class_": ("words long" if len(str(key)) > LONG else "words") if _is_word(cell) else None,
     }
     return tag("th", shown, scope="row", **attributes) if first else tag("td", shown, **attributes)
 

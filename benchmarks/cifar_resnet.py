@@ -65,8 +65,8 @@ def pretrained(path: Path | str) -> ResNet:
 
 
 def problem(checkpoint: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A pretrained one and training images, evenly spread over the training set, in batches of 128; the environment says
-    where they are (SAM_OPTIM_CIFAR10, in torchvision's layout) and how many (SAM_OPTIM_IMAGES, 512)."""
+    """A pretrained one and training images, evenly spread over the training set, in batches of 128. The environment
+    says where they are (SAM_OPTIM_CIFAR10, in torchvision's layout) and how many (SAM_OPTIM_IMAGES, 512)."""
     from benchmarks import data
 
     x, y = data.load("cifar10", Path(os.environ["SAM_OPTIM_CIFAR10"])).train.tensors

@@ -74,7 +74,8 @@ def gradient_regret(
         max_products: of G with a vector, for each solve.
         num_probes: random vectors that estimate the effective dimension, one solve each; 0 leaves it out.
         seed: of the probes. The regret itself uses all pairs and draws nothing.
-        progress: called with (gradients, solves and probes done, total).
+        progress: called with (gradients and products done, the most that there can be); a solve that needs fewer than
+            max_products skips the rest.
 
     Returns:
         `value` in units of L per unit of w (of T with a ball; "fisher": of the square root of L). `stderr` is a
@@ -107,22 +108,28 @@ def gradient_regret(
     own: dict[str, Any] = {"metric": metric, "ball": ball, "seed": seed}
     if metric == "euclidean":
         return _regret(gram_matrix(loss, scales=scales, progress=progress), loss, own)
-    tick = Ticks(progress, 2 * loss.num_batches + num_probes)
+    most = max_products + 1  # of one solve: the residual is computed again
+    tick = Ticks(progress, loss.num_batches + (loss.num_batches + num_probes) * most)
     everything = BatchGradients(loss, scales, budget=1 << 62)
     (gradients,) = everything.parts(tick)
     solutions, rows = [], []
     stream, shares = Stream(seed), []
-    with _damped_ggn(loss, ball, damping) as product:
-        for g in gradients:
+    with _damped_ggn(loss, ball, damping) as damped:
+
+        def product(v: Tensor) -> Tensor:
+            tick()
+            return damped(v)
+
+        for i, g in enumerate(gradients, start=1):
             solution = solve(product, g, tol=tol, limit=max_products)
             rows.append(inner_products([solution.x], gradients))
             solution.x = g[:0]  # one solution at a time
             solutions.append(solution)
-            tick()
-        for _ in range(num_probes):
+            tick.to(loss.num_batches + i * most)
+        for i in range(1, num_probes + 1):
             z = stream.rademacher_like(gradients[0])
             shares.append(damped_share(product, z, damping, tol=SHARE_TOL, limit=max_products))
-            tick()
+            tick.to(loss.num_batches + (loss.num_batches + i) * most)
     gram = torch.cat(rows)
     own |= {"damping": damping, "tol": tol, "max_products": max_products, "num_probes": num_probes}
     more = {"damping": damping} | _solved(solutions) | _effective_dimension(shares)

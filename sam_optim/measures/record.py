@@ -44,9 +44,13 @@ class Ticks:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self.to(self._done + 1)
+
+    def to(self, done: int) -> None:
+        """`done` steps are behind, of which some were not needed."""
+        if done > self._done and self._progress is not None:
+            self._progress(done, self._total)
+        self._done = max(done, self._done)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -145,11 +145,16 @@ def middling(num, *, low=10.0, step=1.0):
     return [low + step * i for i in range(num)] + [low * math.cos(i) / 20 for i in range(DIMENSION - num)]
 
 
-@pytest.mark.parametrize("num_probes", [30, 60, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_probes", [22, 30, *(pytest.param(n, marks=pytest.mark.slow) for n in (60, 100))])
 @pytest.mark.parametrize(
     "spectrum",
-    [middling(20), middling(30, low=1.0, step=0.02), [2.2] + [math.cos(math.pi * i / 199) * 0.5 for i in range(199)]],
-    ids=["20", "30", "one beside a bulk"],
+    [
+        middling(6),
+        middling(20),
+        middling(30, low=1.0, step=0.02),
+        [2.2] + [math.cos(math.pi * i / 199) * 0.5 for i in range(199)],
+    ],
+    ids=["6", "20", "30", "one beside a bulk"],
 )
 def test_where_it_is_doubtful_whether_anything_stands_out_there_is_no_bias(spectrum, num_probes, direct):
     """Some of the first probes are corrected and others are not; no decision about a probe depends on it."""
@@ -200,6 +205,33 @@ def test_of_low_rank_the_trace_is_exact_to_rounding():
         assert found.value == pytest.approx(15, rel=1e-12)
         assert abs(found.value - 15) <= 4 * found.stderr
         assert found.stderr < 1e-12
+
+
+@pytest.mark.parametrize("bad", [1, 4, 10, 13, 30])
+def test_what_is_not_finite_ends_the_trace_at_once(bad, direct, monkeypatch):
+    a, loss = of_spectrum("outliers")
+    count = 0
+
+    def product(v):
+        nonlocal count
+        count += 1
+        return a @ v * (math.nan if count == bad else 1.0)
+
+    monkeypatch.setattr(trace_module, "flat_product", lambda *args, **kwargs: nullcontext(product))
+    for tol in (None, 1e-9):
+        count = 0
+        found = hessian_trace(loss, tol=tol)
+        assert math.isnan(found.value)
+        assert not found.converged
+        assert "finite" in found.reason
+        assert count == found.details["num_products"] == bad
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_multiple_of_the_identity_needs_no_basis(value, direct):
+    direct(value * torch.eye(DIMENSION, dtype=torch.float64))
+    found = hessian_trace(of_spectrum("flat")[1])
+    assert (found.value, found.details["num_deflated"]) == (value * DIMENSION, 0)
 
 
 def test_trace_stops_on_the_standard_error():

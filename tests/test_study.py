@@ -384,7 +384,7 @@ class TestRuns:
         assert "Test accuracy, learning rate 0.02" in said
         assert "Held-out error, learning rate 0.1" in said
         found = command.read_json(folder / "out" / "compare.json")["comparisons"]
-        assert [one["setting"] for one in found] == [{"lr": 0.02}, {"lr": 0.1}] * 2
+        assert [one["setting"] for one in found] == [{"lr": "0.02"}, {"lr": "0.1"}] * 2
         kept = Queue(config.load(folder / "tiny.toml"), storage.url_of(None, folder / "out")).records()
         errors = [r["targets"]["test_error"] for r in kept if (r["levels"]["lr"], r["levels"]["sam_rho"]) == (0.02, 0)]
         assert found[0]["rows"][0]["mean"] == pytest.approx(100 - sum(errors) / 2)
@@ -395,6 +395,8 @@ class TestRuns:
             (["--baseline", "0.3"], "level of sam_rho"),
             (["--over", "sam_rho"], "--by and --over"),
             (["--by", "rho"], "factor"),
+            (["--targets", ","], "names no column"),
+            (["--targets", "seed"], "unknown target"),
         ):
             assert command.run(study.main, [*argv, *wrong]) == command.EXIT_BAD_INPUT
             assert words in capsys.readouterr().err

@@ -19,7 +19,7 @@ from benchmarks.command import InputError
 from benchmarks.study import __main__ as study
 from benchmarks.study import report
 from benchmarks.study.analysis import Table, analyse, conclusion, direction, headline, verdict
-from benchmarks.study.compare import compare, difference
+from benchmarks.study.compare import Runs, compare, difference, text
 from benchmarks.study.compare import page as compare_page
 from benchmarks.study.page import page
 from sam_optim.report.matrix import Square, colour, matrix
@@ -374,22 +374,26 @@ ACCURACIES = {
 }
 
 
-def methods(**about):
+def methods(labels=("noisy", "clean"), names=tuple(ACCURACIES)):
     """SAM above SGD with both kinds of labels; one run of ASAM diverged, and has no number."""
     rows = [
-        {"labels": labels, "method": method, "seed": seed, "test_accuracy": value - shift}
-        for labels, shift in (("noisy", 10.0), ("clean", 0.0))
+        {"labels": kind, "method": method, "seed": str(seed), "failed": False, "test_accuracy": value - shift}
+        for kind, shift in (("noisy", 10.0), ("clean", 0.0))
         for method, runs in ACCURACIES.items()
         for seed, value in runs.items()
     ]
-    failed = [{"levels": {"labels": "clean", "method": "ASAM", "seed": 1}, "reason": "diverged"}]
-    return Table("t", rows, [], ["test_accuracy"], ["labels", "method", "seed"], None, about, failed)
+    rows.append({"labels": "clean", "method": "ASAM", "seed": "1", "failed": True})
+    return Runs("t", rows, {"labels": labels, "method": names, "seed": ["0", "1", "2", "3"]})
+
+
+def by_method(runs, **options):
+    return compare(runs, "method", targets=["test_accuracy"], **options)
 
 
 def test_differences_are_paired_by_seed():
     from scipy import stats
 
-    noisy, clean = compare(methods(), "method")
+    noisy, clean = by_method(methods())
     assert (noisy["setting"], clean["setting"]) == ({"labels": "noisy"}, {"labels": "clean"})
     sgd, sam, asam = clean["rows"]
     assert sgd["difference"] is None
@@ -412,30 +416,53 @@ def test_a_difference_of_too_few_runs_has_no_interval():
     assert difference({"0": 1.0}, {"0": 0.5}) == {"mean": 0.5, "low": None, "high": None, "p": None, "n": 1}
     assert difference({"0": 1.0}, {"1": 0.5})["mean"] is None
     assert difference({"0": 1.0, "1": 2.0}, {"0": 0.0, "1": 1.0})["low"] is None  # no spread to judge by
+    counts = {"0": 6014, "1": 6113}, {"0": 6001, "1": 6100}  # both 13 more, of 10,000
+    a, b = ({seed: 100 - 100 * (1 - c / 10_000) for seed, c in found.items()} for found in counts)
+    assert a["0"] - b["0"] != a["1"] - b["1"]
+    assert difference(a, b)["p"] is None
 
 
-def test_levels_stand_in_the_order_of_the_settings_file():
-    grid = {"labels": {"clean": {}, "noisy": {}}, "method": {"ASAM": {}, "SAM": {}, "SGD": {}}, "seed": [0, 1, 2, 3]}
-    found = compare(methods(config={"grid": grid}), "method", baseline="SGD")
+def test_levels_stand_in_the_order_of_the_settings():
+    found = by_method(methods(("clean", "noisy"), ("ASAM", "SAM", "SGD")), baseline="SGD")
     assert [one["setting"]["labels"] for one in found] == ["clean", "noisy"]
     assert [row["level"] for row in found[0]["rows"]] == ["ASAM", "SAM", "SGD"]
     assert found[0]["rows"][2]["difference"] is None
+    assert by_method(methods())[0]["rows"][0]["difference"] is None  # without a baseline: the first
+
+
+def test_a_level_without_runs_has_its_place_and_no_numbers():
+    noisy, _ = by_method(methods(names=("LARS", *ACCURACIES)))
+    assert noisy["baseline"] == "LARS"
+    assert (noisy["rows"][0]["n"], noisy["rows"][0]["mean"]) == (0, None)
+    assert noisy["rows"][1]["difference"]["mean"] is None
+    assert "LARS" in str(compare_page([noisy], methods()))
+
+
+def test_levels_of_any_kind_have_names():
+    assert [text(x) for x in (True, 1, 0.0, None, [0.9, 0.99], "sgd")] == [
+        "true",
+        "1",
+        "0.0",
+        "null",
+        "[0.9, 0.99]",
+        "sgd",
+    ]
 
 
 def test_the_page_of_methods_has_every_number():
-    table = methods()
-    text = str(compare_page(compare(table, "method"), table))
-    assert "3, 1 diverged" in text
-    assert "62.6 ± 1.2" in text
-    assert text.count("<svg") == 2
+    runs = methods()
+    page = str(compare_page(by_method(runs), runs))
+    assert "3, 1 diverged" in page
+    assert "62.62 ± 1.25" in page
+    assert page.count("<svg") == 2
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_of_methods_stay_text(name):
-    table = methods()
-    for row in table.rows:
+    runs = methods(names=[name + method for method in ACCURACIES])
+    for row in runs.rows:
         row["method"] = name + row["method"]
-    reader = read(compare_page(compare(table, "method"), table))
+    reader = read(compare_page(by_method(runs), runs))
     assert reader.tags.count("script") == 1  # the data
     assert not {"img", "iframe", "object", "embed", "form", "link", "base"} & set(reader.tags)
     assert not [key for key, _ in reader.attributes if key.startswith("on")]

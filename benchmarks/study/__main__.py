@@ -105,20 +105,12 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    import dataclasses
-
-    from benchmarks.study import compare, report
+    from benchmarks.study import compare
 
     found, out, url = _found(args)
-    table = report.from_study(found, url)
-    rows = compare.with_accuracies(table)
-    for target in args.targets:
-        if target not in rows[0]:
-            raise command.unknown("target", target, sorted(set(rows[0]) - set(table.factors)))
-    table = dataclasses.replace(table, rows=rows, targets=args.targets)
-    levels = {str(row[args.by]): row[args.by] for row in rows if args.by in row}
-    baseline = levels.get(args.baseline, args.baseline)
-    return compare.write(compare.compare(table, args.by, over=args.over, baseline=baseline), out, table)
+    runs = compare.runs_of(found, url)
+    options = {"over": args.over, "baseline": args.baseline, "targets": args.targets}
+    return compare.write(compare.compare(runs, args.by, **options), out, runs)
 
 
 def _found(args: argparse.Namespace) -> tuple[config.Config, Path, str]:

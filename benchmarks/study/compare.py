@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import command
 from benchmarks.command import InputError, unknown
-from benchmarks.study.analysis import LEVEL, Table, labelled, name
+from benchmarks.study.analysis import LEVEL, UNITS, labelled, name
+from benchmarks.study.config import Config, Range
 from sam_optim.conditional import holm
 from sam_optim.report import write_page
 from sam_optim.report.charts import Group, mean_and_std, panels, strip
@@ -20,15 +22,58 @@ from sam_optim.report.tables import html_table, number, signed, spread, text_tab
 
 HIGHER = "_accuracy"  # columns of which more is better; of all others less is
 NUM_STYLES = 6  # colours and markers that a page tells apart
+ROUNDING = 1e-9  # relative: differences that are one number, but for their last digits, have no spread to judge by
 Row = dict[str, Any]
-NOTES = (
-    "A dot is a run; the bar is the mean with one standard deviation (n - 1) to both sides. The best mean is set bold.",
-    "Differences are paired, run by run with the same seed, with Student's 95 % interval.",
-    "p is that of the paired t-test, by Holm's correction for all differences of this page together.",
-)
 
 
-def compare(table: Table, by: str, *, over: str = "seed", baseline: Any = None, level: float = LEVEL) -> list[Row]:
+@dataclass(frozen=True)
+class Runs:
+    """Runs, one row each: a level of every factor, as text, and numbers; `failed` where training diverged.
+
+    levels: those of each factor, in the order of the settings. about: of the study: settings, how far it is.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    levels: Mapping[str, Sequence[str]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> list[str]:
+        """The columns that can be compared."""
+        found = dict.fromkeys(key for row in self.rows for key, value in row.items() if _is_number(value))
+        return [key for key in found if key not in (*self.levels, "failed")]
+
+
+def runs_of(config: Config, url: str) -> Runs:
+    """The runs of a study that ended, and beside each error in percent the accuracy."""
+    from benchmarks.study.queue import Queue
+
+    queue = Queue(config, url)
+    records = queue.records()
+    if not records:
+        raise InputError(f"study {config.name!r} has no finished model yet")
+    rows = []
+    for record in records:
+        row: Row = {factor: text(level) for factor, level in record["levels"].items()}
+        row |= {"failed": bool(record["failed"])} | record["targets"] | record["measures"]
+        errors = [key for key in record["targets"] if key.endswith("_error")]
+        rows.append(row | {key.replace("_error", HIGHER): 100 - row[key] for key in errors})
+    levels = {factor: _levels(factor, found, rows) for factor, found in config.factors.items()}
+    tally = queue.tally()
+    about = {"config": config.to_dict(), "tally": str(tally), "complete": tally.left == 0}
+    return Runs(config.name, rows, levels, about)
+
+
+def compare(
+    runs: Runs,
+    by: str,
+    *,
+    targets: Sequence[str],
+    over: str = "seed",
+    baseline: str | None = None,
+    level: float = LEVEL,
+) -> list[Row]:
     """For each target and each setting of the other factors, every level of `by` with its runs over `over`.
 
     Differences are to `baseline` (default: the first level), paired by `over`: their mean, Student's interval, and the
@@ -36,168 +81,188 @@ def compare(table: Table, by: str, *, over: str = "seed", baseline: Any = None, 
     its pair is missing: `n` and `num_failed` say so.
 
     Raises:
-        InputError: a factor or level that the table does not have.
+        InputError: a factor, level or target that the study does not have.
     """
     for factor in (by, over):
-        if factor not in table.factors:
-            raise unknown("factor", factor, table.factors)
+        if factor not in runs.levels:
+            raise unknown("factor", factor, runs.levels)
     if by == over:
         raise InputError(f"--by and --over are both {by}: the runs of a level must differ in something")
-    failed = [row["levels"] for row in table.failed]
-    every = [*table.rows, *failed]
-    every.sort(key=lambda row: [_place(table, factor, row[factor]) for factor in table.factors])
-    levels = list(dict.fromkeys(row[by] for row in every))
-    baseline = levels[0] if baseline is None else baseline
-    if baseline not in levels:
-        raise unknown(f"level of {by}", str(baseline), [str(x) for x in levels])
-    others = [f for f in table.factors if f not in (by, over)]
-    settings = {tuple(row[f] for f in others): {f: row[f] for f in others} for row in every}
+    if not targets:
+        raise InputError("--targets names no column")
+    for target in targets:
+        if target not in runs.numbers:
+            raise unknown("target", target, runs.numbers)
+    reference = _baseline(runs.levels[by], baseline, by)
+    others = [f for f in runs.levels if f not in (by, over)]
+    settings = {tuple(row[f] for f in others): {f: row[f] for f in others} for row in _ordered(runs)}
     found = []
-    for target in table.targets:
+    for target in targets:
         for fixed in settings.values():
-            runs = {
-                a: {
-                    str(row[over]): float(row[target])
-                    for row in _chosen(table.rows, fixed | {by: a})
-                    if row.get(target) is not None
-                }
-                for a in levels
-            }
+            cells = {a: _cell(runs.rows, fixed | {by: a}, over, target) for a in runs.levels[by]}
             rows = [
-                _row(a, runs[a], None if a == baseline else runs[baseline], level)
-                | {"num_failed": len(_chosen(failed, fixed | {by: a}))}
-                for a in levels
+                {"level": a, **cell, "difference": None}
+                | (
+                    {}
+                    if a == reference
+                    else {"difference": difference(cell["values"], cells[reference]["values"], level)}
+                )
+                for a, cell in cells.items()
             ]
-            found.append({"target": target, "setting": fixed, "by": by, "rows": rows})
+            found.append(
+                {"target": target, "setting": fixed, "by": by, "over": over, "baseline": reference, "rows": rows}
+            )
     differences = [row["difference"] for one in found for row in one["rows"] if row["difference"]]
     adjusted = holm([math.nan if d["p"] is None else d["p"] for d in differences])
-    for difference, p in zip(differences, adjusted, strict=True):
-        difference["p_adjusted"] = p if math.isfinite(p) else None
+    for d, p in zip(differences, adjusted, strict=True):
+        d["p_adjusted"] = p if math.isfinite(p) else None
     return found
 
 
-def with_accuracies(table: Table) -> list[Row]:
-    """The rows, with 100 - error beside each error that is a percentage of examples."""
-    errors = [c for c in ("train_error", "validation_error", "test_error", "ood_error") if c in table.rows[0]]
-    return [
-        {**row} | {c.replace("_error", HIGHER): 100 - row[c] for c in errors if row.get(c) is not None}
-        for row in table.rows
-    ]
+def difference(a: Mapping[str, float], b: Mapping[str, float], level: float = LEVEL) -> Row:
+    """a - b over their common keys: mean, interval and p of Student's paired t; None where there are too few."""
+    from scipy import stats
+
+    keys = [key for key in a if key in b]
+    pairs = [a[key] - b[key] for key in keys]
+    mean, std = mean_and_std(pairs)
+    found = {"mean": mean if pairs else None, "low": None, "high": None, "p": None, "n": len(pairs)}
+    if len(pairs) < 2 or std <= ROUNDING * max(abs(x) for key in keys for x in (a[key], b[key])):
+        return found
+    error, freedom = std / math.sqrt(len(pairs)), len(pairs) - 1
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
+    return found | {"low": mean - half, "high": mean + half, "p": float(2 * stats.t.sf(abs(mean) / error, freedom))}
 
 
-def write(found: Sequence[Mapping[str, Any]], out: Path, table: Table) -> int:
+def write(found: Sequence[Row], out: Path, runs: Runs) -> int:
     """compare.html and compare.json; the same tables in the terminal."""
     out.mkdir(parents=True, exist_ok=True)
-    command.write_json(out / "compare.json", {"comparisons": list(found), "about": table.about})
+    command.write_json(out / "compare.json", {"comparisons": list(found), "about": runs.about})
     for one in found:
         print(f"\n{_title(one)}")
-        print(text_table(_head(one), _cells(one)))
-    if not table.about.get("complete", True):
-        print(f"\nThe study is not complete: {table.about['tally']}.")
-    path = write_page(out / "compare.html", page(found, table))
+        print(text_table(_head(one), _body(one)))
+    if not runs.about.get("complete", True):
+        print(f"\nThe study is not complete: {runs.about['tally']}.")
+    path = write_page(out / "compare.html", page(found, runs))
     print(f"\nOpen {path.resolve().as_uri()}")
     return 0
 
 
-def page(found: Sequence[Mapping[str, Any]], table: Table) -> Markup:
-    by, size = found[0]["by"], len(table.rows)
+def page(found: Sequence[Row], runs: Runs) -> Markup:
+    by, over, finished = found[0]["by"], found[0]["over"], sum(not row["failed"] for row in runs.rows)
     parts = [
         tag(
             "header",
-            paragraph(f"Study {table.title}", class_="overline"),
-            tag("h1", f"{size} models by {name(by)}"),
-            None if table.about.get("complete", True) else paragraph(f"Not complete: {table.about['tally']}."),
+            paragraph(f"Study {runs.title}", class_="overline"),
+            tag("h1", f"{finished} models by {name(by)}"),
+            None if runs.about.get("complete", True) else paragraph(f"Not complete: {runs.about['tally']}."),
         )
     ]
     for target in dict.fromkeys(one["target"] for one in found):
         ones = [one for one in found if one["target"] == target]
         strips = [strip(_setting(one) or "all", _groups(one), x_label=labelled(target)) for one in ones]
-        tables = [html_table(_head(one), _cells(one), _setting(one) or "all", best=[_best(one)]) for one in ones]
+        tables = [html_table(_head(one), _body(one), _setting(one) or "all", best=_best(one)) for one in ones]
         parts.append(section(_cap(name(target)), panels(*strips), *tables))
-    config = json.dumps(table.about.get("config"), indent=1)
-    parts.append(section("How to read this", bullets(NOTES), tag("h3", "Settings"), code_block(config)))
-    return html_page(f"{table.title}: {name(by)}", *parts, data={"comparisons": list(found)})
+    notes = (
+        "A dot is a run; the bar is the mean with one standard deviation (n - 1) to both sides. "
+        "The best mean is set bold.",
+        f"Differences are paired by {name(over)}, with Student's 95 % interval.",
+        "p is that of the paired t-test, by Holm's correction for all differences of this page together.",
+    )
+    config = json.dumps(runs.about.get("config"), indent=1)
+    parts.append(section("How to read this", bullets(notes), tag("h3", "Settings"), code_block(config)))
+    return html_page(f"{runs.title}: {name(by)}", *parts, data={"comparisons": list(found)})
 
 
-def _place(table: Table, factor: str, level: Any) -> int:
-    """Of a level in the order of the settings file."""
-    given = list(table.about.get("config", {}).get("grid", {}).get(factor, ()))
-    return given.index(level) if level in given else len(given)
+def text(level: Any) -> str:
+    """The name of a level: itself, or its JSON. So True and 1 differ, and a list can be one."""
+    return level if isinstance(level, str) else json.dumps(level)
 
 
-def _chosen(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if all(row[factor] == value for factor, value in levels.items())]
+def _levels(factor: str, found: Any, rows: Sequence[Row]) -> list[str]:
+    """In the order of the settings; those that a sampler drew from a range in that of their values."""
+    if isinstance(found, Range):
+        return sorted({row[factor] for row in rows}, key=float)
+    return [text(level) for level in found]
 
 
-def _row(level: Any, values: Mapping[str, float], baseline: Mapping[str, float] | None, confidence: float) -> Row:
+def _baseline(levels: Sequence[str], given: str | None, by: str) -> str:
+    if given is None:
+        return levels[0]
+    for level in levels:
+        if level == given or (_number(level) is not None and _number(level) == _number(given)):
+            return level
+    raise unknown(f"level of {by}", given, levels)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _ordered(runs: Runs) -> list[Row]:
+    return sorted(runs.rows, key=lambda row: [list(levels).index(row[f]) for f, levels in runs.levels.items()])
+
+
+def _cell(rows: Sequence[Row], levels: Mapping[str, str], over: str, target: str) -> Row:
+    chosen = [row for row in rows if all(row[factor] == value for factor, value in levels.items())]
+    values = {row[over]: float(row[target]) for row in chosen if _is_number(row.get(target))}
     mean, std = mean_and_std(list(values.values()))
-    found = {"level": level, "n": len(values), "values": dict(values)}
-    found |= {"mean": mean if values else None, "std": std if len(values) > 1 else None}
-    return found | {"difference": None if baseline is None else difference(values, baseline, confidence)}
+    found: Row = {"n": len(values), "num_failed": sum(row["failed"] for row in chosen), "values": values}
+    return found | {"mean": mean if values else None, "std": std if len(values) > 1 else None}
 
 
-def difference(a: Mapping[str, float], b: Mapping[str, float], level: float = LEVEL) -> dict[str, Any]:
-    """a - b over their common keys: mean, interval and p of Student's paired t; None where there are too few."""
-    from scipy import stats
-
-    pairs = [a[key] - b[key] for key in a if key in b]
-    mean, std = mean_and_std(pairs)
-    found = {"mean": mean if pairs else None, "low": None, "high": None, "p": None, "n": len(pairs)}
-    if len(pairs) < 2 or std == 0:
-        return found
-    error = std / math.sqrt(len(pairs))
-    half = float(stats.t.ppf((1 + level) / 2, len(pairs) - 1)) * error
-    return found | {
-        "low": mean - half,
-        "high": mean + half,
-        "p": float(2 * stats.t.sf(abs(mean) / error, len(pairs) - 1)),
-    }
-
-
-def _best(one: Mapping[str, Any]) -> int:
+def _best(one: Row) -> list[int]:
+    """The row with the best mean, if any has one."""
     sign = -1 if one["target"].endswith(HIGHER) else 1
-    return min(range(len(one["rows"])), key=lambda i: _key(one["rows"][i]["mean"], sign))
+    means = [(sign * row["mean"], i) for i, row in enumerate(one["rows"]) if row["mean"] is not None]
+    return [min(means)[1]] if means else []
 
 
-def _key(mean: float | None, sign: int) -> float:
-    return math.inf if mean is None else sign * mean
+def _head(one: Row) -> list[str]:
+    return [name(one["by"]), "n", labelled(one["target"]), f"minus {one['baseline']} (95 %)", "p, corrected"]
 
 
-def _head(one: Mapping[str, Any]) -> list[str]:
-    baseline = next(row["level"] for row in one["rows"] if row["difference"] is None)
-    return [name(one["by"]), "n", labelled(one["target"]), f"minus {baseline} (95 %)", "p, corrected"]
-
-
-def _cells(one: Mapping[str, Any]) -> list[list[str]]:
+def _body(one: Row) -> list[list[str]]:
+    percent = UNITS.get(one["target"]) in ("%", "points")
     return [
         [
-            str(row["level"]),
+            row["level"],
             f"{row['n']}, {row['num_failed']} diverged" if row["num_failed"] else str(row["n"]),
-            spread(list(row["values"].values()), decimals=1 if abs(row["mean"] or 0) >= 10 else None),
-            _said(row["difference"]),
+            spread(list(row["values"].values()), decimals=2 if percent else None),
+            _said(row["difference"], percent),
             number((row["difference"] or {}).get("p_adjusted"), 2),
         ]
         for row in one["rows"]
     ]
 
 
-def _groups(one: Mapping[str, Any]) -> list[Group]:
-    return [Group(str(row["level"]), list(row["values"].values()), i % NUM_STYLES) for i, row in enumerate(one["rows"])]
-
-
-def _said(found: Mapping[str, Any] | None) -> str:
+def _said(found: Row | None, percent: bool) -> str:
     if not found or found["mean"] is None:
         return "–"
-    if found["low"] is None:
-        return signed(found["mean"])
-    return f"{signed(found['mean'])} ({signed(found['low'])} to {signed(found['high'])})"
+    known = found["low"] is not None
+    size = found["high"] - found["low"] if known else abs(found["mean"])
+    decimals = 2 if percent or not size else max(0, 2 - math.floor(math.log10(size)))
+    if not known:
+        return signed(found["mean"], decimals)
+    return f"{signed(found['mean'], decimals)} ({signed(found['low'], decimals)} to {signed(found['high'], decimals)})"
 
 
-def _setting(one: Mapping[str, Any]) -> str:
+def _groups(one: Row) -> list[Group]:
+    return [Group(row["level"], list(row["values"].values()), i % NUM_STYLES) for i, row in enumerate(one["rows"])]
+
+
+def _setting(one: Row) -> str:
     return ", ".join(f"{name(f)} {v}" for f, v in one["setting"].items())
 
 
-def _title(one: Mapping[str, Any]) -> str:
+def _title(one: Row) -> str:
     return f"{_cap(name(one['target']))}{', ' if one['setting'] else ''}{_setting(one)}"
 
 

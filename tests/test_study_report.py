@@ -390,6 +390,16 @@ def by_method(runs, **options):
     return compare(runs, "method", targets=["test_accuracy"], **options)
 
 
+@pytest.mark.parametrize("num", [1, 2, 3, 5])
+def test_a_map_of_few_targets_is_whole(num):
+    title, row = "Kendall's tau among models with the same learning rate", [Square(0.5)] * num
+    text = str(matrix(title, ["a measure"], [f"t{i}" for i in range(num)], [row]))
+    width = float(re.search(r'viewBox="0 0 ([0-9.]+)', text)[1])
+    assert width >= 6 * len(title)
+    shown, least = (int(x) for x in re.search(r"max-width: (\d+)px; --least: (\d+)px", text).groups())
+    assert least <= shown == round(width)
+
+
 def test_differences_are_paired_by_seed():
     from scipy import stats
 

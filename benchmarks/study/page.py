@@ -132,9 +132,9 @@ def _given(table: Table, found: Found) -> Markup | None:
 
 def _comparisons(table: Table, found: Found) -> Markup:
     given = name(table.given) if table.given else None
-    head: list[Child] = ["measure", "target", "in words", "n", "tau, interval", "p", "granulated tau"]
-    if given:
-        head += [f"tau at fixed {given}, interval", "p at fixed", "partial tau, interval"]
+    head: list[Child] = ["measure", "target", "in words", "n", "tau, interval", "p"]
+    head += [f"tau at fixed {given}, interval", "p at fixed"] if given else []
+    head += ["granulated tau", *(["partial tau, interval"] if given else [])]
     rows = []
     for row in found["comparisons"]:
         fixed = row.get("fixed") or {}
@@ -145,14 +145,13 @@ def _comparisons(table: Table, found: Found) -> Markup:
             Cell(row["n"], row["n"]),
             _tau(row, "tau", "low", "high"),
             _p(row.get("p_adjusted"), row.get("p")),
-            _granulated(row),
         ]
         if given:
-            cells += [
-                _tau(fixed, "within", "within_low", "within_high"),
-                _p(fixed.get("within_p_adjusted"), fixed.get("within_p")),
-                _tau(fixed, "partial", "partial_low", "partial_high"),
-            ]
+            cells.append(_tau(fixed, "within", "within_low", "within_high"))
+            cells.append(_p(fixed.get("within_p_adjusted"), fixed.get("within_p")))
+        cells.append(_granulated(row))
+        if given:
+            cells.append(_tau(fixed, "partial", "partial_low", "partial_high"))
         rows.append(cells)
     caption = (
         f"Kendall's tau-b; intervals of {100 * found['level']:g} % from {found['num_resamples']:,} bootstrap samples; "

@@ -58,7 +58,7 @@ def legend(names: Sequence[tuple[str, int]], *, palette: str = "s") -> Markup:
 
 def strip(title: str, groups: Sequence[Group], *, x_label: str, log: bool = False) -> Markup:
     """One row for each group: a dot for each run, a bar at their mean with one standard deviation to both sides."""
-    values = [v for group in groups for v in group.values]
+    values = [v for group in groups for v in (*group.values, *_ends(group.values))]
     step = 34.0
     bottom = 26.0 + step * len(groups)
     panel = Panel(title, scale_over(values, 4, WIDTH - 8, log=log), Scale(0, 1, bottom, TOP), WIDTH, bottom + 42)
@@ -184,6 +184,15 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, 0.0
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def _ends(values: Sequence[float]) -> tuple[float, ...]:
+    """One standard deviation below and above the mean, where there is one."""
+    known = [v for v in values if math.isfinite(v)]
+    if len(known) < 2:
+        return ()
+    mean, spread = mean_and_std(known)
+    return mean - spread, mean + spread
 
 
 def _said(value: float) -> str:

@@ -13,6 +13,8 @@ from sam_optim.report.tables import signed
 # Blue to red over near-white: readable with the common colour deficiencies, and the number stands in every cell.
 COLD, ZERO, WARM = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 CELL, HEIGHT, CHARACTER = 98.0, 30.0, 6.2
+TITLE = 7.0  # a character of the title
+LEAST = 400.0  # width below which a map is scrolled, not shrunk
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ def matrix(title: str, rows: Sequence[str], columns: Sequence[str], squares: Seq
     """`squares[i][j]` is that of rows[i] and columns[j]."""
     left = max(len(name) for name in rows) * CHARACTER + 14
     top = 46.0
-    width, height = left + CELL * len(columns), top + HEIGHT * len(rows) + 6
+    width = max(left + CELL * len(columns), len(title) * TITLE)
+    height = top + HEIGHT * len(rows) + 6
     parts = [
         words(left + CELL * (j + 0.5), top - 8, name, class_="tick", text_anchor="middle")
         for j, name in enumerate(columns)
@@ -42,9 +45,8 @@ def matrix(title: str, rows: Sequence[str], columns: Sequence[str], squares: Seq
         for name, line in zip(rows, squares, strict=True)
     )
     drawn = figure_svg(width, height, title, said, words(0, 14, title, class_="panel-title"), *parts)
-    return tag(
-        "div", drawn, class_="matrix", style=f"max-width: {width:.0f}px", tabindex=0, role="region", aria_label=title
-    )
+    style = f"max-width: {width:.0f}px; --least: {min(width, LEAST):.0f}px"
+    return tag("div", drawn, class_="matrix", style=style, tabindex=0, role="region", aria_label=title)
 
 
 def colour(value: float) -> str:

@@ -40,7 +40,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
-LONG = 24  # characters, from which on a cell of words gets a wider column
+LONG = 28  # characters, from which on a cell of words gets a wider column
 
 
 class Cell(NamedTuple):

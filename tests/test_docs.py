@@ -65,12 +65,37 @@ def test_every_example_of_the_measures_runs_and_prints_what_it_shows(page, tmp_p
             assert float(got) == pytest.approx(float(said), rel=RELATIVE, abs=ABSOLUTE)
 
 
-def test_the_index_names_every_page_and_every_page_exists():
-    text = (DOCS / "README.md").read_text()
-    targets = {t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t}
-    assert all((DOCS / target).exists() for target in targets)
-    pages = [page for folder in ("integrations", "measures") for page in (DOCS / folder).glob("*.md")]
-    assert {f"{page.parent.name}/{page.name}" for page in pages} <= targets
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md")), DOCS.parent / "benchmarks" / "results" / "README.md"]
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(DOCS.parent)))
+def test_every_link_and_every_named_file_is_there(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        if "://" in target:
+            continue
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), anchor
+    for named in re.findall(r"\bbenchmarks/(?:studies|recipes)/[\w.-]+\.(?:toml|yaml)", page.read_text()):
+        assert (DOCS.parent / named).exists(), named
+
+
+def test_the_index_names_every_page():
+    targets = set(re.findall(r"\]\(([^)#]+)\)", (DOCS / "README.md").read_text()))
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.name != "README.md"} <= targets
+
+
+def test_settings_files_name_only_files_that_exist():
+    folder = DOCS.parent / "benchmarks" / "studies"
+    for file in folder.glob("*.toml"):
+        for named in re.findall(r"[\w-]+\.toml", file.read_text()):
+            assert (folder / named).exists(), named
 
 
 @pytest.mark.parametrize("page", [DOCS / "README.md", *sorted(DOCS.glob("*/*.md"))], ids=lambda p: p.stem)

@@ -46,9 +46,3 @@ def test_every_example_runs_and_prints_what_it_shows(monkeypatch):
 
 def test_nothing_is_left_to_be_filled_in():
     assert not re.search(r"\b(BENCH|NOTE|OUTPUT|TODO|TBD)\b", README.read_text())
-
-
-def test_every_file_that_the_readme_names_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
-        if "://" not in target:
-            assert (README.parent / target).exists(), target

@@ -96,7 +96,11 @@ def parser() -> argparse.ArgumentParser:
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
     add("--fsdp", action="store_true", help="weights, gradients and state spread over the processes (FSDP2)")
 
-    add("--device", default="cpu")
+    add(
+        "--device",
+        default="auto",
+        help="auto (default): CUDA where torch sees a device, else the CPU; cpu, cuda, cuda:1",
+    )
     add("--amp", choices=("bf16", "fp16"))
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")

@@ -13,16 +13,16 @@ from benchmarks import data, models
 from benchmarks.command import InputError, one_line, unknown
 from benchmarks.images import Augment
 from benchmarks.order import derive, seed_all
-from benchmarks.ranks import ALONE, World
+from benchmarks.ranks import ALONE, World, named
 from sam_optim import SAM, asam_param_groups
 
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
 def device(args: argparse.Namespace, world: World = ALONE) -> torch.device:
-    """That of the options; of several CUDA processes each has its own."""
+    """That of the options, "auto" resolved; of several CUDA processes each has its own."""
     try:
-        found = torch.device(args.device)
+        found = torch.device(named(args.device))
         if world.size > 1 and found.type == "cuda":
             found = torch.device("cuda", torch.cuda.current_device())
         torch.empty(1, device=found).item()

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"going on in {args.out} after {training.position.updates} updates", flush=True)
             elif world.main:
                 _start(args, training)
+            if world.main:
+                processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+                print(f"training on {device} ({_hardware(device)}), {processes}", flush=True)
             code = _run(training)
             world.barrier()
     if code or not measures or not world.main:
@@ -118,6 +121,7 @@ def _facts(args: argparse.Namespace, training: Training) -> dict[str, Any]:
         },
         "label_noise": _noise(data.labels(splits.train), splits.clean_train_labels, args),
         "num_parameters": sum(p.numel() for p in training.model.parameters()),
+        "device": str(training.device),
         "num_processes": training.world.size,
         "initial_checkpoint_sha256": _sha256(args.initial_checkpoint),
         "provenance": provenance(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_data import SHARED, cifar_files, picture_tree
 
-from benchmarks import checkpoint, command, engine, measure, train
+from benchmarks import checkpoint, command, engine, measure, ranks, train
 from benchmarks.training import Training
 
 TIMES = ("seconds", "images_per_s")
@@ -32,7 +32,8 @@ def one_thread():
 
 
 def run(*options: object) -> int:
-    return command.run(train.main, [str(o) for o in options])
+    """On the CPU, where bits are compared."""
+    return command.run(train.main, ["--device", "cpu", *(str(o) for o in options)])
 
 
 def final(out: Path) -> dict:
@@ -132,7 +133,7 @@ class TestResume:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = [*DIGITS, "--epochs", "15", "--checkpoint-steps", "5"]
         assert run(*options, "--out", whole) == 0
-        arguments = [sys.executable, "-m", "benchmarks.train", *options, "--out", str(cut)]
+        arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(cut)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
             for line in process.stdout:
@@ -149,7 +150,7 @@ class TestResume:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = [*DIGITS, "--epochs", "15"]
         assert run(*options, "--out", whole) == 0
-        arguments = [sys.executable, "-m", "benchmarks.train", *options, "--out", str(cut)]
+        arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(cut)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(arguments, text=True, env=environment, **pipes) as process:
@@ -353,6 +354,36 @@ class TestOptions:
         assert len(facts["label_noise"]["labels_sha256"]) == 64
         assert facts["options"]["seed"] == 0
         assert facts["provenance"]["torch"] == torch.__version__
+
+
+class TestDevice:
+    """Without --device: CUDA where torch sees it, else the CPU."""
+
+    DEFAULTS = ("--epochs", "1", "--train-examples", "64", "--measures", "none")
+
+    def test_auto_is_what_torch_sees_and_is_said_and_recorded(self, tmp_path, capsys):
+        expected = "cuda" if torch.cuda.is_available() else "cpu"
+        assert command.run(train.main, [*self.DEFAULTS, "--out", str(tmp_path)]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(f"training on {expected} (")
+        assert first.endswith(", 1 process")
+        facts = command.read_json(tmp_path / "config.json")
+        assert (facts["device"], facts["options"]["device"]) == (expected, "auto")
+
+    @pytest.mark.parametrize(("seen", "expected"), [(True, "cuda"), (False, "cpu")])
+    def test_names(self, monkeypatch, seen, expected):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+        assert ranks.named("auto") == expected
+        assert [ranks.named(name) for name in ("cpu", "cuda:1", "mps")] == ["cpu", "cuda:1", "mps"]
+
+    def test_an_older_run_goes_on_on_its_cpu(self, tmp_path, monkeypatch):
+        """A config.json that says "cpu", where torch now says that it sees CUDA."""
+        assert run(*self.DEFAULTS, "--epochs", 2, "--out", tmp_path) == 0
+        for path in checkpoint.found(tmp_path / "checkpoints")[:1]:
+            path.unlink()  # the last: the second epoch is trained again
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert command.run(train.main, ["--out", str(tmp_path), "--resume"]) == 0
+        assert final(tmp_path)["position"]["epoch"] == 2
 
 
 class TestBadInput:

@@ -21,7 +21,7 @@ from benchmarks.training import Training
 
 TIMES = ("seconds", "images_per_s")
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # two sums of half a batch against one of the batch, over an epoch
-BASE = ("--measures", "none", "--epochs", "1", "--train-examples", "320")
+BASE = ("--device", "cpu", "--measures", "none", "--epochs", "1", "--train-examples", "320")
 
 
 def metrics(out: Path) -> dict:
@@ -201,6 +201,8 @@ class TestOptions:
 
 class TestPlateau:
     ARGV = (
+        "--device",
+        "cpu",
         "--sched",
         "plateau",
         "--patience-epochs",
@@ -246,7 +248,7 @@ class TestPlateau:
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     tree = picture_tree(tmp_path / "data", n=8)
     argv = ["--data", "folder", "--data-dir", str(tree), "--model", "test_vit", "--batch-size", "8", "--epochs", "1"]
-    argv += ["--measures", "none", "--sam-rho", "0.1"]
+    argv += ["--measures", "none", "--sam-rho", "0.1", "--device", "cpu"]
     states = []
     for more in ([], ["--grad-checkpointing"]):
         out = tmp_path / f"run{len(more)}"
@@ -261,7 +263,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
 def test_torchrun(tmp_path, fsdp):
     """The real launcher; SIGTERM to it, as a scheduler sends it; the same command again goes on."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command_ = [*argv, "-m", "benchmarks.train", "--resume", "--out", str(tmp_path / "run")]
+    command_ = [*argv, "-m", "benchmarks.train", "--device", "cpu", "--resume", "--out", str(tmp_path / "run")]
     first = [*command_, "--epochs", "300", "--sam-rho", "0.1", "--measures", "worst", *fsdp]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

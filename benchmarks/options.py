@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.command import InputError, one_line, read_json, unknown
+from benchmarks.preprocessing import CROP_MODES, INTERPOLATIONS, of_weights
+from sam_optim.cli.cifar import LAYOUT
 from sam_optim.cli.options import number
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
@@ -50,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--data-dir", metavar="DIR")
     add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
+    unless = "; default: that of --initial-checkpoint's model, else"
+    add("--mean", type=amount, nargs="+", help=f"of pixels in [0, 1], for each channel or all{unless} ImageNet's")
+    add("--std", type=positive, nargs="+", help="the same; CIFAR in memory has its own mean and std")
+    add("--crop-pct", type=number(float, 0, 1, above=True), help=f"evaluated part of a side{unless} 0.875")
+    add("--interpolation", choices=INTERPOLATIONS, help=f"of a resized image{unless} bilinear")
+    add("--crop-mode", choices=CROP_MODES, help=f"how evaluation crops{unless} center")
     add("--num-classes", type=count, help="of a streamed data set (wds/NAME); others are counted")
     add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
     add("--train-labels", metavar="FILE.npz:ARRAY", help="other labels for the training images, as CIFAR-10N's are")
@@ -121,6 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / default_name(args)
     if not (args.resume and (args.out / "config.json").exists()):
         _check(args)
+        _as_pretrained(args)
         return args
     kept = read_json(args.out / "config.json").get("options", {})
     for key in given(argv):
@@ -164,6 +173,8 @@ def from_file(path: Path) -> list[str]:
         argv.append(f"--{name}")
         if isinstance(value, dict):
             argv += [f"{k}={v}" for k, v in value.items()]
+        elif isinstance(value, list):
+            argv += [str(v) for v in value]
         elif value is not True:
             argv.append(str(value))
     return argv
@@ -201,11 +212,25 @@ def default_name(args: argparse.Namespace) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:120]
 
 
+def _as_pretrained(args: argparse.Namespace) -> None:
+    """Images as the weights of --initial-checkpoint know them, where no option says otherwise. It is in the options of
+    config.json from then on: runs from before that go on, and are measured, as they were trained."""
+    if args.initial_checkpoint and args.data not in ("digits", *LAYOUT):
+        for name, value in of_weights(args.model).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+
+
 def _check(args: argparse.Namespace) -> None:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(
             f"--mixup and --cutmix pair the images of a batch: --batch-size must be even, got {args.batch_size}"
         )
+    mean_std, resizing = args.mean or args.std, args.crop_pct or args.interpolation or args.crop_mode
+    if args.data == "digits" and (mean_std or resizing):
+        raise InputError("digits are normalised as they are read: leave --mean, --std and --crop-pct out")
+    if args.data in LAYOUT and resizing:
+        raise InputError(f"--data {args.data} is not resized: leave --crop-pct, --crop-mode and --interpolation out")
     if args.adaptive and not args.sam_rho:
         raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
     if args.sync_ascent and not args.sam_rho:

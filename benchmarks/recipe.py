@@ -13,6 +13,7 @@ from benchmarks import data, models
 from benchmarks.command import InputError, one_line, unknown
 from benchmarks.images import Augment
 from benchmarks.order import derive, seed_all
+from benchmarks.preprocessing import NAMES, Preprocessing
 from benchmarks.ranks import ALONE, World, named
 from sam_optim import SAM, asam_param_groups
 
@@ -43,6 +44,7 @@ def splits(args: argparse.Namespace) -> data.Splits:
         image_size=args.img_size,
         default_size=models.default_size(args.model),
         num_classes=args.num_classes,
+        preprocessing=Preprocessing(*(getattr(args, name) for name in NAMES)),
     )
 
 

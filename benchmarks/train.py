@@ -117,6 +117,7 @@ def _facts(args: argparse.Namespace, training: Training) -> dict[str, Any]:
             "num_test": len(splits.test),
             "num_classes": splits.num_classes,
             "image_size": list(splits.image_size),
+            "preprocessing": data.shown_as(splits),
             "source": data.source(args.data, args.data_dir),
         },
         "label_noise": _noise(data.labels(splits.train), splits.clean_train_labels, args),

@@ -19,6 +19,7 @@ MAY_CHANGE = (  # on a resume
     *("out", "resume", "force", "config", "device", "workers", "data_dir", "checkpoint_steps", "measures"),
     "initial_checkpoint",
 )
+REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
 NOT_KEPT = ("out", "resume", "force", "config")
 
 
@@ -132,7 +133,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _as_pretrained(args)
         return args
     kept = read_json(args.out / "config.json").get("options", {})
-    for key in given(argv):
+    for key in given(argv) - ({"initial_checkpoint"} if args.initial_checkpoint == REQUIRED else set()):
         if key not in MAY_CHANGE and key in kept and kept[key] != plain(args)[key]:
             option = "--" + key.replace("_", "-")
             raise InputError(f"{option} {plain(args)[key]} differs from the run's {kept[key]}; leave it out to resume")
@@ -222,6 +223,8 @@ def _as_pretrained(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.initial_checkpoint == REQUIRED:
+        raise InputError(f"this recipe fine-tunes: give --initial-checkpoint FILE (weights of {args.model})")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(
             f"--mixup and --cutmix pair the images of a batch: --batch-size must be even, got {args.batch_size}"

@@ -24,8 +24,12 @@ RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes"
 TINY = {"resnet18": "test_resnet", "resnet50": "test_resnet", "wrn28_10": "wrn10_1", "cnn": "cnn3"}
 
 
+FINE_TUNED = ("imagenet_clip_vit_b32_adamw", "imagenet_clip_vit_b32_sam")
+
+
 def parsed(path: Path, *more: str):
-    return options.parse(["--config", str(path), "--data-dir", "d", *more])
+    weights = ["--initial-checkpoint", "w"] if path.stem in FINE_TUNED else []
+    return options.parse(["--config", str(path), "--data-dir", "d", *weights, *more])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -62,6 +66,8 @@ def test_a_recipe_runs(path, tmp_path):
     model = TINY.get(args.model, "test_vit")
     more = ["--model", model, "--data", "folder", "--data-dir", tree, "--batch-size", "8", "--epochs", "1"]
     more += ["--warmup-epochs", "0", "--img-size", "32", "--workers", "0", "--measures", "none"]
+    if path.stem in FINE_TUNED:
+        more += ["--initial-checkpoint", TestInitialCheckpoint().saved(tmp_path)[1]]
     assert run("--config", path, *more, "--out", tmp_path / "run") == 0
     config = command.read_json(tmp_path / "run" / "config.json")
     for key in ("lr", "weight_decay", "sam_rho", "adaptive", "opt", "clip_grad", "smoothing", "mixup", "aa"):
@@ -69,6 +75,42 @@ def test_a_recipe_runs(path, tmp_path):
     record = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
     assert record["step"] == 2
     assert (record["train_sharpness"] != 0) == (args.sam_rho > 0)
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_a_recipe_that_fine_tunes_does_not_start_from_random_weights(tmp_path, capsys, name):
+    path = next(p for p in RECIPES if p.stem == name)
+    assert run("--config", path, "--data-dir", tmp_path, "--out", tmp_path / "run") == 2
+    said = "this recipe fine-tunes: give --initial-checkpoint FILE (weights of vit_base_patch32_clip_224)"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "run").exists()
+    assert f"{path.name} --data-dir DIR --initial-checkpoint FILE" in path.read_text()
+
+
+def test_a_run_whose_weights_were_required_goes_on_without_them(tmp_path):
+    """The command of a recipe again, with --resume and without the file."""
+    path, tree = tmp_path / "a.yaml", picture_tree(tmp_path / "data", n=8)
+    path.write_text(
+        "model: test_vit\ninitial-checkpoint: REQUIRED\nepochs: 1\nbatch-size: 8\nmeasures: none\ndata: folder\n"
+    )
+    _, weights = TestInitialCheckpoint().saved(tmp_path)
+    argv = ["--config", path, "--data-dir", tree, "--out", tmp_path / "run"]
+    assert run(*argv, "--initial-checkpoint", weights) == 0
+    assert run(*argv, "--resume") == 0
+
+
+def test_recipes_for_several_processes_give_the_whole_command():
+    found = 0
+    for path in RECIPES:
+        text = path.read_text()
+        if "of each of" in text:
+            command_ = text.replace(" \\\n#    ", "")
+            expected = (
+                f"# torchrun --nproc-per-node 8 -m benchmarks.train --config benchmarks/recipes/{path.name} --data-dir"
+            )
+            assert expected in command_, path
+            found += 1
+    assert found == 6
 
 
 class TestConfig:

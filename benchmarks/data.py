@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
@@ -112,6 +113,20 @@ class Pixels(TensorDataset):
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         pixels, labels = super().__getitem__(index)
         return self.normalise(pixels), labels
+
+
+class Drawn(Dataset):
+    """`Pixels` as PIL images, for augmentations that need these."""
+
+    def __init__(self, pixels: Pixels):
+        self.pixels, self.labels = pixels.tensors
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        pixels = self.pixels[i].movedim(0, -1).numpy()
+        return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), int(self.labels[i])
 
 
 class Batches:
@@ -368,9 +383,10 @@ def batches(
         raise InputError(f"a split has {len(dataset)} examples for {world.size} processes; start fewer")
     whole = len(dataset) < batch_size * world.size  # fewer examples than one batch: that one is not left out
     options = {"shuffle": train, "drop_last": train and not whole, "seed": seed}
+    if isinstance(dataset, Pixels) and augment and augment.needs_pil:
+        image_size = ImageSize(image_size, Preprocessing(**dataset.statistics))
+        dataset = Drawn(dataset)
     if isinstance(dataset, TensorDataset):
-        if augment and augment.needs_pil:
-            raise InputError("--aa, --color-jitter and --reprob need images as files or --data torch/cifar10")
         return Batches(dataset, batch_size, augment=augment, world=world, **options)
     order = Order(len(dataset), batch_size, rank=world.rank, size=world.size, **options)
     made = images.transform(image_size, augment)

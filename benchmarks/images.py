@@ -66,7 +66,7 @@ class Transformed(Dataset):
     """The augmentation of example i is a function of (seed, epoch, i) alone: the same for any number of workers, and
     after a resume."""
 
-    def __init__(self, pictures: Pictures, transform: Any, seed: int, random: bool = True):
+    def __init__(self, pictures: Dataset, transform: Any, seed: int, random: bool = True):
         self.pictures, self.transform, self.seed, self.epoch = pictures, transform, seed, 0
         self.random = random
 
@@ -204,11 +204,12 @@ class Normalising:
 
 
 class PictureBatches:
-    """Batches of `Pictures`, decoded and augmented by `workers` processes; `set_epoch` as for `data.Batches`."""
+    """Batches of `Pictures`, or of other examples that are PIL images, decoded and augmented by `workers` processes;
+    `set_epoch` as for `data.Batches`."""
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: Dataset,
         order: Order,
         transform: Any,
         *,

@@ -99,6 +99,19 @@ def test_a_run_whose_weights_were_required_goes_on_without_them(tmp_path):
     assert run(*argv, "--resume") == 0
 
 
+@pytest.mark.parametrize("name", ["cifar10_vit_adamw", "cifar10_vit_sam"])
+def test_the_vit_recipes_run_on_torchvisions_layout(tmp_path, name):
+    """The command of their first lines, shortened; the labels, images and test set are those in memory."""
+    cifar_files(tmp_path / "data")
+    path = next(p for p in RECIPES if p.stem == name)
+    more = ["--model", "test_vit", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "50", "--workers", "0"]
+    assert run("--config", path, "--data-dir", tmp_path / "data", *more, "--out", tmp_path / "run") == 0
+    config = command.read_json(tmp_path / "run" / "config.json")
+    assert (config["options"]["data"], config["options"]["aa"]) == ("cifar10", "rand-m10-n2")
+    assert config["data"]["preprocessing"]["mean"] == list(cifar.STATISTICS["cifar10"][0])
+    assert command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+
+
 def test_recipes_for_several_processes_give_the_whole_command():
     found = 0
     for path in RECIPES:

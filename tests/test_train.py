@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -384,6 +385,33 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert command.run(train.main, ["--out", str(tmp_path), "--resume"]) == 0
         assert final(tmp_path)["position"]["epoch"] == 2
+
+
+class TestEpochLine:
+    def lines(self, out: Path, capsys, *options) -> list[str]:
+        assert run("--epochs", 2, "--measures", "none", "--out", out, *options) == 0
+        return [text for text in capsys.readouterr().out.splitlines() if text.startswith("epoch")]
+
+    def numbers(self, text: str) -> dict[str, float]:
+        found = re.findall(r"  ([a-z][a-z ]*) (-?[0-9.]+)", text)
+        return {name: float(value) for name, value in found}
+
+    def test_all_that_is_evaluated_is_printed(self, tmp_path, capsys):
+        options = ["--sam-rho", "0.1", "--model-ema", "0.9", "--validation-fraction", "0.2", "--eval-every", "2"]
+        first, last = self.lines(tmp_path, capsys, *options)
+        assert list(self.numbers(first)) == ["loss", "accuracy", "sharpness"]
+        names = [
+            f"{a}{split} {k}" for a in ("", "ema ") for split in ("validation", "test") for k in ("loss", "accuracy")
+        ]
+        found, record = self.numbers(last), metrics(tmp_path)[-1]
+        assert list(found) == ["loss", "accuracy", "sharpness", *names]
+        for name in names:
+            assert found[name] == pytest.approx(record[name.replace(" ", "_")], abs=6e-5)
+        assert found["ema test loss"] != found["test loss"]
+
+    def test_plain_sgd_has_no_sharpness(self, tmp_path, capsys):
+        for text in self.lines(tmp_path, capsys):
+            assert list(self.numbers(text)) == ["loss", "accuracy", "test loss", "test accuracy"]
 
 
 class TestBadInput:

@@ -6,6 +6,7 @@ import argparse
 import ast
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,19 @@ NOT_KEPT = ("out", "resume", "force", "config")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{message}{self._nearest(message)} (see --help)")
+
+    def _nearest(self, message: str) -> str:
+        """For each option that does not exist those with names like it; underscores are taken for hyphens."""
+        head, _, rest = message.partition(": ")
+        if head != "unrecognized arguments":
+            return ""
+        known = [o[2:] for action in self._actions for o in action.option_strings if o.startswith("--")]
+        said = []
+        for word in (w.partition("=")[0] for w in rest.split() if w.startswith("--")):
+            if near := get_close_matches(word[2:].replace("_", "-"), known, n=3):
+                said.append(f"; {word}: did you mean {' or '.join('--' + name for name in near)}?")
+        return "".join(said)
 
 
 def _pair(text: str) -> tuple[str, Any]:

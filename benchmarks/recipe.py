@@ -109,6 +109,11 @@ def _base(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optimizer
     prefix, _, name = args.opt.rpartition("_")  # timm looks up the last piece only: "sam_sgd" would silently be "sgd"
     if name not in list_optimizers() or prefix not in ("", "lookahead"):
         raise unknown("optimizer", args.opt, list_optimizers())
+    if args.layer_decay is not None and not hasattr(network, "group_matcher"):
+        raise InputError(
+            f"--layer-decay needs the layer groups of a timm model, and {args.model} has none: leave it out, or choose "
+            "another --model"
+        )
     if get_optimizer_info(name).second_order:
         raise InputError(f"--opt {args.opt} needs second derivatives in every step, which this loop does not make")
     try:

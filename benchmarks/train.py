@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if resumed:
                 training.load(resumed)
                 if world.main:
-                    print(f"going on in {args.out} after {training.position.updates} updates", flush=True)
+                    print(_resumed(args, training), flush=True)
             elif world.main:
                 _start(args, training)
-            if world.main:
+            if world.main and training.position.epoch < args.epochs:
                 processes = f"{world.size} process{'es' if world.size > 1 else ''}"
                 print(f"training on {device} ({_hardware(device)}), {processes}", flush=True)
             code = _run(training)
@@ -58,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"measuring was stopped; to do it again: python -m benchmarks.measure {args.out}", file=sys.stderr)
         return 130
+
+
+def _resumed(args: argparse.Namespace, training: Training) -> str:
+    updates = training.position.updates
+    if training.position.epoch < args.epochs:
+        return f"going on in {args.out} after {updates} updates"
+    return (
+        f"the run in {args.out} is complete: {args.epochs} epochs, {updates} updates, nothing is left to train; "
+        f"to measure it: python -m benchmarks.measure {args.out}; to train anew: --force, or another --out"
+    )
 
 
 def _run(training: Training) -> int:

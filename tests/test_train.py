@@ -387,6 +387,28 @@ class TestDevice:
         assert final(tmp_path)["position"]["epoch"] == 2
 
 
+class TestComplete:
+    def test_a_complete_run_says_so_and_changes_nothing(self, tmp_path, capsys):
+        assert run(*DIGITS, "--epochs", 2, "--out", tmp_path) == 0
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        assert run("--out", tmp_path, "--resume") == 0
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"the run in {tmp_path} is complete: 2 epochs, 28 updates")
+        assert f"to measure it: python -m benchmarks.measure {tmp_path}" in said
+        assert snapshot(tmp_path) == before
+
+    def test_one_that_is_not_goes_on(self, tmp_path, capsys):
+        assert run(*DIGITS, "--epochs", 2, "--out", tmp_path) == 0
+        checkpoint.found(tmp_path / "checkpoints")[0].unlink()
+        capsys.readouterr()
+        assert run("--out", tmp_path, "--resume") == 0
+        first, second, third = capsys.readouterr().out.splitlines()
+        assert first == f"going on in {tmp_path} after 14 updates"
+        assert second.startswith("training on cpu (")
+        assert third.startswith("epoch   2")
+
+
 class TestEpochLine:
     def lines(self, out: Path, capsys, *options) -> list[str]:
         assert run("--epochs", 2, "--measures", "none", "--out", out, *options) == 0
@@ -444,7 +466,11 @@ class TestBadInput:
         (["--img-size", "32"], "digits come with scikit-learn"),
         (["--model-kwargs", "width"], "must be KEY=VALUE"),
         (["--resume", "--force"], "choose one"),
-        (["--nonsense"], "unrecognized arguments"),
+        (["--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+        (["--sam_rho", "0.1"], "--sam_rho 0.1; --sam_rho: did you mean --sam-rho"),
+        (["--batchsize=32", "--epoch-s", "3"], "--batchsize: did you mean --batch-size"),
+        (["--layer-decay", "0.9"], "--layer-decay needs the layer groups of a timm model, and cnn3 has none"),
+        (["--layer-decay", "1", "--sam-rho", "0.1", "--adaptive"], "cnn3 has none: leave it out"),
         (["--train-examples", "899"], "there are 898 examples to train on"),
         (["--epochs", "0"], "--epochs: must be >= 1"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,20 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         states.append(checkpoint.newest(out / "checkpoints")["model"])
     for key, value in states[0].items():
         assert torch.equal(states[1][key], value), key
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_processes_meet_over_gloo_where_torch_sees_no_cuda(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
+    with ranks.joined(device) as world:
+        assert torch.distributed.get_backend() == "gloo"
+        assert recipe.device(options.parse(["--device", device]), world) == torch.device("cpu")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def _resumed(args: argparse.Namespace, training: Training) -> str:
     if training.position.epoch < args.epochs:
         return f"going on in {args.out} after {updates} updates"
     return (
-        f"the run in {args.out} is complete: {args.epochs} epochs, {updates} updates, nothing is left to train; "
+        f"the run in {args.out} is complete: epoch {args.epochs} of {args.epochs}, {updates} updates; "
         f"to measure it: python -m benchmarks.measure {args.out}; to train anew: --force, or another --out"
     )
 

@@ -394,7 +394,7 @@ class TestComplete:
         capsys.readouterr()
         assert run("--out", tmp_path, "--resume") == 0
         (said,) = capsys.readouterr().out.splitlines()
-        assert said.startswith(f"the run in {tmp_path} is complete: 2 epochs, 28 updates")
+        assert said.startswith(f"the run in {tmp_path} is complete: epoch 2 of 2, 28 updates")
         assert f"to measure it: python -m benchmarks.measure {tmp_path}" in said
         assert snapshot(tmp_path) == before
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
@@ -16,6 +17,7 @@ from benchmarks.command import InputError, unknown
 from benchmarks.images import Augment, PictureBatches, Pictures
 from benchmarks.models import SMALL
 from benchmarks.order import Order, derive
+from benchmarks.preprocessing import DEFAULT, ImageSize, Preprocessing, of_size, per_channel
 from benchmarks.ranks import ALONE, World
 from benchmarks.streams import StreamBatches, Streamed
 from sam_optim.rng import Stream
@@ -102,6 +104,7 @@ class Pixels(TensorDataset):
 
     def __init__(self, pixels: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__(pixels, labels)
+        self.statistics = {"mean": list(mean), "std": list(std)}
         self.mean, self.std = (255 * torch.tensor(s).view(-1, 1, 1) for s in (mean, std))
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -110,6 +113,20 @@ class Pixels(TensorDataset):
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         pixels, labels = super().__getitem__(index)
         return self.normalise(pixels), labels
+
+
+class Drawn(Dataset):
+    """`Pixels` as PIL images, for augmentations that need these."""
+
+    def __init__(self, pixels: Pixels):
+        self.pixels, self.labels = pixels.tensors
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        pixels = self.pixels[i].movedim(0, -1).numpy()
+        return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), int(self.labels[i])
 
 
 class Batches:
@@ -188,6 +205,7 @@ def load(
     image_size: int | None = None,
     default_size: tuple[int, int] = (224, 224),
     num_classes: int | None = None,
+    preprocessing: Preprocessing = DEFAULT,
 ) -> Splits:
     """A data set by name. Nothing is downloaded.
 
@@ -198,6 +216,7 @@ def load(
             CIFAR-10N, say); a FILE that is not here is looked for under `directory`. Validation keeps its own.
         image_size: H = W; None keeps images of at most 64 pixels as they are and takes `default_size` for others.
         num_classes: of a streamed data set ("wds/"), whose labels nobody has counted.
+        preprocessing: of images that are decoded; of it images in memory take mean and std, where these are given.
     """
     common = {"label_noise": label_noise, "seed": seed, "validation_fraction": validation_fraction}
     common["num_train"] = num_train
@@ -213,24 +232,25 @@ def load(
     if not directory.is_dir():
         raise InputError(f"--data-dir {directory} is not a directory")
     if name in cifar.LAYOUT and image_size in (None, 32):
-        return _in_memory(name, directory, train_labels=train_labels, **common)
+        return _in_memory(name, directory, preprocessing, train_labels=train_labels, **common)
     if name in cifar.LAYOUT:
         raise InputError(f"--data {name} has images of 32 pixels: leave --img-size out, or use --data torch/{name}")
     if name in ("", "folder", "imagefolder", "imagenet"):
-        return _pictures(images.folder_splits(directory), "RGB", image_size, default_size, **common)
+        return _pictures(images.folder_splits(directory), "RGB", image_size, default_size, preprocessing, **common)
     if "/" not in name:
         known = ["digits", *cifar.LAYOUT, "folder", "torch/NAME", "hfds/NAME", "hfids/NAME", "wds/NAME", "tfds/NAME"]
         raise unknown("data set", name, known)
     found = images.timm_splits(name, directory)
     if isinstance(found[0], Streamed):
         size = (image_size, image_size) if image_size else default_size
-        return _streamed(found, size, num_classes, label_noise, validation_fraction, num_train)
-    return _pictures(found, None, image_size, default_size, **common)
+        return _streamed(found, ImageSize((3, *size), preprocessing), num_classes, **common)
+    return _pictures(found, None, image_size, default_size, preprocessing, **common)
 
 
 def _in_memory(
     name: str,
     directory: Path,
+    preprocessing: Preprocessing,
     *,
     train_labels: str | None,
     label_noise: float,
@@ -242,7 +262,11 @@ def _in_memory(
     num_classes = int(name.removeprefix("cifar"))
     given = labels if train_labels is None else cifar.other_labels(train_labels, labels, num_classes, directory)
     kept, held = hold_out(len(train), validation_fraction, seed, num_train)
-    statistics = cifar.STATISTICS[name]
+    mean, std = cifar.STATISTICS[name]
+    statistics = (
+        per_channel("--mean", preprocessing.mean or mean, 3),
+        per_channel("--std", preprocessing.std or std, 3),
+    )
     return Splits(
         train=Pixels(train[kept], noisy(given[kept], num_classes, label_noise, seed), *statistics),
         validation=Pixels(train[held], labels[held], *statistics) if len(held) else None,
@@ -258,6 +282,7 @@ def _pictures(
     mode: str | None,
     image_size: int | None,
     default_size: tuple[int, int],
+    preprocessing: Preprocessing,
     *,
     label_noise: float,
     seed: int,
@@ -283,16 +308,18 @@ def _pictures(
         validation=held_out,
         test=Pictures(test, None, test_labels, mode),
         num_classes=num_classes,
-        image_size=size,
+        image_size=ImageSize(size, preprocessing),
         clean_train_labels=labels[kept],
     )
 
 
 def _streamed(
     found: tuple[Any, Any, Any],
-    size: tuple[int, int],
+    size: ImageSize,
     num_classes: int | None,
+    *,
     label_noise: float,
+    seed: int,
     validation_fraction: float,
     num_train: int | None,
 ) -> Splits:
@@ -302,7 +329,7 @@ def _streamed(
         raise InputError(
             "--label-noise, --validation-fraction, --train-examples pick examples; a stream has no numbers"
         )
-    return Splits(found[0], found[1], found[2], num_classes, (3, *size), torch.empty(0, dtype=torch.int64))
+    return Splits(found[0], found[1], found[2], num_classes, size, torch.empty(0, dtype=torch.int64))
 
 
 def labels(dataset: Dataset) -> Tensor:
@@ -319,6 +346,13 @@ def source(name: str, directory: str | Path | None) -> str:
     if name in cifar.LAYOUT and not cifar.official(name, Path(directory)):
         return f"{name}, not the files of the published archive"
     return name
+
+
+def shown_as(splits: Splits) -> dict[str, Any]:
+    """What is done to every image, as plain values; empty for the digits, which are normalised when they are read."""
+    if isinstance(splits.train, Pixels):
+        return splits.train.statistics
+    return {} if isinstance(splits.train, TensorDataset) else of_size(splits.image_size)
 
 
 def batches(
@@ -349,9 +383,10 @@ def batches(
         raise InputError(f"a split has {len(dataset)} examples for {world.size} processes; start fewer")
     whole = len(dataset) < batch_size * world.size  # fewer examples than one batch: that one is not left out
     options = {"shuffle": train, "drop_last": train and not whole, "seed": seed}
+    if isinstance(dataset, Pixels) and augment and augment.needs_pil:
+        image_size = ImageSize(image_size, Preprocessing(**dataset.statistics))
+        dataset = Drawn(dataset)
     if isinstance(dataset, TensorDataset):
-        if augment and augment.needs_pil:
-            raise InputError("--aa, --color-jitter and --reprob need images as files or --data torch/cifar10")
         return Batches(dataset, batch_size, augment=augment, world=world, **options)
     order = Order(len(dataset), batch_size, rank=world.rank, size=world.size, **options)
     made = images.transform(image_size, augment)

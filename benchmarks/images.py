@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from benchmarks import preprocessing
 from benchmarks.command import InputError, one_line
 from benchmarks.models import SMALL
 from benchmarks.order import Order, derive, seed_here
@@ -65,7 +66,7 @@ class Transformed(Dataset):
     """The augmentation of example i is a function of (seed, epoch, i) alone: the same for any number of workers, and
     after a resume."""
 
-    def __init__(self, pictures: Pictures, transform: Any, seed: int, random: bool = True):
+    def __init__(self, pictures: Dataset, transform: Any, seed: int, random: bool = True):
         self.pictures, self.transform, self.seed, self.epoch = pictures, transform, seed, 0
         self.random = random
 
@@ -144,15 +145,16 @@ def labels_of(source: Any) -> Tensor:
 
 
 def transform(image_size: tuple[int, int, int], augment: Augment | None) -> Any:
-    """timm's transform; for small images in training its resized crop gives way to a shift, as the field does."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+    """timm's transform, with the preprocessing of an `ImageSize`. In training of small images its resized crop gives
+    way to a shift, as the field does."""
+    from timm.data import create_transform
+    from timm.data.transforms import str_to_interp_mode
     from torchvision.transforms import Compose, RandomCrop, Resize
 
-    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if image_size[0] == 3 else ((0.5,), (0.25,))
     size, small = image_size[1:], image_size[1] <= SMALL
-    common = {"input_size": image_size, "mean": mean, "std": std}
+    common = {"input_size": tuple(image_size)} | preprocessing.of_size(image_size)
     if augment is None or augment.off:
-        return create_transform(**common, crop_pct=1.0 if small else None)
+        return create_transform(**common)
     try:
         result = create_transform(
             **common,
@@ -170,7 +172,9 @@ def transform(image_size: tuple[int, int, int], augment: Augment | None) -> Any:
         ) from None
     if small:
         # images of that size come out of Resize as they are
-        result.transforms[0] = Compose([Resize(size), RandomCrop(size, padding=size[0] // 8)])
+        result.transforms[0] = Compose(
+            [Resize(size, str_to_interp_mode(common["interpolation"])), RandomCrop(size, padding=size[0] // 8)]
+        )
     return result
 
 
@@ -200,11 +204,12 @@ class Normalising:
 
 
 class PictureBatches:
-    """Batches of `Pictures`, decoded and augmented by `workers` processes; `set_epoch` as for `data.Batches`."""
+    """Batches of `Pictures`, or of other examples that are PIL images, decoded and augmented by `workers` processes;
+    `set_epoch` as for `data.Batches`."""
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: Dataset,
         order: Order,
         transform: Any,
         *,

@@ -6,10 +6,13 @@ import argparse
 import ast
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.command import InputError, one_line, read_json, unknown
+from benchmarks.preprocessing import CROP_MODES, INTERPOLATIONS, of_weights
+from sam_optim.cli.cifar import LAYOUT
 from sam_optim.cli.options import number
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
@@ -17,12 +20,25 @@ MAY_CHANGE = (  # on a resume
     *("out", "resume", "force", "config", "device", "workers", "data_dir", "checkpoint_steps", "measures"),
     "initial_checkpoint",
 )
+REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
 NOT_KEPT = ("out", "resume", "force", "config")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{message}{self._nearest(message)} (see --help)")
+
+    def _nearest(self, message: str) -> str:
+        """For each option that does not exist those with names like it; underscores are taken for hyphens."""
+        head, _, rest = message.partition(": ")
+        if head != "unrecognized arguments":
+            return ""
+        known = [o[2:] for action in self._actions for o in action.option_strings if o.startswith("--")]
+        said = []
+        for word in (w.partition("=")[0] for w in rest.split() if w.startswith("--")):
+            if near := get_close_matches(word[2:].replace("_", "-"), known, n=3):
+                said.append(f"; {word}: did you mean {' or '.join('--' + name for name in near)}?")
+        return "".join(said)
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -50,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--data-dir", metavar="DIR")
     add("--img-size", type=count, help="pixels; default: small images as they are, others as the model was made for")
+    unless = "; default: that of --initial-checkpoint's model, else"
+    add("--mean", type=amount, nargs="+", help=f"of pixels in [0, 1], for each channel or all{unless} ImageNet's")
+    add("--std", type=positive, nargs="+", help="the same; CIFAR in memory has its own mean and std")
+    add("--crop-pct", type=number(float, 0, 1, above=True), help=f"evaluated part of a side{unless} 0.875")
+    add("--interpolation", choices=INTERPOLATIONS, help=f"of a resized image{unless} bilinear")
+    add("--crop-mode", choices=CROP_MODES, help=f"how evaluation crops{unless} center")
     add("--num-classes", type=count, help="of a streamed data set (wds/NAME); others are counted")
     add("--label-noise", type=fraction, default=0.0, help="fraction of the training labels that is drawn anew")
     add("--train-labels", metavar="FILE.npz:ARRAY", help="other labels for the training images, as CIFAR-10N's are")
@@ -96,7 +118,11 @@ def parser() -> argparse.ArgumentParser:
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
     add("--fsdp", action="store_true", help="weights, gradients and state spread over the processes (FSDP2)")
 
-    add("--device", default="cpu")
+    add(
+        "--device",
+        default="auto",
+        help="auto (default): CUDA where torch sees a device, else the CPU; cpu, cuda, cuda:1",
+    )
     add("--amp", choices=("bf16", "fp16"))
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")
@@ -117,9 +143,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / default_name(args)
     if not (args.resume and (args.out / "config.json").exists()):
         _check(args)
+        _as_pretrained(args)
         return args
     kept = read_json(args.out / "config.json").get("options", {})
-    for key in given(argv):
+    for key in given(argv) - ({"initial_checkpoint"} if args.initial_checkpoint == REQUIRED else set()):
         if key not in MAY_CHANGE and key in kept and kept[key] != plain(args)[key]:
             option = "--" + key.replace("_", "-")
             raise InputError(f"{option} {plain(args)[key]} differs from the run's {kept[key]}; leave it out to resume")
@@ -160,6 +187,8 @@ def from_file(path: Path) -> list[str]:
         argv.append(f"--{name}")
         if isinstance(value, dict):
             argv += [f"{k}={v}" for k, v in value.items()]
+        elif isinstance(value, list):
+            argv += [str(v) for v in value]
         elif value is not True:
             argv.append(str(value))
     return argv
@@ -197,11 +226,27 @@ def default_name(args: argparse.Namespace) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:120]
 
 
+def _as_pretrained(args: argparse.Namespace) -> None:
+    """Images as the weights of --initial-checkpoint know them, where no option says otherwise. It is in the options of
+    config.json from then on: runs from before that go on, and are measured, as they were trained."""
+    if args.initial_checkpoint and args.data not in ("digits", *LAYOUT):
+        for name, value in of_weights(args.model).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+
+
 def _check(args: argparse.Namespace) -> None:
+    if args.initial_checkpoint == REQUIRED:
+        raise InputError(f"this recipe fine-tunes: give --initial-checkpoint FILE (weights of {args.model})")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(
             f"--mixup and --cutmix pair the images of a batch: --batch-size must be even, got {args.batch_size}"
         )
+    mean_std, resizing = args.mean or args.std, args.crop_pct or args.interpolation or args.crop_mode
+    if args.data == "digits" and (mean_std or resizing):
+        raise InputError("digits are normalised as they are read: leave --mean, --std and --crop-pct out")
+    if args.data in LAYOUT and resizing:
+        raise InputError(f"--data {args.data} is not resized: leave --crop-pct, --crop-mode and --interpolation out")
     if args.adaptive and not args.sam_rho:
         raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
     if args.sync_ascent and not args.sam_rho:

@@ -54,6 +54,11 @@ class World:
 ALONE = World()
 
 
+def named(device: str) -> str:
+    """The device that "auto" stands for: CUDA where torch sees it, else the CPU. Other names are as they are."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """The world of torchrun's variables, or of a process group that exists; otherwise one process alone.
@@ -67,7 +72,7 @@ def joined(device: str) -> Iterator[World]:
         yield ALONE
         return
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    cuda = device.startswith("cuda")
+    cuda = named(device).startswith("cuda")
     if cuda:
         count = torch.cuda.device_count()
         if not count:

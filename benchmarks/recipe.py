@@ -13,16 +13,17 @@ from benchmarks import data, models
 from benchmarks.command import InputError, one_line, unknown
 from benchmarks.images import Augment
 from benchmarks.order import derive, seed_all
-from benchmarks.ranks import ALONE, World
+from benchmarks.preprocessing import NAMES, Preprocessing
+from benchmarks.ranks import ALONE, World, named
 from sam_optim import SAM, asam_param_groups
 
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
 def device(args: argparse.Namespace, world: World = ALONE) -> torch.device:
-    """That of the options; of several CUDA processes each has its own."""
+    """That of the options, "auto" resolved; of several CUDA processes each has its own."""
     try:
-        found = torch.device(args.device)
+        found = torch.device(named(args.device))
         if world.size > 1 and found.type == "cuda":
             found = torch.device("cuda", torch.cuda.current_device())
         torch.empty(1, device=found).item()
@@ -43,6 +44,7 @@ def splits(args: argparse.Namespace) -> data.Splits:
         image_size=args.img_size,
         default_size=models.default_size(args.model),
         num_classes=args.num_classes,
+        preprocessing=Preprocessing(*(getattr(args, name) for name in NAMES)),
     )
 
 
@@ -107,6 +109,11 @@ def _base(args: argparse.Namespace, network: nn.Module) -> torch.optim.Optimizer
     prefix, _, name = args.opt.rpartition("_")  # timm looks up the last piece only: "sam_sgd" would silently be "sgd"
     if name not in list_optimizers() or prefix not in ("", "lookahead"):
         raise unknown("optimizer", args.opt, list_optimizers())
+    if args.layer_decay is not None and not hasattr(network, "group_matcher"):
+        raise InputError(
+            f"--layer-decay needs the layer groups of a timm model, and {args.model} has none: leave it out, or choose "
+            "another --model"
+        )
     if get_optimizer_info(name).second_order:
         raise InputError(f"--opt {args.opt} needs second derivatives in every step, which this loop does not make")
     try:

@@ -43,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if resumed:
                 training.load(resumed)
                 if world.main:
-                    print(f"going on in {args.out} after {training.position.updates} updates", flush=True)
+                    print(_resumed(args, training), flush=True)
             elif world.main:
                 _start(args, training)
+            if world.main and training.position.epoch < args.epochs:
+                processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+                print(f"training on {device} ({_hardware(device)}), {processes}", flush=True)
             code = _run(training)
             world.barrier()
     if code or not measures or not world.main:
@@ -55,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"measuring was stopped; to do it again: python -m benchmarks.measure {args.out}", file=sys.stderr)
         return 130
+
+
+def _resumed(args: argparse.Namespace, training: Training) -> str:
+    updates = training.position.updates
+    if training.position.epoch < args.epochs:
+        return f"going on in {args.out} after {updates} updates"
+    return (
+        f"the run in {args.out} is complete: epoch {args.epochs} of {args.epochs}, {updates} updates; "
+        f"to measure it: python -m benchmarks.measure {args.out}; to train anew: --force, or another --out"
+    )
 
 
 def _run(training: Training) -> int:
@@ -114,10 +127,12 @@ def _facts(args: argparse.Namespace, training: Training) -> dict[str, Any]:
             "num_test": len(splits.test),
             "num_classes": splits.num_classes,
             "image_size": list(splits.image_size),
+            "preprocessing": data.shown_as(splits),
             "source": data.source(args.data, args.data_dir),
         },
         "label_noise": _noise(data.labels(splits.train), splits.clean_train_labels, args),
         "num_parameters": sum(p.numel() for p in training.model.parameters()),
+        "device": str(training.device),
         "num_processes": training.world.size,
         "initial_checkpoint_sha256": _sha256(args.initial_checkpoint),
         "provenance": provenance(

@@ -188,7 +188,7 @@ class Training:
         self.train_batches.set_epoch(epoch, first)
         self._set_rates(self.position.updates)
         title, size = f"epoch {epoch + 1}/{self.args.epochs}", self.args.batch_size * self.world.size
-        with _Bar(title, len(self.train_batches), first, size, self.world.main) as bar:
+        with _Bar(title, len(self.train_batches), first, size, self.world.main, self.args.sam_rho > 0) as bar:
             return engine.train_epoch(
                 self.network,
                 self.optimizer,
@@ -253,11 +253,20 @@ class Training:
         earlier = [r for r in command.read_jsonl(path) if r["epoch"] < record["epoch"]]
         lines = [json.dumps(r, allow_nan=False) + "\n" for r in [*earlier, record]]
         command.write_atomic(path, "".join(lines).encode())
-        shown = [
-            k for k in ("train_loss", "train_accuracy", "train_sharpness", "test_loss", "test_accuracy") if k in record
-        ]
-        numbers = "  ".join(f"{k.replace('_', ' ').removeprefix('train ')} {record[k]:.4f}" for k in shown)
-        print(f"epoch {record['epoch']:3d}  {numbers}  {record['images_per_s']:.0f} images/s", flush=True)
+        print(line(record, sharpness=self.args.sam_rho > 0), flush=True)
+
+
+def line(record: dict[str, Any], *, sharpness: bool) -> str:
+    """What is printed of an epoch: training, then whatever was evaluated, of the average of --model-ema too."""
+    evaluated = [
+        f"{average}{split}_{key}"
+        for average in ("", "ema_")
+        for split in ("validation", "test")
+        for key in ("loss", "accuracy")
+    ]
+    shown = ["train_loss", "train_accuracy", *(["train_sharpness"] if sharpness else []), *evaluated]
+    numbers = "  ".join(f"{k.replace('_', ' ').removeprefix('train ')} {record[k]:.4f}" for k in shown if k in record)
+    return f"epoch {record['epoch']:3d}  {numbers}  {record['images_per_s']:.0f} images/s"
 
 
 def _seeded(batches: Iterable[Batch], seed: int, epoch: int, first: int, rank: int = 0) -> Iterator[Batch]:
@@ -277,11 +286,12 @@ def _checking(batches: Iterable[Batch], signals: Agreed) -> Iterator[Batch]:
 class _Bar:
     """A progress bar on a terminal, nothing elsewhere; numbers are read from the device only when it is redrawn."""
 
-    def __init__(self, title: str, total: int, first: int, batch_size: int, shown: bool = True):
+    def __init__(self, title: str, total: int, first: int, batch_size: int, shown: bool = True, sharp: bool = True):
         disable = None if shown else True
         self.bar = tqdm(
             total=total, initial=first, desc=title, leave=False, disable=disable, file=sys.stderr, unit="batch"
         )
+        self.sharp = sharp  # whether there is a perturbed loss
         self.batch_size, self.start, self.shown = batch_size, time.perf_counter(), 0.0
 
     def __enter__(self) -> _Bar:
@@ -298,8 +308,9 @@ class _Bar:
         if now - self.shown < 0.5:
             return
         self.shown = now
-        means, last = totals.means(), totals.last()
+        means = totals.means()
+        sharpness = f"sharpness {totals.last()['sharpness']:.4f} " if self.sharp else ""
         self.bar.set_postfix_str(
-            f"loss {means['loss']:.3f} accuracy {means['accuracy']:.3f} sharpness {last['sharpness']:.4f} "
+            f"loss {means['loss']:.3f} accuracy {means['accuracy']:.3f} {sharpness}"
             f"{done * self.batch_size / (now - self.start):.0f} images/s"
         )

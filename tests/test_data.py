@@ -226,6 +226,57 @@ class TestCifar:
             data.load("cifar10", tmp_path)
 
 
+class TestCifarAsPictures:
+    """In memory, through PIL: what --aa, --color-jitter and --reprob need."""
+
+    def batches(self, tmp_path, augment, epoch=0, first=0, **options):
+        splits = data.load("cifar10", tmp_path)
+        made = data.batches(splits.train, 10, splits.image_size, train=True, augment=augment, seed=3, **options)
+        made.set_epoch(epoch, first)
+        return list(made)
+
+    def test_without_random_choices_they_are_the_pixels(self, tmp_path):
+        """Colour jitter of strength 1e-9 changes no pixel; the shift is one of 81 crops with black borders."""
+        _, pixels = cifar_files(tmp_path)
+        (x, labels), *_ = self.batches(tmp_path, Augment(color_jitter=1e-9, hflip=0))
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in cifar.STATISTICS["cifar10"])
+        shown = ((x * std + mean) * 255).round().to(torch.uint8)
+        padded = torch.nn.functional.pad(torch.from_numpy(pixels).view(-1, 3, 32, 32), (4,) * 4)
+        every = data.load("cifar10", tmp_path).train.tensors[1]
+        for image, label in zip(shown[:3], labels[:3], strict=True):
+            places = [(n, i, j) for n in range(100) for i in range(9) for j in range(9)]
+            found = [n for n, i, j in places if torch.equal(padded[n, :, i : i + 32, j : j + 32], image)]
+            assert len(found) == 1
+            assert every[found[0]] == label
+
+    @pytest.mark.parametrize("augment", [Augment(auto_augment="rand-m10-n2"), Augment(erase=1.0)], ids=["aa", "erase"])
+    def test_seed_and_epoch_alone_decide(self, tmp_path, augment):
+        """The same for workers, for a resume in the middle of the epoch, and other images in the next epoch."""
+        cifar_files(tmp_path)
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        whole = self.batches(tmp_path, augment, epoch=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        for other, first in (
+            (self.batches(tmp_path, augment, 2, 4), 4),
+            (self.batches(tmp_path, augment, 2, workers=1), 0),
+        ):
+            assert len(other) == len(whole) - first
+            for (x, y), (u, v) in zip(whole[first:], other, strict=True):
+                assert torch.equal(x, u)
+                assert torch.equal(y, v)
+        assert whole[0][0].shape == (10, 3, 32, 32)
+        assert not torch.equal(self.batches(tmp_path, augment, 3)[0][0], whole[0][0])
+
+    def test_without_augmentation_they_stay_in_memory(self, tmp_path):
+        cifar_files(tmp_path)
+        splits = data.load("cifar10", tmp_path)
+        off = Augment(auto_augment="rand-m10-n2", off=True)
+        for options in ({"train": True, "augment": off}, {"augment": Augment(auto_augment="rand-m10-n2")}):
+            assert isinstance(data.batches(splits.train, 10, splits.image_size, **options), data.Batches)
+
+
 class TestFolders:
     def test_classes_sizes_and_labels(self, tmp_path):
         splits = data.load("folder", picture_tree(tmp_path, size=(24, 16)))

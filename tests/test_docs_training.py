@@ -29,7 +29,16 @@ def test_the_example_prints_what_it_shows():
 
 def test_every_option_that_a_page_names_exists():
     known = {o for action in options.parser()._actions for o in action.option_strings}
-    others = {"--nproc-per-node", "--corruptions", "--severities", "--cifar-c", "--train", "--validation"}
+    others = {
+        "--nproc-per-node",
+        "--corruptions",
+        "--severities",
+        "--cifar-c",
+        "--train",
+        "--validation",
+        "--ema",
+        "--rho",
+    }
     for name in ("training.md", "accuracies.md"):
         named = set(re.findall(r"--[a-z][a-z-]*", (ROOT / "docs" / name).read_text()))
         assert named <= known | others

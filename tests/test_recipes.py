@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
-from test_data import picture_tree
+from PIL import Image
+from test_data import cifar_files, picture_tree
 from test_train import PICTURES, run
+from timm.data import create_transform, resolve_model_data_config
 
-from benchmarks import command, finetune_text, models, options
+from benchmarks import cifar, command, data, evaluate, finetune_text, measure, models, options, recipe
 from benchmarks.command import InputError
+from benchmarks.images import Augment
+from benchmarks.preprocessing import Preprocessing
 from sam_optim.cli import wide_resnet
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml"))
 TINY = {"resnet18": "test_resnet", "resnet50": "test_resnet", "wrn28_10": "wrn10_1", "cnn": "cnn3"}
 
 
+FINE_TUNED = ("imagenet_clip_vit_b32_adamw", "imagenet_clip_vit_b32_sam")
+
+
 def parsed(path: Path, *more: str):
-    return options.parse(["--config", str(path), "--data-dir", "d", *more])
+    weights = ["--initial-checkpoint", "w"] if path.stem in FINE_TUNED else []
+    return options.parse(["--config", str(path), "--data-dir", "d", *weights, *more])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -56,6 +66,8 @@ def test_a_recipe_runs(path, tmp_path):
     model = TINY.get(args.model, "test_vit")
     more = ["--model", model, "--data", "folder", "--data-dir", tree, "--batch-size", "8", "--epochs", "1"]
     more += ["--warmup-epochs", "0", "--img-size", "32", "--workers", "0", "--measures", "none"]
+    if path.stem in FINE_TUNED:
+        more += ["--initial-checkpoint", TestInitialCheckpoint().saved(tmp_path)[1]]
     assert run("--config", path, *more, "--out", tmp_path / "run") == 0
     config = command.read_json(tmp_path / "run" / "config.json")
     for key in ("lr", "weight_decay", "sam_rho", "adaptive", "opt", "clip_grad", "smoothing", "mixup", "aa"):
@@ -63,6 +75,55 @@ def test_a_recipe_runs(path, tmp_path):
     record = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
     assert record["step"] == 2
     assert (record["train_sharpness"] != 0) == (args.sam_rho > 0)
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_a_recipe_that_fine_tunes_does_not_start_from_random_weights(tmp_path, capsys, name):
+    path = next(p for p in RECIPES if p.stem == name)
+    assert run("--config", path, "--data-dir", tmp_path, "--out", tmp_path / "run") == 2
+    said = "this recipe fine-tunes: give --initial-checkpoint FILE (weights of vit_base_patch32_clip_224)"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "run").exists()
+    assert f"{path.name} --data-dir DIR --initial-checkpoint FILE" in path.read_text()
+
+
+def test_a_run_whose_weights_were_required_goes_on_without_them(tmp_path):
+    """The command of a recipe again, with --resume and without the file."""
+    path, tree = tmp_path / "a.yaml", picture_tree(tmp_path / "data", n=8)
+    path.write_text(
+        "model: test_vit\ninitial-checkpoint: REQUIRED\nepochs: 1\nbatch-size: 8\nmeasures: none\ndata: folder\n"
+    )
+    _, weights = TestInitialCheckpoint().saved(tmp_path)
+    argv = ["--config", path, "--data-dir", tree, "--out", tmp_path / "run"]
+    assert run(*argv, "--initial-checkpoint", weights) == 0
+    assert run(*argv, "--resume") == 0
+
+
+@pytest.mark.parametrize("name", ["cifar10_vit_adamw", "cifar10_vit_sam"])
+def test_the_vit_recipes_run_on_torchvisions_layout(tmp_path, name):
+    """The command of their first lines, shortened; the labels, images and test set are those in memory."""
+    cifar_files(tmp_path / "data")
+    path = next(p for p in RECIPES if p.stem == name)
+    more = ["--model", "test_vit", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "50", "--workers", "0"]
+    assert run("--config", path, "--data-dir", tmp_path / "data", *more, "--out", tmp_path / "run") == 0
+    config = command.read_json(tmp_path / "run" / "config.json")
+    assert (config["options"]["data"], config["options"]["aa"]) == ("cifar10", "rand-m10-n2")
+    assert config["data"]["preprocessing"]["mean"] == list(cifar.STATISTICS["cifar10"][0])
+    assert command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_recipes_for_several_processes_give_the_whole_command():
+    found = 0
+    for path in RECIPES:
+        text = path.read_text()
+        if "of each of" in text:
+            command_ = text.replace(" \\\n#    ", "")
+            expected = (
+                f"# torchrun --nproc-per-node 8 -m benchmarks.train --config benchmarks/recipes/{path.name} --data-dir"
+            )
+            assert expected in command_, path
+            found += 1
+    assert found == 6
 
 
 class TestConfig:
@@ -113,8 +174,6 @@ class TestWideResNet:
 
 class TestInitialCheckpoint:
     def saved(self, tmp_path, **more):
-        import timm
-
         torch.manual_seed(5)
         source = timm.create_model("test_vit", num_classes=7, img_size=32, **more)
         torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
@@ -155,6 +214,117 @@ class TestInitialCheckpoint:
             path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             models.build("test_vit", num_classes=3, image_size=(3, 32, 32), checkpoint=str(path))
+
+
+class TestPreprocessing:
+    """Fine-tuned weights see images as they were trained on them; the expected values are those of timm itself."""
+
+    def fine_tuned(self, tmp_path, *more, size=(70, 90)):
+        tree = picture_tree(tmp_path / "data", n=4, size=size)
+        _, path = TestInitialCheckpoint().saved(tmp_path)
+        argv = [*PICTURES, "--model", "test_vit", "--data-dir", tree, "--out", tmp_path / "run", "--epochs", "1"]
+        assert run(*argv, "--batch-size", "4", "--initial-checkpoint", path, *more) == 0
+        return tmp_path / "run"
+
+    def kept(self, out):
+        return options.restored(command.read_json(out / "config.json")["options"], out=out)
+
+    def test_it_is_that_of_the_model_and_of_every_command_that_follows(self, tmp_path, capsys):
+        """test_vit: mean and std 0.5, bicubic, crop_pct 0.95; the first test image is made here by timm alone."""
+        out = self.fine_tuned(tmp_path)
+        config = command.read_json(out / "config.json")
+        timms = resolve_model_data_config(timm.create_model("test_vit"))
+        for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode"):
+            expected = list(timms[key]) if key in ("mean", "std") else timms[key]
+            assert config["data"]["preprocessing"][key] == config["options"][key] == expected
+        splits = recipe.splits(self.kept(out))
+        first = next(iter(data.batches(splits.test, 1, splits.image_size)))[0][0]
+        with Image.open(tmp_path / "data" / "val" / "cat" / "0.png") as image:
+            torch.testing.assert_close(first, create_transform(**timms)(image), rtol=1e-5, atol=1e-5)
+        logged = command.read_jsonl(out / "metrics.jsonl")[-1]
+        assert command.run(measure.main, [str(out), "--measures", "worst", "--split", "test"]) == 0
+        assert command.read_json(out / "measures.json")["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+        argv = [str(out), "--corruptions", "contrast", "--severities", "1"]
+        assert command.run(evaluate.main, argv) == 0
+        found = command.read_json(out / "corrupted.json")["clean"]
+        assert found["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+
+    def test_options_and_the_training_images(self, tmp_path):
+        """Without augmentation a training image is one of evaluation; --mean given for all channels at once."""
+        more = ["--mean", "0.25", "--std", "0.5", "0.25", "0.125", "--interpolation", "nearest", "--crop-pct", "1"]
+        out = self.fine_tuned(tmp_path, *more, "--crop-mode", "squash", "--img-size", "80", "--no-aug")
+        splits = recipe.splits(self.kept(out))
+        train = {"train": True, "augment": Augment(off=True)}
+        batches = list(data.batches(splits.train, 4, splits.image_size, **train))
+        seen = torch.cat([x for x, _ in batches]) * torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1) + 0.25
+        with Image.open(tmp_path / "data" / "train" / "dog" / "3.png") as image:
+            expected = image.resize((80, 80), Image.Resampling.NEAREST)
+        expected = torch.from_numpy(np.array(expected)).movedim(-1, 0) / 255
+        assert any(torch.allclose(x, expected, atol=1e-6) for x in seen)
+
+    def test_augmented_images_have_it_too(self, tmp_path):
+        """Black pictures under flips and resized crops: -mean / std, whatever the crop."""
+        tree = picture_tree(tmp_path / "data", n=4, size=(70, 90))
+        for path in (tree / "train").glob("*/*.png"):
+            Image.new("RGB", (70, 90)).save(path)
+        shown = Preprocessing(mean=(0.5, 0.25, 0.75), std=(0.5, 0.25, 0.25))
+        splits = data.load("folder", tree, image_size=80, preprocessing=shown)
+        x = next(iter(data.batches(splits.train, 8, splits.image_size, train=True, augment=Augment())))[0]
+        assert torch.equal(x, torch.tensor([-1.0, -1.0, -3.0]).view(3, 1, 1).expand(8, 3, 80, 80))
+
+    def test_a_run_without_these_options_stays_as_it_was(self, tmp_path):
+        """Runs from before had ImageNet's statistics, also with --initial-checkpoint."""
+        out = self.fine_tuned(tmp_path)
+        config = command.read_json(out / "config.json")
+        for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode"):
+            del config["options"][key]
+        command.write_json(out / "config.json", config)
+        shown = recipe.splits(self.kept(out)).image_size.preprocessing.arguments((3, 160, 160))
+        assert shown["mean"] == (0.485, 0.456, 0.406)
+        assert (shown["crop_pct"], shown["interpolation"]) == (0.875, "bilinear")
+        assert run("--out", out, "--resume") == 0
+
+    def test_cifar_in_memory_has_its_own_unless_given(self, tmp_path):
+        cifar_files(tmp_path / "cifar")
+        _, path = TestInitialCheckpoint().saved(tmp_path, patch_size=4)
+        argv = ["--data", "cifar10", "--data-dir", str(tmp_path / "cifar"), "--model", "test_vit"]
+        args = options.parse([*argv, "--initial-checkpoint", str(path)])
+        mean, std = cifar.STATISTICS["cifar10"]
+        assert data.shown_as(recipe.splits(args)) == {"mean": list(mean), "std": list(std)}
+        args = options.parse([*argv, "--mean", "0.5", "--std", "0.25"])
+        x, _ = recipe.splits(args).test[0]
+        pixels = recipe.splits(args).test.tensors[0][0]
+        torch.testing.assert_close(x, (pixels / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--mean", "0.5"], "digits are normalised as they are read"),
+            (["--data", "cifar10", "--crop-pct", "0.9"], "is not resized: leave --crop-pct"),
+            (["--std", "0"], "--std: must be > 0"),
+            (["--interpolation", "cubic"], "choose from"),
+        ],
+    )
+    def test_what_makes_no_sense_is_said(self, argv, message):
+        with pytest.raises(InputError, match=message):
+            options.parse(argv)
+
+    def test_two_numbers_for_three_channels(self, tmp_path, capsys):
+        tree = picture_tree(tmp_path / "data", n=8)
+        assert run(*PICTURES, "--data-dir", tree, "--out", tmp_path / "run", "--mean", "0.1", "0.2") == 2
+        assert "--mean takes one number or 3" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+    def test_a_grey_image_takes_the_mean_of_the_colours(self):
+        shown = Preprocessing(mean=(0.2, 0.4, 0.9), std=(0.1, 0.2, 0.3)).arguments((1, 28, 28))
+        assert shown["mean"] == pytest.approx((0.5,))
+        assert shown["std"] == pytest.approx((0.2,))
+        assert Preprocessing().arguments((1, 28, 28))["mean"] == (0.5,)
+
+    def test_a_list_in_a_recipe(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("data: folder\ndata-dir: d\nmean: [0.5, 0.25, 0.125]\n")
+        assert options.parse(["--config", str(path)]).mean == [0.5, 0.25, 0.125]
 
 
 class TestText:

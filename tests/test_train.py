@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from test_data import SHARED, cifar_files, picture_tree
 
-from benchmarks import checkpoint, command, engine, measure, train
+from benchmarks import checkpoint, command, engine, measure, ranks, train
 from benchmarks.training import Training
 
 TIMES = ("seconds", "images_per_s")
@@ -32,7 +33,8 @@ def one_thread():
 
 
 def run(*options: object) -> int:
-    return command.run(train.main, [str(o) for o in options])
+    """On the CPU, where bits are compared."""
+    return command.run(train.main, ["--device", "cpu", *(str(o) for o in options)])
 
 
 def final(out: Path) -> dict:
@@ -132,7 +134,7 @@ class TestResume:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = [*DIGITS, "--epochs", "15", "--checkpoint-steps", "5"]
         assert run(*options, "--out", whole) == 0
-        arguments = [sys.executable, "-m", "benchmarks.train", *options, "--out", str(cut)]
+        arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(cut)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
             for line in process.stdout:
@@ -149,7 +151,7 @@ class TestResume:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = [*DIGITS, "--epochs", "15"]
         assert run(*options, "--out", whole) == 0
-        arguments = [sys.executable, "-m", "benchmarks.train", *options, "--out", str(cut)]
+        arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(cut)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(arguments, text=True, env=environment, **pipes) as process:
@@ -355,6 +357,85 @@ class TestOptions:
         assert facts["provenance"]["torch"] == torch.__version__
 
 
+class TestDevice:
+    """Without --device: CUDA where torch sees it, else the CPU."""
+
+    DEFAULTS = ("--epochs", "1", "--train-examples", "64", "--measures", "none")
+
+    def test_auto_is_what_torch_sees_and_is_said_and_recorded(self, tmp_path, capsys):
+        expected = "cuda" if torch.cuda.is_available() else "cpu"
+        assert command.run(train.main, [*self.DEFAULTS, "--out", str(tmp_path)]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(f"training on {expected} (")
+        assert first.endswith(", 1 process")
+        facts = command.read_json(tmp_path / "config.json")
+        assert (facts["device"], facts["options"]["device"]) == (expected, "auto")
+
+    @pytest.mark.parametrize(("seen", "expected"), [(True, "cuda"), (False, "cpu")])
+    def test_names(self, monkeypatch, seen, expected):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+        assert ranks.named("auto") == expected
+        assert [ranks.named(name) for name in ("cpu", "cuda:1", "mps")] == ["cpu", "cuda:1", "mps"]
+
+    def test_an_older_run_goes_on_on_its_cpu(self, tmp_path, monkeypatch):
+        """A config.json that says "cpu", where torch now says that it sees CUDA."""
+        assert run(*self.DEFAULTS, "--epochs", 2, "--out", tmp_path) == 0
+        for path in checkpoint.found(tmp_path / "checkpoints")[:1]:
+            path.unlink()  # the last: the second epoch is trained again
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert command.run(train.main, ["--out", str(tmp_path), "--resume"]) == 0
+        assert final(tmp_path)["position"]["epoch"] == 2
+
+
+class TestComplete:
+    def test_a_complete_run_says_so_and_changes_nothing(self, tmp_path, capsys):
+        assert run(*DIGITS, "--epochs", 2, "--out", tmp_path) == 0
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        assert run("--out", tmp_path, "--resume") == 0
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"the run in {tmp_path} is complete: epoch 2 of 2, 28 updates")
+        assert f"to measure it: python -m benchmarks.measure {tmp_path}" in said
+        assert snapshot(tmp_path) == before
+
+    def test_one_that_is_not_goes_on(self, tmp_path, capsys):
+        assert run(*DIGITS, "--epochs", 2, "--out", tmp_path) == 0
+        checkpoint.found(tmp_path / "checkpoints")[0].unlink()
+        capsys.readouterr()
+        assert run("--out", tmp_path, "--resume") == 0
+        first, second, third = capsys.readouterr().out.splitlines()
+        assert first == f"going on in {tmp_path} after 14 updates"
+        assert second.startswith("training on cpu (")
+        assert third.startswith("epoch   2")
+
+
+class TestEpochLine:
+    def lines(self, out: Path, capsys, *options) -> list[str]:
+        assert run("--epochs", 2, "--measures", "none", "--out", out, *options) == 0
+        return [text for text in capsys.readouterr().out.splitlines() if text.startswith("epoch")]
+
+    def numbers(self, text: str) -> dict[str, float]:
+        found = re.findall(r"  ([a-z][a-z ]*) (-?[0-9.]+)", text)
+        return {name: float(value) for name, value in found}
+
+    def test_all_that_is_evaluated_is_printed(self, tmp_path, capsys):
+        options = ["--sam-rho", "0.1", "--model-ema", "0.9", "--validation-fraction", "0.2", "--eval-every", "2"]
+        first, last = self.lines(tmp_path, capsys, *options)
+        assert list(self.numbers(first)) == ["loss", "accuracy", "sharpness"]
+        names = [
+            f"{a}{split} {k}" for a in ("", "ema ") for split in ("validation", "test") for k in ("loss", "accuracy")
+        ]
+        found, record = self.numbers(last), metrics(tmp_path)[-1]
+        assert list(found) == ["loss", "accuracy", "sharpness", *names]
+        for name in names:
+            assert found[name] == pytest.approx(record[name.replace(" ", "_")], abs=6e-5)
+        assert found["ema test loss"] != found["test loss"]
+
+    def test_plain_sgd_has_no_sharpness(self, tmp_path, capsys):
+        for text in self.lines(tmp_path, capsys):
+            assert list(self.numbers(text)) == ["loss", "accuracy", "test loss", "test accuracy"]
+
+
 class TestBadInput:
     """Exit code 2, one line on stderr that says what to do, nothing written."""
 
@@ -385,7 +466,11 @@ class TestBadInput:
         (["--img-size", "32"], "digits come with scikit-learn"),
         (["--model-kwargs", "width"], "must be KEY=VALUE"),
         (["--resume", "--force"], "choose one"),
-        (["--nonsense"], "unrecognized arguments"),
+        (["--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+        (["--sam_rho", "0.1"], "--sam_rho 0.1; --sam_rho: did you mean --sam-rho"),
+        (["--batchsize=32", "--epoch-s", "3"], "--batchsize: did you mean --batch-size"),
+        (["--layer-decay", "0.9"], "--layer-decay needs the layer groups of a timm model, and cnn3 has none"),
+        (["--layer-decay", "1", "--sam-rho", "0.1", "--adaptive"], "cnn3 has none: leave it out"),
         (["--train-examples", "899"], "there are 898 examples to train on"),
         (["--epochs", "0"], "--epochs: must be >= 1"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from benchmarks.training import Training
 
 TIMES = ("seconds", "images_per_s")
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # two sums of half a batch against one of the batch, over an epoch
-BASE = ("--measures", "none", "--epochs", "1", "--train-examples", "320")
+BASE = ("--device", "cpu", "--measures", "none", "--epochs", "1", "--train-examples", "320")
 
 
 def metrics(out: Path) -> dict:
@@ -201,6 +202,8 @@ class TestOptions:
 
 class TestPlateau:
     ARGV = (
+        "--device",
+        "cpu",
         "--sched",
         "plateau",
         "--patience-epochs",
@@ -246,7 +249,7 @@ class TestPlateau:
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     tree = picture_tree(tmp_path / "data", n=8)
     argv = ["--data", "folder", "--data-dir", str(tree), "--model", "test_vit", "--batch-size", "8", "--epochs", "1"]
-    argv += ["--measures", "none", "--sam-rho", "0.1"]
+    argv += ["--measures", "none", "--sam-rho", "0.1", "--device", "cpu"]
     states = []
     for more in ([], ["--grad-checkpointing"]):
         out = tmp_path / f"run{len(more)}"
@@ -256,12 +259,26 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         assert torch.equal(states[1][key], value), key
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_processes_meet_over_gloo_where_torch_sees_no_cuda(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
+    with ranks.joined(device) as world:
+        assert torch.distributed.get_backend() == "gloo"
+        assert recipe.device(options.parse(["--device", device]), world) == torch.device("cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_torchrun(tmp_path, fsdp):
     """The real launcher; SIGTERM to it, as a scheduler sends it; the same command again goes on."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command_ = [*argv, "-m", "benchmarks.train", "--resume", "--out", str(tmp_path / "run")]
+    command_ = [*argv, "-m", "benchmarks.train", "--device", "cpu", "--resume", "--out", str(tmp_path / "run")]
     first = [*command_, "--epochs", "300", "--sam-rho", "0.1", "--measures", "worst", *fsdp]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -14,7 +14,7 @@ from benchmarks import checkpoint, command, train
 from benchmarks.command import InputError, write_atomic
 from faults import tally
 
-RUN = ["--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none", "--epochs", "2"]
+RUN = ["--device", "cpu", "--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none", "--epochs", "2"]
 
 
 @contextmanager

@@ -21,7 +21,20 @@ from benchmarks.training import Training
 from faults import tally
 from faults.harness import bits
 
-RUN = ["--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none", "--epochs", "6", "--momentum", "0.9"]
+RUN = [
+    "--device",
+    "cpu",
+    "--label-noise",
+    "0.4",
+    "--sam-rho",
+    "0.1",
+    "--measures",
+    "none",
+    "--epochs",
+    "6",
+    "--momentum",
+    "0.9",
+]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 

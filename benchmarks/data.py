@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,6 +311,33 @@ def labels(dataset: Dataset) -> Tensor:
     if isinstance(dataset, Streamed):
         return torch.empty(0, dtype=torch.int64)
     return dataset.tensors[1] if isinstance(dataset, TensorDataset) else dataset.labels
+
+
+def some(dataset: Dataset, num: int) -> Dataset:
+    """`num` examples of a split, evenly spaced, for files are often sorted by class; the split itself for 0, where it
+    has no more, and for a stream, whose examples have no numbers: of that the first are to be taken."""
+    total = len(dataset)
+    if isinstance(dataset, Streamed) or not 0 < num < total:
+        return dataset
+    rows = spaced(total, num)
+    if isinstance(dataset, TensorDataset):
+        found = copy.copy(dataset)
+        found.tensors = tuple(t[rows] for t in dataset.tensors)
+        return found
+    return Pictures(dataset.source, dataset.rows[rows], dataset.labels[rows], dataset.mode)
+
+
+def spaced(total: int, num: int) -> Tensor:
+    """(min(num, total),) sorted int64: rows of `total`, evenly spaced; all of them for num = 0."""
+    num = min(num or total, total)
+    return (torch.arange(num) * total + num - 1) // max(num, 1)
+
+
+def taken(dataset: Dataset, num: int) -> str:
+    """Which examples `some` takes, in words."""
+    if not 0 < num < len(dataset):
+        return "all"
+    return "the first of the stream" if isinstance(dataset, Streamed) else "evenly spaced"
 
 
 def source(name: str, directory: str | Path | None) -> str:

@@ -109,7 +109,9 @@ def evaluate(config: Config, args: Any) -> dict[str, Any]:
     model.eval()
 
     def on(split: Any, limit: int) -> dict[str, float]:
-        batches = _spread(data.batches(split, BATCH, splits.image_size, workers=args.workers), limit, len(split))
+        chosen = data.some(split, limit)
+        batches = data.batches(chosen, BATCH, splits.image_size, workers=args.workers)
+        batches = _spread(batches, limit, len(chosen))  # of a stream: `chosen` is all of it
         return engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=device)
 
     train_found, test = (
@@ -180,7 +182,7 @@ def number_of(result: Mapping[str, Any]) -> float | None:
 
 
 def _spread(batches: Any, limit: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`limit` of the `total` examples, evenly spaced, for files are often sorted by class; all of them for 0."""
+    """`limit` of the `total` examples, the rows of `data.spaced`; all of them for 0."""
     if not 0 < limit < total:
         yield from batches
         return

@@ -19,11 +19,9 @@ from benchmarks.models import SMALL
 from benchmarks.order import Order, derive
 from benchmarks.ranks import ALONE, World
 from benchmarks.streams import StreamBatches, Streamed
+from sam_optim.cli import arrays
+from sam_optim.cli.arrays import DIGITS_TRAIN
 from sam_optim.rng import Stream
-
-DIGITS_TRAIN = (
-    898  # scikit-learn's own example "Recognizing hand-written digits": the first half, in the published order
-)
 
 
 class Splits(NamedTuple):
@@ -55,14 +53,7 @@ def digits(
         validation_fraction: fraction of the 898 held out, with clean labels.
         num_train: this many training examples, drawn from the others; None for all.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise InputError("--data digits needs scikit-learn: pip install 'sam_optim[bench]'") from None
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    images = (images - images[:DIGITS_TRAIN].mean()) / images[:DIGITS_TRAIN].std()
+    images, labels = arrays.digits()
     kept, held = hold_out(DIGITS_TRAIN, validation_fraction, seed, num_train)
     clean = labels[kept]
     return Splits(

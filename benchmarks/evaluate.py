@@ -198,7 +198,8 @@ def loaded(
 def title(split: str, num: int, chosen: str, source: str) -> str:
     """What the numbers of `table` are."""
     images = f"{num} {split} images" + ("" if chosen == "all" else f", {chosen}")
-    return f"Accuracy in per cent on {images}; the damaged images are {source}"
+    kind = "made here" if source.startswith("made") else f"published ones, {source}"
+    return f"Accuracy in per cent on {images}; the damaged images are {kind}"
 
 
 def table(found: dict[str, Any]) -> str:

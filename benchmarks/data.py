@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,9 @@ from benchmarks.order import Order, derive
 from benchmarks.preprocessing import DEFAULT, ImageSize, Preprocessing, of_size, per_channel
 from benchmarks.ranks import ALONE, World
 from benchmarks.streams import StreamBatches, Streamed
+from sam_optim.cli import arrays
+from sam_optim.cli.arrays import DIGITS_TRAIN
 from sam_optim.rng import Stream
-
-DIGITS_TRAIN = (
-    898  # scikit-learn's own example "Recognizing hand-written digits": the first half, in the published order
-)
 
 
 class Splits(NamedTuple):
@@ -56,14 +55,7 @@ def digits(
         validation_fraction: fraction of the 898 held out, with clean labels.
         num_train: this many training examples, drawn from the others; None for all.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise InputError("--data digits needs scikit-learn: pip install 'sam_optim[bench]'") from None
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    images = (images - images[:DIGITS_TRAIN].mean()) / images[:DIGITS_TRAIN].std()
+    images, labels = arrays.digits()
     kept, held = hold_out(DIGITS_TRAIN, validation_fraction, seed, num_train)
     clean = labels[kept]
     return Splits(
@@ -337,6 +329,33 @@ def labels(dataset: Dataset) -> Tensor:
     if isinstance(dataset, Streamed):
         return torch.empty(0, dtype=torch.int64)
     return dataset.tensors[1] if isinstance(dataset, TensorDataset) else dataset.labels
+
+
+def some(dataset: Dataset, num: int) -> Dataset:
+    """`num` examples of a split, evenly spaced, for files are often sorted by class; the split itself for 0, where it
+    has no more, and for a stream, whose examples have no numbers: of that the first are to be taken."""
+    total = len(dataset)
+    if isinstance(dataset, Streamed) or not 0 < num < total:
+        return dataset
+    rows = spaced(total, num)
+    if isinstance(dataset, TensorDataset):
+        found = copy.copy(dataset)
+        found.tensors = tuple(t[rows] for t in dataset.tensors)
+        return found
+    return Pictures(dataset.source, dataset.rows[rows], dataset.labels[rows], dataset.mode)
+
+
+def spaced(total: int, num: int) -> Tensor:
+    """(min(num, total),) sorted int64: rows of `total`, evenly spaced; all of them for num = 0."""
+    num = min(num or total, total)
+    return (torch.arange(num) * total + num - 1) // max(num, 1)
+
+
+def taken(dataset: Dataset, num: int) -> str:
+    """Which examples `some` takes, in words."""
+    if not 0 < num < len(dataset):
+        return "all"
+    return "the first of the stream" if isinstance(dataset, Streamed) else "evenly spaced"
 
 
 def source(name: str, directory: str | Path | None) -> str:

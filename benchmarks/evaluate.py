@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks import checkpoint, command, corruptions, engine, images, options, recipe
 from benchmarks.command import InputError
 from benchmarks.corruptions import NAMES, SEVERITIES, STANDARD, Published
-from benchmarks.data import Pixels
+from benchmarks.data import Pixels, some, spaced, taken
 from benchmarks.images import Pictures
 from sam_optim import rng
 from sam_optim.results import provenance
@@ -32,13 +32,14 @@ BATCH = 500
 class Clean:
     """A split as uint8 images of the size that the model sees, before normalisation.
 
-    examples: only the first so many; 0 for all.
+    examples: so many, evenly spaced in the split; 0 for all.
     """
 
     def __init__(self, split: Dataset, image_size: tuple[int, int, int], examples: int = 0):
         if image_size[0] != 3 or not isinstance(split, (Pixels, Pictures)):
             raise InputError("corruptions are for colour images: CIFAR, folders, timm's data sets; this one is not")
-        self.split, self.num = split, min(examples or len(split), len(split))
+        self.split = some(split, examples)
+        self.num = len(self.split)
         self.size = image_size[1:]
         # timm's: resize, crop, to tensor, normalise
         *self._resizing, _, self._normalise = images.transform(image_size, None).transforms
@@ -85,7 +86,7 @@ def on_corruptions(
         split: of `data.Splits`, colour images; image_size: (3, H, W) of the splits.
         names, severities: see `corruptions.NAMES`; with `published` its files are read in place of making images, and
             only the clean accuracy is of `split`.
-        examples: only the first so many; 0 for all.
+        examples: so many, evenly spaced in the split, and in each of the published files; 0 for all.
         progress: called with each cell's name.
 
     Returns:
@@ -106,8 +107,8 @@ def on_corruptions(
     def cells(name: str | None, severity: int) -> Iterator[tuple[Tensor, Tensor]]:
         if name and published:
             shown, labels = published.images(name, severity)
-            shown, labels = shown[: clean.num if examples else None], labels[: clean.num if examples else None]
-            parts: Iterable[Any] = [(0, shown, torch.from_numpy(labels))]
+            rows = spaced(len(labels), examples)
+            parts: Iterable[Any] = [(0, shown[rows], torch.from_numpy(labels)[rows])]
         else:
             parts = clean.parts()
         for first, shown, labels in parts:
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--severities", default="1,2,3,4,5")
     p.add_argument("--cifar-c", metavar="DIR", help="a published CIFAR-10-C or CIFAR-100-C, to read in place of making")
     p.add_argument("--split", choices=("test", "validation"), default="test")
-    p.add_argument("--examples", type=int, default=0, help="only the first so many; 0 (default) for all")
+    p.add_argument("--examples", type=int, default=0, help="so many, evenly spaced; 0 (default) for all")
     p.add_argument("--seed", type=int, default=0, help="of what is drawn for the images")
     p.add_argument("--ema", action="store_true", help="the averaged weights of --model-ema")
     p.add_argument("--device", help="default: that of the run")
@@ -157,12 +158,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, split, image_size, names=names, severities=severities, seed=args.seed, examples=args.examples,
             published=published, device=recipe.device(kept), progress=progress,
         )  # fmt: skip
+    source = f"files of {args.cifar_c}" if published else "made by benchmarks.corruptions"
+    num = len(some(split, args.examples))
+    chosen = taken(split, args.examples)
+    print(title(args.split, num, chosen, source))
     print(table(found))
     report = found | {
         "split": args.split,
         "examples": args.examples,
+        "num_examples": num,
+        "which_examples": chosen,
         "seed": args.seed,
-        "source": f"files of {args.cifar_c}" if published else "made by benchmarks.corruptions",
+        "source": source,
         "weights": "ema" if args.ema else "model",
         "updates": updates,
         "provenance": provenance(),
@@ -186,6 +193,13 @@ def loaded(
         raise InputError("the run has no validation split: choose --split test")
     model.load_state_dict(weights)
     return model.to(recipe.device(args)), getattr(splits, split), splits.image_size, state["step"]
+
+
+def title(split: str, num: int, chosen: str, source: str) -> str:
+    """What the numbers of `table` are."""
+    images = f"{num} {split} images" + ("" if chosen == "all" else f", {chosen}")
+    kind = "made here" if source.startswith("made") else f"published ones, {source}"
+    return f"Accuracy in per cent on {images}; the damaged images are {kind}"
 
 
 def table(found: dict[str, Any]) -> str:

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("run", type=Path, metavar="RUN_DIR")
     p.add_argument("--measures", default="worst,average,eigenvalue,trace", help=f"of {', '.join(MEASURES)}")
     p.add_argument("--split", choices=("train", "validation", "test"), default="train")
-    p.add_argument("--examples", type=int, default=512, help="the first so many; 0 for all")
+    p.add_argument(
+        "--examples",
+        type=int,
+        default=512,
+        help="so many, evenly spaced in the split (of a stream the first); 0 for all",
+    )
     p.add_argument("--batch-size", type=int, default=128, help="m of m-sharpness")
     p.add_argument("--rho", type=float, help=f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}")
     p.add_argument("--adaptive", choices=("no", "elementwise", "filter", "layer"), help="default: as the optimizer's")
@@ -83,6 +88,7 @@ def run(
     report = {
         "split": split,
         "num_examples": loss.num_examples,
+        "which_examples": data.taken(getattr(splits, split), examples),
         "batch_size": batch_size,
         "weights": "ema" if ema else "model",
         "updates": state["step"],
@@ -118,12 +124,13 @@ def as_noise(ball: ProductBall, loss: Loss) -> ProductBall:
 def _batches(
     splits: data.Splits, split: str, examples: int, batch_size: int, args: argparse.Namespace
 ) -> list[tuple[Tensor, Tensor]]:
-    """The first `examples` in the order of the data, without augmentation, with the labels that training saw."""
+    """`examples` of them, as `data.some` takes them, without augmentation, with the labels that training saw."""
     if examples < 0 or batch_size < 1:
         raise InputError(f"--examples must be >= 0 and --batch-size >= 1, got {examples} and {batch_size}")
     dataset = getattr(splits, split)
     if dataset is None:
         raise InputError("the run has no validation split: choose --split train or test")
+    dataset = data.some(dataset, examples)
     found, left = [], examples or len(dataset)
     for x, y in data.batches(dataset, min(batch_size, left), splits.image_size, workers=args.workers):
         found.append((x[:left], y[:left]))

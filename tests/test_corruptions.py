@@ -243,7 +243,7 @@ class TestCommand:
         assert report["clean"]["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
         assert list(report["corrupted"]["pixelate"]) == ["1", "2", "3", "4", "5"]
 
-    def test_a_published_folder(self, tmp_path):
+    def test_a_published_folder(self, tmp_path, capsys):
         cifar_files(tmp_path / "data")
         trained(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")
         TestPublished().folder(tmp_path / "c")
@@ -252,6 +252,10 @@ class TestCommand:
         report = command.read_json(tmp_path / "run" / "corrupted.json")
         assert list(report["corrupted"]) == ["fog"]
         assert report["source"] == f"files of {tmp_path / 'c'}"
+        words = (
+            f"Accuracy in per cent on 20 test images; the damaged images are published ones, files of {tmp_path / 'c'}"
+        )
+        assert words in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("options", "message"),

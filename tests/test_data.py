@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import cifar, data, models
+from benchmarks import cifar, command, data, evaluate, measure, models, options, recipe, train
 from benchmarks.command import InputError
 from benchmarks.images import Augment
 
@@ -542,3 +542,69 @@ class TestModels:
     def test_unknown_options(self):
         with pytest.raises(InputError, match=r"test_resnet cannot be built.*nonsense"):
             models.build("test_resnet", num_classes=10, image_size=(3, 32, 32), nonsense=1)
+
+
+class TestSome:
+    """Files are sorted by class, so that the first examples are all of one."""
+
+    @pytest.mark.parametrize(("total", "num"), [(100, 10), (7, 3), (10, 10), (5, 9), (5, 0), (1, 1)])
+    def test_rows_are_evenly_spaced(self, total, num):
+        rows = data.spaced(total, num)
+        assert len(rows) == min(num or total, total)
+        steps = rows.diff()
+        assert rows[0] == 0
+        assert rows[-1] < total
+        assert len(steps) == 0 or int(steps.max() - steps.min()) <= 1
+
+    def test_of_each_kind_of_split(self, tmp_path):
+        cifar_files(tmp_path / "cifar")
+        tree = picture_tree(tmp_path / "tree", n=6)
+        for found in (
+            data.load("digits"),
+            data.load("cifar10", tmp_path / "cifar"),
+            data.load("folder", tree),
+        ):
+            split = found.test
+            some, rows = data.some(split, 4), data.spaced(len(split), 4)
+            (x, y), (whole, labels) = (
+                [torch.cat(parts) for parts in zip(*data.batches(s, 16, found.image_size), strict=True)]
+                for s in (some, split)
+            )
+            assert torch.equal(x, whole[rows])
+            assert torch.equal(y, labels[rows])
+            assert data.some(split, 0) is split
+            assert data.some(split, len(split)) is split
+            assert (data.taken(split, 4), data.taken(split, 0), data.taken(split, 10_000)) == (
+                "evenly spaced",
+                "all",
+                "all",
+            )
+
+    def test_a_stream_has_no_numbers(self, tmp_path):
+        found = data.load("wds/", shards(tmp_path / "shards"), num_classes=2)
+        assert data.some(found.train, 3) is found.train
+        assert data.taken(found.train, 3) == "the first of the stream"
+
+    def test_a_run_on_a_folder_is_measured_and_evaluated_on_all_classes(self, tmp_path, capsys):
+        tree, out = picture_tree(tmp_path / "data", n=8), tmp_path / "run"
+        argv = ["--data", "folder", "--data-dir", tree, "--epochs", 1, "--batch-size", 8, "--measures", "none"]
+        assert command.run(train.main, [str(o) for o in [*argv, "--out", out]]) == 0
+        capsys.readouterr()
+        argv = [str(out), "--examples", "6", "--batch-size", "4", "--measures", "worst"]
+        assert command.run(measure.main, argv) == 0
+        report = command.read_json(out / "measures.json")
+        assert (report["num_examples"], report["which_examples"]) == (6, "evenly spaced")
+        args = options.restored(command.read_json(out / "config.json")["options"], out=out)
+        splits = recipe.splits(args)
+        batches = measure._batches(splits, "train", 6, 4, args)
+        assert [len(y) for _, y in batches] == [4, 2]
+        assert torch.cat([y for _, y in batches]).bincount().tolist() == [3, 3]
+        capsys.readouterr()
+        argv = [str(out), "--corruptions", "fog", "--severities", "1", "--examples", "6"]
+        assert command.run(evaluate.main, argv) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first == ("Accuracy in per cent on 6 test images, evenly spaced; the damaged images are made here")
+        labels = [y for _, _, part in evaluate.Clean(splits.test, splits.image_size, 6).parts() for y in part.tolist()]
+        assert labels == [0, 0, 0, 1, 1, 1]
+        report = command.read_json(out / "corrupted.json")
+        assert (report["num_examples"], report["which_examples"]) == (6, "evenly spaced")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import multiprocessing
@@ -19,9 +20,10 @@ import torch
 
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study]'")
 
-from test_data import cifar_files
+from test_corruptions import TestPublished as Published
+from test_data import cifar_files, picture_tree
 
-from benchmarks import command, data
+from benchmarks import command, data, evaluate
 from benchmarks.command import InputError
 from benchmarks.study import __main__ as study
 from benchmarks.study import config, storage, trial
@@ -284,6 +286,32 @@ class TestQueue:
             Queue(settings(fixed={"epochs": 3}), url)
         assert difference({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == "a.c was null and is 2"
 
+    def test_settings_may_be_changed_while_no_model_has_finished(self, url):
+        before, after = settings(fixed={"epochs": 2}), settings(fixed={"epochs": 3}, grid={"lr": [0.5]})
+        queue = Queue(before, url)
+        for _ in range(DEATHS):
+            queue.give_back(queue.claim(), "out of memory", died=True)
+        with pytest.raises(InputError, match="none of its models has finished: `run` starts it anew"):
+            Queue(after, url)
+        assert queue.study.user_attrs["config"] == before.to_dict()
+        again = Queue(after, url, replace=True)
+        assert (again.tally().total, again.tally().left) == (1, 1)
+        claim = again.claim()
+        assert (claim.levels, claim.deaths) == ({"lr": 0.5}, 0)
+        with pytest.raises(InputError, match="a worker runs one"):
+            Queue(before, url, replace=True)
+        again.finish(claim, record(claim), value=1.0)
+        with pytest.raises(InputError, match="another name"):
+            Queue(before, url, replace=True)
+        assert len(Queue(after, url, replace=True).records()) == 1
+
+    def test_settings_are_kept_where_a_model_diverged(self, url):
+        queue = Queue(settings(), url)
+        claim = queue.claim()
+        queue.finish(claim, record(claim, failed="the loss is nan"), value=None)
+        with pytest.raises(InputError, match="another name"):
+            Queue(settings(fixed={"epochs": 3}), url, replace=True)
+
     def test_a_study_of_another_program_is_refused(self, url):
         import optuna
 
@@ -401,6 +429,27 @@ class TestRuns:
             assert command.run(study.main, [*argv, *wrong]) == command.EXIT_BAD_INPUT
             assert words in capsys.readouterr().err
 
+    def test_models_are_joined_with_other_measures_by_their_folders(self, finished, tmp_path, capsys):
+        from sam_optim import cli
+
+        folder, _ = finished
+        assert command.run(study.main, ["report", str(folder / "tiny.toml"), "--out", str(folder / "out")]) == 0
+        rows = list(csv.DictReader((folder / "out" / "models.csv").read_text().splitlines()))
+        runs = sorted(p.name for p in (folder / "out" / "runs").iterdir() if p.is_dir())
+        assert sorted(row["checkpoint"] for row in rows) == runs
+        found = command.read_json(folder / "out" / "results.json")
+        assert "checkpoint" not in {row[k] for row in found["comparisons"] for k in ("measure", "target")}
+        x, y = data.digits().train[:32]
+        np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+        argv = ["measure", str(folder / "out" / "runs" / "*"), "--data", str(tmp_path / "d.npz"), "--quiet"]
+        argv += ["--batch-size", "16"]
+        assert cli.main([*argv, "--measures", "gradient_regret", "--json", str(tmp_path / "m.json")]) == 0
+        page, models = tmp_path / "r.html", folder / "out" / "models.csv"
+        argv = ["report", str(tmp_path / "m.json"), "--targets", str(models), "--target", "test_error"]
+        assert cli.main([*argv, "--factors", "lr,sam_rho", "--out", str(page)]) == 0
+        text = page.read_text()
+        assert all(f'{row["checkpoint"]}":{row["test_error"]}' in text for row in rows)
+
     def test_the_numbers_do_not_depend_on_who_ran_them(self, finished, tmp_path):
         folder, _ = finished
         found = config.load(folder / "tiny.toml")
@@ -457,42 +506,116 @@ class TestRuns:
     def test_a_machine_without_the_data_leaves_the_trial_to_others(self, tmp_path):
         found = settings(fixed={"data": "cifar10", "model": "cnn5"})
         queue = Queue(found, f"sqlite:///{tmp_path / 'study.db'}")
-        with pytest.raises(InputError, match="not a directory"):
-            work(queue, Here(tmp_path / "runs", str(tmp_path / "none")))
+        for _ in range(DEATHS + 2):
+            with pytest.raises(InputError, match="not a directory"):
+                work(queue, Here(tmp_path / "runs", str(tmp_path / "none")))
         assert (queue.tally().running, queue.tally().left) == (0, 6)
+        assert [queue.claim().deaths for _ in range(6)] == [0] * 6
+
+    @pytest.mark.parametrize(
+        ("text", "options", "words"),
+        [
+            (TINY.replace('"digits"', '"cifar10"'), [], "--data-dir"),
+            (TINY.replace('"digits"', '"cifar10"'), ["--data-dir", "nowhere"], "not a directory"),
+            (TINY, ["--device", "cuda:77"], "--device"),
+            (TINY + '[corruptions]\nnames = ["fog"]\n', [], "digits are grey"),
+        ],
+    )
+    def test_what_cannot_run_here_writes_nothing(self, tmp_path, capsys, text, options, words):
+        (tmp_path / "tiny.toml").write_text(text)
+        argv = ["run", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), *options]
+        assert command.run(study.main, argv) == command.EXIT_BAD_INPUT
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_looking_at_a_study_makes_none(self, tmp_path, capsys):
+        (tmp_path / "tiny.toml").write_text(TINY)
+        argv = [str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out")]
+        for words in (["status"], ["report"], ["compare", "--by", "lr"]):
+            assert command.run(study.main, [*words, *argv]) == command.EXIT_BAD_INPUT
+            assert "there is no study 'tiny'" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        url = storage.url_of(None, tmp_path / "out")
+        Queue(settings(), url)
+        assert storage.has_study(url, "s")
+        assert not storage.has_study(url, "tiny")
+
+    def test_a_run_that_was_begun_with_other_settings_is_left_alone(self, tmp_path):
+        """Settings may change while no model has finished; the options that are gone must not come back by --resume."""
+        grid, measures = {"lr": [0.1]}, [{"names": ["worst"], "examples": 4}]
+        fixed = {"data": "digits", "epochs": 1, "train_examples": 64}
+        before = settings(grid=grid, fixed=fixed | {"weight_decay": 0.5}, measures=measures)
+        after = settings(grid=grid, fixed=fixed, measures=measures)
+        here, levels = Here(tmp_path / "runs"), {"lr": 0.1}
+        trial.execute(before, levels, here.runs / config.identifier(levels), here)
+        assert trial.begun_with(before, levels, here.runs / config.identifier(levels))
+        queue = Queue(after, f"sqlite:///{tmp_path / 'study.db'}")
+        assert work(queue, here) == 0
+        (kept,) = queue.records()
+        assert kept["checkpoint"] == config.identifier(levels) + "-2"
+        options = [
+            command.read_json(path)["options"]["weight_decay"] for path in sorted(here.runs.glob("*/config.json"))
+        ]
+        assert options[0] == 0.5
+        assert options[1] != 0.5
 
 
 class TestEvaluation:
-    def test_corrupted_images_are_test_images_seen_through_the_corruption(self, tmp_path, monkeypatch):
-        """With the identity as corruption the error is the test error; black images give one class to all."""
-        import types
+    def test_corruptions_are_checked_when_the_settings_are_read(self):
+        grid = {"grid": {"lr": [0.1]}}
+        colour = grid | {"fixed": {"data": "cifar10", "model": "cnn5"}}
+        config.checked(colour | {"corruptions": {"names": ["fog"]}})
+        for content, words in (
+            (colour | {"corruptions": {"names": ["rain"]}}, "unknown corruption 'rain'"),
+            (colour | {"corruptions": {"names": ["fog"], "severities": [6]}}, "from 1 to 5"),
+            (colour | {"corruptions": {"names": ["fog"], "examples": "all"}}, "examples of"),
+            (colour | {"corruptions": {"names": ["fog"], "published": "yes"}}, "true or false"),
+            (grid | {"corruptions": {"names": ["fog"]}}, "digits are grey"),
+        ):
+            with pytest.raises(InputError, match=words):
+                config.checked(content)
+        kept = config.checked(colour | {"corruptions": {"names": ["fog"]}}).to_dict()
+        assert "published" not in kept["corruptions"]  # a study that was started before there was such a setting
 
-        module = types.ModuleType("benchmarks.corruptions")
-        seen = []
+    def test_corruptions_of_a_folder(self, tmp_path):
+        """The number is that of the same command on the run."""
+        tree = picture_tree(tmp_path / "data", n=6, size=(16, 16))
+        found = settings(
+            grid={"lr": [0.1]},
+            fixed={"data": "folder", "model": "cnn3", "epochs": 1, "batch_size": 8},
+            measures=[{"names": ["worst"], "examples": 4}],
+            corruptions={"names": ["fog"], "severities": [3], "examples": 6, "seed": 2},
+        )
+        here = Here(tmp_path / "runs", str(tree))
+        trial.check(found, here)
+        kept = trial.execute(found, {"lr": 0.1}, tmp_path / "runs" / "a", here)
+        argv = [str(tmp_path / "runs" / "a"), "--corruptions", "fog", "--severities", "3", "--examples", "6"]
+        assert command.run(evaluate.main, [*argv, "--seed", "2"]) == 0
+        report = command.read_json(tmp_path / "runs" / "a" / "corrupted.json")
+        assert kept["corrupted"] == {"fog, 3": pytest.approx(100 * (1 - report["mean"]["accuracy"]))}
+        assert kept["targets"]["ood_error"] == kept["corrupted"]["fog, 3"]
+        assert kept["checkpoint"] == "a"
 
-        def corrupted(images, name, severity, *, seed):
-            seen.append((name, severity, seed, images.dtype, tuple(images.shape)))
-            return images if name == "none" else np.zeros_like(images)
-
-        module.corrupted, module.NAMES = corrupted, ("none", "black")
-        monkeypatch.setitem(sys.modules, "benchmarks.corruptions", module)
-        root, _ = cifar_files(tmp_path)
+    def test_published_corruptions(self, tmp_path):
+        root, _ = cifar_files(tmp_path / "data")
+        images, labels = Published().folder(tmp_path / "c")
+        found = settings(
+            fixed={"data": "cifar10", "model": "cnn5"},
+            corruptions={"names": ["fog"], "severities": [2], "examples": 0, "published": True},
+        )
+        with pytest.raises(InputError, match="--cifar-c DIR"):
+            trial.check(found, Here(tmp_path, str(root)))
+        here = Here(tmp_path, str(root), cifar_c=str(tmp_path / "c"))
+        trial.check(found, here)
         splits = data.load("cifar10", root)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
-        images, labels = splits.test.tensors
-        clean = model(splits.test.normalise(images)).argmax(1)
-        black = model(splits.test.normalise(torch.zeros_like(images[:1]))).argmax(1)
-        chosen = {"names": ["none", "black"], "severities": [1, 5], "examples": 0, "seed": 3}
-        found = trial.corrupted_errors(model, splits, chosen, torch.device("cpu"))
-        assert found["none, 5"] == pytest.approx(100 * float((clean != labels).double().mean()))
-        assert found["black, 1"] == pytest.approx(100 * float((black != labels).double().mean()))
-        assert seen[0] == ("none", 1, 3, np.uint8, (20, 32, 32, 3))
-        config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"]}})
-        with pytest.raises(InputError, match="unknown corruption 'fog'"):
-            config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["fog"]}})
-        with pytest.raises(InputError, match="from 1 to 5"):
-            config.checked({"grid": {"lr": [0.1]}, "corruptions": {"names": ["black"], "severities": [6]}})
+        files = trial.published(found, here)
+        errors = trial.corrupted_errors(model, splits, found.corruptions, torch.device("cpu"), files)
+        outputs = model(splits.test.normalise(torch.from_numpy(images[4:8]).permute(0, 3, 1, 2)))
+        assert errors == {
+            "fog, 2": pytest.approx(100 * float((outputs.argmax(1) != torch.from_numpy(labels[4:8])).double().mean()))
+        }
 
     @pytest.mark.parametrize(("limit", "number"), [(10, 10), (33, 33), (99, 99), (0, 100), (100, 100), (500, 100)])
     def test_fewer_examples_are_spread_over_files_that_are_sorted_by_class(self, limit, number):
@@ -521,15 +644,6 @@ class TestEvaluation:
             bad = corrupted(images.permute(0, 2, 3, 1).contiguous().numpy(), name, int(severity), seed=3)
             wrong = model(splits.test.normalise(torch.from_numpy(bad).permute(0, 3, 1, 2))).argmax(1) != labels
             assert error == pytest.approx(100 * float(wrong.double().mean()))
-
-    def test_some_images_are_taken_from_all_over_the_test_set(self, tmp_path):
-        """CIFAR's test images may be sorted by class: the first ones would be of one class."""
-        root, _ = cifar_files(tmp_path)
-        splits = data.load("cifar10", root)
-        images, _, _ = trial.pixels_of(splits, 5)
-        assert torch.equal(images, splits.test.tensors[0][[0, 4, 8, 12, 16]])
-        with pytest.raises(InputError, match="images in memory"):
-            trial.pixels_of(data.digits(), 5)
 
     def test_a_measure_that_did_not_converge_has_no_number(self):
         assert trial.number_of({"value": 1.0, "converged": False}) is None

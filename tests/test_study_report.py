@@ -181,6 +181,8 @@ class TestCsv:
             ("a,b\n", (["a"], ["b"]), "no rows"),
             ("a,a,b\n1,2,3\n", (["a"], ["b"]), "a column twice: a"),
             ("", (["a"], ["b"]), "unknown column 'a'"),
+            ("a,b\nflat,1\n,2\nsharp,3\n", (["a"], ["b"]), "column 'a' of"),
+            ("a,b\n1,good\n2,bad\n", (["a"], ["b"]), "has no number, only text like 'good'"),
         ],
     )
     def test_bad_tables_are_named(self, tmp_path, text, options, words):

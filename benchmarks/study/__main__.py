@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="work on a study; any number of processes on any number of machines may")
     run.set_defaults(function=_run)
     run.add_argument("--data-dir", metavar="DIR", help="on this machine")
+    run.add_argument("--cifar-c", metavar="DIR", help="on this machine, for published = true of [corruptions]")
     run.add_argument("--device", default="cpu")
     run.add_argument("--decoders", type=_natural, default=0, metavar="N", help="processes that decode images")
     run.add_argument("--heartbeat", type=_positive, default=60, metavar="SECONDS", help="between signs of life")
@@ -72,20 +73,21 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from benchmarks.study.queue import Queue
-    from benchmarks.study.trial import Here
+    from benchmarks.study.trial import Here, check
     from benchmarks.study.worker import work
 
     found, out, url = _found(args)
-    queue = Queue(found, url, heartbeat=args.heartbeat, grace=args.grace)
+    here = Here(out / "runs", args.data_dir, args.device, args.decoders, args.cifar_c)
+    check(found, here)  # before anything is written
+    queue = Queue(found, url, heartbeat=args.heartbeat, grace=args.grace, replace=True)
     print(f"study {found.name}, {found.total} models, in {storage.shown(url)}", flush=True)
-    here = Here(out / "runs", args.data_dir, args.device, args.decoders)
     return work(queue, here, limit=args.limit, wait=not args.no_wait)
 
 
 def _status(args: argparse.Namespace) -> int:
     from benchmarks.study.queue import Queue
 
-    found, _, url = _found(args)
+    found, _, url = _started(args)
     print(Queue(found, url).tally())
     return 0
 
@@ -99,7 +101,7 @@ def _report(args: argparse.Namespace) -> int:
         table = report.from_csv(args.csv, args.measures, args.targets, args.factors, given=args.given)
         out = args.out or Path("runs") / f"study-{args.csv.stem}"
     else:
-        found, out, url = _found(args)
+        found, out, url = _started(args)
         table = report.from_study(found, url, args.measures, args.targets, given=args.given)
     return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
 
@@ -107,7 +109,7 @@ def _report(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from benchmarks.study import compare
 
-    found, out, url = _found(args)
+    found, out, url = _started(args)
     runs = compare.runs_of(found, url)
     options = {"over": args.over, "baseline": args.baseline, "targets": args.targets}
     return compare.write(compare.compare(runs, args.by, **options), out, runs)
@@ -117,6 +119,15 @@ def _found(args: argparse.Namespace) -> tuple[config.Config, Path, str]:
     found = config.load(args.config)
     out = args.out or Path("runs") / f"study-{found.name}"
     return found, out, storage.url_of(args.storage, out)
+
+
+def _started(args: argparse.Namespace) -> tuple[config.Config, Path, str]:
+    """As `_found`; looking at a study makes none."""
+    found, out, url = _found(args)
+    if not storage.has_study(url, found.name):
+        where = f"there is no study {found.name!r} in {storage.shown(url)} yet"
+        raise InputError(f"{where}; start it: python -m benchmarks.study run {args.config}")
+    return found, out, url
 
 
 def _names(text: str) -> list[str]:

@@ -31,7 +31,7 @@ TABLES = {
         "adaptive": "no",
     },
     "evaluate": {"train_examples": 0, "test_examples": 0},
-    "corruptions": {"names": [], "severities": [3], "examples": 1000, "seed": 0},
+    "corruptions": {"names": [], "severities": [3], "examples": 1000, "seed": 0, "published": False},
     "sampler": {"name": "TPESampler", "trials": None, "seed": 0, "objective": "test_error", "options": {}},
 }
 DISTRIBUTION = {"low", "high", "step", "log"}
@@ -65,6 +65,11 @@ class Config:
         most = math.inf if endless else len(self.combinations)
         return int(min(self.sampler["trials"], most)) if self.sampler else int(most)
 
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The combinations that are tried out when the settings are read: all of a grid, one of a sampler's."""
+        return self.combinations if not self.sampler else [_some(self)]
+
     def argv(self, levels: Mapping[str, Any]) -> list[str]:
         """The command line of `benchmarks.train` for one level of each factor."""
         chosen = dict(self.fixed)
@@ -77,7 +82,9 @@ class Config:
         """What is recorded with the study: two files that say the same give the same."""
         factors = {k: v.to_dict() if isinstance(v, Range) else v for k, v in self.factors.items()}
         found = {"name": self.name, "grid": factors, "fixed": self.fixed, "measures": list(self.measures)}
-        found |= {"evaluate": self.evaluate, "corruptions": self.corruptions, "sampler": self.sampler}
+        # what older studies could not say is recorded only where it is said, so that they go on
+        corruptions = {k: v for k, v in self.corruptions.items() if k != "published" or v}
+        found |= {"evaluate": self.evaluate, "corruptions": corruptions, "sampler": self.sampler}
         return json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -208,14 +215,20 @@ def _check(config: Config) -> None:
             raise unknown("objective", str(config.sampler["objective"]), TARGETS)
     elif ranges:
         raise InputError(f"{ranges[0]} is a range: a grid needs a list of values, or give a [sampler]")
-    for levels in config.combinations if not config.sampler else [_some(config)]:
+    for levels in config.samples:
         try:
-            options.parse(config.argv(levels))
+            args = options.parse(config.argv(levels))
+            if config.corruptions["names"] and args.data == "digits":
+                raise InputError("[corruptions] are for colour images, and digits are grey: leave that table out")
         except InputError as error:
             raise InputError(f"{', '.join(f'{k} = {v}' for k, v in levels.items())}: {error}") from None
 
 
 def _check_corruptions(found: Settings) -> None:
+    if not isinstance(found["published"], bool):
+        raise InputError(f"published of [corruptions] is true or false, got {found['published']!r}")
+    if not isinstance(found["examples"], int) or found["examples"] < 0:
+        raise InputError(f"examples of [corruptions] is a number, 0 for all, got {found['examples']!r}")
     if not found["names"]:
         return
     from benchmarks.corruptions import NAMES

@@ -66,37 +66,49 @@ class Tally:
 class Queue:
     """The study of `config` in the storage at `url`; the first to open it records the settings there.
 
+    replace: where the study was started with other settings and no trial of it has finished or runs, it starts anew.
+
     Raises:
         InputError: the storage has a study of this name with other settings.
     """
 
-    def __init__(self, config: Config, url: str, *, heartbeat: int = 60, grace: int | None = None):
+    def __init__(
+        self, config: Config, url: str, *, heartbeat: int = 60, grace: int | None = None, replace: bool = False
+    ):
         self.config, self.url, self.heartbeat = config, url, heartbeat
         self.storage = stores.open_storage(url, heartbeat=heartbeat, grace=grace)
-        self.study = self._opened()
+        self.study = self._opened(replace)
 
-    def _opened(self) -> Any:
+    def _opened(self, replace: bool) -> Any:
         import optuna
 
         with self._lock():
-            study = optuna.create_study(
-                study_name=self.config.name,
-                storage=self.storage,
-                sampler=_sampler(self.config),
-                direction="minimize",
-                load_if_exists=True,
-            )
-            kept, ours = study.user_attrs.get("config"), self.config.to_dict()
+            study, ours = self._made(), self.config.to_dict()
+            kept = study.user_attrs.get("config")
+            if kept not in (None, ours):
+                reason = f"{self._where()} was started with other settings ({difference(kept, ours)}); "
+                if remedy := _in_use(study):
+                    raise InputError(reason + remedy)
+                if not replace:
+                    raise InputError(reason + "none of its models has finished: `run` starts it anew with these")
+                optuna.delete_study(study_name=self.config.name, storage=self.storage)
+                study, kept = self._made(), None
             if kept is None:
                 if study.get_trials(deepcopy=False):
                     raise InputError(f"{self._where()} is a study of another program; choose another name")
                 study.set_user_attr("config", ours)
-            elif kept != ours:
-                raise InputError(
-                    f"{self._where()} was started with other settings ({difference(kept, ours)}); "
-                    f"give the new ones another name, or restore the old ones to go on"
-                )
         return study
+
+    def _made(self) -> Any:
+        import optuna
+
+        return optuna.create_study(
+            study_name=self.config.name,
+            storage=self.storage,
+            sampler=_sampler(self.config),
+            direction="minimize",
+            load_if_exists=True,
+        )
 
     def _where(self) -> str:
         return f"study {self.config.name!r} in {stores.shown(self.url)}"
@@ -312,6 +324,19 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def _in_use(study: Any) -> str:
+    """What to do where the settings of a study cannot be replaced: a trial has a result, or somebody works on one."""
+    from optuna.storages import fail_stale_trials
+
+    fail_stale_trials(study)
+    trials = study.get_trials(deepcopy=False)
+    if any(t.state.name == "COMPLETE" or t.user_attrs.get("ended") == "failed" for t in trials):
+        return "give the new ones another name, or restore the old ones to go on"
+    if any(t.state.name == "RUNNING" and "worker" in t.user_attrs for t in trials):
+        return "a worker runs one of its models: stop it, or wait until it counts as dead (--grace)"
+    return ""
 
 
 def _alive(trial: Any) -> bool:

@@ -14,7 +14,7 @@ from benchmarks import command
 from benchmarks.command import InputError, unknown
 from benchmarks.study import storage as stores
 from benchmarks.study.analysis import Table, analyse
-from benchmarks.study.config import TARGETS, Config, columns
+from benchmarks.study.config import TARGETS, Config, columns, identifier
 from benchmarks.study.page import page
 from sam_optim.report import write_page
 
@@ -67,9 +67,11 @@ def from_study(
 
 
 def flat(record: Mapping[str, Any], factors: Sequence[str]) -> dict[str, Any]:
-    """One row: factor levels, targets and measures beside each other."""
+    """One row: factor levels, targets and measures beside each other, and the folder of the run, by which
+    `sam-optim report --targets models.csv` finds the model."""
     levels = {f: v if isinstance(v, (int, float, str)) else json.dumps(v) for f, v in record["levels"].items()}
-    return {f: levels[f] for f in factors} | dict(record["targets"]) | dict(record["measures"])
+    found = {f: levels[f] for f in factors} | dict(record["targets"]) | dict(record["measures"])
+    return found | {"checkpoint": record.get("checkpoint") or identifier(record["levels"])}
 
 
 def unconverged(records: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, int]:
@@ -104,13 +106,17 @@ def from_csv(
     for column in (*measures, *targets, *factors, *([given] if given else [])):
         if column not in head:
             raise unknown("column", column, head)
-    numeric = (*measures, *targets)
+    numeric, lines = (*measures, *targets), list(reader)
     rows = [
         {c: number(row.get(c)) if c in numeric else level(row.get(c)) for c in dict.fromkeys((*factors, *numeric))}
-        for row in reader
+        for row in lines
     ]
     if not rows:
         raise InputError(f"{path} has a heading and no rows")
+    for column in numeric:
+        words = [text for line in lines if is_word(text := line.get(column))]
+        if words and all(row[column] is None for row in rows):
+            raise InputError(f"column {column!r} of {path} has no number, only text like {words[0]!r}: choose another")
     varied = [f for f in factors if len({repr(row[f]) for row in rows}) > 1]
     return Table(path.stem, rows, list(measures), list(targets), varied, _given(given, varied), {"source": path.name})
 
@@ -148,6 +154,17 @@ def number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def is_word(text: str | None) -> bool:
+    """Whether a cell holds what is not meant as a number: neither empty nor inf or nan."""
+    if text is None or not text.strip():
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def level(text: str | None) -> float | str | None:

@@ -81,6 +81,27 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
         raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None
 
 
+def has_study(url: str, name: str) -> bool:
+    """Whether the storage at `url` has a study of this name; nothing is made."""
+    try:
+        from sqlalchemy import create_engine, inspect, text
+        from sqlalchemy.exc import SQLAlchemyError
+        from sqlalchemy.pool import NullPool
+    except ImportError:
+        raise InputError(EXTRA) from None
+    if url.startswith("sqlite") and (path := _path(url)) and not path.exists():
+        return False
+    try:
+        engine = create_engine(url, poolclass=NullPool)
+        if not inspect(engine).has_table("studies"):
+            return False
+        with engine.connect() as connection:
+            query = text("SELECT 1 FROM studies WHERE study_name = :name")
+            return connection.execute(query, {"name": name}).first() is not None
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None
+
+
 @contextmanager
 def locked(url: str, name: str) -> Iterator[None]:
     """One process at a time for this database and name; free again when the process that has it dies.

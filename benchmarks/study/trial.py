@@ -7,19 +7,22 @@ goes to log.txt of the run.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import checkpoint, command, data, engine, measure, options, recipe, train
+from benchmarks import checkpoint, command, data, engine, measure, models, options, recipe, train
 from benchmarks.command import InputError
+from benchmarks.corruptions import Published
 from benchmarks.engine import NonFiniteLoss
-from benchmarks.study.config import Config, Settings, columns
+from benchmarks.evaluate import Clean, on_corruptions
+from benchmarks.study.config import OURS, Config, Settings, columns
 from benchmarks.study.storage import held
 from sam_optim import rng
 from sam_optim.results import plain, provenance
@@ -38,6 +41,7 @@ class Here(NamedTuple):
     data_dir: str | None = None
     device: str = "cpu"
     workers: int = 0
+    cifar_c: str | None = None
 
     @property
     def argv(self) -> list[str]:
@@ -45,17 +49,62 @@ class Here(NamedTuple):
         return found + (["--data-dir", str(self.data_dir)] if self.data_dir else [])
 
 
+def check(config: Config, here: Here) -> None:
+    """Opens what the trials of a study read, before one is taken.
+
+    Raises:
+        InputError: this machine lacks the data or the device, or the data are not for [corruptions].
+    """
+    opened = set()
+    for levels in config.samples:
+        args = options.parse([*config.argv(levels), *here.argv, "--out=none"])
+        recipe.device(args)
+        key = (args.data, args.train_labels, args.img_size, args.num_classes, args.train_examples)
+        key += (args.validation_fraction, models.default_size(args.model))
+        if key in opened:
+            continue
+        opened.add(key)
+        splits = recipe.splits(args)
+        if config.corruptions["names"]:
+            Clean(splits.test, splits.image_size)
+            if found := published(config, here):
+                for name in config.corruptions["names"]:
+                    found.images(name, 1)
+                if splits.image_size[1:] != (32, 32):
+                    raise InputError(f"published = true of [corruptions] is for CIFAR, not for {args.data}")
+
+
+def published(config: Config, here: Here) -> Published | None:
+    """The folder that [corruptions] is about; None where the images are to be made."""
+    if not config.corruptions["published"]:
+        return None
+    if here.cifar_c is None:
+        raise InputError("published = true of [corruptions]: say where CIFAR-10-C is on this machine, --cifar-c DIR")
+    return Published(here.cifar_c)
+
+
 @contextlib.contextmanager
-def run_directory(runs: Path, name: str) -> Iterator[Path]:
-    """runs/NAME, or NAME-2, ... where a process that was taken for dead still writes there."""
+def run_directory(runs: Path, name: str, fits: Callable[[Path], bool] = lambda directory: True) -> Iterator[Path]:
+    """runs/NAME, or NAME-2, ... where a process that was taken for dead still writes there, or it does not fit."""
     number = 1
     while True:
         directory = runs / (name if number == 1 else f"{name}-{number}")
         with held(directory.with_name(f".{directory.name}.lock")) as got:
-            if got:
+            if got and fits(directory):
                 yield directory
                 return
         number += 1
+
+
+def begun_with(config: Config, levels: Mapping[str, Any], directory: Path) -> bool:
+    """Whether the run in `directory`, if there is one, has the options of this trial: the settings of a study may be
+    changed while no trial has finished, and what is there is then of another model."""
+    if not (directory / "config.json").is_file():
+        return True
+    wanted = options.parse([*config.argv(levels), f"--out={directory}"])
+    kept = options.restored(command.read_json(directory / "config.json").get("options", {}), out=directory)
+    found = [json.loads(json.dumps(options.plain(args))) for args in (wanted, kept)]
+    return all(found[0][key] == found[1][key] for key in found[0] if key not in OURS)
 
 
 def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: Here) -> dict[str, Any]:
@@ -71,6 +120,7 @@ def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: He
     argv = [*config.argv(levels), *here.argv, "--measures=none", f"--out={directory}"]
     directory.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"levels": dict(levels), "failed": None, "targets": {}, "measures": {}, "details": {}}
+    record["checkpoint"] = directory.name
     with open(directory / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             _train(argv)
@@ -79,7 +129,7 @@ def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: He
         if record["failed"] is None:
             kept = command.read_json(directory / "config.json")
             args = options.restored(kept["options"], out=directory)
-            record |= evaluate(config, args)
+            record |= evaluate(config, args, published(config, here))
             for block in config.measures:
                 found = _measured(block, directory, args)
                 record["measures"] |= found["measures"]
@@ -97,7 +147,7 @@ def _train(argv: list[str]) -> None:
         raise Stopped(code - 128)
 
 
-def evaluate(config: Config, args: Any) -> dict[str, Any]:
+def evaluate(config: Config, args: Any, files: Published | None = None) -> dict[str, Any]:
     """Errors in percent, the gap in points, losses in nats: on training data without augmentation and with the labels
     that training saw, on test data, on corrupted test data, and on what --validation-fraction holds out."""
     state = checkpoint.newest(args.out / "checkpoints")
@@ -109,7 +159,9 @@ def evaluate(config: Config, args: Any) -> dict[str, Any]:
     model.eval()
 
     def on(split: Any, limit: int) -> dict[str, float]:
-        batches = _spread(data.batches(split, BATCH, splits.image_size, workers=args.workers), limit, len(split))
+        chosen = data.some(split, limit)
+        batches = data.batches(chosen, BATCH, splits.image_size, workers=args.workers)
+        batches = _spread(batches, limit, len(chosen))  # of a stream: `chosen` is all of it
         return engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=device)
 
     train_found, test = (
@@ -126,39 +178,25 @@ def evaluate(config: Config, args: Any) -> dict[str, Any]:
     }
     if splits.validation is not None:
         targets["validation_error"] = 100 * (1 - on(splits.validation, 0)["accuracy"])
-    ood = corrupted_errors(model, splits, config.corruptions, device)
+    ood = corrupted_errors(model, splits, config.corruptions, device, files)
     if ood:
         targets["ood_error"] = math.fsum(ood.values()) / len(ood)
     return {"targets": targets, "corrupted": ood}
 
 
-def corrupted_errors(model: nn.Module, splits: Any, settings: Settings, device: torch.device) -> dict[str, float]:
+def corrupted_errors(
+    model: nn.Module, splits: Any, settings: Settings, device: torch.device, files: Published | None = None
+) -> dict[str, float]:
     """Test error in percent for each "corruption, severity", on the same images for every model of the study."""
     if not settings["names"]:
         return {}
-    from benchmarks.corruptions import corrupted
-
-    images, labels, normalise = pixels_of(splits, settings["examples"])
-    found = {}
-    for name in settings["names"]:
-        for severity in settings["severities"]:
-            damaged = corrupted(images.movedim(1, -1).numpy(), name, severity, seed=settings["seed"])
-            bad = torch.from_numpy(damaged).movedim(-1, 1)
-            batches = [(normalise(bad[i : i + BATCH]), labels[i : i + BATCH]) for i in range(0, len(labels), BATCH)]
-            result = engine.evaluate(model, batches, nn.CrossEntropyLoss(), device=device)
-            found[f"{name}, {severity}"] = 100 * (1 - result["accuracy"])
-    return found
-
-
-def pixels_of(splits: Any, num: int) -> tuple[Tensor, Tensor, Any]:
-    """About `num` test images as uint8 (n, 3, H, W), evenly spaced (they may be sorted by class), and their labels."""
-    split = splits.test
-    if not isinstance(split, data.Pixels):
-        raise InputError("[corruptions] are for images in memory: --data cifar10 or cifar100 in torchvision's layout")
-    images, labels = split.tensors
-    step = max(1, len(labels) // num) if num else 1
-    rows = torch.arange(0, len(labels), step)[: num or None]
-    return images[rows], labels[rows], split.normalise
+    chosen = {key: settings[key] for key in ("names", "severities", "examples", "seed")}
+    found = on_corruptions(model, splits.test, splits.image_size, **chosen, published=files, device=device)
+    return {
+        f"{name}, {severity}": 100 * (1 - cell["accuracy"])
+        for name, cells in found["corrupted"].items()
+        for severity, cell in cells.items()
+    }
 
 
 def _measured(block: Settings, directory: Path, args: Any) -> dict[str, Any]:
@@ -180,7 +218,7 @@ def number_of(result: Mapping[str, Any]) -> float | None:
 
 
 def _spread(batches: Any, limit: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`limit` of the `total` examples, evenly spaced, for files are often sorted by class; all of them for 0."""
+    """`limit` of the `total` examples, the rows of `data.spaced`; all of them for 0."""
     if not 0 < limit < total:
         yield from batches
         return

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from benchmarks.command import InputError, one_line
 from benchmarks.study.config import identifier
 from benchmarks.study.queue import Claim, Heartbeat, Queue, duration
-from benchmarks.study.trial import Here, execute, run_directory
+from benchmarks.study.trial import Here, begun_with, check, execute, run_directory
 
 MAX_POLL = 30.0  # seconds between looks at the queue while others finish
 
@@ -49,8 +50,12 @@ def _one(queue: Queue, claim: Claim, here: Here) -> int:
     words = ", ".join(f"{factor} {level}" for factor, level in claim.levels.items())
     print(f"trial {claim.number}: {words}", flush=True)
     heart = Heartbeat(queue, claim)
+
+    def fits(directory: Path) -> bool:
+        return begun_with(queue.config, claim.levels, directory)
+
     try:
-        with heart, run_directory(here.runs, identifier(claim.levels)) as directory:
+        with heart, run_directory(here.runs, identifier(claim.levels), fits) as directory:
             record = execute(queue.config, claim.levels, directory, here)
     except KeyboardInterrupt as stop:
         if heart.lost:
@@ -61,7 +66,7 @@ def _one(queue: Queue, claim: Claim, here: Here) -> int:
         print(f"trial {claim.number} was stopped and given back; the same command goes on with it", file=sys.stderr)
         return 128 + signum
     except (ValueError, OSError, RuntimeError) as error:
-        queue.give_back(claim, one_line(error), died=True)
+        queue.give_back(claim, one_line(error), died=_can_run(queue, here))
         raise InputError(f"trial {claim.number} ({words}): {one_line(error)}") from error
     target = queue.config.sampler["objective"] if queue.config.sampler else "test_error"
     value = record["targets"].get(target)
@@ -71,6 +76,15 @@ def _one(queue: Queue, claim: Claim, here: Here) -> int:
     print(f"trial {claim.number}: {_said(record)}, {duration(record['seconds'])}", flush=True)
     print(queue.tally(own=1), flush=True)
     return 0
+
+
+def _can_run(queue: Queue, here: Here) -> bool:
+    """False where this machine lacks the data or the device: no combination is to blame for that."""
+    try:
+        check(queue.config, here)
+    except (ValueError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def _said(record: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from sam_optim.cli.checkpoints import read_file
 from sam_optim.cli.errors import InputError, one_line
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
+DIGITS_TRAIN = 898  # scikit-learn's example "Recognizing hand-written digits": the first half, as published
 MNIST = ("MNIST", "FashionMNIST", "KMNIST")
 
 
@@ -57,6 +58,18 @@ def published(directory: Path, *, train: bool) -> tuple[str, Tensor, Tensor] | N
     part = "train" if train else "t10k"
     pixels, labels = (_idx(place, f"{part}-{what}", n) for what, n in (("images-idx3", 3), ("labels-idx1", 1)))
     return name, pixels.unsqueeze(1), labels.to(torch.int64)
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 digits: float32 (N, 1, 8, 8), normalised by the first `DIGITS_TRAIN`, and their labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("--data digits needs scikit-learn: pip install 'sam_optim[bench]'") from None
+    found = load_digits()
+    x = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    x = (x - x[:DIGITS_TRAIN].mean()) / x[:DIGITS_TRAIN].std()
+    return x, torch.tensor(found.target, dtype=torch.int64)
 
 
 def _npz(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from sam_optim.cli import arrays, images
+from sam_optim.cli import arrays, cifar, images
 from sam_optim.cli.errors import InputError, one_line
 from sam_optim.rng import Stream
 
@@ -122,11 +122,45 @@ def _source(args: argparse.Namespace, config: Mapping[str, Any]) -> Source:
         about_folder: dict[str, Any] = {"source": "folder", "split": folder.name if folder != directory else None}
         labels = torch.tensor(images.labels_of(source))
         return _pictures(_reader(source, config), labels, about_folder, args, config, len(classes))
+    if name == "digits":
+        return _digits(args)
     if "/" in name and args.data_dir:
         return _known_to_timm(name, args, config)
     if path.suffix in arrays.SUFFIXES or "/" not in name:
         raise InputError(f"--data {name} does not exist; give a directory, a file with x and y, or a name of timm's")
     raise InputError(f"--data {name} is no file or directory; as a name of timm's (torch/cifar10) it needs --data-dir")
+
+
+def of_run(run: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How a run of benchmarks.train sees pixels, as a data config of timm's; None where its options do not say."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    run = run or {}
+    name, size = run.get("data"), run.get("image_size")
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if name in cifar.STATISTICS:
+        size, (mean, std) = (3, 32, 32), cifar.STATISTICS[name]
+    elif name in (None, "digits") or not size:
+        return None
+    else:
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if size[0] == 3 else ((0.5,), (0.25,))
+    crop = 1.0 if size[1] <= SMALL else 0.875
+    return {"input_size": tuple(size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": "bilinear"}
+
+
+def _digits(args: argparse.Namespace) -> Source:
+    """As benchmarks.train takes them, but for its label noise and what it holds out."""
+    if args.data_dir or args.image_size or args.crop_pct or args.mean or args.std:
+        raise InputError(
+            "digits are 8 x 8 and normalised: leave --data-dir, --image-size, --crop-pct, --mean, --std out"
+        )
+    train = args.split in TRAIN
+    if not train and args.split not in (*images.VALIDATION_FOLDERS, "test"):
+        raise InputError(f"digits has the splits train and test, got --split {args.split}")
+    rows = slice(None, arrays.DIGITS_TRAIN) if train else slice(arrays.DIGITS_TRAIN, None)
+    x, y = (found[rows] for found in arrays.digits())
+    return Source(lambda row: x[row], y, {"source": "digits", "split": "train" if train else "test"}, 10)
 
 
 def _array_file(path: Path, args: argparse.Namespace, config: Mapping[str, Any]) -> Source:

@@ -94,13 +94,17 @@ def _problem(p: argparse.ArgumentParser) -> None:
     g.add_argument("--ema", action="store_true", help="the averaged weights that a checkpoint holds besides its own")
     g.add_argument("--target", metavar="MODULE:FUNCTION", help="any model, loss and data: see docs/measures/command.md")
     g = p.add_argument_group("data")
-    g.add_argument("--data", metavar="WHERE", help="directory of images or of CIFAR/MNIST, .npz/.safetensors/.pt, timm")
+    g.add_argument(
+        "--data", metavar="WHERE", help="directory of images or of CIFAR/MNIST, .npz/.safetensors/.pt, digits, timm"
+    )
     g.add_argument("--data-dir", metavar="DIR", help="where a data set lives that timm knows by name (torch/cifar10)")
     g.add_argument("--split", help="train (default where there is one), val, test, or a folder of that name")
     g.add_argument("--examples", type=number(int, 0), default=512, help="the first so many; 0: all (default: 512)")
     g.add_argument("--order", choices=("file", "mixed"), default="file", help="mixed: drawn from all, always the same")
     g.add_argument("--batch-size", type=count, default=128, help="m of m-sharpness (default: 128)")
-    g.add_argument("--image-size", type=count, metavar="PIXELS", help="default: what the model was made for")
+    g.add_argument(
+        "--image-size", type=count, metavar="PIXELS", help="default: the run's, or what the model was made for"
+    )
     g.add_argument("--mean", type=numbers_of_any_sign, metavar="R,G,B", help="of the pixels in [0, 1] (the model's)")
     g.add_argument("--std", type=numbers, metavar="R,G,B")
     g.add_argument("--crop-pct", type=number(float, 0, 1, above=True), help="part of the resized image that is kept")

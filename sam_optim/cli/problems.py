@@ -48,12 +48,14 @@ class Images:
         if name is None:
             raise InputError("say which model the checkpoints are of: --model NAME, as timm calls it, or --target")
         self._config = _data_config(name, dict(args.model_kwargs))
-        self.data = data.load(args, self._config, self._dtype)
+        known = [data.of_run(c.run) for c in found]
+        seen = known[0] if known and all(k == known[0] for k in known) else None
+        self.data = data.load(args, self._config | (seen or {}), self._dtype)
         is_pixels = "mean" in self.data.about
-        if is_pixels and not args.mean and any(c.run for c in found):
+        if is_pixels and not (args.mean or seen) and any(c.run for c in found):
             raise InputError(
-                "a run of benchmarks.train normalises pixels its own way: use python -m benchmarks.measure RUN_DIR, "
-                "or give --mean, --std and --image-size"
+                "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
+                "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
         self._built: tuple[str, nn.Module] = ("", nn.Module())
 

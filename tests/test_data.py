@@ -273,8 +273,8 @@ class TestCifarAsPictures:
         cifar_files(tmp_path)
         splits = data.load("cifar10", tmp_path)
         off = Augment(auto_augment="rand-m10-n2", off=True)
-        for options in ({"train": True, "augment": off}, {"augment": Augment(auto_augment="rand-m10-n2")}):
-            assert isinstance(data.batches(splits.train, 10, splits.image_size, **options), data.Batches)
+        for chosen in ({"train": True, "augment": off}, {"augment": Augment(auto_augment="rand-m10-n2")}):
+            assert isinstance(data.batches(splits.train, 10, splits.image_size, **chosen), data.Batches)
 
 
 class TestFolders:

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     run.set_defaults(function=_run)
     run.add_argument("--data-dir", metavar="DIR", help="on this machine")
     run.add_argument("--cifar-c", metavar="DIR", help="on this machine, for published = true of [corruptions]")
-    run.add_argument("--device", default="cpu")
+    run.add_argument("--device", default="auto", help="default: CUDA where torch sees it, else the CPU")
     run.add_argument("--decoders", type=_natural, default=0, metavar="N", help="processes that decode images")
     run.add_argument("--heartbeat", type=_positive, default=60, metavar="SECONDS", help="between signs of life")
     run.add_argument("--grace", type=_positive, metavar="SECONDS", help="without one: dead (default: three heartbeats)")

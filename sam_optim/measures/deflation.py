@@ -160,8 +160,9 @@ def _bulk(lanczos: Lanczos) -> tuple[float, float, float]:
     that the start vector has on them, of P in all; mu is the mean of the latter."""
     ritz = lanczos.ritz()
     start = ritz.weights[0].square()
-    # relative to the distance from the mean: of a flat spectrum far from 0 nothing stands out
-    found = ritz.bounds <= 0.1 * (ritz.values - float(start @ ritz.values)).abs()
+    # relative to the distance from the middle, which is in the bulk: of a flat spectrum far from 0 nothing stands out
+    middle = ritz.values[torch.searchsorted(start.cumsum(0), start.sum() / 2)]
+    found = ritz.bounds <= 0.1 * (ritz.values - middle).abs()
     weights = torch.where(found, 0.0, lanczos.dimension * start)
     mean = float((weights * ritz.values).sum() / weights.sum()) if float(weights.sum()) > 0 else 0.0
     weights = weights + found

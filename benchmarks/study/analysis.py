@@ -16,6 +16,8 @@ NAMES = {
     "gap": "generalization gap",
     "ood_error": "error on corrupted images",
     "train_loss": "training loss",
+    "test_loss": "test loss",
+    "loss_gap": "gap of the losses",
     "train_error": "training error",
     "validation_error": "held-out error",
     "train_accuracy": "training accuracy",
@@ -25,7 +27,8 @@ NAMES = {
     "lr": "learning rate",
     "sam_rho": "radius of SAM",
 }
-UNITS = {c: "%" for c in NAMES if c.endswith(("_error", "_accuracy"))} | {"gap": "points", "train_loss": "nats"}
+UNITS = {c: "%" for c in NAMES if c.endswith(("_error", "_accuracy"))}
+UNITS |= {"gap": "points", "train_loss": "nats", "test_loss": "nats", "loss_gap": "nats"}
 
 Row = Mapping[str, Any]
 

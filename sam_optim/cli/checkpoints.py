@@ -30,8 +30,8 @@ REMEDY = "save the weights alone, torch.save(model.state_dict(), path), or as .s
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """name: as the user gave it. files: that hold the weights. run: the options of benchmarks.train, if it is its,
-    and as "image_size" (C, H, W) what its model takes."""
+    """name: as the user gave it. files: that hold the weights. run: the options of benchmarks.train, if it is its, with
+    what became of its images: "image_size" (C, H, W), "preprocessing"."""
 
     name: str
     files: tuple[Path, ...]
@@ -117,8 +117,8 @@ def _one_of_directory(path: Path) -> Checkpoint | None:
         names = [p for p in (path / "checkpoints").iterdir() if OF_A_RUN.fullmatch(p.name)]
         config = _json(path / "config.json")
         facts, options = config.get("data"), config.get("options", {})
-        if isinstance(facts, dict) and "image_size" in facts:
-            options = options | {"image_size": facts["image_size"]}
+        if isinstance(facts, dict):
+            options = options | {key: facts[key] for key in ("image_size", "preprocessing") if key in facts}
         newest = sorted(names, key=lambda p: (p.name.split("-")[1], p.stat().st_mtime_ns))[-1:]
         return Checkpoint(str(path), tuple(newest), options) if newest else None
     for name in WHOLE:

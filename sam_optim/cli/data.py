@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from sam_optim.cli import arrays, cifar, images
+from sam_optim.cli import arrays, images
 from sam_optim.cli.errors import InputError, one_line
 from sam_optim.rng import Stream
 
@@ -75,7 +75,7 @@ def load(args: argparse.Namespace, config: Mapping[str, Any], dtype: torch.dtype
     """The examples that the options name.
 
     Args:
-        config: input_size (C, H, W), mean, std, crop_pct, interpolation: timm's data config of the model.
+        config: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode: timm's data config of the model.
         dtype: of x.
 
     Raises:
@@ -132,21 +132,11 @@ def _source(args: argparse.Namespace, config: Mapping[str, Any]) -> Source:
 
 
 def of_run(run: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """How a run of benchmarks.train sees pixels, as a data config of timm's; None where its options do not say."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
+    """How a run of benchmarks.train sees pixels, as (a part of) timm's data config; None where it does not say."""
     run = run or {}
-    name, size = run.get("data"), run.get("image_size")
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    if name in cifar.STATISTICS:
-        size, (mean, std) = (3, 32, 32), cifar.STATISTICS[name]
-    elif name in (None, "digits") or not size:
+    if not (run.get("image_size") and run.get("preprocessing")):
         return None
-    else:
-        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if size[0] == 3 else ((0.5,), (0.25,))
-    crop = 1.0 if size[1] <= SMALL else 0.875
-    return {"input_size": tuple(size), "mean": mean, "std": std, "crop_pct": crop, "interpolation": "bilinear"}
+    return {"input_size": tuple(run["image_size"]), **run["preprocessing"]}
 
 
 def _digits(args: argparse.Namespace) -> Source:
@@ -214,7 +204,7 @@ def _pictures(
     size = [args.image_size] * 2 if args.image_size else size
     crop = args.crop_pct or (1.0 if max(size) <= SMALL else config["crop_pct"])
     chosen = {"input_size": (channels, *size), "mean": mean, "std": std, "crop_pct": crop}
-    chosen |= {"interpolation": config["interpolation"]}
+    chosen |= {"interpolation": config["interpolation"], "crop_mode": config.get("crop_mode")}
     transform: Any = create_transform(**chosen, is_training=False)
     mode = _mode(config)
     notes: tuple[str, ...] = ()

@@ -293,7 +293,7 @@ def _function(name: str) -> Any:
 
 
 def _data_config(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation."""
+    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode."""
     try:
         import timm
         from timm.data import resolve_data_config

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.command import InputError
-from benchmarks.models import SMALL
+from benchmarks.models import SMALL, data_config
 
 NAMES = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -64,14 +64,7 @@ def of_size(image_size: tuple[int, int, int]) -> dict[str, Any]:
 
 def of_weights(model: str) -> dict[str, Any]:
     """By name in `NAMES`: what timm says that the pretrained weights of `model` were trained with."""
-    import timm
-    from timm.data import resolve_data_config
-    from timm.models import get_pretrained_cfg
-
-    if not timm.is_model(model):
-        return {}  # the model itself will be refused
-    config = get_pretrained_cfg(model)
-    found = resolve_data_config({"no": None}, pretrained_cfg=config.to_dict() if config else {})
+    found = data_config(model)
     return {name: list(value) if isinstance(value := found[name], tuple) else value for name in NAMES}
 
 

@@ -143,6 +143,24 @@ def default_size(name: str) -> tuple[int, int]:
     return tuple(config.input_size[1:]) if config else (224, 224)
 
 
+def data_config(name: str, **options: Any) -> dict[str, Any]:
+    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode; its defaults
+    for a model that is not timm's. options: as for `build`."""
+    try:
+        import timm
+        from timm.data import resolve_data_config
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
+    mine = own(name) is not None
+    if not mine and not timm.is_model(name):
+        raise unknown("model", name, names())
+    known = None if mine else get_pretrained_cfg(name)
+    found: dict[str, Any] = dict(resolve_data_config({"no": None}, pretrained_cfg=known.to_dict() if known else {}))
+    found["input_size"] = (options.get("in_chans", found["input_size"][0]), *found["input_size"][1:])
+    return found
+
+
 def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], options: dict[str, Any]) -> nn.Module:
     try:
         import timm

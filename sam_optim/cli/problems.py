@@ -47,7 +47,7 @@ class Images:
         name = args.model or next((c.run["model"] for c in found if c.run and "model" in c.run), None)
         if name is None:
             raise InputError("say which model the checkpoints are of: --model NAME, as timm calls it, or --target")
-        self._config = _data_config(name, dict(args.model_kwargs))
+        self._config = models.data_config(name, **dict(args.model_kwargs))
         known = [data.of_run(c.run) for c in found]
         seen = known[0] if known and all(k == known[0] for k in known) else None
         self.data = data.load(args, self._config | (seen or {}), self._dtype)
@@ -289,21 +289,4 @@ def _function(name: str) -> Any:
         found = getattr(found, part)
     if not callable(found):
         raise InputError(f"--target {name} is {type(found).__name__}, not a function")
-    return found
-
-
-def _data_config(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode."""
-    try:
-        import timm
-        from timm.data import resolve_data_config
-        from timm.models import get_pretrained_cfg
-    except ImportError:
-        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
-    own = models.own(name) is not None
-    if not own and not timm.is_model(name):
-        raise unknown("model", name, models.names())
-    known = None if own else get_pretrained_cfg(name)
-    found: dict[str, Any] = dict(resolve_data_config({"no": None}, pretrained_cfg=known.to_dict() if known else {}))
-    found["input_size"] = (kwargs.get("in_chans", found["input_size"][0]), *found["input_size"][1:])
     return found

@@ -162,7 +162,7 @@ def fingerprint(job: Mapping[str, Any]) -> str:
 def _code() -> str:
     package, here = Path(sam_optim.__file__).parent, Path(__file__).parent
     files = [p for p in sorted(package.rglob("*.py")) if "report" not in p.parts]
-    files += [here / f"{name}.py" for name in ("data", "models", "engine", "demo_runs")]
+    files += [here / f"{name}.py" for name in ("data", "models", "order", "pixels", "engine", "demo_runs")]
     return hashlib.blake2b(b"".join(p.read_bytes() for p in files), digest_size=6).hexdigest()
 
 

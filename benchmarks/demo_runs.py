@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.data import Batches, Splits, derive, digits
+from benchmarks.data import Splits, digits
 from benchmarks.demo_plan import CLEAN, NOISY, TEST, fingerprint
 from benchmarks.engine import NonFiniteLoss, evaluate, train_epoch
 from benchmarks.models import build
+from benchmarks.order import derive
+from benchmarks.pixels import Batches
 from sam_optim.geometry import Ball
 from sam_optim.landscape import slice_1d, slice_2d
 from sam_optim.loss import Loss

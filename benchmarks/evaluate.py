@@ -21,8 +21,9 @@ from tqdm import tqdm
 from benchmarks import checkpoint, command, corruptions, engine, images, options, recipe
 from benchmarks.command import InputError
 from benchmarks.corruptions import NAMES, SEVERITIES, STANDARD, Published
-from benchmarks.data import Pixels, some, spaced, taken
+from benchmarks.data import some, spaced, taken
 from benchmarks.images import Pictures
+from benchmarks.pixels import Pixels
 from sam_optim import rng
 from sam_optim.results import provenance
 

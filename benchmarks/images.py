@@ -205,7 +205,7 @@ class Normalising:
 
 class PictureBatches:
     """Batches of `Pictures`, or of other examples that are PIL images, decoded and augmented by `workers` processes;
-    `set_epoch` as for `data.Batches`."""
+    `set_epoch` as for `pixels.Batches`."""
 
     def __init__(
         self,

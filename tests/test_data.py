@@ -20,6 +20,8 @@ from torch import nn
 from benchmarks import cifar, command, data, evaluate, measure, models, options, recipe, train
 from benchmarks.command import InputError
 from benchmarks.images import Augment
+from benchmarks.pixels import Batches, shift_and_mirror
+from sam_optim.rng import Stream
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -148,7 +150,7 @@ class TestDigits:
 class TestBatches:
     def test_every_example_once_in_an_order_of_seed_and_epoch(self):
         dataset = torch.utils.data.TensorDataset(torch.arange(10.0), torch.arange(10))
-        batches = data.Batches(dataset, 4, shuffle=True, seed=1)
+        batches = Batches(dataset, 4, shuffle=True, seed=1)
         first = torch.cat([y for _, y in batches])
         assert sorted(first.tolist()) == list(range(10))
         assert len(batches) == 3
@@ -160,13 +162,13 @@ class TestBatches:
 
     def test_the_global_generator_is_left_alone(self):
         before = torch.get_rng_state()
-        list(data.Batches(data.digits(label_noise=0.5).train, 64, shuffle=True))
+        list(Batches(data.digits(label_noise=0.5).train, 64, shuffle=True))
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_shift_is_a_crop_of_the_padded_image(self):
         """Every result must be one of the 81 crops of the padded image, or the mirror image of one."""
         pixels = torch.randint(1, 256, (20, 3, 32, 32), dtype=torch.uint8)
-        moved = data.shift_and_mirror(pixels, 0.5, data.Stream(0))
+        moved = shift_and_mirror(pixels, 0.5, Stream(0))
         padded = torch.nn.functional.pad(pixels, (4,) * 4)
         mirrored = 0
         for image, whole in zip(moved, padded, strict=True):
@@ -274,7 +276,7 @@ class TestCifarAsPictures:
         splits = data.load("cifar10", tmp_path)
         off = Augment(auto_augment="rand-m10-n2", off=True)
         for chosen in ({"train": True, "augment": off}, {"augment": Augment(auto_augment="rand-m10-n2")}):
-            assert isinstance(data.batches(splits.train, 10, splits.image_size, **chosen), data.Batches)
+            assert isinstance(data.batches(splits.train, 10, splits.image_size, **chosen), Batches)
 
 
 class TestFolders:

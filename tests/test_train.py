@@ -16,6 +16,7 @@ import torch
 from test_data import SHARED, cifar_files, picture_tree
 
 from benchmarks import checkpoint, command, engine, measure, ranks, train
+from benchmarks.pixels import Batches
 from benchmarks.training import Training
 
 TIMES = ("seconds", "images_per_s")
@@ -289,7 +290,7 @@ class TestOptions:
         torch.manual_seed(derive(0, "model"))
         model = models.build("cnn3", num_classes=10, image_size=(1, 8, 8))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)  # timm's "sgd"
-        batches = data.Batches(data.digits(label_noise=0.2).train, 64, shuffle=True, drop_last=True)
+        batches = Batches(data.digits(label_noise=0.2).train, 64, shuffle=True, drop_last=True)
         for epoch in range(2):
             batches.set_epoch(epoch)
             for x, y in batches:
@@ -309,7 +310,7 @@ class TestOptions:
             torch.manual_seed(0)
             model = models.build("cnn3", num_classes=10, image_size=(1, 8, 8))
             optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9)
-            batches = data.Batches(data.digits().train, 64)
+            batches = Batches(data.digits().train, 64)
             if closure_loop:
                 for x, y in batches:
 

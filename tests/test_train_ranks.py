@@ -18,6 +18,7 @@ from test_data import picture_tree
 from benchmarks import checkpoint, command, data, engine, options, ranks, recipe, train
 from benchmarks.command import Interrupted, Signals
 from benchmarks.order import Order
+from benchmarks.pixels import Pixels
 from benchmarks.training import Training
 
 TIMES = ("seconds", "images_per_s")
@@ -77,7 +78,7 @@ class TestOrder:
 
     def test_augmentation_too(self):
         pixels = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        split = data.Pixels(pixels, torch.arange(40), (0.5,) * 3, (0.2,) * 3)
+        split = Pixels(pixels, torch.arange(40), (0.5,) * 3, (0.2,) * 3)
         make = {"train": True, "augment": recipe.Augment(), "seed": 1}
         whole = list(data.batches(split, 10, (3, 16, 16), **make))
         parts = [

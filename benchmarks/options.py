@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ MAY_CHANGE = (  # on a resume
     "initial_checkpoint",
 )
 REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
+SWITCH = argparse.BooleanOptionalAction  # --fsdp, and --no-fsdp against a --config that has it
 NOT_KEPT = ("out", "resume", "force", "config")
 
 
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", type=positive, default=0.05)
     add("--momentum", type=fraction, default=0.9)
     add("--weight-decay", type=amount, default=5e-4, help="not on biases and normalisation parameters, as in timm")
-    add("--decay-all", action="store_true", help="weight decay also on biases and normalisation parameters")
+    add("--decay-all", action=SWITCH, default=False, help="weight decay also on biases and normalisation parameters")
     add("--layer-decay", type=positive, help="factor on the learning rate from each layer to the one below")
     add("--sched", choices=SCHEDULES, default="cosine")
     add("--patience-epochs", type=natural, default=10, help="of --sched plateau: epochs without a better loss")
@@ -101,9 +102,10 @@ def parser() -> argparse.ArgumentParser:
     add("--sam-eta", type=amount, default=0.01)
     add("--sam-norm", choices=("2", "inf"), default="2")
 
-    add("--sync-ascent", action="store_true", help="one perturbation for all processes, not one for each")
+    add("--sync-ascent", action=SWITCH, default=False, help="one perturbation for all processes, not one for each")
 
     add("--no-aug", action="store_true", help="no augmentation")
+    add("--aug", action="store_false", dest="no_aug", help="the augmentation that a --config turns off")
     add("--hflip", type=fraction, default=0.5)
     add("--aa", metavar="POLICY", help="timm's auto-augment string, e.g. rand-m9-mstd0.5")
     add("--color-jitter", type=amount, default=0.0)
@@ -115,8 +117,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model-ema", type=number(float, 0, 1), metavar="DECAY", help="also evaluate an average of the weights")
 
     add("--initial-checkpoint", metavar="FILE", help="weights of the timm model, to start from; a new head if it must")
-    add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
-    add("--fsdp", action="store_true", help="weights, gradients and state spread over the processes (FSDP2)")
+    add("--grad-checkpointing", action=SWITCH, default=False, help="less memory, one more forward pass")
+    add("--fsdp", action=SWITCH, default=False, help="weights, gradients and state spread over the processes (FSDP2)")
 
     add(
         "--device",
@@ -124,8 +126,8 @@ def parser() -> argparse.ArgumentParser:
         help="auto (default): CUDA where torch sees a device, else the CPU; cpu, cuda, cuda:1",
     )
     add("--amp", choices=("bf16", "fp16"))
-    add("--channels-last", action="store_true")
-    add("--compile", action="store_true")
+    add("--channels-last", action=SWITCH, default=False)
+    add("--compile", action=SWITCH, default=False)
     add("--seed", type=natural, default=0)
     add("--measures", default="worst,average,eigenvalue,trace", help="after the last epoch; 'none' for no measures")
     add("--out", type=Path, metavar="RUN_DIR", help="default: runs/DATA-MODEL-...")
@@ -133,7 +135,19 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint-steps", type=count, help="also every so many updates, not only after each epoch")
     add("--resume", action="store_true", help="go on from the newest valid checkpoint of --out; its options hold")
     add("--force", action="store_true", help="replace the run in --out")
+    for action in p._actions:
+        if action.default is None and action.nargs in (None, "?") and action.dest not in NOT_KEPT:
+            _may_be_none(action)
     return p
+
+
+def _may_be_none(action: argparse.Action) -> None:
+    """The word none takes back what a --config says of an option that is unset by default."""
+    convert: Callable[[str], Any] = action.type if callable(action.type) else str
+    action.type = lambda text: None if text == "none" else convert(text)
+    if action.choices:
+        action.metavar = "{" + ",".join([*action.choices, "none"]) + "}"
+        action.choices = [*action.choices, None]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -182,6 +196,8 @@ def from_file(path: Path) -> list[str]:
         name = str(key).replace("_", "-")
         if name not in known - {"help", "config", "out", "resume", "force"}:
             raise unknown(f"option in {path}", name, known)
+        if value is False and f"no-{name}" in known:
+            argv.append(f"--no-{name}")
         if value is False or value is None:
             continue
         argv.append(f"--{name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from benchmarks.command import InputError, Interrupted, Signals
 from benchmarks.engine import Batch, NonFiniteLoss, Totals
 from benchmarks.order import derive, seed_all
 from benchmarks.ranks import ALONE, Agreed, World
+
+EVERY_LINE, EVERY_DRAWING = 60.0, 0.5  # seconds between two lines of a log, and between two states of a bar
 
 
 @dataclass
@@ -284,15 +287,19 @@ def _checking(batches: Iterable[Batch], signals: Agreed) -> Iterator[Batch]:
 
 
 class _Bar:
-    """A progress bar on a terminal, nothing elsewhere; numbers are read from the device only when it is redrawn."""
+    """A progress bar on a terminal, elsewhere (a cluster's log) a line every minute; numbers are read from the device
+    only when it is redrawn."""
 
     def __init__(self, title: str, total: int, first: int, batch_size: int, shown: bool = True, sharp: bool = True):
         disable = None if shown else True
         self.bar = tqdm(
             total=total, initial=first, desc=title, leave=False, disable=disable, file=sys.stderr, unit="batch"
         )
+        self.title, self.total, self.first = title, total, first
         self.sharp = sharp  # whether there is a perturbed loss
-        self.batch_size, self.start, self.shown = batch_size, time.perf_counter(), 0.0
+        self.every = (EVERY_LINE if self.bar.disable else EVERY_DRAWING) if shown else math.inf  # seconds
+        self.batch_size, self.start = batch_size, time.perf_counter()
+        self.drawn = self.start if self.bar.disable else 0.0
 
     def __enter__(self) -> _Bar:
         return self
@@ -301,16 +308,18 @@ class _Bar:
         self.bar.close()
 
     def __call__(self, done: int, totals: Totals) -> None:
-        if self.bar.disable:
-            return
         self.bar.update(1)
         now = time.perf_counter()
-        if now - self.shown < 0.5:
+        if now - self.drawn < self.every:
             return
-        self.shown = now
+        self.drawn = now
         means = totals.means()
         sharpness = f"sharpness {totals.last()['sharpness']:.4f} " if self.sharp else ""
-        self.bar.set_postfix_str(
+        said = (
             f"loss {means['loss']:.3f} accuracy {means['accuracy']:.3f} {sharpness}"
             f"{done * self.batch_size / (now - self.start):.0f} images/s"
         )
+        if self.bar.disable:
+            print(f"{self.title}, batch {self.first + done} of {self.total}: {said}", flush=True)
+        else:
+            self.bar.set_postfix_str(said)

@@ -134,6 +134,25 @@ class TestConfig:
         assert (args.lr, args.no_aug, args.opt, args.channels_last) == (1e-3, True, "lion", False)
         assert args.opt_kwargs == [("betas", (0.8, 0.9))]
 
+    def test_the_command_line_takes_back_switches_and_what_is_unset_by_default(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text(
+            "sam-rho: 0.5\nadaptive: elementwise\namp: bf16\nclip-grad: 1\naa: rand-m9-n2\n"
+            "no-aug: true\nfsdp: true\ndecay-all: true\ninitial-checkpoint: REQUIRED\n"
+        )
+        words = "--adaptive none --amp none --clip-grad none --aa none --aug --no-fsdp --no-decay-all"
+        args = options.parse(["--config", str(path), *words.split(), "--initial-checkpoint", "none"])
+        assert (args.adaptive, args.amp, args.clip_grad, args.aa, args.initial_checkpoint) == (None,) * 5
+        assert (args.no_aug, args.fsdp, args.decay_all, args.sam_rho) == (False, False, False, 0.5)
+        with pytest.raises(InputError, match=r"--amp: invalid choice: 'fp8' \(choose from .*bf16.*fp16"):
+            options.parse(["--amp", "fp8"])
+
+    def test_false_turns_off_what_is_on_by_default(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("aug: false\nfsdp: false\n")
+        args = options.parse(["--config", str(path)])
+        assert (args.no_aug, args.fsdp) == (True, False)
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_data import SHARED, cifar_files, picture_tree
 
-from benchmarks import checkpoint, command, engine, measure, ranks, train
+from benchmarks import checkpoint, command, engine, measure, ranks, train, training
 from benchmarks.pixels import Batches
 from benchmarks.training import Training
 
@@ -77,6 +77,20 @@ def stop_at(monkeypatch, update: int, signum: int) -> None:
         after_update(self, batch)
 
     monkeypatch.setattr(Training, "_after_update", stopping)
+
+
+def test_without_a_terminal_a_line_is_printed_now_and_then(tmp_path, monkeypatch, capsys):
+    options = [*DIGITS, "--epochs", "1", "--batch-size", "256", "--out", tmp_path / "run"]
+    assert run(*options) == 0
+    assert "batch" not in capsys.readouterr().out  # an epoch of less than a minute has its own line only
+    monkeypatch.setattr(training, "EVERY_LINE", 0.0)
+    assert run(*options, "--force") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "batch" in line]
+    number = r"\d+\.\d+"
+    pattern = rf"epoch 1/1, batch (\d+) of (\d+): loss {number} accuracy {number} sharpness {number} \d+ images/s"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert all(found)
+    assert [int(m[1]) for m in found] == list(range(1, int(found[0][2]) + 1))
 
 
 class TestResume:

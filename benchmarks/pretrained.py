@@ -10,23 +10,29 @@ CPU thread (20 minutes for 20 layers, 60 for 56); what is done is kept, and the 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import cifar_resnet, command, data, options
 from benchmarks.command import InputError, one_line
 from sam_optim import cli
-from sam_optim.cli import registry, store
+from sam_optim.cli import options as cli_options
+from sam_optim.cli import registry, study
+from sam_optim.cli.checkpoints import find
+from sam_optim.cli.errors import EXIT_FAILED
 from sam_optim.cli.options import number as at_least
+from sam_optim.cli.store import Entry
 from sam_optim.report.pictures import COLOURS, DASHES, styled
 from sam_optim.report.study import cell
 from sam_optim.report.tables import number
@@ -70,29 +76,35 @@ ROWS = (  # (measure, in the ball of ASAM, what it is called in the table)
     ("pac_bayes_sigma", False, "PAC-Bayes sigma, rise of 0.1"),
 )
 
-Entries = Mapping[tuple[str, str, bool], Mapping[str, Any]]  # (checkpoint, measure, in the ball of ASAM) -> result
+Results = Mapping[tuple[str, str, bool], Mapping[str, Any]]  # (checkpoint, measure, in the ball of ASAM) -> result
 
 
-def measure(checkpoints: Sequence[str], out: Path, *, data_dir: Path, images: int, measures: Sequence[str]) -> int:
-    """`sam-optim measure` in both geometries, and the worse of its two exit codes."""
+def measure(
+    checkpoints: Sequence[str], out: Path, *, data_dir: Path, images: int, measures: Sequence[str]
+) -> tuple[int, list[Entry]]:
+    """`sam-optim measure` in both geometries: the worse of its exit codes, and all that it found."""
     os.environ |= {"SAM_OPTIM_CIFAR10": str(data_dir), "SAM_OPTIM_IMAGES": str(images)}
-    code = 0
+    worst, found = 0, []
     for names, ball in ((measures, PLAIN), ([name for name in measures if name in IN_A_GEOMETRY], ADAPTIVE)):
         words = ["measure", *checkpoints, "--target", TARGET, "--json", str(out), "--measures", ",".join(names)]
         words += [word for text, takers in ball + OWN if set(takers) & set(names) for word in text.split()]
-        code = max(code, cli.main(words) if names else 0)
-    return code
+        if names:
+            code, entries = study.measured(cli_options.parse(words))
+            worst = max(worst, code)
+            found += entries.values()
+        if worst > EXIT_FAILED:
+            break
+    return worst, found
 
 
 @torch.no_grad()
-def test_error(checkpoint: str, data_dir: Path) -> float:
-    """Of all test images, in percent."""
+def test_error(checkpoint: str, x: Tensor, y: Tensor) -> float:
+    """In percent. x: pixels, (n, 3, 32, 32), uint8."""
     try:
         model = cifar_resnet.pretrained(checkpoint).eval()
     except (RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{checkpoint} is not of a ResNet for CIFAR without projections: {one_line(error)}") from None
     mean, std = (torch.tensor(t)[:, None, None] for t in (cifar_resnet.MEAN, cifar_resnet.STD))
-    x, y = data.load("cifar10", data_dir).test.tensors
     wrong = 0
     for pixels, labels in zip(tqdm(x.split(250), desc=f"{checkpoint}, test", disable=None), y.split(250), strict=True):
         wrong += int((model((pixels.float() / 255 - mean) / std).argmax(1) != labels).sum())
@@ -100,35 +112,39 @@ def test_error(checkpoint: str, data_dir: Path) -> float:
 
 
 def errors(checkpoints: Sequence[str], path: Path, data_dir: Path) -> dict[str, float]:
-    """Of each checkpoint; those that the file has are not counted again."""
-    known = read_errors(path)
-    for name in checkpoints:
-        if name not in known:
-            known[name] = test_error(name, data_dir)
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([("checkpoint", "test_error"), *known.items()])
-            command.write_atomic(path, text.getvalue().encode())
-    return known
-
-
-def read_errors(path: Path) -> dict[str, float]:
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {line["checkpoint"]: float(line["test_error"]) for line in csv.DictReader(file)}
-
-
-def results(path: Path) -> Entries:
-    """Of a file of `measure`."""
+    """Of each checkpoint on all test images; what the file has of the same weights and images is not counted again."""
+    images = data.load("cifar10", data_dir).test.tensors
+    seen = hashlib.sha256(b"".join(x.numpy().tobytes() for x in images)).hexdigest()[:16]
+    known = {(line["sha256"], line["data"]): float(line["test_error"]) for line in read_errors(path)}
     found = {}
-    for entry in store.read(path):
+    for checkpoint in find(checkpoints):
+        key = (checkpoint.digest(), seen)
+        found[checkpoint.name] = (*key, known[key] if key in known else test_error(checkpoint.name, *images))
+        text = io.StringIO()
+        lines = [(name, *values) for name, values in found.items()]
+        csv.writer(text, lineterminator="\n").writerows([("checkpoint", "sha256", "data", "test_error"), *lines])
+        command.write_atomic(path, text.getvalue().encode())
+    return {name: error for name, (*_, error) in found.items()}
+
+
+def read_errors(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(entries: Iterable[Entry]) -> Results:
+    """By measure and geometry; of one command, for it keeps only the last of several settings."""
+    found = {}
+    for entry in entries:
         if "result" in entry:
             ball = entry["identity"]["options"].get("ball")
             found[entry["checkpoint"], entry["measure"], bool(ball and ball["adaptive"])] = entry["result"]
     return found
 
 
-def table(found: Entries, errors: Mapping[str, float]) -> str:
+def table(found: Results, errors: Mapping[str, float]) -> str:
     """Markdown: a column for each checkpoint, a row for each measure that some have; a dash for what is not there."""
     names = list(errors)
     any_of = {name: next((r["settings"] for (n, *_), r in found.items() if n == name), {}) for name in names}
@@ -146,8 +162,12 @@ def table(found: Entries, errors: Mapping[str, float]) -> str:
 
 
 def base_loss(worst: Mapping[str, Any] | None) -> float | None:
-    """The mean over the batches, which are of one size."""
-    return None if worst is None else math.fsum(worst["details"]["base_losses"]) / len(worst["details"]["base_losses"])
+    """The mean over the images, of batches that are of one size but for the last."""
+    if worst is None:
+        return None
+    losses, m, n = worst["details"]["base_losses"], worst["settings"]["m"], worst["settings"]["n"]
+    sizes = [min(m, n - m * i) for i in range(len(losses))]
+    return math.fsum(size * loss for size, loss in zip(sizes, losses, strict=True)) / n
 
 
 def shown(measure: str, result: Mapping[str, Any] | None) -> str:
@@ -160,7 +180,7 @@ def shown(measure: str, result: Mapping[str, Any] | None) -> str:
     return cell(result)
 
 
-def spectra(found: Entries) -> Figure:
+def spectra(found: Results) -> Figure:
     """The spectral densities of all checkpoints, one above the other's line."""
     densities = {name: r for (name, measure, _), r in found.items() if measure == "density"}
     with styled(7.2, 4.2) as figure:
@@ -187,12 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{missing[0]} is not a file; give the checkpoints themselves")
     counted = errors(args.checkpoints, args.out / "errors.csv", args.data_dir)
     path = args.out / "measures.json"
-    code = measure(args.checkpoints, path, data_dir=args.data_dir, images=args.images, measures=args.measures)
-    if code > 1:
+    code, entries = measure(args.checkpoints, path, data_dir=args.data_dir, images=args.images, measures=args.measures)
+    if code > EXIT_FAILED:
         return code
-    found = results(path)
-    page = ["report", str(path), "--targets", str(args.out / "errors.csv"), "-o", str(args.out / "report.html")]
-    code = max(code, cli.main([*page, "--title", f"{len(counted)} trained ResNets on CIFAR-10"]))
+    found = results(entries)
+    page = ["report", str(path), "--targets", str(args.out / "errors.csv"), "--target", "test_error"]
+    title = f"{len(counted)} trained ResNets on CIFAR-10"
+    code = max(code, cli.main([*page, "-o", str(args.out / "report.html"), "--title", title]))
     if any(measure == "density" for _, measure, _ in found):
         spectra(found).savefig(args.out / "spectra.png", dpi=160)
     text = table(found, counted)

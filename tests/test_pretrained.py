@@ -9,7 +9,8 @@ from test_data import cifar_files
 
 from benchmarks import cifar_resnet, data, pretrained
 from benchmarks.command import InputError
-from sam_optim.cli import registry
+from sam_optim import Ball, Loss, worst_case_sharpness
+from sam_optim.cli import registry, store
 from sam_optim.report.study import cell
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -35,14 +36,14 @@ def run(directory, path, *options):
 
 def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(problem, capsys):
     directory, path, model = problem
-    assert run(directory, path, "--images", "16", "--measures", "worst,average,eigenvalue,density") == 0
+    assert run(directory, path, "--images", "40", "--measures", "worst,average,eigenvalue,density") == 0
     out = directory / "out"
-    found = pretrained.results(out / "measures.json")
+    found = pretrained.results(store.read(out / "measures.json"))
     assert {key[1:] for key in found} == {
         *(("worst", False), ("worst", True), ("average", False), ("average", True)),
         *(("eigenvalue", False), ("eigenvalue", True), ("density", False)),
     }
-    assert found[str(path), "worst", True]["settings"]["n"] == 16
+    assert found[str(path), "worst", True]["settings"]["n"] == 40
 
     x, y = data.load("cifar10", directory).test.tensors
     with torch.no_grad():
@@ -51,9 +52,8 @@ def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(prob
         )
     wrong = 100 * float((scores.argmax(1) != y).float().mean())
     with open(out / "errors.csv", newline="") as file:
-        assert [(line["checkpoint"], float(line["test_error"])) for line in csv.DictReader(file)] == [
-            (str(path), pytest.approx(wrong))
-        ]
+        lines = [(line["checkpoint"], float(line["test_error"])) for line in csv.DictReader(file)]
+    assert lines == [(str(path), pytest.approx(wrong))]
 
     text = (out / "table.md").read_text()
     assert text.strip() in capsys.readouterr().out
@@ -71,14 +71,52 @@ def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(prob
 
 def test_what_is_done_is_not_measured_again(problem, monkeypatch, capsys):
     directory, path, _ = problem
-    assert run(directory, path, "--images", "16", "--measures", "fisher_rao") == 0
+    options = ("--images", "16", "--measures", "fisher_rao")
+    assert run(directory, path, *options) == 0
     before = (directory / "out" / "measures.json").read_bytes()
     shown = capsys.readouterr().out
     monkeypatch.setattr(registry, "call", None)
     monkeypatch.setattr(pretrained, "test_error", None)
-    assert run(directory, path, "--images", "16", "--measures", "fisher_rao") == 0
+    assert run(directory, path, *options) == 0
     assert (directory / "out" / "measures.json").read_bytes() == before
     assert capsys.readouterr().out == shown
+
+
+def test_the_table_has_the_numbers_of_these_images_and_weights_alone(problem, capsys):
+    directory, path, model = problem
+
+    def shown(images):
+        assert run(directory, path, "--images", images, "--measures", "eigenvalue,fisher_rao") == 0
+        return capsys.readouterr().out.partition("| parameters")[2]
+
+    few, more = shown("16"), shown("24")
+    assert few != more
+    assert shown("16") == few
+    with torch.no_grad():
+        model.linear.bias[3] += 100
+    torch.save({"state_dict": model.state_dict()}, path)
+    other = shown("16")
+    assert other.partition("largest")[0] != few.partition("largest")[0]
+    labels = data.load("cifar10", directory).test.tensors[1]
+    assert f"| test error, % | {100 * float((labels != 3).float().mean()):.2f} |" in other
+
+
+def test_the_loss_is_the_mean_over_images_in_batches_of_two_sizes():
+    batches = [(torch.randn(n, 2), torch.randint(3, (n,))) for n in (5, 5, 2)]
+    loss = Loss(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss(), batches)
+    found = worst_case_sharpness(loss, Ball(0.1), num_steps=1).to_dict()
+    assert pretrained.base_loss(found) == pytest.approx(float(loss.value()))
+    assert pretrained.base_loss(None) is None
+
+
+@pytest.mark.parametrize("code", [2, 130])
+def test_after_ctrl_c_or_a_wrong_command_nothing_more_is_begun(problem, monkeypatch, code):
+    directory, path, _ = problem
+    calls = []
+    monkeypatch.setattr(pretrained.study, "measured", lambda args: (calls.append(args) or code, {}))
+    assert run(directory, path, "--images", "16") == code
+    assert len(calls) == 1
+    assert not (directory / "out" / "table.md").exists()
 
 
 def test_files_that_are_no_such_networks_are_named(problem):

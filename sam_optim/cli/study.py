@@ -17,7 +17,7 @@ from sam_optim.cli.files import write_atomic
 from sam_optim.cli.problems import Images, Target, problem
 from sam_optim.cli.processes import Processes, started
 from sam_optim.cli.progress import Progress
-from sam_optim.cli.store import Store, Unwritable, digest
+from sam_optim.cli.store import Entry, Store, Unwritable, digest
 from sam_optim.report.study import cell, headline, is_finite
 from sam_optim.report.tables import text_table
 
@@ -27,6 +27,11 @@ FAULTS = (ValueError, RuntimeError, OSError, NotImplementedError, TypeError, Key
 
 def measure(args: argparse.Namespace) -> int:
     """The table on standard output; 1 where a number is missing or not finite."""
+    return measured(args)[0]
+
+
+def measured(args: argparse.Namespace) -> tuple[int, Mapping[tuple[str, str], Entry]]:
+    """What `measure` does and returns, and the entries of this command by (checkpoint, label of the column)."""
     with started(args.device) as here:
         found: list[Checkpoint] = find(args.checkpoints)
         study = Study(args, here, found)
@@ -35,10 +40,10 @@ def measure(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if here.is_first:
                 print(f"stopped; {study.where_to_go_on()}", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            return EXIT_INTERRUPTED, study.table
         finally:
             study.progress.close()
-        return study.show() if here.is_first else study.exit_code()
+        return (study.show() if here.is_first else study.exit_code()), study.table
 
 
 class Study:
@@ -56,7 +61,7 @@ class Study:
         if not here.is_first:
             self._store.only_read()
         self._problem: Images | Target = problem(args, here, found)
-        self._table: dict[tuple[str, str], Mapping[str, Any]] = {}
+        self.table: dict[tuple[str, str], Entry] = {}  # (checkpoint, label of the column) -> what was found
         self._failed: dict[str, str] = {}
         self._kept = 0
         self.progress = Progress(len(self._rows) * len(self._columns), shown=here.is_first and not args.quiet)
@@ -75,7 +80,7 @@ class Study:
             else:
                 self._store.discard(name, _LOADING)
         if self._kept:
-            self.progress.say(f"{self._kept} of {len(self._table)} numbers were in {self._args.json} already")
+            self.progress.say(f"{self._kept} of {len(self.table)} numbers were in {self._args.json} already")
 
     def _measure_all(self, name: str, checkpoint: Checkpoint | None) -> None:
         content = checkpoint.digest() if checkpoint else None
@@ -103,14 +108,14 @@ class Study:
                 text = one_line(error)
                 entry |= {"error": text}
             self._store.put(entry)
-            self._table[name, column.label] = entry
+            self.table[name, column.label] = entry
             self.progress.done(f"{name}  {column.label}: {text}")
 
     def _keep(self, name: str, column: Column, entry: Mapping[str, Any]) -> None:
         if entry["checkpoint"] != name:  # a file with the same content
             entry = dict(entry) | {"checkpoint": name}
             self._store.put(entry)
-        self._table[name, column.label] = entry
+        self.table[name, column.label] = entry
         self._kept += 1
         self.progress.skip(1)
 
@@ -121,11 +126,11 @@ class Study:
         self.progress.done(_about(name, reason))
 
     def exit_code(self) -> int:
-        good = all("result" in e and is_finite(e["result"]) for e in self._table.values())
+        good = all("result" in e and is_finite(e["result"]) for e in self.table.values())
         return 0 if good and not self._failed else EXIT_FAILED
 
     def where_to_go_on(self) -> str:
-        done = f"{len(self._table)} of {len(self._rows) * len(self._columns)} numbers are done"
+        done = f"{len(self.table)} of {len(self._rows) * len(self._columns)} numbers are done"
         return f"{done}; the same command goes on" if self._args.json else f"{done}; with --json they would be kept"
 
     def show(self) -> int:
@@ -135,7 +140,7 @@ class Study:
         print(text_table(["checkpoint", *labels], rows))
         problems = [_about(name, reason) for name, reason in self._failed.items()]
         alike: dict[tuple[str, str], list[str]] = {}
-        for (name, label), entry in self._table.items():
+        for (name, label), entry in self.table.items():
             reason = entry.get("error") or entry["result"].get("reason")
             if reason:
                 alike.setdefault((label, reason), []).append(name)
@@ -149,7 +154,7 @@ class Study:
         return self.exit_code()
 
     def _cell(self, name: str, label: str) -> str:
-        entry = self._table.get((name, label))
+        entry = self.table.get((name, label))
         return "failed" if entry is None or "error" in entry else cell(entry["result"])
 
     def _csv(self, names: Sequence[str], labels: Sequence[str]) -> str:
@@ -160,7 +165,7 @@ class Study:
         for name in names:
             row: list[Any] = [name]
             for label in labels:
-                row += headline(self._table.get((name, label), {}).get("result") or {})
+                row += headline(self.table.get((name, label), {}).get("result") or {})
             writer.writerow(row)
         return out.getvalue()
 

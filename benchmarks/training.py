@@ -73,7 +73,7 @@ class Training:
         if self.args.fsdp:
             if not torch.distributed.is_initialized():
                 raise InputError("--fsdp spreads the model over processes: start them with torchrun")
-            for model in [self.model, self.ema.module] if self.ema else [self.model]:
+            for model in self._models().values():
                 ranks.shard_(model, self.device)
         network = torch.compile(self.model) if self.args.compile else self.model
         self.ddp = self.world.size > 1 and not self.args.fsdp
@@ -102,7 +102,18 @@ class Training:
             return None
         from timm.utils import ModelEmaV3
 
-        return ModelEmaV3(self.model, decay=self.args.model_ema)
+        # with --fsdp one by one: torch does not mix sharded weights and whole BatchNorm statistics in one call
+        return ModelEmaV3(self.model, decay=self.args.model_ema, foreach=not self.args.fsdp)
+
+    def _models(self) -> dict[str, nn.Module]:
+        """What is saved and evaluated, by the prefix of its numbers."""
+        return {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
+
+    def _mean_statistics(self) -> None:
+        """Before saving and evaluating: the average of --model-ema has followed this rank's own BatchNorm statistics,
+        as the model has. Every rank must call it."""
+        for model in self._models().values():
+            self.world.mean_buffers_(model)
 
     def _check_mixup(self) -> None:
         if self.mixup and len(self.splits.train) < self.args.batch_size and len(self.splits.train) % 2:
@@ -113,7 +124,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with weights_only. Every rank must call it."""
-        self.world.mean_buffers_(self.model)
+        self._mean_statistics()
         if self.args.fsdp:
             model, optimizer = ranks.full_state(self.model, self.optimizer)
             ema = ranks.full_model_state(self.ema.module) if self.ema else None
@@ -237,10 +248,9 @@ class Training:
             self.save()
 
     def _evaluate(self) -> dict[str, float]:
-        self.world.mean_buffers_(self.model)
-        models = {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
+        self._mean_statistics()
         record = {}
-        for prefix, model in models.items():
+        for prefix, model in self._models().items():
             for name, split in self.held_out.items():
                 batches = _checking(self._batches(split), self.signals)
                 found = engine.evaluate(

@@ -15,7 +15,7 @@ import torch
 from ranks import spawn
 from test_data import picture_tree
 
-from benchmarks import checkpoint, command, data, engine, options, ranks, recipe, train
+from benchmarks import checkpoint, command, data, engine, evaluate, options, ranks, recipe, train
 from benchmarks.command import Interrupted, Signals
 from benchmarks.order import Order
 from benchmarks.pixels import Pixels
@@ -95,6 +95,7 @@ CASES = {
     "one perturbation for all": ("--sam-rho", "0.1", "--sync-ascent", "--model-ema", "0.9"),
 }
 SHARDED = tuple(CASES)[:2]
+NORMALISED = {"normalised": (), "normalised fsdp": ("--fsdp",)}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,8 @@ def together(tmp_path_factory):
     cases += [[*two, *CASES[name], "--fsdp", "--out", root / f"fsdp {name}"] for name in SHARDED]
     cases.append([*two, "--sam-rho", "0.1", "--model-ema", "0.9", "--fsdp", "--out", root / "fsdp sam"])
     cases.append([*two, "--sam-rho", "0.1", "--out", root / "own"])
+    for name, more in NORMALISED.items():
+        cases.append([*two, "--model", "cnn5", "--model-ema", "0.5", "--epochs", "4", *more, "--out", root / name])
     results = spawn(everything, cases, str(root))
     for name, more in CASES.items():
         argv = [str(o) for o in (*BASE, "--batch-size", "64", *more, "--out", root / f"one {name}")]
@@ -139,6 +142,17 @@ class TestTwoProcesses:
         reference = checkpoint.newest(runs / "one one perturbation for all" / "checkpoints")
         for key, value in reference["ema"].items():
             torch.testing.assert_close(state["ema"][key], value, **ROUNDING)
+
+    @pytest.mark.parametrize("name", NORMALISED)
+    @pytest.mark.parametrize("prefix", ["", "ema_"])
+    def test_what_is_saved_is_what_was_evaluated(self, runs, name, prefix):
+        """Each rank evaluates a share of the test set: all with the statistics that the checkpoint holds."""
+        kept = command.read_json(runs / name / "config.json")["options"]
+        model, split, size, _ = evaluate.loaded(options.restored(kept, out=runs / name), ema=bool(prefix))
+        found = engine.evaluate(model, data.batches(split, 256, size), torch.nn.CrossEntropyLoss())
+        rounding = {"rel": 1e-5}  # of two sums over 899 examples
+        for key, value in found.items():
+            assert metrics(runs / name)[f"{prefix}test_{key}"] == pytest.approx(value, **rounding)
 
     def test_each_with_its_own_perturbation_is_another_run(self, runs):
         """m-sharpness: the mean of the losses at w + e of each rank, which is not that at one e for both."""

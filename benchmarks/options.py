@@ -88,7 +88,12 @@ def parser() -> argparse.ArgumentParser:
     add("--decay-all", action=SWITCH, default=False, help="weight decay also on biases and normalisation parameters")
     add("--layer-decay", type=positive, help="factor on the learning rate from each layer to the one below")
     add("--sched", choices=SCHEDULES, default="cosine")
-    add("--patience-epochs", type=natural, default=10, help="of --sched plateau: epochs without a better loss")
+    add(
+        "--patience-epochs",
+        type=natural,
+        default=10,
+        help="of --sched plateau: epochs without a better loss in training; with a validation split evaluations of it",
+    )
     add("--decay-rate", type=positive, default=0.1, help="of --sched plateau, step and multistep")
     add("--warmup-epochs", type=amount, default=0.0)
     add("--min-lr", type=amount, default=0.0)

@@ -229,8 +229,9 @@ class Training:
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             record |= self._evaluate()
         record |= {"images_per_s": found["images_per_s"], "seconds": time.perf_counter() - start}
-        if isinstance(self._set_rates, recipe.Plateau):
-            self._set_rates.epoch(record.get("validation_loss", record["train_loss"]))
+        followed = "validation_loss" if "validation" in self.held_out else "train_loss"
+        if isinstance(self._set_rates, recipe.Plateau) and followed in record:  # never one loss against the other
+            self._set_rates.epoch(record[followed])
         if self.world.main:
             self._log(record)
         self.position.epoch, self.position.batch, self.totals = epoch + 1, 0, Totals(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -239,6 +240,17 @@ class TestPlateau:
         assert command.run(train.main, [*self.ARGV, "--lr", "0.04", "--out", str(tmp_path)]) == 0
         rates = [r["lr"] for r in command.read_jsonl(tmp_path / "metrics.jsonl")]
         assert rates == pytest.approx([0.04, 0.04, 0.04, 0.04, 0.02, 0.02])
+
+    def test_epochs_that_do_not_evaluate_the_validation_split_do_not_count(self, tmp_path, monkeypatch):
+        """It follows 1.0, 0.9, 0.95, 0.96; the training loss, which is lower and rises, is another one."""
+        training, validation = itertools.count(), iter([1.0, 0.9, 0.95, 0.96])
+        train_epoch, evaluate_ = engine.train_epoch, Training._evaluate
+        monkeypatch.setattr(engine, "train_epoch", lambda *a, **k: train_epoch(*a, **k) | {"loss": next(training) / 10})
+        monkeypatch.setattr(Training, "_evaluate", lambda t: evaluate_(t) | {"validation_loss": next(validation)})
+        argv = [*self.ARGV, "--epochs", "8", "--eval-every", "2", "--validation-fraction", "0.2", "--lr", "0.04"]
+        assert command.run(train.main, [*argv, "--patience-epochs", "0", "--out", str(tmp_path)]) == 0
+        rates = [r["lr"] for r in command.read_jsonl(tmp_path / "metrics.jsonl")]
+        assert rates == pytest.approx([0.04] * 6 + [0.02] * 2)  # of the third evaluation, that of epoch 6
 
     def test_a_resumed_run_is_the_whole_one(self, tmp_path):
         whole, cut = tmp_path / "whole", tmp_path / "cut"

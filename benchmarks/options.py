@@ -225,6 +225,22 @@ def restored(kept: dict[str, Any], **overrides: Any) -> argparse.Namespace:
     return args
 
 
+def add_run(p: argparse.ArgumentParser) -> None:
+    """The run that a command is about, and what may be another one than where it was trained; for `of_run`."""
+    p.add_argument("run", type=Path, metavar="RUN_DIR")
+    p.add_argument("--data-dir", metavar="DIR", help="default: that of the run")
+    p.add_argument("--device", help="default: that of the run")
+
+
+def of_run(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of the trained run, where its data, workers and device are given now with these."""
+    path = args.run / "config.json"
+    if not path.is_file():
+        raise InputError(f"{args.run} is not a run directory: it has no config.json; make one with benchmarks.train")
+    replaced = {k: v for k, v in vars(args).items() if k in ("data_dir", "workers", "device") and v is not None}
+    return restored(read_json(path).get("options", {}), out=args.run, **replaced)
+
+
 def given(argv: Sequence[str] | None) -> set[str]:
     """Names of the options that stand on the command line."""
     p = parser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -48,9 +49,13 @@ def _pair(text: str) -> tuple[str, Any]:
     if not separator or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
     try:
-        return key, ast.literal_eval(value)
+        literal = ast.literal_eval(value)
+        json.dumps(literal)
     except (ValueError, SyntaxError):
         return key, value
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"must be a number, word, list or mapping, got {text!r}") from None
+    return key, literal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,9 +255,10 @@ def given(argv: Sequence[str] | None) -> set[str]:
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """For config.json: all options but where the run lives and how it was started."""
+    """For config.json: all options but where the run lives and how it was started, as they are read again: a tuple in
+    --opt-kwargs is a list there."""
     values = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
-    return values | {k: [list(pair) for pair in values[k]] for k in ("opt_kwargs", "model_kwargs")}
+    return json.loads(json.dumps(values))
 
 
 def default_name(args: argparse.Namespace) -> str:

@@ -116,9 +116,19 @@ class Training:
             self.world.mean_buffers_(model)
 
     def _check_mixup(self) -> None:
-        if self.mixup and len(self.splits.train) < self.args.batch_size and len(self.splits.train) % 2:
-            n = len(self.splits.train)
-            raise InputError(f"--mixup pairs the images of a batch, and there are only {n}: set --batch-size {n - 1}")
+        """timm's pairs the images of a batch: all are whole, and --batch-size is even, unless there are too few
+        examples for one. They are one batch then, and each process has its share. (A stream's are always whole.)"""
+        order = getattr(self.train_batches, "order", None)
+        if not self.mixup or order is None:
+            return
+        odd = [n for part in order.shares(0) if (n := part.stop - part.start) % 2]
+        if odd:
+            even = order.n // order.size // 2 * 2
+            raise InputError(
+                f"--mixup and --cutmix pair the images of a batch, and {order.n} examples make one of {odd[0]}"
+                + (" in a process: " if order.size > 1 else ": ")
+                + (f"set --batch-size {even}" if even else "leave --mixup and --cutmix out")
+            )
 
     # state
 

@@ -483,6 +483,8 @@ class TestBadInput:
         (["--adaptive"], "--adaptive needs a radius"),
         (["--adaptive", "sometimes", "--sam-rho", "1"], "choose from"),
         (["--mixup", "1", "--batch-size", "7"], "must be even"),
+        (["--mixup", "1", "--train-examples", "51"], "51 examples make one of 51: set --batch-size 50"),
+        (["--cutmix", "1", "--train-examples", "1"], "1 examples make one of 1: leave --mixup and --cutmix out"),
         (["--warmup-epochs", "40"], "leaves nothing"),
         (["--label-noise", "1.5"], "--label-noise: must be"),
         (["--aa", "rand-m9"], "digits are not augmented"),

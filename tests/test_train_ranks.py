@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from ranks import spawn
 from test_data import picture_tree
 
 from benchmarks import checkpoint, command, data, engine, evaluate, options, ranks, recipe, train
-from benchmarks.command import Interrupted, Signals
+from benchmarks.command import InputError, Interrupted, Signals
 from benchmarks.order import Order
 from benchmarks.pixels import Pixels
 from benchmarks.training import Training
@@ -88,6 +89,40 @@ class TestOrder:
         for (x, y), (a, b), (c, d) in zip(whole, *parts, strict=True):
             assert torch.equal(x, torch.cat([a, c]))
             assert torch.equal(y, torch.cat([b, d]))
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "message"),
+    [
+        (102, 2, "102 examples make one of 51 in a process: set --batch-size 50"),
+        (100, 3, "make one of 33 in a process: set --batch-size 32"),  # 33, 33 and 34
+        (3, 2, "make one of 1 in a process: leave --mixup and --cutmix out"),
+        (104, 2, None),
+        (128, 2, None),
+        (129, 2, None),  # the last one is left out
+    ],
+)
+def test_mixup_needs_an_even_share_of_the_batch_on_each_rank(n, size, message):
+    """All of them say so, for one that went on would wait for the others; what is advised goes well."""
+    argv = ["--device", "cpu", "--batch-size", "64", "--mixup", "0.2", "--train-examples", str(n)]
+    for rank in range(size):
+        world, good = ranks.World(rank, size, rank), argv
+        if message:
+            with pytest.raises(InputError, match=message):
+                unwrapped(argv, world)
+            advised = re.search("(--batch-size) ([0-9]+)", message)
+            if advised is None:
+                continue
+            good = [*argv, *advised.groups()]
+        assert all(len(y) % 2 == 0 for _, y in unwrapped(good, world).train_batches)
+
+
+def unwrapped(argv, world):
+    """Of one of several processes that are not there."""
+    args = options.parse(argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_network", lambda self: setattr(self, "ddp", False) or self.model)
+        return Training(args, recipe.splits(args), torch.device("cpu"), world=world)
 
 
 CASES = {

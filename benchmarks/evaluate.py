@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,7 +127,7 @@ def on_corruptions(
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = options.Parser(prog="python -m benchmarks.evaluate", description="Evaluate a run on damaged images.")
-    p.add_argument("run", type=Path, metavar="RUN_DIR")
+    options.add_run(p)
     p.add_argument(
         "--corruptions", default="standard", help=f"all, standard (the paper's 15), or of {', '.join(NAMES)}"
     )
@@ -138,16 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--examples", type=int, default=0, help="so many, evenly spaced; 0 (default) for all")
     p.add_argument("--seed", type=int, default=0, help="of what is drawn for the images")
     p.add_argument("--ema", action="store_true", help="the averaged weights of --model-ema")
-    p.add_argument("--device", help="default: that of the run")
     args = p.parse_args(argv)
     published = Published(args.cifar_c) if args.cifar_c else None
     names, severities = _chosen(args.corruptions, published), _severities(args.severities)
     if args.examples < 0 or args.seed < 0:
         raise InputError(f"--examples and --seed must be >= 0, got {args.examples} and {args.seed}")
-    if not (args.run / "config.json").is_file():
-        raise InputError(f"{args.run} is not a run directory: it has no config.json; make one with benchmarks.train")
-    kept = options.restored(command.read_json(args.run / "config.json").get("options", {}), out=args.run)
-    kept.device = args.device or kept.device
+    kept = options.of_run(args)
     model, split, image_size, updates = loaded(kept, args.split, ema=args.ema)
     with tqdm(total=1 + len(names) * len(severities), unit="cell", leave=False, disable=None) as bar:
 

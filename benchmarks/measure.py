@@ -19,6 +19,7 @@ from benchmarks import checkpoint, command, data, options, recipe
 from benchmarks.command import InputError, one_line
 from sam_optim import Perturbation, asam_param_groups, rng
 from sam_optim.cli import registry
+from sam_optim.cli.options import number
 from sam_optim.cli.registry import MEASURES, chosen
 from sam_optim.geometry import ProductBall
 from sam_optim.loss import Loss
@@ -31,7 +32,7 @@ BRIEF = {"num_samples": 30, "num_probes": 30}  # after every training run
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = options.Parser(prog="python -m benchmarks.measure", description="Measure a run of benchmarks.train.")
-    p.add_argument("run", type=Path, metavar="RUN_DIR")
+    options.add_run(p)
     p.add_argument("--measures", default="worst,average,eigenvalue,trace", help=f"of {', '.join(MEASURES)}")
     p.add_argument("--split", choices=("train", "validation", "test"), default="train")
     p.add_argument(
@@ -44,12 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--rho", type=float, help=f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}")
     p.add_argument("--adaptive", choices=("no", "elementwise", "filter", "layer"), help="default: as the optimizer's")
     p.add_argument("--ema", action="store_true", help="the averaged weights of --model-ema")
-    p.add_argument("--device", help="default: that of the run")
+    p.add_argument("--workers", type=number(int, 0), help="processes that decode images; default: as many as the run's")
     args = p.parse_args(argv)
-    if not (args.run / "config.json").is_file():
-        raise InputError(f"{args.run} is not a run directory: it has no config.json; make one with benchmarks.train")
-    kept = options.restored(command.read_json(args.run / "config.json").get("options", {}), out=args.run)
-    kept.device = args.device or kept.device
+    kept = options.of_run(args)
     names = chosen(args.measures)
     if not names:
         raise InputError(f"--measures names none; choose from {', '.join(MEASURES)}")

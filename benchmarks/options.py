@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -48,9 +49,13 @@ def _pair(text: str) -> tuple[str, Any]:
     if not separator or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
     try:
-        return key, ast.literal_eval(value)
+        literal = ast.literal_eval(value)
+        json.dumps(literal)
     except (ValueError, SyntaxError):
         return key, value
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"must be a number, word, list or mapping, got {text!r}") from None
+    return key, literal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,7 +93,12 @@ def parser() -> argparse.ArgumentParser:
     add("--decay-all", action=SWITCH, default=False, help="weight decay also on biases and normalisation parameters")
     add("--layer-decay", type=positive, help="factor on the learning rate from each layer to the one below")
     add("--sched", choices=SCHEDULES, default="cosine")
-    add("--patience-epochs", type=natural, default=10, help="of --sched plateau: epochs without a better loss")
+    add(
+        "--patience-epochs",
+        type=natural,
+        default=10,
+        help="of --sched plateau: epochs without a better loss in training; with a validation split evaluations of it",
+    )
     add("--decay-rate", type=positive, default=0.1, help="of --sched plateau, step and multistep")
     add("--warmup-epochs", type=amount, default=0.0)
     add("--min-lr", type=amount, default=0.0)
@@ -220,6 +230,22 @@ def restored(kept: dict[str, Any], **overrides: Any) -> argparse.Namespace:
     return args
 
 
+def add_run(p: argparse.ArgumentParser) -> None:
+    """The run that a command is about, and what may be another one than where it was trained; for `of_run`."""
+    p.add_argument("run", type=Path, metavar="RUN_DIR")
+    p.add_argument("--data-dir", metavar="DIR", help="default: that of the run")
+    p.add_argument("--device", help="default: that of the run")
+
+
+def of_run(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of the trained run, where its data, workers and device are given now with these."""
+    path = args.run / "config.json"
+    if not path.is_file():
+        raise InputError(f"{args.run} is not a run directory: it has no config.json; make one with benchmarks.train")
+    replaced = {k: v for k, v in vars(args).items() if k in ("data_dir", "workers", "device") and v is not None}
+    return restored(read_json(path).get("options", {}), out=args.run, **replaced)
+
+
 def given(argv: Sequence[str] | None) -> set[str]:
     """Names of the options that stand on the command line."""
     p = parser()
@@ -229,9 +255,10 @@ def given(argv: Sequence[str] | None) -> set[str]:
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """For config.json: all options but where the run lives and how it was started."""
+    """For config.json: all options but where the run lives and how it was started, as they are read again: a tuple in
+    --opt-kwargs is a list there."""
     values = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
-    return values | {k: [list(pair) for pair in values[k]] for k in ("opt_kwargs", "model_kwargs")}
+    return json.loads(json.dumps(values))
 
 
 def default_name(args: argparse.Namespace) -> str:

@@ -72,9 +72,13 @@ class Order(Sampler[list[int]]):
 
     def share(self, i: int) -> slice:
         """Which part of that batch is this rank's."""
+        return self.shares(i)[self.rank]
+
+    def shares(self, i: int) -> list[slice]:
+        """Which part of it is each rank's."""
         begin, end = self.batch(i)
         n = end - begin
-        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+        return [slice(rank * n // self.size, (rank + 1) * n // self.size) for rank in range(self.size)]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.arange(self.n)

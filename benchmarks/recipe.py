@@ -146,6 +146,7 @@ def split_groups_(base: torch.optim.Optimizer, network: nn.Module, adaptive: str
 class Plateau:
     """The learning rates fall by --decay-rate when the loss has not for --patience-epochs; torch's, which has a state.
 
+    The loss is that of the validation split, in the epochs that evaluate it, else that of training.
     (timm's is deprecated, and cannot be resumed.)
     """
 

@@ -73,7 +73,7 @@ class Training:
         if self.args.fsdp:
             if not torch.distributed.is_initialized():
                 raise InputError("--fsdp spreads the model over processes: start them with torchrun")
-            for model in [self.model, self.ema.module] if self.ema else [self.model]:
+            for model in self._models().values():
                 ranks.shard_(model, self.device)
         network = torch.compile(self.model) if self.args.compile else self.model
         self.ddp = self.world.size > 1 and not self.args.fsdp
@@ -102,18 +102,39 @@ class Training:
             return None
         from timm.utils import ModelEmaV3
 
-        return ModelEmaV3(self.model, decay=self.args.model_ema)
+        # with --fsdp one by one: torch does not mix sharded weights and whole BatchNorm statistics in one call
+        return ModelEmaV3(self.model, decay=self.args.model_ema, foreach=not self.args.fsdp)
+
+    def _models(self) -> dict[str, nn.Module]:
+        """What is saved and evaluated, by the prefix of its numbers."""
+        return {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
+
+    def _mean_statistics(self) -> None:
+        """Before saving and evaluating: the average of --model-ema has followed this rank's own BatchNorm statistics,
+        as the model has. Every rank must call it."""
+        for model in self._models().values():
+            self.world.mean_buffers_(model)
 
     def _check_mixup(self) -> None:
-        if self.mixup and len(self.splits.train) < self.args.batch_size and len(self.splits.train) % 2:
-            n = len(self.splits.train)
-            raise InputError(f"--mixup pairs the images of a batch, and there are only {n}: set --batch-size {n - 1}")
+        """timm's pairs the images of a batch: all are whole, and --batch-size is even, unless there are too few
+        examples for one. They are one batch then, and each process has its share. (A stream's are always whole.)"""
+        order = getattr(self.train_batches, "order", None)
+        if not self.mixup or order is None:
+            return
+        odd = [n for part in order.shares(0) if (n := part.stop - part.start) % 2]
+        if odd:
+            even = order.n // order.size // 2 * 2
+            raise InputError(
+                f"--mixup and --cutmix pair the images of a batch, and {order.n} examples make one of {odd[0]}"
+                + (" in a process: " if order.size > 1 else ": ")
+                + (f"set --batch-size {even}" if even else "leave --mixup and --cutmix out")
+            )
 
     # state
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with weights_only. Every rank must call it."""
-        self.world.mean_buffers_(self.model)
+        self._mean_statistics()
         if self.args.fsdp:
             model, optimizer = ranks.full_state(self.model, self.optimizer)
             ema = ranks.full_model_state(self.ema.module) if self.ema else None
@@ -218,8 +239,9 @@ class Training:
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             record |= self._evaluate()
         record |= {"images_per_s": found["images_per_s"], "seconds": time.perf_counter() - start}
-        if isinstance(self._set_rates, recipe.Plateau):
-            self._set_rates.epoch(record.get("validation_loss", record["train_loss"]))
+        followed = "validation_loss" if "validation" in self.held_out else "train_loss"
+        if isinstance(self._set_rates, recipe.Plateau) and followed in record:  # never one loss against the other
+            self._set_rates.epoch(record[followed])
         if self.world.main:
             self._log(record)
         self.position.epoch, self.position.batch, self.totals = epoch + 1, 0, Totals(self.device)
@@ -237,10 +259,9 @@ class Training:
             self.save()
 
     def _evaluate(self) -> dict[str, float]:
-        self.world.mean_buffers_(self.model)
-        models = {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
+        self._mean_statistics()
         record = {}
-        for prefix, model in models.items():
+        for prefix, model in self._models().items():
             for name, split in self.held_out.items():
                 batches = _checking(self._batches(split), self.signals)
                 found = engine.evaluate(

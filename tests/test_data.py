@@ -610,3 +610,21 @@ class TestSome:
         assert labels == [0, 0, 0, 1, 1, 1]
         report = command.read_json(out / "corrupted.json")
         assert (report["num_examples"], report["which_examples"]) == (6, "evenly spaced")
+
+    def test_a_run_whose_data_moved_is_measured_and_evaluated_where_they_are_now(self, tmp_path, monkeypatch, capsys):
+        tree, out = picture_tree(tmp_path / "data", n=8), tmp_path / "run"
+        argv = ["--data", "folder", "--data-dir", tree, "--epochs", 1, "--batch-size", 8, "--measures", "none"]
+        assert command.run(train.main, [str(o) for o in [*argv, "--workers", 1, "--out", out]]) == 0
+        config = (out / "config.json").read_bytes()
+        moved = tree.rename(tmp_path / "moved")
+        seen = []
+        monkeypatch.setattr(data, "batches", lambda *a, of=data.batches, **k: seen.append(k["workers"]) or of(*a, **k))
+        for main, more in (
+            (measure.main, ["--examples", "6", "--measures", "worst", "--workers", "0"]),
+            (evaluate.main, ["--examples", "6", "--corruptions", "fog", "--severities", "1"]),
+        ):
+            assert command.run(main, [str(out), *more]) == 2
+            assert f"--data-dir {tree} is not a directory" in capsys.readouterr().err
+            assert command.run(main, [str(out), *more, "--data-dir", str(moved)]) == 0
+        assert seen == [0]
+        assert (out / "config.json").read_bytes() == config

@@ -211,6 +211,14 @@ class TestResume:
         assert "--lr 0.3 differs from the run's 0.05; leave it out to resume" in capsys.readouterr().err
         assert snapshot(tmp_path) == before
 
+    def test_the_same_command_again_goes_on_with_a_tuple_among_its_options(self, tmp_path, capsys):
+        argv = [*DIGITS, "--epochs", 1, "--opt", "adamw", "--opt-kwargs", "betas=(0.8, 0.9)", "--resume"]
+        assert run(*argv, "--out", tmp_path) == 0
+        assert run(*argv, "--out", tmp_path) == 0
+        assert "is complete" in capsys.readouterr().out
+        assert run("--out", tmp_path, "--resume", "--opt-kwargs", "betas=(0.8, 0.95)") == 2
+        assert "[['betas', [0.8, 0.95]]] differs from the run's [['betas', [0.8, 0.9]]]" in capsys.readouterr().err
+
     def test_resume_without_a_run_starts_one(self, tmp_path):
         assert run(*DIGITS, "--epochs", 1, "--out", tmp_path / "new", "--resume") == 0
 
@@ -475,11 +483,14 @@ class TestBadInput:
         (["--adaptive"], "--adaptive needs a radius"),
         (["--adaptive", "sometimes", "--sam-rho", "1"], "choose from"),
         (["--mixup", "1", "--batch-size", "7"], "must be even"),
+        (["--mixup", "1", "--train-examples", "51"], "51 examples make one of 51: set --batch-size 50"),
+        (["--cutmix", "1", "--train-examples", "1"], "1 examples make one of 1: leave --mixup and --cutmix out"),
         (["--warmup-epochs", "40"], "leaves nothing"),
         (["--label-noise", "1.5"], "--label-noise: must be"),
         (["--aa", "rand-m9"], "digits are not augmented"),
         (["--img-size", "32"], "digits come with scikit-learn"),
         (["--model-kwargs", "width"], "must be KEY=VALUE"),
+        (["--opt-kwargs", "betas={1, 2}"], "--opt-kwargs: must be a number, word, list or mapping, got 'betas={1, 2}'"),
         (["--resume", "--force"], "choose one"),
         (["--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
         (["--sam_rho", "0.1"], "--sam_rho 0.1; --sam_rho: did you mean --sam-rho"),

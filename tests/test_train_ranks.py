@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,8 +17,8 @@ import torch
 from ranks import spawn
 from test_data import picture_tree
 
-from benchmarks import checkpoint, command, data, engine, options, ranks, recipe, train
-from benchmarks.command import Interrupted, Signals
+from benchmarks import checkpoint, command, data, engine, evaluate, options, ranks, recipe, train
+from benchmarks.command import InputError, Interrupted, Signals
 from benchmarks.order import Order
 from benchmarks.pixels import Pixels
 from benchmarks.training import Training
@@ -89,12 +91,47 @@ class TestOrder:
             assert torch.equal(y, torch.cat([b, d]))
 
 
+@pytest.mark.parametrize(
+    ("n", "size", "message"),
+    [
+        (102, 2, "102 examples make one of 51 in a process: set --batch-size 50"),
+        (100, 3, "make one of 33 in a process: set --batch-size 32"),  # 33, 33 and 34
+        (3, 2, "make one of 1 in a process: leave --mixup and --cutmix out"),
+        (104, 2, None),
+        (128, 2, None),
+        (129, 2, None),  # the last one is left out
+    ],
+)
+def test_mixup_needs_an_even_share_of_the_batch_on_each_rank(n, size, message):
+    """All of them say so, for one that went on would wait for the others; what is advised goes well."""
+    argv = ["--device", "cpu", "--batch-size", "64", "--mixup", "0.2", "--train-examples", str(n)]
+    for rank in range(size):
+        world, good = ranks.World(rank, size, rank), argv
+        if message:
+            with pytest.raises(InputError, match=message):
+                unwrapped(argv, world)
+            advised = re.search("(--batch-size) ([0-9]+)", message)
+            if advised is None:
+                continue
+            good = [*argv, *advised.groups()]
+        assert all(len(y) % 2 == 0 for _, y in unwrapped(good, world).train_batches)
+
+
+def unwrapped(argv, world):
+    """Of one of several processes that are not there."""
+    args = options.parse(argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_network", lambda self: setattr(self, "ddp", False) or self.model)
+        return Training(args, recipe.splits(args), torch.device("cpu"), world=world)
+
+
 CASES = {
     "sgd": (),
     "adamw, accumulated, clipped": ("--opt", "adamw", "--lr", "0.01", "--accumulate", "2", "--clip-grad", "0.5"),
     "one perturbation for all": ("--sam-rho", "0.1", "--sync-ascent", "--model-ema", "0.9"),
 }
 SHARDED = tuple(CASES)[:2]
+NORMALISED = {"normalised": (), "normalised fsdp": ("--fsdp",)}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +143,8 @@ def together(tmp_path_factory):
     cases += [[*two, *CASES[name], "--fsdp", "--out", root / f"fsdp {name}"] for name in SHARDED]
     cases.append([*two, "--sam-rho", "0.1", "--model-ema", "0.9", "--fsdp", "--out", root / "fsdp sam"])
     cases.append([*two, "--sam-rho", "0.1", "--out", root / "own"])
+    for name, more in NORMALISED.items():
+        cases.append([*two, "--model", "cnn5", "--model-ema", "0.5", "--epochs", "4", *more, "--out", root / name])
     results = spawn(everything, cases, str(root))
     for name, more in CASES.items():
         argv = [str(o) for o in (*BASE, "--batch-size", "64", *more, "--out", root / f"one {name}")]
@@ -139,6 +178,17 @@ class TestTwoProcesses:
         reference = checkpoint.newest(runs / "one one perturbation for all" / "checkpoints")
         for key, value in reference["ema"].items():
             torch.testing.assert_close(state["ema"][key], value, **ROUNDING)
+
+    @pytest.mark.parametrize("name", NORMALISED)
+    @pytest.mark.parametrize("prefix", ["", "ema_"])
+    def test_what_is_saved_is_what_was_evaluated(self, runs, name, prefix):
+        """Each rank evaluates a share of the test set: all with the statistics that the checkpoint holds."""
+        kept = command.read_json(runs / name / "config.json")["options"]
+        model, split, size, _ = evaluate.loaded(options.restored(kept, out=runs / name), ema=bool(prefix))
+        found = engine.evaluate(model, data.batches(split, 256, size), torch.nn.CrossEntropyLoss())
+        rounding = {"rel": 1e-5}  # of two sums over 899 examples
+        for key, value in found.items():
+            assert metrics(runs / name)[f"{prefix}test_{key}"] == pytest.approx(value, **rounding)
 
     def test_each_with_its_own_perturbation_is_another_run(self, runs):
         """m-sharpness: the mean of the losses at w + e of each rank, which is not that at one e for both."""
@@ -225,6 +275,17 @@ class TestPlateau:
         assert command.run(train.main, [*self.ARGV, "--lr", "0.04", "--out", str(tmp_path)]) == 0
         rates = [r["lr"] for r in command.read_jsonl(tmp_path / "metrics.jsonl")]
         assert rates == pytest.approx([0.04, 0.04, 0.04, 0.04, 0.02, 0.02])
+
+    def test_epochs_that_do_not_evaluate_the_validation_split_do_not_count(self, tmp_path, monkeypatch):
+        """It follows 1.0, 0.9, 0.95, 0.96; the training loss, which is lower and rises, is another one."""
+        training, validation = itertools.count(), iter([1.0, 0.9, 0.95, 0.96])
+        train_epoch, evaluate_ = engine.train_epoch, Training._evaluate
+        monkeypatch.setattr(engine, "train_epoch", lambda *a, **k: train_epoch(*a, **k) | {"loss": next(training) / 10})
+        monkeypatch.setattr(Training, "_evaluate", lambda t: evaluate_(t) | {"validation_loss": next(validation)})
+        argv = [*self.ARGV, "--epochs", "8", "--eval-every", "2", "--validation-fraction", "0.2", "--lr", "0.04"]
+        assert command.run(train.main, [*argv, "--patience-epochs", "0", "--out", str(tmp_path)]) == 0
+        rates = [r["lr"] for r in command.read_jsonl(tmp_path / "metrics.jsonl")]
+        assert rates == pytest.approx([0.04] * 6 + [0.02] * 2)  # of the third evaluation, that of epoch 6
 
     def test_a_resumed_run_is_the_whole_one(self, tmp_path):
         whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -7,7 +7,6 @@ goes to log.txt of the run.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -103,7 +102,7 @@ def begun_with(config: Config, levels: Mapping[str, Any], directory: Path) -> bo
         return True
     wanted = options.parse([*config.argv(levels), f"--out={directory}"])
     kept = options.restored(command.read_json(directory / "config.json").get("options", {}), out=directory)
-    found = [json.loads(json.dumps(options.plain(args))) for args in (wanted, kept)]
+    found = [options.plain(args) for args in (wanted, kept)]
     return all(found[0][key] == found[1][key] for key in found[0] if key not in OURS)
 
 

@@ -50,7 +50,7 @@ OWN = (
     ("--num-probes 40", [name for name in registry.MEASURES if registry.takes(name, "num_probes")]),
     ("--num-samples 40", [name for name in registry.MEASURES if registry.takes(name, "num_samples")]),
     ("--set density.num_probes=2 --set density.num_lanczos=15", ("density",)),
-    ("--set regret_fisher.damping=1 --set regret_fisher.tol=0.01", ("regret_fisher",)),
+    ("--set regret_fisher.damping=10 --set regret_fisher.tol=0.01", ("regret_fisher",)),
     ("--set regret_fisher.max_products=200 --set regret_fisher.num_probes=0", ("regret_fisher",)),
 )
 
@@ -68,7 +68,7 @@ ROWS = (  # (measure, in the ball of ASAM, what it is called in the table)
     ("frobenius", False, "Frobenius norm of H"),
     ("contrastive_eigenvalue", False, "contrastive largest eigenvalue"),
     ("gradient_regret", False, "gradient regret"),
-    ("regret_fisher", False, "gradient regret, Fisher metric, damping 1"),
+    ("regret_fisher", False, "gradient regret, Fisher metric, damping 10"),
     ("coherence", False, "gradient coherence"),
     ("noise_scale", False, "gradient noise scale, examples"),
     ("fisher_rao", False, "Fisher-Rao norm, squared"),

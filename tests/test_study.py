@@ -478,6 +478,15 @@ class TestRuns:
         (kept,) = queue.records()
         assert (kept["targets"], kept["measures"]) == (straight["targets"], straight["measures"])
 
+    def test_a_run_that_another_worker_began_is_measured_with_the_data_of_this_one(self, tmp_path):
+        root, _ = cifar_files(tmp_path / "first")
+        fixed = {"data": "cifar10", "model": "cnn3", "epochs": 1, "train_examples": 8}
+        found = settings(grid={"lr": [0.1]}, fixed=fixed, measures=[{"names": ["gradient_regret"], "examples": 4}])
+        before = trial.execute(found, {"lr": 0.1}, tmp_path / "run", Here(tmp_path, str(root), workers=1))
+        root.rename(tmp_path / "second")
+        after = trial.execute(found, {"lr": 0.1}, tmp_path / "run", Here(tmp_path, str(tmp_path / "second")))
+        assert (after["targets"], after["measures"]) == (before["targets"], before["measures"])
+
     @pytest.mark.slow
     def test_a_killed_worker_is_missed_and_another_goes_on_from_its_checkpoint(self, tmp_path):
         text = TINY.replace("lr = [0.02, 0.1]", "lr = [0.05]").replace("sam_rho = [0, 0.1]", "sam_rho = [0.1]")

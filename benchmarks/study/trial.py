@@ -22,7 +22,7 @@ from benchmarks.command import InputError
 from benchmarks.corruptions import Published
 from benchmarks.engine import NonFiniteLoss
 from benchmarks.evaluate import Clean, on_corruptions
-from benchmarks.study.config import OURS, Config, Settings, columns
+from benchmarks.study.config import HERE, OURS, Config, Settings, columns
 from benchmarks.study.storage import held
 from sam_optim import rng
 from sam_optim.results import plain, provenance
@@ -44,9 +44,13 @@ class Here(NamedTuple):
     cifar_c: str | None = None
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Those of `benchmarks.train` that are this machine's, if it gives them."""
+        return {key: getattr(self, key) for key in HERE if getattr(self, key) is not None}
+
+    @property
     def argv(self) -> list[str]:
-        found = ["--device", self.device, "--workers", str(self.workers)]
-        return found + (["--data-dir", str(self.data_dir)] if self.data_dir else [])
+        return [f"--{key.replace('_', '-')}={value}" for key, value in self.options.items()]
 
 
 def check(config: Config, here: Here) -> None:
@@ -128,7 +132,8 @@ def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: He
             record["failed"] = command.one_line(error)
         if record["failed"] is None:
             kept = command.read_json(directory / "config.json")
-            args = options.restored(kept["options"], out=directory)
+            # config.json says where the data of the first worker are, and this may be another
+            args = options.restored(kept["options"], out=directory, **here.options)
             record |= evaluate(config, args, published(config, here))
             for block in config.measures:
                 found = _measured(block, directory, args)

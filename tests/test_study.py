@@ -179,6 +179,15 @@ class TestStorage:
             with pytest.raises(InputError):
                 storage.url_of(bad, tmp_path)
 
+    def test_a_grace_that_living_workers_would_exceed_is_refused(self, tmp_path, capsys):
+        with pytest.raises(InputError, match=r"--grace 3 is less than two heartbeats \(--heartbeat 2\).* --grace 4"):
+            storage.open_storage(f"sqlite:///{tmp_path / 'study.db'}", heartbeat=2, grace=3)
+        (tmp_path / "tiny.toml").write_text(TINY)
+        argv = ["run", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--grace", "60"]
+        assert command.run(study.main, argv) == command.EXIT_BAD_INPUT
+        assert "--grace 60 is less than two heartbeats (--heartbeat 60)" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_a_lock_is_for_one_and_ends_with_its_holder(self, tmp_path):
         path = tmp_path / "x.lock"
         with storage.held(path) as first, storage.held(path) as second:
@@ -248,11 +257,11 @@ class TestQueue:
         assert (queue.tally().failed, queue.tally().left) == (1, 0)
 
     def test_a_silent_worker_loses_its_trial_and_its_result(self, url):
-        queue = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=1)
+        queue = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=2)
         silent = queue.claim()
         assert queue.claim() is None
-        time.sleep(2.2)  # the database's clock has whole seconds
-        other = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=1)
+        time.sleep(3.2)  # the database's clock has whole seconds
+        other = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=2)
         taken = other.claim()
         assert (taken.levels, taken.deaths) == (silent.levels, 1)
         assert not queue.finish(silent, record(silent, seconds=7.0), value=0.0)
@@ -261,6 +270,14 @@ class TestQueue:
         assert other.finish(taken, record(taken), value=1.0)
         (kept,) = other.records()
         assert kept["seconds"] == 1.0
+
+    def test_a_worker_with_a_longer_heartbeat_than_another_is_not_dead_for_it(self, url):
+        found = settings(grid={"lr": [0.1]})
+        slow = Queue(found, url, heartbeat=60)
+        claim = slow.claim()
+        time.sleep(3.2)
+        assert Queue(found, url, heartbeat=1, grace=2).claim() is None
+        assert slow.finish(claim, record(claim), value=1.0)
 
     def test_killed_between_taking_and_the_first_heartbeat(self, url):
         queue = Queue(settings(grid={"lr": [0.1]}), url)

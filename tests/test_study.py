@@ -149,7 +149,20 @@ class TestConfig:
             ({"measures": [{"names": "worst"}]}, "must be a list"),
             ({"measures": [{}, {}]}, "give each a label"),
             ({"measures": [{"radius": 1}]}, "unknown setting of [measures] 'radius'"),
+            ({"measures": [{"split": "bogus"}]}, "unknown split of [[measures]] 'bogus'"),
+            ({"measures": [{"split": "validation"}]}, 'split = "validation" of [[measures]] needs held-out examples'),
+            (
+                {"measures": [{"adaptive": "bogus"}]},
+                "unknown adaptive of [[measures]] 'bogus'; choose",
+            ),
+            ({"measures": [{"rho": -1}]}, "rho of [[measures]] is a radius in weight space and must be > 0, got -1"),
+            ({"measures": [{"rho": "big"}]}, "must be > 0, got 'big'"),
+            ({"measures": [{"examples": -5}]}, "examples of [[measures]] is a number, 0 for all, got -5"),
+            ({"measures": [{"batch_size": 0}]}, "batch_size of [[measures]] is a number, at least 1, got 0"),
+            ({"evaluate": {"test_examples": -5}}, "test_examples of [evaluate] is a number, 0 for all, got -5"),
             ({"sampler": {"name": "TPESampler"}}, "needs trials"),
+            ({"sampler": {"trials": 3, "objective": "ood_error"}}, "needs [corruptions] with names"),
+            ({"sampler": {"trials": 3, "objective": "validation_error"}}, "needs held-out examples: give validation"),
             ({"sampler": {"trials": 3, "objective": "speed"}}, "unknown objective"),
             ({"typo": {}}, "unknown table 'typo'"),
             ({"name": "../x"}, "letters, digits"),
@@ -159,6 +172,11 @@ class TestConfig:
         with pytest.raises(InputError) as caught:
             config.checked({"name": "s", "grid": {"lr": [0.1]}} | content)
         assert words in str(caught.value)
+
+    def test_what_may_be_said_of_measures(self):
+        for adaptive in ("no", False, True, None, "filter"):
+            block = {"split": "validation", "adaptive": adaptive, "rho": 1, "examples": 0}
+            assert settings(fixed={"validation_fraction": 0.1}, measures=[block]).measures[0]["rho"] == 1
 
     def test_files_that_are_not_settings(self, tmp_path):
         for name, text in (("a.toml", "= ="), ("b.yaml", "- 1"), ("c.yaml", "a: [")):
@@ -528,6 +546,41 @@ class TestRuns:
         assert "1 of 2 done, 0 running, 1 failed" in capsys.readouterr().out
         (bad,) = [r for r in queue.records() if r["failed"]]
         assert "diverged" in bad["failed"]
+
+    def test_a_fault_of_the_program_gives_the_trial_back(self, tmp_path, monkeypatch):
+        def execute(*_):
+            raise AttributeError("no such thing")
+
+        monkeypatch.setattr("benchmarks.study.worker.execute", execute)
+        queue = Queue(settings(grid={"lr": [0.1]}), f"sqlite:///{tmp_path / 'study.db'}")
+        with pytest.raises(AttributeError, match="no such thing"):
+            work(queue, Here(tmp_path / "runs"))
+        assert (queue.tally().running, queue.tally().left) == (0, 1)
+        assert queue.claim().deaths == 1
+
+    def test_a_sampler_may_look_at_held_out_examples(self, tmp_path):
+        found = settings(
+            grid={"lr": {"low": 0.05, "high": 0.1}},
+            fixed={"data": "digits", "epochs": 1, "train_examples": 64, "validation_fraction": 0.2},
+            measures=[],
+            sampler={"trials": 2, "objective": "validation_error"},
+        )
+        queue = Queue(found, f"sqlite:///{tmp_path / 'study.db'}")
+        assert work(queue, Here(tmp_path / "runs")) == 0
+        values = {t.number: t.value for t in queue.study.get_trials()}
+        assert values == {r["number"]: r["targets"]["validation_error"] for r in queue.records()}
+        assert len(values) == 2
+
+    def test_a_folder_of_held_out_pictures_will_do(self, tmp_path):
+        tree = picture_tree(tmp_path / "data", n=4, size=(16, 16))
+        fixed = {"data": "folder", "model": "cnn3"}
+        found = settings(grid={"lr": [0.1]}, fixed=fixed, measures=[{"split": "validation"}])
+        with pytest.raises(InputError, match="needs held-out examples"):
+            trial.check(found, Here(tmp_path, str(tree)))
+        (tree / "val").rename(tree / "test")
+        picture_tree(tmp_path / "more", n=4, size=(16, 16))
+        (tmp_path / "more" / "val").rename(tree / "val")
+        trial.check(found, Here(tmp_path, str(tree)))
 
     def test_a_machine_without_the_data_leaves_the_trial_to_others(self, tmp_path):
         found = settings(fixed={"data": "cifar10", "model": "cnn5"})

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="default: CUDA where torch sees it, else the CPU")
     run.add_argument("--decoders", type=_natural, default=0, metavar="N", help="processes that decode images")
     run.add_argument("--heartbeat", type=_positive, default=60, metavar="SECONDS", help="between signs of life")
-    run.add_argument("--grace", type=_positive, metavar="SECONDS", help="without one: dead (default: 3 heartbeats)")
+    run.add_argument("--grace", type=_positive, metavar="SECONDS", help="without one: dead (default: three heartbeats)")
     run.add_argument("--limit", type=_positive, metavar="N", help="run at most so many, then leave")
     run.add_argument("--no-wait", action="store_true", help="leave while other workers run the last ones")
     status = commands.add_parser("status", help="how far a study is")

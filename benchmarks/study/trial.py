@@ -22,7 +22,7 @@ from benchmarks.command import InputError
 from benchmarks.corruptions import Published
 from benchmarks.engine import NonFiniteLoss
 from benchmarks.evaluate import Clean, on_corruptions
-from benchmarks.study.config import HERE, OURS, Config, Settings, columns
+from benchmarks.study.config import HERE, OURS, Config, Settings, check_held_out, columns
 from benchmarks.study.storage import held
 from sam_optim import rng
 from sam_optim.results import plain, provenance
@@ -69,6 +69,7 @@ def check(config: Config, here: Here) -> None:
             continue
         opened.add(key)
         splits = recipe.splits(args)
+        check_held_out(config, splits.validation is not None)
         if config.corruptions["names"]:
             Clean(splits.test, splits.image_size)
             if found := published(config, here):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmarks import checkpoint, command, corruptions, engine, images, options, recipe
 from benchmarks.command import InputError
 from benchmarks.corruptions import NAMES, SEVERITIES, STANDARD, Published
+from benchmarks.data import labels as labels_of
 from benchmarks.data import some, spaced, taken
 from benchmarks.images import Pictures
 from benchmarks.pixels import Pixels
@@ -85,8 +86,8 @@ def on_corruptions(
 
     Args:
         split: of `data.Splits`, colour images; image_size: (3, H, W) of the splits.
-        names, severities: see `corruptions.NAMES`; with `published` its files are read in place of making images, and
-            only the clean accuracy is of `split`.
+        names, severities: see `corruptions.NAMES`; with `published` its files are read in place of making images:
+            `split` is then the test set that these are of, and only the clean accuracy is of it.
         examples: so many, evenly spaced in the split, and in each of the published files; 0 for all.
         progress: called with each cell's name.
 
@@ -99,6 +100,8 @@ def on_corruptions(
     elif image_size[1:] != (32, 32):
         raise InputError(f"the published files have 32 x 32 pixels and the model takes {image_size[1:]}")
     clean = Clean(split, image_size, examples)
+    if published is not None:
+        check_labels(published, split)
 
     def measured(name: str | None, severity: int) -> dict[str, float]:
         if progress:
@@ -126,6 +129,11 @@ def on_corruptions(
     return found
 
 
+def check_labels(published: Published, split: Dataset) -> None:
+    """Raises InputError where the published files are not of this test set. Only CIFAR in memory has their order."""
+    published.check_labels(labels_of(split).numpy(), in_order=isinstance(split, Pixels))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = options.Parser(prog="python -m benchmarks.evaluate", description="Evaluate a run on damaged images.")
     p.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -141,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--device", help="default: that of the run")
     args = p.parse_args(argv)
     published = Published(args.cifar_c) if args.cifar_c else None
+    if published and args.split != "test":
+        raise InputError("--cifar-c are damaged test images: leave --split validation out")
     names, severities = _chosen(args.corruptions, published), _severities(args.severities)
     if args.examples < 0 or args.seed < 0:
         raise InputError(f"--examples and --seed must be >= 0, got {args.examples} and {args.seed}")

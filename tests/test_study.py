@@ -686,6 +686,10 @@ class TestEvaluation:
             trial.check(found, Here(tmp_path, str(root)))
         here = Here(tmp_path, str(root), cifar_c=str(tmp_path / "c"))
         trial.check(found, here)
+        np.save(tmp_path / "c" / "labels.npy", labels + 90)
+        with pytest.raises(InputError, match="has labels up to 9"):
+            trial.check(found, here)
+        np.save(tmp_path / "c" / "labels.npy", labels)
         splits = data.load("cifar10", root)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()

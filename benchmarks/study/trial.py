@@ -21,7 +21,7 @@ from benchmarks import checkpoint, command, data, engine, measure, models, optio
 from benchmarks.command import InputError
 from benchmarks.corruptions import Published
 from benchmarks.engine import NonFiniteLoss
-from benchmarks.evaluate import Clean, on_corruptions
+from benchmarks.evaluate import Clean, check_labels, on_corruptions
 from benchmarks.study.config import HERE, OURS, Config, Settings, check_held_out, columns
 from benchmarks.study.storage import held
 from sam_optim import rng
@@ -73,6 +73,7 @@ def check(config: Config, here: Here) -> None:
         if config.corruptions["names"]:
             Clean(splits.test, splits.image_size)
             if found := published(config, here):
+                check_labels(found, splits.test)
                 for name in config.corruptions["names"]:
                     found.images(name, 1)
                 if splits.image_size[1:] != (32, 32):

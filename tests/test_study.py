@@ -26,7 +26,7 @@ from test_data import cifar_files, picture_tree
 from benchmarks import command, data, evaluate
 from benchmarks.command import InputError
 from benchmarks.study import __main__ as study
-from benchmarks.study import config, storage, trial
+from benchmarks.study import config, report, storage, trial
 from benchmarks.study.queue import DEATHS, Queue, difference, duration
 from benchmarks.study.trial import Here, run_directory
 from benchmarks.study.worker import work
@@ -570,6 +570,8 @@ class TestRuns:
         values = {t.number: t.value for t in queue.study.get_trials()}
         assert values == {r["number"]: r["targets"]["validation_error"] for r in queue.records()}
         assert len(values) == 2
+        with pytest.raises(InputError, match=r"'s' measures nothing, .* use `compare CONFIG --by FACTOR`, or add"):
+            report.from_study(found, queue.url)
 
     def test_a_folder_of_held_out_pictures_will_do(self, tmp_path):
         tree = picture_tree(tmp_path / "data", n=4, size=(16, 16))

@@ -97,6 +97,21 @@ class Published:
         rows = slice((severity - 1) * n, severity * n)
         return np.array(images[rows]), labels[rows].astype(np.int64)
 
+    def check_labels(self, labels: NDArray[np.int64], *, in_order: bool) -> None:
+        """Compares labels.npy with those of the clean test images, (n,); in_order: these are as in CIFAR's own files.
+
+        Raises:
+            InputError: the folder is of another data set, or its labels are not those of its images.
+        """
+        found, num = self._read("labels"), len(labels)
+        if found.size and found.max() > labels.max():
+            wrong = f"has labels up to {found.max()}, and the test images up to {labels.max()}"
+        elif in_order and found.shape == (5 * num,) and (differing := (found.reshape(5, num) != labels).any(0)).any():
+            wrong = f"differs from the labels of {differing.sum()} of {num} test images"
+        else:
+            return
+        raise InputError(f"{self.directory}/labels.npy {wrong}: give the unpacked archive of the run's own data set")
+
     def _read(self, name: str) -> Any:
         path = self.directory / f"{name}.npy"
         try:

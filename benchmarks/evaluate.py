@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks import checkpoint, command, corruptions, engine, images, options, recipe
 from benchmarks.command import InputError
 from benchmarks.corruptions import NAMES, SEVERITIES, STANDARD, Published
+from benchmarks.data import labels as labels_of
 from benchmarks.data import some, spaced, taken
 from benchmarks.images import Pictures
 from benchmarks.pixels import Pixels
@@ -84,8 +85,8 @@ def on_corruptions(
 
     Args:
         split: of `data.Splits`, colour images; image_size: (3, H, W) of the splits.
-        names, severities: see `corruptions.NAMES`; with `published` its files are read in place of making images, and
-            only the clean accuracy is of `split`.
+        names, severities: see `corruptions.NAMES`; with `published` its files are read in place of making images:
+            `split` is then the test set that these are of, and only the clean accuracy is of it.
         examples: so many, evenly spaced in the split, and in each of the published files; 0 for all.
         progress: called with each cell's name.
 
@@ -98,6 +99,8 @@ def on_corruptions(
     elif image_size[1:] != (32, 32):
         raise InputError(f"the published files have 32 x 32 pixels and the model takes {image_size[1:]}")
     clean = Clean(split, image_size, examples)
+    if published is not None:
+        check_labels(published, split)
 
     def measured(name: str | None, severity: int) -> dict[str, float]:
         if progress:
@@ -125,6 +128,11 @@ def on_corruptions(
     return found
 
 
+def check_labels(published: Published, split: Dataset) -> None:
+    """Raises InputError where the published files are not of this test set. Only CIFAR in memory has their order."""
+    published.check_labels(labels_of(split).numpy(), in_order=isinstance(split, Pixels))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = options.Parser(prog="python -m benchmarks.evaluate", description="Evaluate a run on damaged images.")
     options.add_run(p)
@@ -139,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--ema", action="store_true", help="the averaged weights of --model-ema")
     args = p.parse_args(argv)
     published = Published(args.cifar_c) if args.cifar_c else None
+    if published and args.split != "test":
+        raise InputError("--cifar-c are damaged test images: leave --split validation out")
     names, severities = _chosen(args.corruptions, published), _severities(args.severities)
     if args.examples < 0 or args.seed < 0:
         raise InputError(f"--examples and --seed must be >= 0, got {args.examples} and {args.seed}")

@@ -585,6 +585,23 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
     assert float(loss.value()) == pytest.approx(logged, rel=1e-5)
 
 
+def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data(tmp_path):
+    from benchmarks import command, train
+
+    argv = ["--train-examples", "64", "--label-noise", "0.2", "--epochs", "1", "--measures", "none"]
+    assert command.run(train.main, [*argv, "--out", str(tmp_path / "run")]) == 0
+    argv = ["measure", tmp_path / "run", "--measures", "gradient_regret", "--examples", 16, "--batch-size", 8, "--data"]
+    code, _, err = run(*argv, "digits")
+    assert code == 0
+    assert "note: the examples are those of --data, and not the runs' own" in err
+    assert "trained with --train-examples, --label-noise; python -m benchmarks.measure RUN_DIR takes those" in err
+    path, *_ = images(tmp_path / "d.npz")
+    for where in (["digits", "--split", "test"], [path]):  # no run trains on its test set; a file has what was chosen
+        code, _, err = run(*argv, *where)
+        assert code == 0
+        assert "note: " not in err
+
+
 def test_runs_that_do_not_say_how_they_see_pixels_need_a_word():
     assert data.of_run({"image_size": [3, 32, 32]}) is None  # of an older version
     assert data.of_run({"image_size": [1, 8, 8], "preprocessing": {}}) is None  # digits

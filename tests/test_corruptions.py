@@ -13,9 +13,10 @@ from PIL import Image
 from scipy.stats import poisson
 from test_data import cifar_files, picture_tree
 
-from benchmarks import command, corruptions, evaluate, train
+from benchmarks import command, corruptions, data, evaluate, train
 from benchmarks.command import InputError
 from benchmarks.corruptions import KINDS, NAMES, SEVERITIES, STANDARD, Published, corrupted
+from benchmarks.images import Pictures
 
 BLURS = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate", "gaussian_blur")
 
@@ -189,6 +190,28 @@ class TestPublished:
         with pytest.raises(InputError, match="cannot be read"):
             Published(tmp_path / "c").images("fog", 1)
 
+    def test_labels_are_those_of_the_test_images(self, tmp_path):
+        """Files of another data set have labels without an output; in another order they would only look bad."""
+        root = cifar_files(tmp_path / "data")[0]
+        split = data.load("cifar10", root).test
+        labels = split.tensors[1].numpy()
+        self.folder(tmp_path / "c", n=len(labels))
+        published = Published(tmp_path / "c")
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
+        choices = {"names": ["fog"], "severities": [1], "published": published}
+        np.save(tmp_path / "c" / "labels.npy", np.tile(labels, 5))
+        assert evaluate.on_corruptions(model, split, (3, 32, 32), **choices)["mean"]["loss"] > 0
+        np.save(tmp_path / "c" / "labels.npy", np.tile(labels, 5) + 90)
+        with pytest.raises(InputError, match=rf"{tmp_path}/c/labels.npy has labels up to 99, .* up to 9: give"):
+            evaluate.on_corruptions(model, split, (3, 32, 32), **choices)
+        np.save(tmp_path / "c" / "labels.npy", np.tile(labels[::-1], 5))
+        num = int((labels != labels[::-1]).sum())
+        with pytest.raises(InputError, match=f"labels.npy differs from the labels of {num} of 20 test images: give"):
+            evaluate.on_corruptions(model, split, (3, 32, 32), **choices)
+        evaluate.check_labels(
+            published, Pictures(None, None, split.tensors[1], "RGB")
+        )  # folders have an order of their own
+
 
 def trained(tmp_path, *options) -> None:
     argv = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16", "--measures", "none", *options]
@@ -268,10 +291,13 @@ class TestCommand:
             (["--ema"], "without --model-ema"),
             (["--examples", "-1"], "must be >= 0"),
             (["--cifar-c", "/nowhere"], "no folder of CIFAR-10-C"),
+            (["--cifar-c", "c", "--split", "validation"], "damaged test images"),
         ],
     )
-    def test_bad_options(self, tmp_path, capsys, options, message):
+    def test_bad_options(self, tmp_path, monkeypatch, capsys, options, message):
         run = tmp_path / "run"
+        monkeypatch.chdir(tmp_path)
+        TestPublished().folder(tmp_path / "c")
         assert command.run(train.main, ["--epochs", "1", "--measures", "none", "--out", str(run)]) == 0
         assert command.run(evaluate.main, [str(run), *options]) == 2
         assert message in capsys.readouterr().err

@@ -26,7 +26,7 @@ from test_data import cifar_files, picture_tree
 from benchmarks import command, data, evaluate
 from benchmarks.command import InputError
 from benchmarks.study import __main__ as study
-from benchmarks.study import config, storage, trial
+from benchmarks.study import config, report, storage, trial
 from benchmarks.study.queue import DEATHS, Queue, difference, duration
 from benchmarks.study.trial import Here, run_directory
 from benchmarks.study.worker import work
@@ -149,7 +149,20 @@ class TestConfig:
             ({"measures": [{"names": "worst"}]}, "must be a list"),
             ({"measures": [{}, {}]}, "give each a label"),
             ({"measures": [{"radius": 1}]}, "unknown setting of [measures] 'radius'"),
+            ({"measures": [{"split": "bogus"}]}, "unknown split of [[measures]] 'bogus'"),
+            ({"measures": [{"split": "validation"}]}, 'split = "validation" of [[measures]] needs held-out examples'),
+            (
+                {"measures": [{"adaptive": "bogus"}]},
+                "unknown adaptive of [[measures]] 'bogus'; choose",
+            ),
+            ({"measures": [{"rho": -1}]}, "rho of [[measures]] is a radius in weight space and must be > 0, got -1"),
+            ({"measures": [{"rho": "big"}]}, "must be > 0, got 'big'"),
+            ({"measures": [{"examples": -5}]}, "examples of [[measures]] is a number, 0 for all, got -5"),
+            ({"measures": [{"batch_size": 0}]}, "batch_size of [[measures]] is a number, at least 1, got 0"),
+            ({"evaluate": {"test_examples": -5}}, "test_examples of [evaluate] is a number, 0 for all, got -5"),
             ({"sampler": {"name": "TPESampler"}}, "needs trials"),
+            ({"sampler": {"trials": 3, "objective": "ood_error"}}, "needs [corruptions] with names"),
+            ({"sampler": {"trials": 3, "objective": "validation_error"}}, "needs held-out examples: give validation"),
             ({"sampler": {"trials": 3, "objective": "speed"}}, "unknown objective"),
             ({"typo": {}}, "unknown table 'typo'"),
             ({"name": "../x"}, "letters, digits"),
@@ -159,6 +172,11 @@ class TestConfig:
         with pytest.raises(InputError) as caught:
             config.checked({"name": "s", "grid": {"lr": [0.1]}} | content)
         assert words in str(caught.value)
+
+    def test_what_may_be_said_of_measures(self):
+        for adaptive in ("no", False, True, None, "filter"):
+            block = {"split": "validation", "adaptive": adaptive, "rho": 1, "examples": 0}
+            assert settings(fixed={"validation_fraction": 0.1}, measures=[block]).measures[0]["rho"] == 1
 
     def test_files_that_are_not_settings(self, tmp_path):
         for name, text in (("a.toml", "= ="), ("b.yaml", "- 1"), ("c.yaml", "a: [")):
@@ -178,6 +196,15 @@ class TestStorage:
         for bad in ("study.db", "mysql://x"):
             with pytest.raises(InputError):
                 storage.url_of(bad, tmp_path)
+
+    def test_a_grace_that_living_workers_would_exceed_is_refused(self, tmp_path, capsys):
+        with pytest.raises(InputError, match=r"--grace 3 is less than two heartbeats \(--heartbeat 2\).* --grace 4"):
+            storage.open_storage(f"sqlite:///{tmp_path / 'study.db'}", heartbeat=2, grace=3)
+        (tmp_path / "tiny.toml").write_text(TINY)
+        argv = ["run", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--grace", "60"]
+        assert command.run(study.main, argv) == command.EXIT_BAD_INPUT
+        assert "--grace 60 is less than two heartbeats (--heartbeat 60)" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
     def test_a_lock_is_for_one_and_ends_with_its_holder(self, tmp_path):
         path = tmp_path / "x.lock"
@@ -248,11 +275,11 @@ class TestQueue:
         assert (queue.tally().failed, queue.tally().left) == (1, 0)
 
     def test_a_silent_worker_loses_its_trial_and_its_result(self, url):
-        queue = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=1)
+        queue = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=2)
         silent = queue.claim()
         assert queue.claim() is None
-        time.sleep(2.2)  # the database's clock has whole seconds
-        other = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=1)
+        time.sleep(3.2)  # the database's clock has whole seconds
+        other = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=2)
         taken = other.claim()
         assert (taken.levels, taken.deaths) == (silent.levels, 1)
         assert not queue.finish(silent, record(silent, seconds=7.0), value=0.0)
@@ -261,6 +288,14 @@ class TestQueue:
         assert other.finish(taken, record(taken), value=1.0)
         (kept,) = other.records()
         assert kept["seconds"] == 1.0
+
+    def test_a_worker_with_a_longer_heartbeat_than_another_is_not_dead_for_it(self, url):
+        found = settings(grid={"lr": [0.1]})
+        slow = Queue(found, url, heartbeat=60)
+        claim = slow.claim()
+        time.sleep(3.2)
+        assert Queue(found, url, heartbeat=1, grace=2).claim() is None
+        assert slow.finish(claim, record(claim), value=1.0)
 
     def test_killed_between_taking_and_the_first_heartbeat(self, url):
         queue = Queue(settings(grid={"lr": [0.1]}), url)
@@ -478,6 +513,15 @@ class TestRuns:
         (kept,) = queue.records()
         assert (kept["targets"], kept["measures"]) == (straight["targets"], straight["measures"])
 
+    def test_a_run_that_another_worker_began_is_measured_with_the_data_of_this_one(self, tmp_path):
+        root, _ = cifar_files(tmp_path / "first")
+        fixed = {"data": "cifar10", "model": "cnn3", "epochs": 1, "train_examples": 8}
+        found = settings(grid={"lr": [0.1]}, fixed=fixed, measures=[{"names": ["gradient_regret"], "examples": 4}])
+        before = trial.execute(found, {"lr": 0.1}, tmp_path / "run", Here(tmp_path, str(root), workers=1))
+        root.rename(tmp_path / "second")
+        after = trial.execute(found, {"lr": 0.1}, tmp_path / "run", Here(tmp_path, str(tmp_path / "second")))
+        assert (after["targets"], after["measures"]) == (before["targets"], before["measures"])
+
     @pytest.mark.slow
     def test_a_killed_worker_is_missed_and_another_goes_on_from_its_checkpoint(self, tmp_path):
         text = TINY.replace("lr = [0.02, 0.1]", "lr = [0.05]").replace("sam_rho = [0, 0.1]", "sam_rho = [0.1]")
@@ -502,6 +546,43 @@ class TestRuns:
         assert "1 of 2 done, 0 running, 1 failed" in capsys.readouterr().out
         (bad,) = [r for r in queue.records() if r["failed"]]
         assert "diverged" in bad["failed"]
+
+    def test_a_fault_of_the_program_gives_the_trial_back(self, tmp_path, monkeypatch):
+        def execute(*_):
+            raise AttributeError("no such thing")
+
+        monkeypatch.setattr("benchmarks.study.worker.execute", execute)
+        queue = Queue(settings(grid={"lr": [0.1]}), f"sqlite:///{tmp_path / 'study.db'}")
+        with pytest.raises(AttributeError, match="no such thing"):
+            work(queue, Here(tmp_path / "runs"))
+        assert (queue.tally().running, queue.tally().left) == (0, 1)
+        assert queue.claim().deaths == 1
+
+    def test_a_sampler_may_look_at_held_out_examples(self, tmp_path):
+        found = settings(
+            grid={"lr": {"low": 0.05, "high": 0.1}},
+            fixed={"data": "digits", "epochs": 1, "train_examples": 64, "validation_fraction": 0.2},
+            measures=[],
+            sampler={"trials": 2, "objective": "validation_error"},
+        )
+        queue = Queue(found, f"sqlite:///{tmp_path / 'study.db'}")
+        assert work(queue, Here(tmp_path / "runs")) == 0
+        values = {t.number: t.value for t in queue.study.get_trials()}
+        assert values == {r["number"]: r["targets"]["validation_error"] for r in queue.records()}
+        assert len(values) == 2
+        with pytest.raises(InputError, match=r"'s' measures nothing, .* use `compare CONFIG --by FACTOR`, or add"):
+            report.from_study(found, queue.url)
+
+    def test_a_folder_of_held_out_pictures_will_do(self, tmp_path):
+        tree = picture_tree(tmp_path / "data", n=4, size=(16, 16))
+        fixed = {"data": "folder", "model": "cnn3"}
+        found = settings(grid={"lr": [0.1]}, fixed=fixed, measures=[{"split": "validation"}])
+        with pytest.raises(InputError, match="needs held-out examples"):
+            trial.check(found, Here(tmp_path, str(tree)))
+        (tree / "val").rename(tree / "test")
+        picture_tree(tmp_path / "more", n=4, size=(16, 16))
+        (tmp_path / "more" / "val").rename(tree / "val")
+        trial.check(found, Here(tmp_path, str(tree)))
 
     def test_a_machine_without_the_data_leaves_the_trial_to_others(self, tmp_path):
         found = settings(fixed={"data": "cifar10", "model": "cnn5"})
@@ -607,6 +688,10 @@ class TestEvaluation:
             trial.check(found, Here(tmp_path, str(root)))
         here = Here(tmp_path, str(root), cifar_c=str(tmp_path / "c"))
         trial.check(found, here)
+        np.save(tmp_path / "c" / "labels.npy", labels + 90)
+        with pytest.raises(InputError, match="has labels up to 9"):
+            trial.check(found, here)
+        np.save(tmp_path / "c" / "labels.npy", labels)
         splits = data.load("cifar10", root)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()

@@ -15,8 +15,12 @@ from typing import Any
 
 from benchmarks import measure, options
 from benchmarks.command import InputError, one_line, unknown
+from sam_optim.cli.cifar import LAYOUT
 
 TARGETS = ("test_error", "gap", "ood_error", "train_loss")
+OBJECTIVES = (*TARGETS, "validation_error")
+SPLITS = ("train", "validation", "test")
+GEOMETRIES = ("no", "elementwise", "filter", "layer")
 HERE = ("data_dir", "device", "workers")  # what may differ between the machines of one study
 OURS = (*HERE, "out", "resume", "force", "config", "measures", "checkpoint_steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
@@ -203,6 +207,9 @@ def _check(config: Config) -> None:
         if not isinstance(block["names"], list):
             raise InputError(f"names of [[measures]] must be a list, got {block['names']!r}")
         measure.chosen(",".join(block["names"]))
+        _check_measures(block)
+    for key, num in config.evaluate.items():
+        _check_number(f"{key} of [evaluate]", num, "0 for all")
     labels = [columns(block) for block in config.measures]
     if len({c for found in labels for c in found}) < sum(map(len, labels)):
         raise InputError("two [[measures]] blocks have a measure of the same name: give each a label")
@@ -211,8 +218,10 @@ def _check(config: Config) -> None:
     if config.sampler:
         if not isinstance(config.sampler["trials"], int) or config.sampler["trials"] < 1:
             raise InputError(f"[sampler] needs trials, a whole number >= 1, got {config.sampler['trials']!r}")
-        if config.sampler["objective"] not in TARGETS:
-            raise unknown("objective", str(config.sampler["objective"]), TARGETS)
+        if config.sampler["objective"] not in OBJECTIVES:
+            raise unknown("objective", str(config.sampler["objective"]), OBJECTIVES)
+        if config.sampler["objective"] == "ood_error" and not config.corruptions["names"]:
+            raise InputError('objective = "ood_error" of [sampler] needs [corruptions] with names, e.g. ["fog"]')
     elif ranges:
         raise InputError(f"{ranges[0]} is a range: a grid needs a list of values, or give a [sampler]")
     for levels in config.samples:
@@ -220,15 +229,42 @@ def _check(config: Config) -> None:
             args = options.parse(config.argv(levels))
             if config.corruptions["names"] and args.data == "digits":
                 raise InputError("[corruptions] are for colour images, and digits are grey: leave that table out")
+            if args.data in ("digits", *LAYOUT):  # others may have a folder for it, which `trial.check` looks for
+                check_held_out(config, args.validation_fraction > 0)
         except InputError as error:
             raise InputError(f"{', '.join(f'{k} = {v}' for k, v in levels.items())}: {error}") from None
+
+
+def check_held_out(config: Config, held_out: bool) -> None:
+    """Raises InputError where the settings ask for held-out examples and there are none."""
+    asking = [f'split = "{block["split"]}" of [[measures]]' for block in config.measures]
+    asking += [f'objective = "{config.sampler["objective"]}" of [sampler]'] if config.sampler else []
+    for said in asking:
+        if "validation" in said and not held_out:
+            raise InputError(f"{said} needs held-out examples: give validation_fraction, e.g. 0.1, in [fixed]")
+
+
+def _check_measures(block: Settings) -> None:
+    if block["split"] not in SPLITS:
+        raise unknown("split of [[measures]]", str(block["split"]), SPLITS)
+    if block["adaptive"] not in (*GEOMETRIES, None, True, False):  # None: the optimizer's; YAML reads no as False
+        raise unknown("adaptive of [[measures]]", str(block["adaptive"]), GEOMETRIES)
+    rho = block["rho"]
+    if rho is not None and not (_is_number(rho) and math.isfinite(rho) and rho > 0):
+        raise InputError(f"rho of [[measures]] is a radius in weight space and must be > 0, got {rho!r}")
+    _check_number("examples of [[measures]]", block["examples"], "0 for all")
+    _check_number("batch_size of [[measures]]", block["batch_size"], "at least 1", least=1)
+
+
+def _check_number(name: str, value: Any, words: str, *, least: int = 0) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is a number, {words}, got {value!r}")
 
 
 def _check_corruptions(found: Settings) -> None:
     if not isinstance(found["published"], bool):
         raise InputError(f"published of [corruptions] is true or false, got {found['published']!r}")
-    if not isinstance(found["examples"], int) or found["examples"] < 0:
-        raise InputError(f"examples of [corruptions] is a number, 0 for all, got {found['examples']!r}")
+    _check_number("examples of [corruptions]", found["examples"], "0 for all")
     if not found["names"]:
         return
     from benchmarks.corruptions import NAMES

@@ -77,6 +77,7 @@ class Queue:
     ):
         self.config, self.url, self.heartbeat = config, url, heartbeat
         self.storage = stores.open_storage(url, heartbeat=heartbeat, grace=grace)
+        self._grace = self.storage.grace_period
         self.study = self._opened(replace)
 
     def _opened(self, replace: bool) -> Any:
@@ -87,6 +88,7 @@ class Queue:
             kept = study.user_attrs.get("config")
             if kept not in (None, ours):
                 reason = f"{self._where()} was started with other settings ({difference(kept, ours)}); "
+                self._fail_stale(study)
                 if remedy := _in_use(study):
                     raise InputError(reason + remedy)
                 if not replace:
@@ -171,10 +173,9 @@ class Queue:
     # all below only with the lock
 
     def _reconcile(self) -> None:
-        from optuna.storages import fail_stale_trials
         from optuna.trial import TrialState
 
-        fail_stale_trials(self.study)
+        self._fail_stale(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "worker" not in trial.user_attrs:  # written under this lock: whoever took the trial is dead
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -183,6 +184,15 @@ class Queue:
             states = found.get(key(levels), [])
             if not any(_alive(t) for t in states) and _deaths(states) < DEATHS:
                 self.study.enqueue_trial(self._fixed(levels))
+
+    def _fail_stale(self, study: Any) -> None:
+        """Trials of dead workers fail. One whose --heartbeat is longer than here is not dead for that."""
+        from optuna.storages import fail_stale_trials
+
+        trials = study.get_trials(deepcopy=False)
+        beats = [t.user_attrs.get("worker", {}).get("heartbeat", 0) for t in trials if t.state.name == "RUNNING"]
+        self.storage.grace_period = max([self._grace, *(2 * seconds for seconds in beats)])
+        fail_stale_trials(study)
 
     def _fixed(self, levels: Levels) -> dict[str, Any]:
         ranges = [f for f, found in self.config.factors.items() if isinstance(found, Range)]
@@ -226,7 +236,8 @@ class Queue:
             earlier = [t for t in before.get(key(levels), []) if t.number != trial.number]
             if not any(_alive(t) for t in earlier) and _deaths(earlier) < DEATHS:
                 self.storage.record_heartbeat(trial._trial_id)
-                trial.set_user_attr("worker", {"host": socket.gethostname(), "pid": os.getpid()})
+                worker = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": self.heartbeat}
+                trial.set_user_attr("worker", worker)
                 return Claim(trial, levels, _deaths(earlier))
             trial.set_user_attr("ended", "duplicate")
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -328,9 +339,6 @@ def duration(seconds: float) -> str:
 
 def _in_use(study: Any) -> str:
     """What to do where the settings of a study cannot be replaced: a trial has a result, or somebody works on one."""
-    from optuna.storages import fail_stale_trials
-
-    fail_stale_trials(study)
     trials = study.get_trials(deepcopy=False)
     if any(t.state.name == "COMPLETE" or t.user_attrs.get("ended") == "failed" for t in trials):
         return "give the new ones another name, or restore the old ones to go on"

@@ -32,12 +32,17 @@ def from_study(
     """The finished models of a study; those that diverged are listed, and have no numbers."""
     from benchmarks.study.queue import Queue
 
+    all_measures = [column for block in config.measures for column in columns(block)]
+    if not all_measures:
+        raise InputError(
+            f"study {config.name!r} measures nothing, and a report is on measures; use `compare CONFIG --by FACTOR`, "
+            "or add [[measures]] to a study of another name"
+        )
     queue = Queue(config, url)
     found = queue.records()
     records = [record for record in found if not record["failed"]]
     if not records:
         raise InputError(f"study {config.name!r} in {stores.shown(url)} has no finished model yet")
-    all_measures = [column for block in config.measures for column in columns(block)]
     all_targets = [t for t in TARGETS if any(t in record["targets"] for record in records)]
     factors = list(config.factors)
     rows = [flat(record, factors) for record in records]

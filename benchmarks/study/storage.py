@@ -59,7 +59,16 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
     """Optuna's storage at `url`, its tables made if they are missing.
 
     heartbeat: seconds between the signs of life of a worker. grace: without one for so long a worker counts as dead.
+
+    Raises:
+        InputError: it cannot be opened, or `grace` is so short that workers that live would count as dead.
     """
+    grace = 3 * heartbeat if grace is None else grace
+    if grace < 2 * heartbeat:
+        raise InputError(
+            f"--grace {grace} is less than two heartbeats (--heartbeat {heartbeat}), and workers that live would count "
+            f"as dead: give --grace {2 * heartbeat} or more, or a shorter --heartbeat"
+        )
     try:
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
@@ -75,7 +84,7 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
     try:
         with quiet(), locked(url, "tables"):
             return optuna.storages.RDBStorage(
-                url, engine_kwargs=engine, heartbeat_interval=heartbeat, grace_period=grace or 3 * heartbeat
+                url, engine_kwargs=engine, heartbeat_interval=heartbeat, grace_period=grace
             )
     except (SQLAlchemyError, ImportError, OSError) as error:
         raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None

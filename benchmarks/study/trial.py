@@ -20,8 +20,8 @@ from benchmarks import checkpoint, command, data, engine, measure, models, optio
 from benchmarks.command import InputError
 from benchmarks.corruptions import Published
 from benchmarks.engine import NonFiniteLoss
-from benchmarks.evaluate import Clean, on_corruptions
-from benchmarks.study.config import OURS, Config, Settings, columns
+from benchmarks.evaluate import Clean, check_labels, on_corruptions
+from benchmarks.study.config import HERE, OURS, Config, Settings, check_held_out, columns
 from benchmarks.study.storage import held
 from sam_optim import rng
 from sam_optim.results import plain, provenance
@@ -43,9 +43,13 @@ class Here(NamedTuple):
     cifar_c: str | None = None
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Those of `benchmarks.train` that are this machine's, if it gives them."""
+        return {key: getattr(self, key) for key in HERE if getattr(self, key) is not None}
+
+    @property
     def argv(self) -> list[str]:
-        found = ["--device", self.device, "--workers", str(self.workers)]
-        return found + (["--data-dir", str(self.data_dir)] if self.data_dir else [])
+        return [f"--{key.replace('_', '-')}={value}" for key, value in self.options.items()]
 
 
 def check(config: Config, here: Here) -> None:
@@ -64,9 +68,11 @@ def check(config: Config, here: Here) -> None:
             continue
         opened.add(key)
         splits = recipe.splits(args)
+        check_held_out(config, splits.validation is not None)
         if config.corruptions["names"]:
             Clean(splits.test, splits.image_size)
             if found := published(config, here):
+                check_labels(found, splits.test)
                 for name in config.corruptions["names"]:
                     found.images(name, 1)
                 if splits.image_size[1:] != (32, 32):
@@ -127,7 +133,8 @@ def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: He
             record["failed"] = command.one_line(error)
         if record["failed"] is None:
             kept = command.read_json(directory / "config.json")
-            args = options.restored(kept["options"], out=directory)
+            # config.json says where the data of the first worker are, and this may be another
+            args = options.restored(kept["options"], out=directory, **here.options)
             record |= evaluate(config, args, published(config, here))
             for block in config.measures:
                 found = _measured(block, directory, args)

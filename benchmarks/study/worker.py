@@ -65,8 +65,10 @@ def _one(queue: Queue, claim: Claim, here: Here) -> int:
         queue.give_back(claim, f"signal {signum}")
         print(f"trial {claim.number} was stopped and given back; the same command goes on with it", file=sys.stderr)
         return 128 + signum
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever it is: else the trial would run for the others until the grace passes
         queue.give_back(claim, one_line(error), died=_can_run(queue, here))
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            raise
         raise InputError(f"trial {claim.number} ({words}): {one_line(error)}") from error
     target = queue.config.sampler["objective"] if queue.config.sampler else "test_error"
     value = record["targets"].get(target)
@@ -82,7 +84,7 @@ def _can_run(queue: Queue, here: Here) -> bool:
     """False where this machine lacks the data or the device: no combination is to blame for that."""
     try:
         check(queue.config, here)
-    except (ValueError, OSError, RuntimeError):
+    except Exception:
         return False
     return True
 

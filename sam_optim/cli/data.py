@@ -21,6 +21,7 @@ SMALL = 64  # up to this many pixels an image is not cropped
 IN_MEMORY = 4 << 30  # bytes of decoded examples that are kept; more are decoded again in every pass
 FOLDERS = ("folder", "imagefolder", "image_folder", "imagenet", "torch/folder", "torch/image_folder")
 TRAIN = (None, *images.TRAIN_FOLDERS)
+OWN = ("train_examples", "validation_fraction", "label_noise", "train_labels")  # of a run: what it trains on
 
 Batch = tuple[Tensor, Tensor]
 
@@ -137,6 +138,18 @@ def of_run(run: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not (run.get("image_size") and run.get("preprocessing")):
         return None
     return {"input_size": tuple(run["image_size"]), **run["preprocessing"]}
+
+
+def not_of_runs(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note where runs of benchmarks.train saw fewer training examples than --data has, or other labels."""
+    if args.split not in TRAIN or Path(args.data).is_file():  # a file's examples are those that somebody chose
+        return []
+    if not (changed := [f"--{key.replace('_', '-')}" for key in OWN if any(run.get(key) for run in runs)]):
+        return []
+    return [
+        f"the examples are those of --data, and not the runs' own, which were trained with {', '.join(changed)}; "
+        "python -m benchmarks.measure RUN_DIR takes those"
+    ]
 
 
 def _digits(args: argparse.Namespace) -> Source:

@@ -57,6 +57,7 @@ class Images:
                 "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
                 "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
+        self.notes = [*self.data.notes, *data.not_of_runs(args, [c.run for c in found if c.run])]
         self._built: tuple[str, nn.Module] = ("", nn.Module())
 
     def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -81,10 +82,6 @@ class Images:
     def about(self) -> dict[str, Any]:
         """For the reader: where the data come from."""
         return plain(dict(self.data.about))
-
-    @property
-    def notes(self) -> list[str]:
-        return self.data.notes
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None

@@ -3,8 +3,8 @@
     python -m benchmarks.pretrained pretrained/resnet*.th --data-dir DIR
 
 measures each with all that `sam-optim measure` knows on 512 training images, counts its errors on the test images, and
-writes a page, a picture of the spectra and a table, which it prints, too. DIR holds cifar-10-batches-py. Hours on one
-CPU thread (20 minutes for 20 layers, 60 for 56); what is done is kept, and the same command goes on.
+writes a page, a picture of the spectra and a table, which it prints, too. DIR holds cifar-10-batches-py. From half an
+hour (20 layers) to two (56) on one CPU thread; what is done is kept, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def shown(measure: str, result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "–"
     if measure == "density":
-        return number(min(min(nodes) for nodes in result["details"]["nodes"]))
+        known = "" if result["converged"] else " (not converged)"
+        return number(min(min(nodes) for nodes in result["details"]["nodes"])) + known
     if measure == "eigenvalues":
         return ", ".join(number(value) for value in result["eigenvalues"][1:])
     return cell(result)

@@ -49,9 +49,9 @@ class TestNumbers:
         for rho in (0.05, 0.2):
             ball = Ball(rho, adaptive=True, eta=0.1)
             worst = worst_case_sharpness(loss, ball, num_steps=3, num_restarts=2, seed=7)
-            expected[f"worst rho={rho}"] = worst
-            expected[f"average rho={rho}"] = average_sharpness(loss, ball, num_samples=4, seed=7)
-        for matrix, suffix in (("hessian", ""), ("ggn", " ggn")):
+            expected[f"worst adaptive rho={rho}"] = worst
+            expected[f"average adaptive rho={rho}"] = average_sharpness(loss, ball, num_samples=4, seed=7)
+        for matrix, suffix in (("hessian", " adaptive"), ("ggn", " ggn adaptive")):
             unit = Ball(1.0, adaptive=True, eta=0.1)
             expected[f"eigenvalue{suffix}"] = hessian_eigenvalues(loss, num=1, ball=unit, matrix=matrix, seed=7)
             expected[f"trace{suffix}"] = hessian_trace(loss, num_probes=3, ball=unit, matrix=matrix, seed=7)

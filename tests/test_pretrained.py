@@ -13,7 +13,8 @@ from sam_optim import Ball, Loss, worst_case_sharpness
 from sam_optim.cli import registry, store
 from sam_optim.report.study import cell
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pretrained_cifar10"
 
 
 @pytest.fixture
@@ -135,3 +136,11 @@ def test_files_that_are_no_such_networks_are_named(problem):
 def test_every_measure_of_the_command_has_a_row():
     assert {measure for measure, _, _ in pretrained.ROWS} == set(registry.MEASURES)
     assert {measure for measure, adaptive, _ in pretrained.ROWS if adaptive} == set(pretrained.IN_A_GEOMETRY)
+
+
+def test_the_table_of_the_findings_is_that_of_the_results():
+    errors = {line["checkpoint"]: float(line["test_error"]) for line in pretrained.read_errors(RESULTS / "errors.csv")}
+    found = pretrained.results(store.read(RESULTS / "measures.json"))
+    assert len(errors) == 4
+    assert {(name, measure, adaptive) for name in errors for measure, adaptive, _ in pretrained.ROWS} == set(found)
+    assert pretrained.table(found, errors) in (ROOT / "docs" / "findings.md").read_text()

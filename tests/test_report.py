@@ -213,6 +213,8 @@ def test_scales_and_ticks():
     assert linear_ticks(-0.31, 0.3, 3) == [-0.2, 0, 0.2]
     assert log_ticks(0.5, 2000, 5) == [1, 10, 100, 1000]
     assert log_ticks(2, 9, 5) == [2, 4, 6, 8]
+    assert log_ticks(1.04, 1.9, 5) == [1.2, 1.4, 1.6, 1.8]
+    assert log_ticks(210, 290, 5) == [220, 240, 260, 280]
     found = scale_over([3.0, 3.0, math.nan], 0, 1)
     assert found.low < 3 < found.high
     assert [short(v) for v in (0, 0.05, 1500, 25000, 1e-5, 3e7)] == ["0", "0.05", "1500", "25k", "1e-5", "3e7"]

@@ -53,9 +53,17 @@ def columns(args: argparse.Namespace) -> list[Column]:
             for rho in radii:
                 where = {"matrix": matrix, "ball": _ball(args, rho), "adaptive": args.adaptive}
                 options = registry.arguments(name, given | where, own)
-                shown = [name, matrix if matrix != "hessian" else None, f"rho={rho:g}" if rho is not None else None]
+                shown = [name, matrix if matrix != "hessian" else None, _geometry(args.adaptive, options)]
+                shown.append(f"rho={rho:g}" if rho is not None else None)
                 found.append(Column(" ".join(filter(None, shown)), name, rho, options))
     return found
+
+
+def _geometry(adaptive: str | None, options: dict[str, Any]) -> str | None:
+    """The word for T in a label, of a measure that has one: radii of another T are not to be compared."""
+    if not adaptive or not (options.get("ball") or options.get("adaptive")):
+        return None
+    return "adaptive" if adaptive == "elementwise" else f"adaptive={adaptive}"
 
 
 def _ball(args: argparse.Namespace, rho: float | None) -> Ball | None:

@@ -57,12 +57,14 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten, with 2 and 5 between them where there are few."""
+    """Powers of ten, with others between them where there are few; between 1.04 and 1.9, say, as on a linear scale."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for multiples in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)):
         found = [m * 10.0**k for k in decades for m in multiples if low <= m * 10.0**k <= high]
         if len(found) >= 3:
             break
+    if len(found) < 2:
+        return linear_ticks(low, high, count)
     every = math.ceil(len(found) / max(count + 1, 1))
     return found[::every]
 

@@ -141,7 +141,11 @@ class TestResume:
             pytest.fail("the second signal was only noted, too")
 
         monkeypatch.setattr(Training, "_after_update", twice)
-        assert run(*DIGITS, "--out", tmp_path) == 130
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        try:
+            assert run(*DIGITS, "--out", tmp_path) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert capsys.readouterr().err == "stopped\n"
 
     def test_kill_9_at_any_time_changes_no_bit(self, tmp_path):

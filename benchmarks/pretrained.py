@@ -3,8 +3,8 @@
     python -m benchmarks.pretrained pretrained/resnet*.th --data-dir DIR
 
 measures each with all that `sam-optim measure` knows on 512 training images, counts its errors on the test images, and
-writes a page, a picture of the spectra and a table, which it prints, too. DIR holds cifar-10-batches-py. From half an
-hour (20 layers) to two (56) on one CPU thread; what is done is kept, and the same command goes on.
+writes a page, a picture of the spectra and a table, which it prints, too. DIR holds cifar-10-batches-py. Hours on one
+CPU thread; what is done is kept, and the same command goes on.
 """
 
 from __future__ import annotations

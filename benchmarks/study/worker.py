@@ -84,7 +84,7 @@ def _can_run(queue: Queue, here: Here) -> bool:
     """False where this machine lacks the data or the device: no combination is to blame for that."""
     try:
         check(queue.config, here)
-    except Exception:
+    except Exception:  # whatever it is, the trial did not cause it: none has been trained here
         return False
     return True
 

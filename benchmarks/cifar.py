@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import InputError, one_line, unknown
-from sam_optim.cli.cifar import LAYOUT, STATISTICS, official, read
+from sam_optim.vision.cifar import LAYOUT, STATISTICS, official, read
 
 __all__ = ["LAYOUT", "STATISTICS", "official", "other_labels", "read"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from sam_optim.cli.errors import EXIT_BAD_INPUT, InputError, one_line, unknown
-from sam_optim.cli.files import fsync_directory, read_json, write_atomic, write_json
+from sam_optim.core.errors import EXIT_BAD_INPUT, InputError, one_line, unknown
+from sam_optim.core.files import fsync_directory, read_json, write_atomic, write_json
 
 __all__ = [
     "EXIT_BAD_INPUT",

@@ -19,9 +19,9 @@ from benchmarks.pixels import Batches, Drawn, Pixels
 from benchmarks.preprocessing import DEFAULT, ImageSize, Preprocessing, of_size, per_channel
 from benchmarks.ranks import ALONE, World
 from benchmarks.streams import StreamBatches, Streamed
-from sam_optim.cli import arrays
-from sam_optim.cli.arrays import DIGITS_TRAIN
-from sam_optim.rng import Stream
+from sam_optim.core.random import Stream
+from sam_optim.vision import arrays
+from sam_optim.vision.arrays import DIGITS_TRAIN
 
 
 class Splits(NamedTuple):

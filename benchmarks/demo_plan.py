@@ -14,7 +14,7 @@ import torch
 
 import sam_optim
 from sam_optim._version import __version__
-from sam_optim.geometry import Ball
+from sam_optim.core.geometry import Ball
 
 NOISY, CLEAN, TEST = "noisy training labels", "clean training labels", "test data"
 DATA = (NOISY, CLEAN, TEST)

@@ -16,13 +16,13 @@ from benchmarks.engine import NonFiniteLoss, evaluate, train_epoch
 from benchmarks.models import build
 from benchmarks.order import derive
 from benchmarks.pixels import Batches
-from sam_optim.geometry import Ball
+from sam_optim.core.geometry import Ball
+from sam_optim.core.random import Stream
+from sam_optim.core.results import plain
 from sam_optim.landscape import slice_1d, slice_2d
 from sam_optim.loss import Loss
 from sam_optim.measures import gradient_regret, hessian_eigenvalues, hessian_trace, worst_case_sharpness
-from sam_optim.optimizers import ASAM, SAM
-from sam_optim.results import plain
-from sam_optim.rng import Stream
+from sam_optim.optim.sam import ASAM, SAM
 
 CRITERION = nn.CrossEntropyLoss()
 CURVES = ("train_loss", "train_accuracy", "validation_accuracy", "test_accuracy", "test_loss")

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from sam_optim import Ball, Loss, hessian_eigenvalues, hessian_trace, worst_case_sharpness
-from sam_optim.correlation import kendall_tau
-from sam_optim.rng import Stream
+from sam_optim.core.random import Stream
+from sam_optim.statistics.kendall import kendall_tau
 
 FEATURES, EXAMPLES, NONZERO = 40, 20, 3
 SCALES = tuple(0.05 * 2.0**k for k in range(8))  # 0.05 ... 6.4

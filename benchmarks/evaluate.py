@@ -24,8 +24,8 @@ from benchmarks.data import labels as labels_of
 from benchmarks.data import some, spaced, taken
 from benchmarks.images import Pictures
 from benchmarks.pixels import Pixels
-from sam_optim import rng
-from sam_optim.results import provenance
+from sam_optim.core import random as rng
+from sam_optim.core.results import provenance
 
 BATCH = 500
 

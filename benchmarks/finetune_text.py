@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from benchmarks import command, options
 from benchmarks.command import InputError, one_line
-from sam_optim.results import provenance
+from sam_optim.core.results import provenance
 
 LABELS = ("entailment", "neutral", "contradiction")
 FIRST, SECOND, LABEL = ("sentence1", "premise", "question1"), ("sentence2", "hypothesis"), ("gold_label", "label")

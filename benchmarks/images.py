@@ -19,9 +19,9 @@ from benchmarks.command import InputError, one_line
 from benchmarks.models import SMALL
 from benchmarks.order import Order, derive, seed_here
 from benchmarks.streams import Streamed
-from sam_optim import rng
-from sam_optim.cli.images import TRAIN_FOLDERS, VALIDATION_FOLDERS, class_folders, read
-from sam_optim.cli.images import labels_of as listed_labels
+from sam_optim.core import random as rng
+from sam_optim.vision.images import TRAIN_FOLDERS, VALIDATION_FOLDERS, class_folders, read
+from sam_optim.vision.images import labels_of as listed_labels
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from benchmarks import checkpoint, command, data, options, recipe
 from benchmarks.command import InputError, one_line
-from sam_optim import Perturbation, asam_param_groups, rng
-from sam_optim.cli import registry
+from sam_optim import Perturbation, asam_param_groups
 from sam_optim.cli.options import number
-from sam_optim.cli.registry import MEASURES, chosen
-from sam_optim.geometry import ProductBall
+from sam_optim.core import random as rng
+from sam_optim.core.geometry import ProductBall
+from sam_optim.core.results import plain, provenance
 from sam_optim.loss import Loss
+from sam_optim.measures import registry
+from sam_optim.measures.registry import MEASURES, chosen
 from sam_optim.report.study import cell
-from sam_optim.results import plain, provenance
 
 DEFAULT_RHO = 0.05
 BRIEF = {"num_samples": 30, "num_probes": 30}  # after every training run

@@ -1,6 +1,6 @@
 """Models: any timm name, with the stem that the field uses for small images; as `sam-optim measure` builds them."""
 
-from sam_optim.cli.models import (
+from sam_optim.vision.models import (
     OWN,
     SMALL,
     build,

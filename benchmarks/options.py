@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from benchmarks.command import InputError, one_line, read_json, unknown
 from benchmarks.preprocessing import CROP_MODES, INTERPOLATIONS, of_weights
-from sam_optim.cli.cifar import LAYOUT
 from sam_optim.cli.options import number
+from sam_optim.vision.cifar import LAYOUT
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
 MAY_CHANGE = (  # on a resume

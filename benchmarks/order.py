@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from sam_optim.rng import Stream
+from sam_optim.core.random import Stream
 
 
 def derive(seed: int, *path: int | str) -> int:

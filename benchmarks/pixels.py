@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from benchmarks.images import Augment
 from benchmarks.order import Order, derive
 from benchmarks.ranks import ALONE, World
-from sam_optim.rng import Stream
+from sam_optim.core.random import Stream
 
 
 class Pixels(TensorDataset):

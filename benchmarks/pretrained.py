@@ -28,14 +28,15 @@ from benchmarks import cifar_resnet, command, data, options
 from benchmarks.command import InputError, one_line
 from sam_optim import cli
 from sam_optim.cli import options as cli_options
-from sam_optim.cli import registry, study
-from sam_optim.cli.checkpoints import find
-from sam_optim.cli.errors import EXIT_FAILED
 from sam_optim.cli.options import number as at_least
-from sam_optim.cli.store import Entry
+from sam_optim.core.errors import EXIT_FAILED
+from sam_optim.measures import registry
 from sam_optim.report.pictures import COLOURS, DASHES, styled
 from sam_optim.report.study import cell
 from sam_optim.report.tables import number
+from sam_optim.sweep import study
+from sam_optim.sweep.store import Entry
+from sam_optim.vision.checkpoints import find
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from benchmarks.command import InputError, one_line
 from benchmarks.order import derive, seed_here
 from benchmarks.ranks import ALONE, World
-from sam_optim import rng
+from sam_optim.core import random as rng
 
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError, KeyError)
 

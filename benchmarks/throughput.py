@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks import command, models, options, recipe, timing
 from benchmarks.order import derive, seed_all
 from benchmarks.training import Training
-from sam_optim import rng
+from sam_optim.core import random as rng
 
 
 def timm_epoch(args: argparse.Namespace, *, prefetcher: bool) -> Callable[[], float]:

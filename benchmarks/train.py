@@ -25,8 +25,8 @@ from benchmarks import checkpoint, command, data, measure, options, ranks, recip
 from benchmarks.command import InputError, Interrupted, Signals
 from benchmarks.ranks import ALONE, World
 from benchmarks.training import Training
-from sam_optim import rng
-from sam_optim.results import provenance
+from sam_optim.core import random as rng
+from sam_optim.core.results import provenance
 
 PARTS = ("config.json", "metrics.jsonl", "measures.json", "checkpoints")
 

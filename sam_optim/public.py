@@ -3,10 +3,8 @@
 # ruff: noqa: F401
 
 from sam_optim._version import __version__
-from sam_optim.correlation import Correlation, correlate
-from sam_optim.geometry import Ball, ProductBall
-from sam_optim.graphs import GraphedStep
-from sam_optim.groups import asam_param_groups, norm_only_param_groups
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.results import Diagonal, Estimate, Landscape, LastStep, Spectrum
 from sam_optim.landscape import (
     Trajectory,
     eigenvector_direction,
@@ -37,8 +35,10 @@ from sam_optim.measures import (
     spectral_density,
     worst_case_sharpness,
 )
-from sam_optim.optimizers import ASAM, SAM
-from sam_optim.perturbation import Perturbation
-from sam_optim.reparametrize import Audit, NoSymmetry, audit, permute, rescale, rescale_normalized
-from sam_optim.results import Diagonal, Estimate, Landscape, LastStep, Spectrum
-from sam_optim.standard import standard_measures
+from sam_optim.measures.standard import standard_measures
+from sam_optim.optim.cuda_graph import GraphedStep
+from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups
+from sam_optim.optim.perturbation import Perturbation
+from sam_optim.optim.sam import ASAM, SAM
+from sam_optim.statistics.kendall import Correlation, correlate
+from sam_optim.symmetries import Audit, NoSymmetry, audit, permute, rescale, rescale_normalized

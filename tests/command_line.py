@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sam_optim.cli import main
-from sam_optim.cli.models import cnn3
+from sam_optim.vision.models import cnn3
 
 NUM = 24
 PROBLEM = """

@@ -27,15 +27,15 @@ HARD = {"torch", "sam_optim"} | set(sys.stdlib_module_names)
 OWN = {
     "sam_optim.integrations.lightning": {"lightning", "pytorch_lightning", "torchmetrics"},
     "sam_optim.integrations.transformers": {"transformers"},
-    "sam_optim.kernels.triton": {"triton"},
-    "sam_optim.kernels.triton_ascent": {"triton"},
-    "sam_optim.kernels.triton_descent": {"triton"},
-    "sam_optim.kernels.triton_update": {"triton"},
+    "sam_optim.optim.kernels.triton": {"triton"},
+    "sam_optim.optim.kernels.triton_ascent": {"triton"},
+    "sam_optim.optim.kernels.triton_descent": {"triton"},
+    "sam_optim.optim.kernels.triton_update": {"triton"},
 }
 
 
 def part(module: str) -> str:
-    """The unit that has a row: sam_optim.kernels.swap -> kernels, benchmarks.train -> benchmarks."""
+    """The unit that has a row: sam_optim.optim.kernels.swap -> kernels, benchmarks.train -> benchmarks."""
     names = module.split(".")
     name = names[0] if names[0] == "benchmarks" else (names[1] if len(names) > 1 else "")
     return PARTS.get(name, name)

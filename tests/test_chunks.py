@@ -8,8 +8,8 @@ from networks import NETWORKS, Dense, batches, cnn, flat, like, mlp, network
 from quadratic import mean
 from torch import nn
 
-from sam_optim import chunks
 from sam_optim.loss import MATRICES, Loss
+from sam_optim.loss import curvature as chunks
 from sam_optim.measures import by_layer, hessian_eigenvalues, hessian_trace
 
 ULPS = 1e3 * torch.finfo(torch.float64).eps

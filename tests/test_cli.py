@@ -18,7 +18,9 @@ from torch import nn
 
 import sam_optim
 from sam_optim import Ball, Loss, average_sharpness, hessian_eigenvalues, hessian_trace, worst_case_sharpness
-from sam_optim.cli import columns, options, progress, registry, store
+from sam_optim.cli import options
+from sam_optim.measures import registry
+from sam_optim.sweep import columns, progress, store
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and trace
@@ -331,7 +333,7 @@ class TestFailures:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("sam_optim.cli.files.os.replace", full)
+        monkeypatch.setattr("sam_optim.core.files.os.replace", full)
         code, _, err = run("measure", *names, *TestResuming.common, "--json", "o.json")
         assert code == 2
         assert "No space left on device" in err

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import nn
 
 from sam_optim import Loss
-from sam_optim.cli import checkpoints, data, options, problems, weights
-from sam_optim.cli.errors import InputError
+from sam_optim.cli import options
+from sam_optim.core.errors import InputError
+from sam_optim.sweep import problems
+from sam_optim.vision import checkpoints, data, weights
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")

@@ -12,10 +12,10 @@ from test_report import HOSTILE, read
 from torch import nn
 
 from sam_optim import Loss, correlate, hessian_eigenvalues, interpolate, slice_1d, slice_2d
-from sam_optim.cli import store
 from sam_optim.landscape import random_direction
 from sam_optim.report.study import cell, is_finite, study_page, table
 from sam_optim.report.tables import with_error
+from sam_optim.sweep import store
 
 
 @pytest.fixture

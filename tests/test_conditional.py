@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from sam_optim.conditional import conditional, holm, partial_tau, within_p_value, within_tau
-from sam_optim.correlation import correlate, kendall_tau
+from sam_optim.statistics.kendall import correlate, kendall_tau
+from sam_optim.statistics.partial import conditional, holm, partial_tau, within_p_value, within_tau
 
 
 def runs(x, y, z):

@@ -12,7 +12,7 @@ from test_golden import GOLDEN, loss_of
 from test_gradients import FACTORS, relu_mlp, rescaled
 from torch import nn
 
-from sam_optim.geometry import Ball
+from sam_optim.core.geometry import Ball
 from sam_optim.loss import Loss
 from sam_optim.measures import (
     average_sharpness,

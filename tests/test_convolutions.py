@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sam_optim import Loss
-from sam_optim.convolutions import CheapSecondDerivatives
+from sam_optim.loss.convolutions import CheapSecondDerivatives
 
 GEOMETRIES = [
     {},

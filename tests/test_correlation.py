@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from sam_optim.correlation import correlate, kendall_tau
-from sam_optim.results import Estimate
+from sam_optim.core.results import Estimate
+from sam_optim.statistics.kendall import correlate, kendall_tau
 
 
 def runs(x, y, **columns):

@@ -21,7 +21,7 @@ from benchmarks import cifar, command, data, evaluate, measure, models, options,
 from benchmarks.command import InputError
 from benchmarks.images import Augment
 from benchmarks.pixels import Batches, shift_and_mirror
-from sam_optim.rng import Stream
+from sam_optim.core.random import Stream
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -162,7 +162,7 @@ def graphed(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: NoStream())
-    monkeypatch.setattr("sam_optim.graphs._device_of", lambda optimizer: torch.device("cpu"))
+    monkeypatch.setattr("sam_optim.optim.cuda_graph._device_of", lambda optimizer: torch.device("cpu"))
     kinds = []
     for name in ("_eagerly", "_capture"):
         method = getattr(GraphedStep, name)
@@ -178,7 +178,7 @@ def graphed(monkeypatch):
         sam = SAM([p], torch.optim.AdamW, lr=0.1, capturable=False)
         return sam, GraphedStep(sam, lambda x: ((p - x) ** 2).sum(), warmup=warmup)
 
-    monkeypatch.setattr("sam_optim.graphs._check", lambda optimizer: None)
+    monkeypatch.setattr("sam_optim.optim.cuda_graph._check", lambda optimizer: None)
     return make, kinds
 
 

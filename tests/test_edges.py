@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import ASAM, SAM, Perturbation, passes
+from sam_optim import ASAM, SAM, Perturbation
+from sam_optim.optim import passes
 
 
 def parameter(*values):
@@ -74,7 +75,7 @@ def test_what_one_part_of_the_way_back_raises_does_not_stop_the_others(monkeypat
 
     def two_passes():
         with sam.perturbed():
-            monkeypatch.setattr("sam_optim.batchnorm.Buffers.restore", broken)
+            monkeypatch.setattr("sam_optim.core.module_state.Buffers.restore", broken)
 
     with pytest.raises(ZeroDivisionError):
         two_passes()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim.geometry import Ball
+from sam_optim.core.geometry import Ball
 from sam_optim.loss import Loss
 from sam_optim.measures import (
     average_sharpness,

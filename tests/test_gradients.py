@@ -12,13 +12,13 @@ from quadratic import Quadratic, mean, shifted, symmetric
 from test_golden import GOLDEN, loss_of
 from torch import nn
 
-from sam_optim.geometry import Ball
+from sam_optim.core.geometry import Ball
+from sam_optim.core.random import Stream
 from sam_optim.loss import Loss
 from sam_optim.measures import gradient_coherence, gradient_noise_scale, gradient_regret
 from sam_optim.measures import gradients as gradients_module
 from sam_optim.measures import gram as gram_module
 from sam_optim.measures.conjugate import damped_share
-from sam_optim.rng import Stream
 
 EPS = torch.finfo(torch.float64).eps
 SIZES = (5, 5, 2, 3)

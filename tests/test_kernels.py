@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from sam_optim import SAM, Perturbation, kernels
-from sam_optim.kernels import foreach, reference, swap
-from sam_optim.rng import Stream
+from sam_optim import SAM, Perturbation
+from sam_optim.core.random import Stream
+from sam_optim.optim import kernels
+from sam_optim.optim.kernels import foreach, swap
+from sam_optim.optim.kernels import loop as reference
 
 SHAPES = [
     [(1,)],

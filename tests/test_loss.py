@@ -388,7 +388,7 @@ def test_shapes_of_the_networks():
     assert set(SHAPES) == set(NETWORKS)
 
 
-@pytest.mark.parametrize("where", ["loss.py", "batchnorm.py", "rng.py"])
+@pytest.mark.parametrize("where", ["loss/loss.py", "core/module_state.py", "core/random.py"])
 def test_an_interrupt_on_the_way_back_leaves_the_model_as_found(where):
     """At each line of each function that brings something back; batch statistics, so that buffers have moved."""
     model, data = network(cnn).train(), batches(cnn, (4, 4))

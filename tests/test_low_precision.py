@@ -16,7 +16,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from sam_optim import ASAM, SAM, Perturbation, asam_param_groups, passes
+from sam_optim import ASAM, SAM, Perturbation, asam_param_groups
+from sam_optim.optim import passes
 
 DTYPES = [torch.bfloat16, torch.float16]
 LOSS = nn.CrossEntropyLoss()

@@ -92,7 +92,8 @@ def test_a_fault_in_the_second_pass_leaves_everything_as_before(kind, adaptive, 
 @pytest.mark.parametrize("where", ["swap", "shared", "reference"])
 def test_an_interrupt_between_two_tensors_of_the_move_leaves_no_mixture(where, monkeypatch):
     """Ctrl-C may come at any instruction: wherever the move stopped, all must come back."""
-    from sam_optim.kernels import reference, swap
+    from sam_optim.optim.kernels import loop as reference
+    from sam_optim.optim.kernels import swap
 
     if where == "reference":
         monkeypatch.setattr(swap, "fits", lambda w: False)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from sam_optim.core.results import Landscape, Spectrum
 from sam_optim.report import contour_picture, save_picture, slices_picture, spectrum_picture, surface_picture
-from sam_optim.results import Landscape, Spectrum
 
 pytest.importorskip("matplotlib")
 

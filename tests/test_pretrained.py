@@ -10,8 +10,9 @@ from test_data import cifar_files
 from benchmarks import cifar_resnet, data, pretrained
 from benchmarks.command import InputError
 from sam_optim import Ball, Loss, worst_case_sharpness
-from sam_optim.cli import registry, store
+from sam_optim.measures import registry
 from sam_optim.report.study import cell
+from sam_optim.sweep import store
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pretrained_cifar10"

@@ -18,7 +18,7 @@ from benchmarks import cifar, command, data, evaluate, finetune_text, measure, m
 from benchmarks.command import InputError
 from benchmarks.images import Augment
 from benchmarks.preprocessing import Preprocessing
-from sam_optim.cli import wide_resnet
+from sam_optim.vision import wide_resnet
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml"))
 TINY = {"resnet18": "test_resnet", "resnet50": "test_resnet", "wrn28_10": "wrn10_1", "cnn": "cnn3"}

@@ -12,8 +12,8 @@ from torch import nn
 from sam_optim import audit, permute, rescale, rescale_normalized, standard_measures
 from sam_optim.loss import Loss
 from sam_optim.measures import gradient_regret
-from sam_optim.reparametrize import NoSymmetry
 from sam_optim.report import results_page
+from sam_optim.symmetries import NoSymmetry
 
 CHANGES = {
     "rescale": rescale,

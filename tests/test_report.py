@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from sam_optim.correlation import Correlation
+from sam_optim.core.results import Estimate, Landscape, Spectrum
 from sam_optim.report import results_page, write_page
 from sam_optim.report.axes import Scale, linear_ticks, log_ticks, scale_over, short
 from sam_optim.report.charts import Curves, Group, Interval, curves, intervals, mean_and_std, scatter, strip
@@ -17,7 +17,7 @@ from sam_optim.report.heatmap import Levels, contour, contour_map
 from sam_optim.report.markup import Markup, join, json_script, tag
 from sam_optim.report.page import POLICY, html_page
 from sam_optim.report.tables import html_table, number, spread, text_table
-from sam_optim.results import Estimate, Landscape, Spectrum
+from sam_optim.statistics.kendall import Correlation
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

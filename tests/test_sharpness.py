@@ -9,11 +9,11 @@ from networks import Attention, batches, cnn, flat, mlp, network
 from quadratic import Quadratic, mean, shifted, symmetric, unshifted
 from torch import nn
 
-from sam_optim.geometry import Ball, ProductBall
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.results import mean_over_batches
 from sam_optim.loss import Loss
 from sam_optim.measures import average_sharpness, worst_case_sharpness
 from sam_optim.measures.sharpness import _without_slope
-from sam_optim.results import mean_over_batches
 
 EPS = torch.finfo(torch.float64).eps
 EIGENVALUES = [5.0, 2.0, 0.5, 0.0, -1.0]

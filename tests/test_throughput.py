@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import command, options, throughput
-from sam_optim import rng
+from sam_optim.core import random as rng
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its images open
 

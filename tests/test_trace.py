@@ -9,7 +9,7 @@ from networks import NETWORKS, Dense, batches, flat, mlp, network
 from quadratic import Quadratic, symmetric, unshifted
 from torch import nn
 
-from sam_optim.geometry import Ball
+from sam_optim.core.geometry import Ball
 from sam_optim.loss import MATRICES, Loss
 from sam_optim.measures import deflation as deflation_module
 from sam_optim.measures import hessian_diagonal, hessian_eigenvalues, hessian_frobenius_norm, hessian_trace

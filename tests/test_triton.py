@@ -18,8 +18,9 @@ import torch
 from test_device import Watched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sam_optim import ASAM, SAM, Perturbation, kernels
-from sam_optim.kernels import tables
+from sam_optim import ASAM, SAM, Perturbation
+from sam_optim.optim import kernels
+from sam_optim.optim.kernels import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("triton")
@@ -351,7 +352,7 @@ def test_fused_is_refused_where_it_cannot_be():
 
 
 def test_without_triton_the_error_names_it(monkeypatch, launches):
-    monkeypatch.setitem(sys.modules, "sam_optim.kernels.triton", None)
+    monkeypatch.setitem(sys.modules, "sam_optim.optim.kernels.triton", None)
     monkeypatch.delattr(kernels, "triton", raising=False)
     with pytest.raises(ImportError, match="install triton, or pass fused=None"):
         Perturbation(parameters(SHAPES), fused=True)

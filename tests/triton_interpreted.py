@@ -10,10 +10,11 @@ import torch
 from test_kernels import close_to, expected, make
 from torch import nn
 
-from sam_optim import SAM, Perturbation, kernels
-from sam_optim.kernels import foreach, tables, triton_ascent
-from sam_optim.kernels import triton as body
-from sam_optim.kernels.triton_descent import Descent
+from sam_optim import SAM, Perturbation
+from sam_optim.optim import kernels
+from sam_optim.optim.kernels import foreach, tables, triton_ascent
+from sam_optim.optim.kernels import triton as body
+from sam_optim.optim.kernels.triton_descent import Descent
 
 SHAPES = [(3, 5), (), (1,), (0,), (4, 3, 3, 3), (2049,), (3, 2731), (8192,)]
 ADAPTIVE = [False, True, "filter", "layer"]

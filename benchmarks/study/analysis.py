@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sam_optim.conditional import conditional, holm
-from sam_optim.correlation import correlate
+from sam_optim.statistics.kendall import correlate
+from sam_optim.statistics.partial import conditional, holm
 
 LEVEL = 0.95
 NAMES = {

@@ -13,12 +13,12 @@ from benchmarks import command
 from benchmarks.command import InputError, unknown
 from benchmarks.study.analysis import LEVEL, UNITS, labelled, name
 from benchmarks.study.config import Config, Range
-from sam_optim.conditional import holm
 from sam_optim.report import write_page
 from sam_optim.report.charts import Group, mean_and_std, panels, strip
 from sam_optim.report.markup import Markup, tag
 from sam_optim.report.page import bullets, code_block, html_page, paragraph, section
 from sam_optim.report.tables import html_table, number, signed, spread, text_table
+from sam_optim.statistics.partial import holm
 
 HIGHER = "_accuracy"  # columns of which more is better; of all others less is
 NUM_STYLES = 6  # colours and markers that a page tells apart

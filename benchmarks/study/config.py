@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import measure, options
 from benchmarks.command import InputError, one_line, unknown
-from sam_optim.cli.cifar import LAYOUT
+from sam_optim.vision.cifar import LAYOUT
 
 TARGETS = ("test_error", "gap", "ood_error", "train_loss")
 OBJECTIVES = (*TARGETS, "validation_error")

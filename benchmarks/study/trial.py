@@ -23,8 +23,8 @@ from benchmarks.engine import NonFiniteLoss
 from benchmarks.evaluate import Clean, check_labels, on_corruptions
 from benchmarks.study.config import HERE, OURS, Config, Settings, check_held_out, columns
 from benchmarks.study.storage import held
-from sam_optim import rng
-from sam_optim.results import plain, provenance
+from sam_optim.core import random as rng
+from sam_optim.core.results import plain, provenance
 
 BATCH = 500  # images at once in evaluation
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sam_optim.cli.errors import run
+from sam_optim.core.errors import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def _dispatch(argv: Sequence[str]) -> int:
 
     args = options.parse(argv)
     if args.command == "measure":
-        from sam_optim.cli.study import measure
+        from sam_optim.sweep.study import measure
 
         return measure(args)
     if args.command == "landscape":

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.cli.checkpoints import Checkpoint, find
-from sam_optim.cli.errors import EXIT_FAILED, InputError
-from sam_optim.cli.files import write_atomic, write_json
-from sam_optim.cli.problems import problem
-from sam_optim.cli.processes import started
-from sam_optim.geometry import p_norm
+from sam_optim.core.errors import EXIT_FAILED, InputError
+from sam_optim.core.files import write_atomic, write_json
+from sam_optim.core.geometry import p_norm
+from sam_optim.core.results import Landscape
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
 from sam_optim.loss import Loss
 from sam_optim.measures import hessian_eigenvalues
 from sam_optim.report import results_page, write_page
-from sam_optim.results import Landscape
+from sam_optim.sweep.problems import problem
+from sam_optim.sweep.processes import started
+from sam_optim.vision.checkpoints import Checkpoint, find
 
 
 def landscape(args: argparse.Namespace) -> int:

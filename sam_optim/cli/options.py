@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sam_optim.cli.errors import InputError, unknown
-from sam_optim.cli.registry import MEASURES, chosen
+from sam_optim.core.errors import InputError, unknown
+from sam_optim.measures.registry import MEASURES, chosen
 
 ADAPTIVE = ("elementwise", "filter", "layer")
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher", "fisher_mc")

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sam_optim.cli import store
-from sam_optim.cli.errors import InputError, unknown
-from sam_optim.cli.files import read_json
+from sam_optim.core.errors import InputError, unknown
+from sam_optim.core.files import read_json
 from sam_optim.report.page import write_page
 from sam_optim.report.study import Table, study_page, table
+from sam_optim.sweep import store
 
 Rows = list[dict[str, str]]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sam_optim.optimizers import SAM
-from sam_optim.perturbation import Perturbation
+from sam_optim.optim.perturbation import Perturbation
+from sam_optim.optim.sam import SAM
 
 ParamGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 

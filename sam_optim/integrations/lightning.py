@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_optim import rng
+from sam_optim.core import random as rng
 from sam_optim.integrations.around import ParamGroups, missing, parameters_of, perturbation_around
-from sam_optim.perturbation import Perturbation
+from sam_optim.optim.perturbation import Perturbation
 
 try:
     if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sam_optim.integrations.around import missing
-from sam_optim.optimizers import ASAM, SAM
+from sam_optim.optim.sam import ASAM, SAM
 
 
 class SAMSGD(SAM):

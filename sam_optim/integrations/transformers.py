@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sam_optim.integrations.around import ParamGroups, missing, perturbation_around
-from sam_optim.perturbation import Perturbation
+from sam_optim.optim.perturbation import Perturbation
 
 try:
     from transformers import Trainer

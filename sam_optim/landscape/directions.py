@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sam_optim import rng
-from sam_optim.batchnorm import NORM_LAYERS
-from sam_optim.geometry import p_norm
+from sam_optim.core import random as rng
+from sam_optim.core.geometry import p_norm
+from sam_optim.core.module_state import NORM_LAYERS
+from sam_optim.core.results import Spectrum
 from sam_optim.loss import Loss
-from sam_optim.results import Spectrum
 
 Direction = Sequence[Tensor]
 Weights = nn.Module | Mapping[str, Tensor] | Direction

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.batchnorm import Buffers
+from sam_optim.core.module_state import Buffers
+from sam_optim.core.results import Landscape, provenance
 from sam_optim.landscape.directions import Direction, Weights, check_fits, length, random_direction, weights_and_buffers
 from sam_optim.landscape.grid import Progress, losses_at
 from sam_optim.loss import Loss
-from sam_optim.results import Landscape, provenance
 
 NUM_POINTS = 21  # odd, so that the weights themselves are on the grid
 

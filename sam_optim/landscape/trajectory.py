@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_optim.core.results import _Result, plain, provenance
 from sam_optim.landscape.directions import Direction, Weights, normalized_by, weights_and_buffers
 from sam_optim.loss import Loss
-from sam_optim.results import _Result, plain, provenance
 
 CHUNK = 1 << 20  # entries of which inner products are taken in float64 at once
 

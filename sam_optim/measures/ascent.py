@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import Chart
+from sam_optim.core.geometry import Chart
+from sam_optim.core.random import Stream
 from sam_optim.loss import Loss
-from sam_optim.rng import Stream
 
 Point = list[Tensor]
 

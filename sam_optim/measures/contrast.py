@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sam_optim.core.results import Estimate, Spectrum, mean_over_batches, plain
 from sam_optim.loss import Loss
+from sam_optim.loss.products import Product
 from sam_optim.measures.record import Progress, Ticks, estimate, settings
-from sam_optim.products import Product
-from sam_optim.results import Estimate, Spectrum, mean_over_batches, plain
 
 # Linear in the loss: their mean over batches is their value for the mean loss.
 LINEAR = {"hessian_trace", "hessian_diagonal", "average_sharpness", "fisher_rao_norm", "relative_flatness"}

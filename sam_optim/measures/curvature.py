@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import Ball, ProductBall
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.random import Stream
+from sam_optim.core.results import Spectrum, provenance
 from sam_optim.loss import Loss
 from sam_optim.measures.lanczos import Lanczos, Ritz
 from sam_optim.measures.operator import flat_product
 from sam_optim.measures.record import Progress, Ticks, flat, settings, unflat
-from sam_optim.results import Spectrum, provenance
-from sam_optim.rng import Stream
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 STOP = ("residual", "value")

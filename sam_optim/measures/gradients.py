@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import Ball, ProductBall
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.random import Stream
+from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
 from sam_optim.measures.conjugate import Solution, damped_share, solve
 from sam_optim.measures.gram import (
@@ -24,8 +26,6 @@ from sam_optim.measures.gram import (
     scaled,
 )
 from sam_optim.measures.record import Progress, Ticks, estimate, flat, settings, unflat
-from sam_optim.results import Estimate
-from sam_optim.rng import Stream
 
 METRICS = ("euclidean", "fisher")
 DAMPING = 1e-3

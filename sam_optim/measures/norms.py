@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sam_optim.core.random import Stream
+from sam_optim.core.results import Estimate, mean_over_batches
 from sam_optim.loss import Loss
 from sam_optim.measures.record import Progress, Ticks, estimate, settings
-from sam_optim.results import Estimate, mean_over_batches
-from sam_optim.rng import Stream
 
 EXACT = 2048  # products up to which relative flatness is computed without drawing
 

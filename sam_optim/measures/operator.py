@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import Ball, ProductBall
+from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.loss import Loss
 from sam_optim.measures.record import flat, unflat
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import canonical_adaptive, scale
+from sam_optim.core.geometry import canonical_adaptive, scale
+from sam_optim.core.random import Stream
+from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
 from sam_optim.measures.record import Progress, Ticks, estimate, settings
-from sam_optim.results import Estimate
-from sam_optim.rng import Stream
 
 RISES = ("loss", "error")
 FURTHEST = 60  # factors of at most 10 between the first guess and where the search gives up

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_optim.core.results import Estimate, plain, provenance
 from sam_optim.loss import Loss
-from sam_optim.results import Estimate, plain, provenance
 
 Progress = Callable[[int, int], None]
 

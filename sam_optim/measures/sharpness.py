@@ -12,12 +12,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import Ball, Chart, ProductBall, p_norm
+from sam_optim.core.geometry import Ball, Chart, ProductBall, p_norm
+from sam_optim.core.random import Stream
+from sam_optim.core.results import Estimate, mean_over_batches
 from sam_optim.loss import Loss
 from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, search
 from sam_optim.measures.record import Progress, Ticks, estimate, settings
-from sam_optim.results import Estimate, mean_over_batches
-from sam_optim.rng import Stream
 
 
 @overload

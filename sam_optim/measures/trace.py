@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.geometry import Ball, ProductBall
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.random import Stream
+from sam_optim.core.results import Diagonal, Estimate, provenance
 from sam_optim.loss import Loss
 from sam_optim.measures.deflation import Deflation, deflated, num_to_look_at, stand_out
 from sam_optim.measures.operator import Product, dot, flat_product, mean_and_stderr, norm
 from sam_optim.measures.record import Progress, Ticks, estimate, flat, settings, unflat
-from sam_optim.results import Diagonal, Estimate, provenance
-from sam_optim.rng import Stream
 
 METHODS = ("deflated", "hutchinson", "hutch++")
 FEWEST_PROBES = 10  # a standard error of fewer is too uncertain to stop on

@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from sam_optim.results import plain
+from sam_optim.core.results import plain
 
 VOID = {"br", "hr", "img", "meta", "link"}
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sam_optim.core.results import plain
 from sam_optim.report.charts import Curves, Interval, curves, figure, intervals, panels
 from sam_optim.report.heatmap import Levels, contour_map
 from sam_optim.report.markup import Child, Markup, tag
 from sam_optim.report.page import html_page, paragraph, section
 from sam_optim.report.tables import html_table, number
-from sam_optim.results import plain
 
 Result = Mapping[str, Any]
 

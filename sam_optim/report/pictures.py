@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.results import Landscape, Spectrum
+from sam_optim.core.results import Landscape, Spectrum
 
 COLOURS = ("#1767b3", "#c2410c", "#0f8a6c", "#a23b87", "#b7791f", "#5b6270")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))  # colour is never the only difference

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sam_optim.correlation import Correlation, correlate
 from sam_optim.report.charts import Group, Interval, figure, intervals, panels, scatter, strip
 from sam_optim.report.markup import Child, Markup, tag
 from sam_optim.report.overview import sections
 from sam_optim.report.page import bullets, html_page, paragraph, section
 from sam_optim.report.tables import html_table, number, signed, with_error
+from sam_optim.statistics.kendall import Correlation, correlate
 
 Entry = Mapping[str, Any]
 Row = Mapping[str, Any]

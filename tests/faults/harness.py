@@ -16,7 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from sam_optim import SAM, Perturbation, passes
+from sam_optim import SAM, Perturbation
+from sam_optim.optim import passes
 
 POINTS = (
     "before pass 1",

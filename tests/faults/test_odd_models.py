@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sam_optim import ASAM, SAM, Perturbation, passes
+from sam_optim import ASAM, SAM, Perturbation
+from sam_optim.optim import passes
 
 
 def values(params) -> list[torch.Tensor]:

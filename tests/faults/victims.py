@@ -22,7 +22,7 @@ import torch
 from benchmarks import checkpoint
 from faults.cases import PATHS, VARIANTS
 from faults.harness import Rig
-from sam_optim.cli import files
+from sam_optim.core import files
 
 ENTRIES = 20_000  # of what is saved again and again: large enough for a kill to come in the middle
 

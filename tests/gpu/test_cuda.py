@@ -220,7 +220,7 @@ def test_the_update_that_restores_is_torchs_own_after_a_copy(base, how):
 @pytest.mark.parametrize("base", BASES)
 def test_one_update_from_saved_weights_is_torchs_own(base):
     """From the same gradients: what differs is rounding."""
-    from sam_optim.kernels.triton_descent import Descent
+    from sam_optim.optim.kernels.triton_descent import Descent
 
     factory, options = BASES[base]
     pairs = [on_device(SHAPES) for _ in range(2)]

@@ -1,0 +1,121 @@
+"""Parameter groups: what torch.optim takes, what a radius needs, and what the ASAM paper moves how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam_optim.core.geometry import canonical_adaptive, canonical_norm, check_eta, check_rho
+from sam_optim.core.module_state import NORM_LAYERS
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError for a radius, norm or T that does not exist."""
+    check_rho(group["rho"])
+    check_eta(group["eta"])
+    canonical_adaptive(group["adaptive"])
+    canonical_norm(group["norm"])
+
+
+def is_zero(rho: float | Tensor) -> bool:
+    """Of a tensor on a device it is not asked: that would wait for the device."""
+    return (rho.device.type == "cpu" if isinstance(rho, Tensor) else True) and bool(rho == 0)
+
+
+def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of tensors or groups, got one tensor: pass [tensor]")
+    found = list(params)
+    if not found:
+        raise ValueError("got an empty list of parameters")
+    groups = found if isinstance(found[0], dict) else [{"params": found}]
+    seen: list[int] = []
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = [m[1] if isinstance(m, tuple) else m for m in members]
+        seen += [id(p) for p in group["params"]]
+        for p in group["params"]:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params must hold tensors, got {type(p).__name__}")
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+        check_group(group)
+    if len(seen) != len(set(seen)):
+        raise ValueError("a parameter is listed twice, and would be moved twice: pass each one once")
+    return groups
+
+
+def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[dict[str, Any]]:
+    """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalisation parameters.
+
+    Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
+    not require a gradient are left out; an empty group is, too.
+    """
+    normal = _of_norm_layers(model, NORM_LAYERS)
+    params = [p for p in model.parameters() if p.requires_grad]
+    plain = [p.ndim < 2 or id(p) in normal for p in params]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, is_plain in zip(params, plain, strict=True) if not is_plain], "adaptive": adaptive},
+        {"params": [p for p, is_plain in zip(params, plain, strict=True) if is_plain], "adaptive": False},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def norm_only_param_groups(
+    model: nn.Module, *, adaptive: bool | str | None = None, norm_layers: tuple[type[nn.Module], ...] = ()
+) -> list[dict[str, Any]]:
+    """The groups of SAM-ON: only the parameters of normalisation layers are perturbed; all are trained.
+
+    The others have rho = 0: they do not move in the second pass, are not in the norm, and `step(closure)` does not
+    compute their gradients in the first. Parameters that do not require a gradient are left out.
+
+    Args:
+        model: whose normalisation layers are told by the type of the module, never by name.
+        adaptive: T of the perturbed group. None: that of the optimizer.
+        norm_layers: types of its own that count beside torch's, such as timm's or Hugging Face's RMS norms.
+
+    Raises:
+        ValueError: no normalisation layer has a parameter that is trained, so that nothing would be perturbed.
+
+    Source: Mueller et al. (2023), arXiv:2306.04226.
+    """
+    normal = _of_norm_layers(model, (*NORM_LAYERS, *norm_layers))
+    params = [p for p in model.parameters() if p.requires_grad]
+    perturbed = [p for p in params if id(p) in normal]
+    if not perturbed:
+        raise ValueError(
+            f"{type(model).__name__} has no normalisation layer with parameters to train, so nothing would be "
+            "perturbed: pass the types of its own as norm_layers=, or use SAM on all parameters"
+        )
+    chosen: dict[str, Any] = {"params": perturbed}
+    if adaptive is not None:
+        chosen["adaptive"] = adaptive
+    rest = [p for p in params if id(p) not in normal]
+    return [chosen, {"params": rest, "rho": 0.0}] if rest else [chosen]
+
+
+def _of_norm_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> set[int]:
+    """Ids of their own parameters."""
+    return {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
+
+
+def listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
+    """params as a list that can be read twice, and the ids in it; None where the base must judge the input itself."""
+    if isinstance(params, (Tensor, dict, set)) or not isinstance(params, Iterable):
+        return params, None
+    found = list(params)
+    members: list[Any] = []
+    for entry in found:
+        if isinstance(entry, dict) and "params" in entry:
+            inner = entry["params"]
+            if isinstance(inner, set):
+                return found, None  # the base says what is wrong with a set
+            if not isinstance(inner, (Tensor, list)):
+                inner = entry["params"] = list(inner)  # in place, as torch.optim does
+            members += [inner] if isinstance(inner, Tensor) else inner
+        else:
+            members.append(entry)
+    return found, {id(m[1] if isinstance(m, tuple) else m) for m in members}

@@ -1,0 +1,415 @@
+"""SAM and ASAM as torch.optim optimizers around any base optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.results import LastStep
+from sam_optim.optim import kernels
+from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
+from sam_optim.optim.checkpoints import adapted
+from sam_optim.optim.outside import outside
+from sam_optim.optim.param_groups import check_group, listed
+from sam_optim.optim.perturbation import Closure, Perturbation
+from sam_optim.optim.transaction import has_values, refuse_callers_that_misuse_closures
+
+_KEYS = ("rho", "adaptive", "eta", "norm")
+
+
+class SAM(Optimizer):
+    """w <- base(w, grad L(w + e)),   e = argmax <g, e> over ||T^-1 e||_p <= rho,   g = grad L(w).
+
+    p = 2: e = rho T^2 g / ||T g||_2; p = inf: e = rho T sign(g). T = 1, or adaptive: |w| + eta, or a norm for each
+    filter or layer. The norm runs over all groups; each group is moved by its own rho. `param_groups` and `state` are
+    the base's own objects, so a checkpoint of the plain base loads into SAM and the reverse.
+
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        loss = optimizer.step(closure)            # closure: zero_grad, forward, backward, return the loss; runs twice
+
+        loss.backward()                           # or in two phases, for GradScaler, clipping, loops of your own
+        with optimizer.perturbed():
+            criterion(model(x), y).backward()
+        optimizer.step()
+
+    Args:
+        params: as for any torch optimizer; groups may have their own rho, adaptive, eta and norm.
+        base_optimizer: a class, or any callable that makes an optimizer from params; `base_kwargs` go to it.
+        rho: the radius, in units of T (of w where T = 1), not relative to ||w||.
+        adaptive: T. False: 1. True or "elementwise": |w| + eta. "filter", "layer": their norm + eta.
+        eta: added to T; matters only where adaptive.
+        norm: p, 2 or inf.
+        module: the model, in its DDP or FSDP wrapper if it has one. With it the second pass leaves no trace in its
+            buffers (BatchNorm statistics), its `state_dict()` holds the clean weights at every moment, and each rank of
+            DDP has its own perturbation, with one exchange of gradients a step.
+        sync_ascent: True for one perturbation by the gradient of all of DDP's ranks.
+        foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
+            part, which Triton's kernels do in three launches.
+        rounding, replay_rng: see `Perturbation`.
+        nonfinite: what a gradient with an inf or NaN does. An ascent gradient gives e = 0 and counts in
+            `num_unperturbed`. A descent gradient: "skip" leaves weights and state as they are and counts in
+            `num_skipped`; "raise" raises; "ignore" lets the base have it. None: "skip" where that needs no host sync:
+            on the CPU, and on a device over a base with fused=True.
+
+    Raises:
+        ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
+            hyperparameter of the same name (Adadelta's rho), or which holds other parameters.
+
+    Source: SAM, Foret et al. (2020), arXiv:2010.01412; ASAM, Kwon et al. (2021), arXiv:2102.11600.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        *,
+        rho: float | Tensor = 0.05,
+        adaptive: bool | str = False,
+        eta: float = 0.01,
+        norm: float = 2,
+        module: nn.Module | None = None,
+        sync_ascent: bool | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        rounding: str = "nearest",
+        replay_rng: bool = False,
+        nonfinite: str | None = None,
+        **base_kwargs: Any,
+    ):
+        if isinstance(base_optimizer, Optimizer):
+            raise TypeError(
+                f"base_optimizer is a {type(base_optimizer).__name__} that exists already and holds its own "
+                f"parameters: pass its class, or use {type(self).__name__}.wrap(base_optimizer, rho=...)"
+            )
+        if not callable(base_optimizer):
+            raise TypeError(f"base_optimizer must be an optimizer class or a callable, got {base_optimizer!r}")
+        given = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
+        check_group(given)
+        flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
+        params, members = listed(params)
+        base = base_optimizer(params, **accepted(base_optimizer, flags), **base_kwargs)
+        held = [p for group in base.param_groups for p in group["params"]]
+        if members is not None and {id(p) for p in held} != members:
+            raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
+        options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
+        options |= {"rounding": rounding, "replay_rng": replay_rng}
+        options["fused"] = fused if kernels.fused.may_be_fused(held) else None  # on the CPU it means the base alone
+        self._adopt(base, given, nonfinite=nonfinite, **options)
+
+    @classmethod
+    def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:
+        """Around an optimizer that exists, as timm's factory makes it; keyword arguments as for the class, but `fused`
+        is for SAM's own part alone."""
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(f"wrap takes an optimizer instance, got {base_optimizer!r}")
+        values: dict[str, Any] = {}
+        for ancestor in reversed(cls.__mro__[: cls.__mro__.index(SAM) + 1]):  # a subclass may name only what it changes
+            named = inspect.signature(ancestor.__init__).parameters.items()  # type: ignore[misc]
+            values |= {k: v.default for k, v in named if v.kind is v.KEYWORD_ONLY}
+        if unknown := [k for k in kwargs if k not in values]:
+            raise TypeError(f"wrap has no argument {unknown[0]!r}; it takes {', '.join(values)}")
+        values |= kwargs
+        given = {k: values.pop(k) for k in _KEYS}
+        self = cls.__new__(cls)
+        check_group(given)
+        self._adopt(base_optimizer, given, **values)
+        return self
+
+    def _adopt(self, base: Optimizer, given: dict[str, Any], *, nonfinite: str | None, **options: Any) -> None:
+        if isinstance(base, SAM):
+            raise ValueError("the base is a SAM already: wrap the plain optimizer")
+        check_base(base, _KEYS)
+        update = BaseUpdate(base, nonfinite)
+        for key in [k for k in _KEYS if k in base.defaults]:  # of a SAM around it before
+            for group in base.param_groups:
+                if group.get(key) == base.defaults[key]:
+                    del group[key]
+        for group in base.param_groups:
+            check_group(given | {k: group[k] for k in _KEYS if k in group})
+        super().__init__(base.param_groups, given)  # fills the groups, which it adopts as they are
+        base.defaults.update(given)
+        self.base_optimizer = base
+        self._perturbation_options = options
+        self._update = update
+        self._relink()
+
+    def _relink(self) -> None:
+        """One truth: groups, state, defaults and hooks are the base's own objects."""
+        base = self.base_optimizer
+        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
+        self._linked = {"param_groups": base.param_groups, "state": base.state}
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            if hooks in base.__dict__:
+                self.__dict__[hooks] = base.__dict__[hooks]
+        if "perturbation" not in self.__dict__:
+            # torch.optim warns of a parameter that a group lists twice, and goes on
+            groups = [g | {"params": list(dict.fromkeys(g["params"]))} for g in self.param_groups]
+            self.perturbation = Perturbation(groups, **self._perturbation_options)
+        self.perturbation.param_groups = self.param_groups
+
+    # stepping
+
+    @outside
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Closure | Sequence[Closure] | None = None, *, ascent_closure: Closure | None = None
+    ) -> Any:
+        """One update. Returns the loss at w, before it; None without a closure.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward, returns the loss. It runs at w and at w + e. A
+                list of closures is m-sharpness: each has its own perturbation, the gradients at the perturbed points
+                are averaged. None: the base update with the gradients in `p.grad`, to finish a perturbed pass.
+            ascent_closure: another loss for the ascent: fewer examples, lower precision. Its loss is the one returned.
+
+        Raises:
+            RuntimeError: no closure and no perturbed pass; a closure that forgot `backward()` or left earlier gradients
+                in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
+        """
+        self._sync()
+        if closure is None and ascent_closure is not None:
+            raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
+        try:
+            if closure is None:
+                self._finish()
+                return None
+            refuse_callers_that_misuse_closures(is_scaled="found_inf" in self.__dict__)
+        except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
+        if self.perturbation.active:
+            raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
+        with self.perturbation.all_or_nothing():
+            self.perturbation.stays_open = self._update.may_restore
+            try:
+                loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
+            finally:
+                self.perturbation.stays_open = False
+            self._descend(may_undo=True)
+            self.perturbation.completed = False
+        return loss
+
+    @outside
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
+        self._sync()
+        self._forget_scale()
+        return self.perturbation.perturbed()
+
+    @outside
+    def microbatch(self) -> AbstractContextManager[None]:
+        """Context around one micro-batch's two passes: adds their gradient to those of earlier micro-batches."""
+        self._sync()
+        return self.perturbation.microbatch()
+
+    @outside
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it."""
+        self._sync()
+        self._forget_scale()
+        self.perturbation.enter(zero_grad=zero_grad, keep_gradients=False)  # no context, so no fault to answer for
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """w + e -> w, then the base update with the gradients in `p.grad`."""
+        if not self.perturbation.active:
+            raise RuntimeError("second_step() without first_step(): the weights are not perturbed")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @outside
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
+        self.perturbation.forget()
+
+    def _forget_scale(self) -> None:
+        """Of a step that failed: GradScaler deletes its scale only after success, and multiplies one that it finds."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
+    def _finish(self) -> None:
+        """The base update after a perturbed pass; without one only where no gradient could be misused."""
+        if not self.perturbation.active and not self.perturbation.completed and self._any_gradient():
+            raise RuntimeError(
+                "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
+                "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
+            )
+        try:
+            self._descend()
+        except BaseException:
+            self.perturbation.exit()
+            raise
+        self.perturbation.completed = False
+
+    def _descend(self, *, may_undo: bool = False) -> None:
+        """The base update, from where clean weights are saved if it can, else after they are back."""
+        fused = self._update.fused(self.perturbation.moved)
+        if fused is None:
+            self.perturbation.exit()
+            if may_undo:
+                self.perturbation.watch()
+        if "found_inf" in self.__dict__:
+            has_restored = self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"), fused)
+        else:
+            has_restored = self._update(self.perturbation.together, fused)
+        self.perturbation.exit(is_updated=has_restored)
+
+    def _any_gradient(self) -> bool:
+        """That a step could use; none if it has found infinities."""
+        found_inf = self.__dict__.get("found_inf")
+        if found_inf is not None and bool(found_inf):
+            return False
+        return any(p.grad is not None and has_values(p.grad) for p in self._parameters())
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+
+    def _sync(self) -> None:
+        """Frameworks assign `param_groups` and `state` anew, `base.load_state_dict` too: on whichever they hold."""
+        base = self.base_optimizer
+        for name, linked in self._linked.items():
+            if getattr(self, name) is linked and (found := getattr(base, name)) is not linked:
+                if name == "param_groups":
+                    _fill(found, [{k: g[k] for k in _KEYS} for g in linked])
+                setattr(self, name, found)
+            elif getattr(base, name) is not getattr(self, name):
+                setattr(base, name, getattr(self, name))
+            self._linked[name] = getattr(self, name)
+        self.perturbation.param_groups = self.param_groups
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """While perturbed, GradScaler must call `step` whatever it found: skipping would leave the weights at w + e.
+        And a fused base unscales by itself, without reading anything back."""
+        perturbation = self.__dict__.get("perturbation")
+        return perturbation is not None and (perturbation.active or takes_found_inf(self.base_optimizer))
+
+    # what it searches, and what it saw
+
+    @property
+    def ball(self) -> Ball:
+        """The ball of the first group. Where all have the same, `worst_case_sharpness(loss, optimizer.ball)` is what
+        training minimised; where they differ, that is `optimizer.neighborhood`."""
+        return self.balls[0]
+
+    @property
+    def balls(self) -> list[Ball]:
+        """The ball of each group."""
+        self._sync()
+        return self.perturbation.balls
+
+    @property
+    def neighborhood(self) -> ProductBall:
+        """The balls of all groups as one, for measures where the groups differ (`asam_param_groups`)."""
+        self._sync()
+        return self.perturbation.neighborhood
+
+    @property
+    def last_step(self) -> LastStep:
+        return self.perturbation.last_step
+
+    @property
+    def num_unperturbed(self) -> int | Tensor:
+        """How many steps had an ascent gradient of 0, or one that was not finite, and so e = 0."""
+        return self.perturbation.num_unperturbed
+
+    @property
+    def nonfinite(self) -> str | None:
+        """What a descent gradient that is not finite does."""
+        return self._update.nonfinite
+
+    @property
+    def num_skipped(self) -> int | Tensor:
+        """How many steps had a descent gradient that was not finite, and left everything as it was."""
+        return self._update.num_skipped
+
+    # torch.optim's book-keeping
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "base_optimizer" not in self.__dict__:  # called by Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        self._sync()
+        check_group(self.defaults | param_group)
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, with rho, adaptive, eta and norm in its groups."""
+        self._sync()
+        if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
+            return self.base_optimizer.state_dict()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `foreign`."""
+        self._sync()
+        state_dict = adapted(state_dict, self.param_groups)
+        if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:
+            super().load_state_dict(state_dict)
+            return
+        before = [{k: g[k] for k in _KEYS} for g in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        _fill(self.base_optimizer.param_groups, before)
+        self._relink()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base_optimizer", "perturbation", "_perturbation_options", "_update")
+        return super().__getstate__() | {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = [{k: g[k] for k in _KEYS if k in g} for g in self.__dict__.get("param_groups", [])]
+        super().__setstate__(state)
+        base_state = {"state": self.state, "param_groups": self.param_groups}
+        self.base_optimizer.__setstate__(base_state)  # fills keys that older checkpoints lack
+        _fill(self.base_optimizer.param_groups, before)
+        for group in self.base_optimizer.param_groups:
+            for key in _KEYS:
+                group.setdefault(key, self.defaults[key])
+        self._relink()
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base has: train() and eval() of schedule-free ones, consolidate_state_dict of ZeRO, ..."""
+        if not name.startswith("_") and "base_optimizer" in self.__dict__:
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(f"{type(self).__name__} (", f"{self._title()} (", 1)
+
+    def _title(self) -> str:
+        return f"{type(self).__name__} over {type(self.base_optimizer).__name__}"
+
+
+class ASAM(SAM):
+    """SAM with T = |w| + eta: e = rho T^2 g / ||T g||_2. Larger radii than SAM's; 0.5 is the paper's for CIFAR-10.
+
+    The paper leaves biases and normalisation parameters at T = 1: pass `asam_param_groups(model)` for that.
+
+    Source: Kwon et al. (2021), arXiv:2102.11600.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        *,
+        rho: float | Tensor = 0.5,
+        adaptive: bool | str = True,
+        eta: float = 0.01,
+        **kwargs: Any,
+    ):
+        super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
+
+
+def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:
+    for group, value in zip(groups, values, strict=False):
+        for key in value:
+            group.setdefault(key, value[key])

@@ -1,6 +1,0 @@
-"""Function-preserving changes of the weights, and the audit of measures under them."""
-
-from sam_optim.reparametrize.audit import Audit, AuditRow, audit
-from sam_optim.reparametrize.transforms import NoSymmetry, permute, rescale, rescale_normalized
-
-__all__ = ["Audit", "AuditRow", "NoSymmetry", "audit", "permute", "rescale", "rescale_normalized"]

@@ -1,0 +1,1 @@
+"""Numbers of many runs: rank correlations with intervals."""

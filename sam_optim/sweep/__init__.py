@@ -1,0 +1,1 @@
+"""Many checkpoints, many measures, resumable."""

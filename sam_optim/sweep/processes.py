@@ -1,0 +1,80 @@
+"""One command on several processes under torchrun: who prints and writes, and what all of them must know alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sam_optim.core.errors import InputError, one_line
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank: of this one. count: how many there are. device: where this one measures."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """The one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, batches: Sequence[Any]) -> Sequence[Any]:
+        """The batches of this process: every `count`-th, as `Loss` deals them."""
+        return batches if self.count == 1 else batches[self.rank :: self.count]
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on all of them; an error there is one everywhere."""
+        if self.count == 1:
+            return make()
+        found: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                found = [make(), None]
+            except ValueError as error:
+                found = [None, one_line(error)]
+        dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise InputError(found[1])
+        return found[0]
+
+
+@contextmanager
+def started(device: str) -> Iterator[Processes]:
+    """This process alone, or one of torchrun's, with gloo on the CPU and nccl on CUDA."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local = os.environ.get("LOCAL_RANK", "0")
+    found = _device(f"cuda:{local}" if device == "cuda" and count > 1 else device)
+    if count == 1:
+        yield Processes(0, 1, found)
+        return
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, count, found)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise InputError(f"--device {name} cannot be used here ({one_line(error)}); try --device cpu") from None
+    return found

@@ -1,0 +1,1 @@
+"""timm models and image files: model, batches, weights."""

@@ -1,0 +1,224 @@
+"""Models: any timm name, with the stem that the field uses for small images; wide ResNets; two CNNs for a CPU."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.vision import wide_resnet
+
+SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
+
+Make = Callable[[int, tuple[int, int, int]], nn.Module]  # of (num_classes, image_size)
+
+
+def build(
+    name: str, *, num_classes: int, image_size: tuple[int, int, int], checkpoint: str | None = None, **options: Any
+) -> nn.Module:
+    """A timm model, "cnn3", "cnn5" or "wrn28_10".
+
+    Of timm's, up to 64 pixels: a 3x3 stem of stride 1 without max-pool, or small patches.
+
+    Args:
+        image_size: (C, H, W).
+        checkpoint: a file of the model's weights, .safetensors or torch.save's, read without running what it holds.
+            timm fits position embeddings and the stem's channels to these images, and makes a new head for another
+            number of classes; where small images get another stem, that is new too.
+        options: for timm.create_model, e.g. drop_path_rate; None means the model's default.
+
+    Raises:
+        InputError: the name or an option is unknown, or the model cannot take images of this size.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    if make := own(name):
+        if checkpoint:
+            raise InputError(f"--initial-checkpoint is for timm's models; {name} starts from random weights")
+        if options:
+            raise InputError(f"{name} takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
+        return make(num_classes, image_size)
+    options |= _pretrained(name, checkpoint) if checkpoint else {}
+    model = _from_timm(name, num_classes, image_size, options)
+    if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
+        print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
+        model = _from_timm(name, num_classes, image_size, options)
+    if fault := _fault(model, image_size):
+        raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")
+    return model
+
+
+def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
+    """Arguments that make timm load a local file as it loads its own weights."""
+    import timm
+    from timm.models import get_pretrained_cfg, load_state_dict
+
+    if not timm.is_model(name):
+        raise unknown("model", name, names())
+    if not Path(checkpoint).is_file():
+        raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
+    try:
+        state = load_state_dict(checkpoint, use_ema=True, weights_only=True)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+    except Exception as error:  # of torch, pickle, safetensors or zip: whatever a file can hold
+        raise InputError(f"--initial-checkpoint {checkpoint} holds no weights: {one_line(error)}") from None
+    config = get_pretrained_cfg(name)
+    classifier = (config.classifier if config else None) or "head"
+    head = classifier if isinstance(classifier, str) else classifier[0]
+    classes = shapes.get(f"{head}.weight", (0,))[0]
+    overlay = {"file": checkpoint, "url": None, "hf_hub_id": None, "num_classes": classes, "custom_load": False}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def checkpoint_gradients_(model: nn.Module, name: str) -> None:
+    """Forward passes keep only what stands between the blocks, and are repeated for the backward pass."""
+    try:
+        checkpointing: Any = model.set_grad_checkpointing
+        checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise InputError(f"{name} cannot checkpoint its gradients: leave --grad-checkpointing out") from None
+
+
+def cnn3(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
+    """Three 3x3 convolutions with ReLU, no normalisation; the images are halved twice."""
+    channels, height, width = image_size
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), num_classes),
+    )
+
+
+def cnn5(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
+    """Five 3x3 convolutions with BatchNorm and ReLU, 72 k parameters: 16, pool, 32, 32, pool, 64, 64, mean."""
+    layers: list[nn.Module] = []
+    channels = image_size[0]
+    for width in (16, None, 32, 32, None, 64, 64):
+        if width is None:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+OWN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
+
+
+def own(name: str) -> Make | None:
+    """Makes a model that timm does not have: one of `OWN`, or a wide ResNet; None for every other name."""
+    if name in OWN:
+        return OWN[name]
+    if wide := wide_resnet.named(name):
+        return lambda num_classes, image_size: wide_resnet.WideResNet(*wide, num_classes, image_size[0])
+    return None
+
+
+def names() -> list[str]:
+    """All that can be built, wide ResNets by the example of the SAM paper."""
+    import timm
+
+    return [*OWN, "wrn28_10", *timm.list_models()]
+
+
+def default_size(name: str) -> tuple[int, int]:
+    """(H, W) that a timm model was made for; 224 where timm does not say."""
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return (224, 224)
+    config = get_pretrained_cfg(name)
+    return tuple(config.input_size[1:]) if config else (224, 224)
+
+
+def data_config(name: str, **options: Any) -> dict[str, Any]:
+    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode; its defaults
+    for a model that is not timm's. options: as for `build`."""
+    try:
+        import timm
+        from timm.data import resolve_data_config
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
+    mine = own(name) is not None
+    if not mine and not timm.is_model(name):
+        raise unknown("model", name, names())
+    known = None if mine else get_pretrained_cfg(name)
+    found: dict[str, Any] = dict(resolve_data_config({"no": None}, pretrained_cfg=known.to_dict() if known else {}))
+    found["input_size"] = (options.get("in_chans", found["input_size"][0]), *found["input_size"][1:])
+    return found
+
+
+def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], options: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
+    if not timm.is_model(name):
+        raise unknown("model", name, names())
+    channels, height, _ = image_size
+    arguments = {"num_classes": num_classes, "in_chans": channels} | options
+    try:
+        if height > SMALL:
+            return timm.create_model(name, **arguments | sized(timm, name, image_size, patch=False))
+        fitted = sized(timm, name, image_size, patch=True)
+        try:
+            model = timm.create_model(name, **arguments | fitted)
+        except TypeError:  # some entry points fix the patch size themselves (mixer_s16_224)
+            fitted.pop("patch_size", None)
+            model = timm.create_model(name, **arguments | fitted)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
+    return model
+
+
+def sized(timm: Any, name: str, image_size: tuple[int, int, int], *, patch: bool) -> dict[str, Any]:
+    """img_size and patch_size (an eighth of the height: 4 for CIFAR) where the model's class has them."""
+    with torch.device("meta"):
+        accepted = inspect.signature(type(timm.create_model(name)).__init__).parameters
+    found: dict[str, Any] = {}
+    if "img_size" in accepted:
+        found["img_size"] = image_size[1:]
+    if patch and "patch_size" in accepted:
+        found["patch_size"] = max(1, image_size[1] // 8) if "img_size" in accepted else 1
+    return found
+
+
+def small_stem_(model: nn.Module) -> bool:
+    """A strided first convolution becomes 3x3 with stride 1, and the max-pool after it goes. Patches stay (False)."""
+    name, old = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if old is None or old.stride == (1, 1) or old.kernel_size == old.stride:
+        return False
+    bias = old.bias is not None
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, groups=old.groups, bias=bias)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    model.set_submodule(name, new)
+    pool = next((n for n, m in model.named_modules() if isinstance(m, nn.MaxPool2d)), None)
+    if pool:
+        model.set_submodule(pool, nn.Identity())
+    return True
+
+
+@torch.no_grad()
+def _fault(model: nn.Module, image_size: tuple[int, int, int]) -> str | None:
+    """Why the model cannot take such images; None if it can."""
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, *image_size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        return one_line(error)
+    finally:
+        model.train(training)
+    return None

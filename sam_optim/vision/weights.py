@@ -1,0 +1,102 @@
+"""Weights into a model: what wrappers have put before the names is taken off, and what does not fit is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sam_optim.core.errors import InputError
+
+AVERAGED = re.compile(r"ema|averag|swa", re.IGNORECASE)
+OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is measured depends on it
+
+
+def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Loads the state that `checked` finds for the model."""
+    found = checked(model, state, name)
+    with torch.no_grad():
+        model.load_state_dict(found, strict=False)  # what is missing now is optional
+
+
+def checked(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state under the model's names.
+
+    Raises:
+        InputError: a weight that is missing, left over or of another shape; the first three of each are named.
+    """
+    wanted = model.state_dict()
+    found = fitting(state, wanted)
+    missing = [k for k in wanted if k not in found and not k.endswith(OPTIONAL)]
+    unexpected = [k for k in found if k not in wanted]
+    shapes = [
+        f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in found and found[k].shape != wanted[k].shape
+    ]
+    if missing or unexpected or shapes:
+        raise InputError(f"{name} does not fit the model: {_said(missing, unexpected, shapes)}")
+    return found
+
+
+def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The part of `state` that is the model's, under the model's names.
+
+    torch.compile puts `_orig_mod.` into names, DataParallel `module.` before them, Lightning `model.` or whatever the
+    attribute is called. The prefix under which most of the wanted names stand is taken off; what stands outside it
+    belongs to something else (a metric, a loss). Without a prefix everything belongs to the model. A prefix that names
+    an average (`ema_model.`) is not the model's own.
+
+    Raises:
+        InputError: the model stands there under several prefixes (a student and a teacher).
+    """
+    plain = {k.replace("_orig_mod.", ""): v for k, v in state.items()}
+    prefixes = {""} | {k[: -len(w)] for w in list(wanted)[:1] + list(wanted)[-1:] for k in plain if k.endswith("." + w)}
+    counts = {p: sum(p + w in plain for w in wanted) for p in prefixes}
+    best = min(prefixes, key=lambda p: (-counts[p], bool(p), bool(AVERAGED.search(p)), len(p), p))
+    if best and 2 * counts[best] > len(wanted):
+        same = [
+            p for p in prefixes if counts[p] == counts[best] and bool(AVERAGED.search(p)) == bool(AVERAGED.search(best))
+        ]
+        if len(same) > 1:
+            names = ", ".join(sorted(same))
+            raise InputError(
+                f"the checkpoint holds weights of this model {len(same)} times, under {names}: save one alone"
+            )
+    return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best)}
+
+
+def num_outputs(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The rows of the model's last layer in `state`; None where it cannot be told which layer that is."""
+    found = fitting(state, model.state_dict())
+    layer = _classifier(model)
+    weight = found.get(f"{layer}.weight") if layer else None
+    return None if weight is None else len(weight)
+
+
+def _classifier(model: nn.Module) -> str | None:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("classifier")
+    if isinstance(name, (tuple, list)):
+        name = name[0]
+    if name and any(n == name for n, _ in model.named_modules()):
+        return str(name)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def _said(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    return "; ".join(parts) + "; " + _remedy(missing, unexpected, shapes)
+
+
+def _remedy(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    if shapes and not missing and not unexpected:
+        return "choose --num-classes, --image-size, --small-stem or --model-kwargs as in training"
+    return "choose --model and --model-kwargs as in training, or build the model yourself with --target"

@@ -4,7 +4,7 @@
 
 from sam_optim._version import __version__
 from sam_optim.core.geometry import Ball, ProductBall
-from sam_optim.core.results import Diagonal, Estimate, Landscape, LastStep, Spectrum
+from sam_optim.core.results import Diagonal, Estimate, Landscape, Spectrum
 from sam_optim.landscape import (
     Trajectory,
     eigenvector_direction,
@@ -37,6 +37,7 @@ from sam_optim.measures import (
 )
 from sam_optim.measures.standard import standard_measures
 from sam_optim.optim.cuda_graph import GraphedStep
+from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups
 from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.sam import ASAM, SAM

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,56 +18,58 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """As `model.modules()`, breadth first, in a third of its time, which is part of every step."""
-    found = [model]
-    seen = {model}
-    for m in found:  # which grows meanwhile
+def modules_of(*models: nn.Module) -> list[nn.Module]:
+    """As `model.modules()`, in a third of its time, which is part of every step."""
+    modules = list(dict.fromkeys(models))
+    seen = set(modules)
+    for m in modules:  # which grows meanwhile
         for child in m._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
-                found.append(child)
-    return found
+                modules.append(child)
+    return modules
 
 
 class Buffers:
-    """A snapshot of every buffer of a model: BatchNorm statistics and counters, spectral norm, quantiser ranges, ...
+    """A snapshot of every buffer of some modules: BatchNorm statistics and counters, spectral norm, quantiser ranges.
 
     `restore` brings back the values bit for bit in the same storage, and the same tensor object where the model has
-    assigned another one in between. (Setting BatchNorm's momentum to 0 instead is wrong for momentum=None, still
-    counts the batch, and knows only BatchNorm.) Copies are kept for the next `save`, which then allocates nothing.
+    assigned another one in between. What has changed its shape stays: a cache that has grown, whose length the model
+    keeps elsewhere. (Setting BatchNorm's momentum to 0 instead is wrong for momentum=None, still counts the batch, and
+    knows only BatchNorm.) Copies are kept for the next `save`, which then allocates nothing.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._slots: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
 
     @torch.no_grad()
-    def save(self, model: nn.Module) -> None:
-        self._slots = [(m._buffers, name, b) for m in modules_of(model) for name, b in m._buffers.items()]
-        found = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)}
-        stale = self._kept
-        self._kept = {}
-        for key, b in found.items():
-            old = stale.get(key)
-            known = old is not None and old[0] is b and _alike(old[1], b)
-            self._kept[key] = (b, old[1] if known else torch.empty_like(b.detach()))  # type: ignore[index]
-        _copy([c for _, c in self._kept.values()], [b for b, _ in self._kept.values()])
+    def save(self, model: nn.Module | Sequence[nn.Module], others: Sequence[Tensor] = ()) -> None:
+        """Of a model, or of the modules listed and not of their children; `others`: tensors that are no buffers."""
+        modules = modules_of(model) if isinstance(model, nn.Module) else model
+        self._slots = [(m._buffers, name, b) for m in modules if m._buffers for name, b in m._buffers.items()]
+        tensors = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)} | {id(x): x for x in others}
+        stale, self._copies = self._copies, {}
+        copies = {}
+        for key, b in tensors.items():
+            old, copy = stale.get(key, (None, b))
+            copies[key] = (b, copy if old is b and _alike(copy, b) else torch.empty_like(b.detach()))
+        _copy([c for _, c in copies.values()], [b for b, _ in copies.values()])
+        self._copies = copies  # whole, or not at all: an interrupt may come in between
 
     @torch.no_grad()
     def restore(self) -> None:
         for owner, name, buffer in self._slots:
-            if owner.get(name) is not buffer:
+            now = owner.get(name)
+            if now is not buffer and now is not None and buffer is not None and now.shape == buffer.shape:
                 owner[name] = buffer
-        for buffer, copy in self._kept.values():
-            if buffer.shape != copy.shape:
-                buffer.resize_(copy.shape)
-        _copy([b for b, _ in self._kept.values()], [c for _, c in self._kept.values()])
+        pairs = [(b, copy) for b, copy in self._copies.values() if b.shape == copy.shape]
+        _copy([b for b, _ in pairs], [copy for _, copy in pairs])
 
     def clean_copy(self, buffer: Tensor) -> Tensor | None:
         """The saved value of `buffer`, or None if it is not one of those saved."""
-        found = self._kept.get(id(buffer))
-        return None if found is None else found[1]
+        saved = self._copies.get(id(buffer))
+        return None if saved is None else saved[1]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

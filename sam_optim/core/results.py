@@ -155,36 +155,3 @@ def mean_over_batches(values: Sequence[float], sizes: Sequence[int]) -> tuple[fl
         return mean, math.nan
     spread = math.fsum((n / total * (x - mean)) ** 2 for n, x in zip(sizes, values, strict=True))
     return mean, math.sqrt(len(values) / (len(values) - 1) * spread)
-
-
-@dataclass(frozen=True)
-class LastStep:
-    """What the last step saw, free of charge: 0-d tensors on the device, None for what it could not know.
-
-    loss, perturbed_loss: what the closure returned at w and at w + e; sharpness: their difference, in units of L.
-    grad_norm: ||T g||_q of the ascent gradient, q dual to p, so that rho * grad_norm is the rise to first order.
-    perturbation_norm: ||T^-1 e||_p: rho, or 0 if the ascent gradient was 0 or not finite. It is ||e||_2 where T = 1.
-    realized: <e', e> / ||e||^2, the share of e that the rounding of bf16 and fp16 weights left; 1 for wider ones.
-    """
-
-    loss: Tensor | None
-    perturbed_loss: Tensor | None
-    sharpness: Tensor | None
-    grad_norm: Tensor | None
-    perturbation_norm: Tensor | None
-    realized: Tensor | None
-
-    @classmethod
-    def of(cls, loss: Any, perturbed: Any, norm: Any, length: Any, realized: Any, *, dtype: torch.dtype) -> LastStep:
-        """From numbers or tensors; what is a number becomes a tensor of `dtype`."""
-
-        def scalar(x: Any) -> Tensor | None:
-            if x is None:
-                return None
-            x = x.detach() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=dtype)
-            return x.reshape(()).clone() if x.numel() == 1 else x.mean()  # not what the next step writes to
-
-        before, after = scalar(loss), scalar(perturbed)
-        sharpness = None if before is None or after is None else after - before
-        share = 1.0 if realized is None and length is not None else realized
-        return cls(before, after, sharpness, scalar(norm), scalar(length), scalar(share))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_optim.optim import kernels
-from sam_optim.optim.kernels import dtensor as shards
-from sam_optim.optim.outside import inside
+from sam_optim.optim.kernels import dtensor
+from sam_optim.optim.kernels.bucket import Groups
 
 NONFINITE = (None, "skip", "raise", "ignore")
 
@@ -66,96 +67,63 @@ class BaseUpdate:
         self.base = base
         self.nonfinite = nonfinite
         self.num_skipped: int | Tensor = 0
-        self._descent: Any = None
 
-    @property
-    def may_restore(self) -> bool:
-        """Whether there are kernels that update from where the clean weights are saved: exactly these bases, fused."""
-        is_known = type(self.base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-        return is_known and all(g.get("fused") for g in self.base.param_groups)
-
-    def fused(self, buckets: list[kernels.Bucket]) -> Any:
-        """An update that brings back what has moved; None where there is none: the first one makes the base's state."""
-        if not buckets or not self.may_restore or not all(b.body.__name__.endswith(".triton") for b in buckets):
-            return None
-        if self._descent is None:
-            from sam_optim.optim.kernels.triton_descent import Descent
-
-            self._descent = Descent(self.base)
-        return self._descent.update([p for b in buckets for p in b.params], [x for b in buckets for x in b.saved])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descent": None}
-
-    def __call__(self, together: shards.Groups, fused: Any = None) -> bool:
-        """Whether the update has also brought the weights back, as a `fused` one does.
+    def __call__(self, together: Groups) -> bool:
+        """Whether there was an update, as far as that is known here.
 
         together: process groups whose ranks must all update, or none of them.
         """
-        params = self._parameters()
-        on_device = any(p.device.type not in ("cpu", "meta") for p in params)
+        params = [p for group in self.base.param_groups for p in group["params"]]
+        on_device = not all([p.is_cpu or p.is_meta for p in params])
         cannot_skip = self.nonfinite is None and on_device and not takes_found_inf(self.base)
         if self.nonfinite == "ignore" or cannot_skip:
-            return self._run(fused)
-        together = together + shards.own_group(self.base)
-        if fused is not None and not together and self.nonfinite != "raise":
-            return self._run(fused, skipped=self._counter(params[0].device))
-        grads = [p.grad for p in params if p.grad is not None and not p.grad.is_meta]
-        is_finite = kernels.finite(grads)
+            return self._run()
+        is_finite = kernels.all_finite([p.grad for p in params if p.grad is not None])
         is_bad = not is_finite if isinstance(is_finite, bool) else ~is_finite
-        if together:  # also a rank that has no gradient: the others wait for its answer
-            is_bad = shards.any_over(is_bad, together, shards.local(params[0]).device)
-        if isinstance(is_bad, Tensor):
-            if takes_found_inf(self.base):
-                self._count(is_bad)
-                return self._run(fused, is_bad.float())
-            is_bad = bool(is_bad)
-        if is_bad and self.nonfinite == "raise":
+        if hasattr(self.base, "process_group"):
+            together = together + dtensor.own_group(self.base)
+        if together:  # also a rank that has no gradient: others wait for it
+            is_bad = dtensor.any_over(is_bad, together, dtensor.local(params[0]).device)
+        if isinstance(is_bad, Tensor) and takes_found_inf(self.base) and self.nonfinite != "raise":
+            self._count(is_bad)
+            return self._run(is_bad.float())
+        if not is_bad:
+            return self._run()
+        if self.nonfinite == "raise":
             raise FloatingPointError("the gradient at w + e has an inf or NaN, and nonfinite='raise'")
-        if is_bad:
-            self._count(True)
-            self.base._opt_called = True  # type: ignore[attr-defined]
-            return False
-        return self._run(fused)
+        self._count(True)
+        self.base._opt_called = True  # type: ignore[attr-defined]
+        return False
 
-    def scaled(self, found_inf: Tensor, grad_scale: Tensor | None, fused: Any = None) -> bool:
+    def scaled(self, found_inf: Tensor, grad_scale: Tensor | None) -> bool:
         """As GradScaler has set it up: gradients still scaled where grad_scale is given, and checked by it."""
-        if fused is not None or (takes_found_inf(self.base) and found_inf.device.type != "cpu"):
-            return self._run(fused, found_inf, grad_scale)
+        if takes_found_inf(self.base) and found_inf.device.type != "cpu":
+            return self._run(found_inf, grad_scale)
         if bool(found_inf):  # the sync that GradScaler makes for such bases itself
             return False
-        for p in self._parameters():
-            if p.grad is not None and grad_scale is not None:
-                p.grad.div_(grad_scale.to(p.grad.device))
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and grad_scale is not None:
+                    p.grad.div_(grad_scale.to(p.grad.device))
         return self._run()
 
     def _count(self, is_bad: bool | Tensor) -> None:
         if isinstance(is_bad, Tensor) and isinstance(self.num_skipped, Tensor):
             self.num_skipped.add_(is_bad)  # in place: a CUDA graph counts, too
-        else:
-            self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
+            return
+        self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
+        if is_bad is True and str(self.num_skipped).strip("0") == "1":  # 1, 10, 100, ...
+            warnings.warn(
+                f"a gradient at w or w + e has an inf or NaN, and the step was left out ({self.num_skipped} so far): if "
+                "this goes on, lower lr or rho, or look for the operation with torch.autograd.detect_anomaly(); "
+                "nonfinite='raise' stops at once",
+                stacklevel=6,
+            )
 
-    def _counter(self, device: torch.device) -> Tensor:
-        if not isinstance(self.num_skipped, Tensor):
-            self.num_skipped = torch.full((), self.num_skipped, dtype=torch.int64, device=device)
-        return self.num_skipped
-
-    def _run(
-        self,
-        fused: Any = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        skipped: Tensor | None = None,
-    ) -> bool:
+    def _run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> bool:
         """Without the hooks and the profiler range of the base's step: those are this step's."""
-        if fused is not None:
-            self._descent.run(fused, found_inf, grad_scale, skipped)
-            self.base._opt_called = True  # type: ignore[attr-defined]
-            return True
         step = type(self.base).step
         unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
-        if type(self.base).__module__.startswith("torch.optim."):  # of others Dynamo would drop attributes
-            unhooked = inside(unhooked)
         if found_inf is None:
             unhooked(self.base)
         else:
@@ -165,7 +133,4 @@ class BaseUpdate:
             finally:
                 del self.base.found_inf, self.base.grad_scale  # type: ignore[attr-defined]
         self.base._opt_called = True  # type: ignore[attr-defined]  # for schedulers made on the base
-        return False
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.base.param_groups for p in group["params"]]
+        return True

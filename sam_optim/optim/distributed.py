@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_optim.optim.kernels import dtensor as shards
+from sam_optim.optim.kernels import dtensor
+from sam_optim.optim.kernels.bucket import Groups, Scalar
 
 
 class Ranks:
     """What the wrappers in a model, and its parameters, tell about other ranks.
 
     Args:
-        module: the model in its wrappers; None if nobody passed it.
+        modules: all modules of the model, its wrappers first; empty if nobody passed it.
         params: all parameters that the optimizer has.
         sync_ascent: whether the ascent follows the gradient of all ranks. None: not of DDP, where each rank then has
             its own perturbation (m-sharpness with m = its batch); parts of one model can only move together.
@@ -33,8 +34,8 @@ class Ranks:
         RuntimeError: parameters of FSDP1, and no module that tells whose they are.
     """
 
-    def __init__(self, module: nn.Module | None, params: list[Tensor], sync_ascent: bool | None):
-        modules = [] if module is None else list(module.modules())
+    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor], sync_ascent: bool | None):
+        self.types = {type(m) for m in modules}
         self.replicas = [m for m in modules if isinstance(m, DistributedDataParallel) and _size(m.process_group) > 1]
         self._flat = _flat_params(modules)
         self._fully_sharded = [m for m in modules if hasattr(m, "_get_fsdp_state")]
@@ -60,9 +61,8 @@ class Ranks:
         for p in params:
             parts |= dict.fromkeys(_mesh_groups(p))
         parts |= {g: None for groups in self._flat.values() for g in groups}
-        self._parts: shards.Groups = tuple(parts)
-        common = [g for g in self._parts if all(groups is not None and g in groups for groups in spread)]
-        self._agreeing = tuple(g for g in self._parts if g not in common)  # a norm over all of it agrees anyway
+        self._parts: Groups = tuple(parts)
+        self.are_alone = not (self.replicas or self.is_sharded or self.are_several)
         self._compared = False
 
     @property
@@ -71,23 +71,14 @@ class Ranks:
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
     @property
-    def agreeing(self) -> shards.Groups:
-        """The process groups whose ranks must move all, or none of them."""
-        return () if self.per_rank else self._copies + self._agreeing
-
-    @property
-    def together(self) -> shards.Groups:
+    def together(self) -> Groups:
         """The process groups whose ranks must all take a step, or none of them."""
-        return self._copies + self._parts
+        # not inside DDP's `join`, where ranks that have run out of inputs answer only to its own exchanges; what those
+        # average is the same on all ranks anyway
+        copies = dict.fromkeys(m.process_group for m in self.replicas if not m._join_config.enable)
+        return (*copies, *self._parts)
 
-    @property
-    def _copies(self) -> shards.Groups:
-        """DDP's. Not inside its `join`, where ranks that have run out of inputs answer only to its own exchanges; what
-        those average is the same on all ranks anyway."""
-        asked = [m for m in self.replicas if not m._join_config.enable]
-        return tuple(dict.fromkeys(m.process_group for m in asked))
-
-    def groups_of(self, p: Tensor) -> shards.Groups | None:
+    def groups_of(self, p: Tensor) -> Groups | None:
         """The process groups over which a parameter is spread; None for one that is whole, and only this rank's."""
         if id(p) in self._flat:
             return self._flat[id(p)]
@@ -96,7 +87,7 @@ class Ranks:
                 "these are parameters of FullyShardedDataParallel, of which each rank has a part: pass module=, the "
                 "wrapped model, or the norm would be that of one part"
             )
-        return shards.groups_of(p)
+        return dtensor.groups_of(p)
 
     def check_resharded(self) -> None:
         """FSDP2 that keeps the gathered weights for the second pass would compute it at w."""
@@ -109,14 +100,14 @@ class Ranks:
                     "leave set_reshard_after_backward at True (reshard_after_forward=False is fine)"
                 )
 
-    def compare(self, norm: float | Tensor | None) -> None:
+    def compare(self, norm: Scalar) -> None:
         """Warns, once, if the ascent gradients of all ranks are the same where each should have its own."""
         if self._compared or not self.per_rank:
             return
         self._compared = True
         group = self.replicas[0].process_group
         device = self.replicas[0].device or torch.device("cpu")
-        own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).to(device).reshape(1)
+        own = torch.as_tensor(norm, dtype=torch.float64).to(device).reshape(1)
         low, high = own.clone(), own.clone()
         torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=group)
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -141,10 +132,25 @@ class Ranks:
                 m.require_backward_grad_sync = sync
 
 
-def _flat_params(modules: list[nn.Module]) -> dict[int, shards.Groups]:
+class FirstPass:
+    """DDP's exchange of gradients is as the first pass needs it, until `end`, which may be called again."""
+
+    def __init__(self, ranks: Ranks):
+        self._before = [(m, m.require_backward_grad_sync) for m in ranks.replicas]
+        # a DDP wrapper that nobody has passed as `module` may average what the second pass leaves, too
+        self.then_syncs = any([sync for _, sync in self._before]) if self._before else ranks.are_several
+        for m, _ in self._before:
+            m.require_backward_grad_sync = not ranks.per_rank
+
+    def end(self) -> None:
+        for m, sync in self._before:
+            m.require_backward_grad_sync = sync
+
+
+def _flat_params(modules: Sequence[nn.Module]) -> dict[int, Groups]:
     """The parameters of FSDP1, and over which groups each is spread."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    found: dict[int, shards.Groups] = {}
+    found: dict[int, Groups] = {}
     for m in modules:
         handle = getattr(m, "_handle", None) if fsdp and isinstance(m, fsdp.FullyShardedDataParallel) else None
         if handle is None:
@@ -158,7 +164,7 @@ def _flat_params(modules: list[nn.Module]) -> dict[int, shards.Groups]:
 
 def _mesh_groups(p: Tensor) -> list[Any]:
     """All process groups of a DTensor's mesh, also those that hold copies."""
-    if not shards.is_dtensor(p):
+    if not dtensor.is_dtensor(p):
         return []
     mesh = p.device_mesh  # type: ignore[attr-defined]
     return [mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1]

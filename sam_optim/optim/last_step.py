@@ -1,97 +1,119 @@
-"""What the passes of a step have seen: read by users afterwards, at no cost meanwhile."""
+"""What the last step saw: computed when it is asked for, from what the passes had anyway."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import numbers
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_optim.core.results import LastStep
-from sam_optim.optim.kernels import Ascent, Scalar
+from sam_optim.optim.kernels import Ascent, Scalar, hypot
 
 
-class Diagnostics:
-    """Numbers or 0-d tensors on the device, whatever the passes had."""
+@dataclass(frozen=True)
+class LastStep:
+    """Diagnostics of one step: 0-d tensors on the device; None for what it could not know.
 
-    def __init__(self) -> None:
-        self._num_unperturbed: int | Tensor = 0
-        self._counted: list[Tensor] = []  # by the kernels that found it out
-        self._ascent: Ascent | None = None
-        self._realized: Scalar | None = None
-        self._losses: tuple[Any, Any] = (None, None)
-        self._of_one_function = True
-        self._warned = False
+    loss, perturbed_loss: what the closure returned at w and at w + e, in units of L. sharpness: their difference.
+    dual_norm: ||T g||_q of the ascent gradient, q dual to p: rho * dual_norm is the rise of L to first order.
+    grad_norm: ||g||_2; equal to dual_norm where T = 1 and p = 2.
+    radius: ||T^-1 e||_p, which is rho, or 0 for a gradient of 0. perturbation_norm: ||e||_2, in units of w.
+    realized: <e', e> / ||e||^2, the share of e that the rounding of bf16 and fp16 weights has left; 1 for wider ones.
+    """
 
-    def moved(self, ascent: Ascent | None, realized: Scalar | None) -> None:
-        """The weights have moved, or stayed where they are because there was nothing to follow."""
-        self._ascent, self._realized, self._losses = ascent, realized, (None, None)
-        if ascent is None:
-            return
-        if ascent.stays is not None:
-            if all(ascent.stays is not x for x in self._counted):
-                self._counted.append(ascent.stays)
-        elif isinstance(ascent.moved, bool):
-            self._num_unperturbed += not ascent.moved
-        else:
-            stayed = ~ascent.moved if ascent.stayed is None else ascent.stayed  # type: ignore[operator]
-            if isinstance(self._num_unperturbed, Tensor):
-                self._num_unperturbed.add_(stayed)  # in place: a CUDA graph counts, too
-            else:
-                self._num_unperturbed = self._num_unperturbed + stayed.long()
+    loss: Tensor | None = None
+    perturbed_loss: Tensor | None = None
+    sharpness: Tensor | None = None
+    dual_norm: Tensor | None = None
+    grad_norm: Tensor | None = None
+    radius: Tensor | None = None
+    perturbation_norm: Tensor | None = None
+    realized: Tensor | None = None
 
-    @property
-    def num_unperturbed(self) -> int | Tensor:
-        return sum(self._counted, self._num_unperturbed) if self._counted else self._num_unperturbed
 
-    def without_ascent(self, *, plain: bool) -> None:
-        """One pass only: of the plain base (rho = 0), or one that left no gradient."""
-        self._ascent, self._realized = (Ascent(None, 0.0, False, []) if plain else None), None
+@dataclass(slots=True)
+class Record:
+    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference means something."""
 
-    def losses(self, loss: Any, perturbed: Any, *, of_one_function: bool = True) -> None:
-        """Of an ascent by another closure the difference is not a sharpness."""
-        self._losses, self._of_one_function = (_detached(loss), _detached(perturbed)), of_one_function
+    ascent: Ascent | None = None
+    loss: Any = None
+    perturbed_loss: Any = None
+    same_loss: bool = True
 
     @property
-    def norm(self) -> Scalar | None:
-        return None if self._ascent is None else self._ascent.norm
+    def dual_norm(self) -> Scalar:
+        return math.nan if self.ascent is None else _dual_norm(self.ascent)
+
+    def add_losses(self, loss: Any, perturbed: Any, *, same_loss: bool) -> None:
+        self.loss, self.perturbed_loss, self.same_loss = _loss(loss), _loss(perturbed), same_loss
 
     def last_step(self, params: Sequence[Tensor]) -> LastStep:
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
-        length = None if self._ascent is None else self._ascent.length
-        length = length() if callable(length) else length
-        known = (None, None, None) if self._ascent is None else (self._ascent.norm, length, self._realized)
-        step = LastStep.of(*self._losses, *known, dtype=torch.float64 if wide else torch.float32)
-        return step if self._of_one_function else dataclasses.replace(step, sharpness=None)
-
-    def warn_once(self, stacklevel: int) -> None:
-        """Read on the first step only: later ones must not wait for the device."""
-        if self._realized is None or self._warned:
-            return
-        self._warned = True
-        if (share := float(self._realized)) < 0.9:
-            warnings.warn(
-                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: pass "
-                "rounding='float32' with module=model, keep the weights in float32 under autocast, or pass "
-                "rounding='stochastic'",
-                stacklevel=stacklevel + 1,
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        counted = [x.clone() for x in self._counted]
-        return self.__dict__ | {"_counted": counted, "_ascent": None, "_realized": None, "_losses": (None, None)}
+        dtype = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in params) else torch.float32
+        loss, perturbed = _tensor(self.loss, dtype), _tensor(self.perturbed_loss, dtype)
+        sharpness = None if loss is None or perturbed is None or not self.same_loss else perturbed - loss
+        if self.ascent is None:
+            return LastStep(loss, perturbed, sharpness)
+        values = [_dual_norm(self.ascent), hypot([n.grad for n in self.ascent.norms]), *_lengths(self.ascent)]
+        return LastStep(loss, perturbed, sharpness, *(_tensor(x, dtype) for x in values), _tensor(retained(self.ascent), dtype))
 
 
-def _detached(loss: Any) -> Any:
-    """The loss without its graph; None for what is no number."""
-    if isinstance(loss, Tensor):
-        return loss.detach()
-    return loss if isinstance(loss, numbers.Real) else None
-
-
-def mean_loss(losses: list[Any]) -> Any:
+def mean_loss(losses: Sequence[Any]) -> Any:
+    losses = [_loss(x) for x in losses]
     return None if any(x is None for x in losses) else sum(losses) / len(losses)
+
+
+def retained(ascent: Ascent) -> Scalar:
+    """<e', e> / ||e||^2 over all bf16 and fp16 weights; 1 where there are none."""
+    square = _sum([square for _, square in ascent.retained])
+    dot = _sum([dot for dot, _ in ascent.retained])
+    if isinstance(square, Tensor):
+        return torch.where(square > 0, dot / square, 1.0)
+    return dot / square if square else 1.0
+
+
+def _dual_norm(ascent: Ascent) -> Scalar:
+    """Groups of p = 2 have one norm together, and add to the rise of those of p = inf."""
+    squares = [n.dual for p, n in zip(ascent.orders, ascent.norms, strict=True) if p == 2]
+    others = [n.dual for p, n in zip(ascent.orders, ascent.norms, strict=True) if p != 2]
+    return _sum([hypot(squares), *others] if squares else others)
+
+
+def _lengths(ascent: Ascent) -> tuple[Scalar, Scalar]:
+    """||T^-1 e||_p and ||e||_2."""
+    parts = list(zip(ascent.orders, ascent.norms, ascent.factors, ascent.units, strict=True))
+    radii = [hypot([f * (n.dual / unit) for p, n, f, unit in parts if p == 2])]
+    radii += [abs(f) for p, _, f, _ in parts if p != 2]
+    if not any(isinstance(r, Tensor) for r in radii):
+        radius: Scalar = math.nan if any(math.isnan(r) for r in radii) else max(radii)
+    else:
+        radius = torch.stack([torch.as_tensor(r, dtype=torch.float64).to(_device(radii)) for r in radii]).max()
+    return abs(radius), hypot([f * (n.step / unit if p == 2 else n.step) for p, n, f, unit in parts])
+
+
+def _device(values: Sequence[Scalar]) -> torch.device:
+    return next(x.device for x in values if isinstance(x, Tensor))
+
+
+def _sum(values: Sequence[Scalar]) -> Scalar:
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return sum(x.to(tensors[0].device) if isinstance(x, Tensor) else x for x in values)
+
+
+def _loss(x: Any) -> Any:
+    """The loss without its graph; None for what is no number."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    return x if isinstance(x, numbers.Real) else None
+
+
+def _tensor(x: Any, dtype: torch.dtype) -> Tensor | None:
+    """0-d; what is a number becomes a tensor of `dtype`, and what the next step would write to becomes a copy."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        return torch.tensor(float(x), dtype=dtype)
+    return x.reshape(()).clone() if x.numel() == 1 else x.mean()

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import functools
+import operator
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sam_optim.core import random as rng
-from sam_optim.core.geometry import Ball, ProductBall
-from sam_optim.core.module_state import Buffers
-from sam_optim.core.results import LastStep
-from sam_optim.optim import closures, kernels
-from sam_optim.optim.closures import Closure
-from sam_optim.optim.distributed import Ranks
-from sam_optim.optim.kernels import dtensor as shards
-from sam_optim.optim.kernels.plan import Plan
-from sam_optim.optim.last_step import Diagnostics
-from sam_optim.optim.outside import outside, prepare
-from sam_optim.optim.param_groups import as_groups
-from sam_optim.optim.passes import AscentPass, PerturbedPass
-from sam_optim.optim.transaction import Apart, FirstForward, Rollback, Transaction, zeros_for
+from sam_optim.core.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm
+from sam_optim.optim import kernels, transaction
+from sam_optim.optim.distributed import FirstPass, Ranks
+from sam_optim.optim.kernels import Backups, Bucket, dtensor
+from sam_optim.optim.kernels.bucket import LOW_PRECISION
+from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
+from sam_optim.optim.param_groups import as_groups, check_group, is_zero
+from sam_optim.optim.precision import Float32Pass
+from sam_optim.optim.transaction import EarlierGradients, GradientStash, ModelGuard
+
+ROUNDING = ("nearest", "stochastic", "float32")
+
+Closure = Callable[[], Any]
+
+_KIND = operator.attrgetter("dtype", "layout", "device")  # what kernels tell apart
 
 
 class Perturbation:
@@ -37,26 +41,29 @@ class Perturbation:
 
     p = 2: e = rho T^2 g / ||T g||_2; p = inf: e = rho T sign(g). T = 1 (SAM, arXiv:2010.01412) or adaptive (ASAM,
     arXiv:2102.11600). One norm runs over all groups, and each group is moved by its own rho; groups with rho = 0 stay
-    where they are, and out of the norm.
-    If g is 0 or not finite, e = 0 for that step, and `num_unperturbed` counts it. A loss scale in g does not matter.
+    where they are, and out of the norm. A gradient of 0 moves nothing. One with an inf or NaN makes w + e NaN, and so
+    the gradient there: leave that step out, as GradScaler and `SAM` do; w comes back all the same. A loss scale in g
+    does not matter.
 
     Args:
         model_or_params: a model (then also `module`), parameters, (name, parameter) pairs, or groups: dicts with
             "params" and, where they differ from the arguments below, "rho", "adaptive", "eta", "norm", "maximize".
-        rho: the radius, in units of T w (of w where T = 1), not relative to ||w||.
+        rho: the radius, in units of T (of w where T = 1), not relative to ||w||.
         adaptive: T; False: 1; True or "elementwise": |w| + eta; "filter", "layer": their norm + eta.
         norm: p, 2 or inf.
-        module: the model, in its DDP or FSDP wrapper if it has one. With it, its buffers (BatchNorm statistics, ...)
-            after the second pass are those of the first, and its `state_dict()` holds the clean weights also while they
-            are perturbed; DDP synchronises only the second gradient, so that each rank has its own perturbation.
+        module: the model, in its DDP or FSDP wrapper if it has one, or a list of modules that a pass runs through. With
+            it their buffers (BatchNorm statistics, ...) and the parameters that the optimizer does not step are, after
+            the second pass, those of the first; `state_dict()` holds the clean weights also while they are perturbed;
+            DDP synchronises only the second gradient, so that each rank has its own perturbation.
         sync_ascent: with DDP, True for one perturbation by the gradient of all ranks. FSDP and tensor parallel have
             no other.
         foreach: as in torch.optim. None chooses.
-        fused: True for Triton's kernels, which are for CUDA; what they do not know moves as with None.
+        fused: True for Triton's kernels, which are for CUDA; what they cannot move moves as with None.
         rounding: of bf16 and fp16 weights. "nearest" loses much of a small e (see `last_step.realized`), "stochastic"
             keeps it on average, "float32" keeps it: `module` is and computes in float32 in the second pass, for the
             memory of a float32 copy of it and the time, activations and gradients of float32 (see `Float32Pass`).
-        replay_rng: the second pass draws the same random numbers (dropout masks) as the first.
+        replay_rng: the second pass draws the same random numbers (dropout masks) as the first: of closures, and of
+            what stands in `microbatch()`.
         seed: of the draws for stochastic rounding, which begin anew when training is resumed.
 
     Raises:
@@ -71,7 +78,7 @@ class Perturbation:
         adaptive: bool | str = False,
         eta: float = 0.01,
         norm: float = 2,
-        module: nn.Module | None = None,
+        module: nn.Module | Sequence[nn.Module] | None = None,
         sync_ascent: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -80,35 +87,57 @@ class Perturbation:
         maximize: bool = False,
         seed: int = 0,
     ):
-        if module is not None and not isinstance(module, nn.Module):
-            raise TypeError(f"module must be the model, a torch.nn.Module, got {type(module).__name__}")
+        if rounding not in ROUNDING:
+            raise ValueError(f"rounding must be 'nearest', 'stochastic' or 'float32', got {rounding!r}")
         if isinstance(model_or_params, nn.Module):
             module = model_or_params if module is None else module
             model_or_params = list(model_or_params.parameters())
-        prepare()
         defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm, "maximize": maximize}
         self.param_groups = as_groups(model_or_params, defaults)
-        self.module = module
         self.sync_ascent = sync_ascent
         self.foreach, self.fused = foreach, fused
         self.rounding = rounding
         self.replay_rng = replay_rng
-        self.completed = False  # a perturbed pass has ended and no optimizer has used its gradients yet
-        self._num_cleared = 0
-        self._computes_all = False  # gradients that the ascent does not need, too: without them it has lost others
+        self.completed = False  # a second pass has ended, and no optimizer has used its gradients yet
+        self.rule: Any = None  # a variant of SAM with ascent and descent gradients of its own
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
-        kernels.fused.check_fused(self._params(), fused, foreach)
-        self._plan = Plan(module, sync_ascent, foreach, rounding, self._noise, fused)
-        self._pass: PerturbedPass | None = None
-        self.stays_open = False  # the update will bring back the clean weights, and `exit` follows it
-        self._first: AscentPass | None = None
-        self._put_under: Callable[[], None] | None = None
-        self._clean_buffers = Buffers()
-        self._transaction = Transaction()
-        self._rollback: Rollback | None = None
-        self._first_forward = FirstForward(self.module) if replay_rng else None
-        self._seen = Diagnostics()
-        self._ranks()  # says at once what cannot be
+        self._has_warned = False
+        self._record = Record()
+        self._begin_anew()
+        self.module = module
+
+    def _begin_anew(self) -> None:
+        """What lives only within steps."""
+        self._listed = [p for g in self.param_groups for p in g["params"]]
+        self._num_listed = len(self._listed)
+        self._params = distinct(self.param_groups)
+        self._geometry: list[tuple[Any, ...]] = []
+        self._body = kernels.fused_body(self._params, self.fused, self.foreach)
+        self._backups = Backups()
+        self._pass: _SecondPass | None = None
+        self._first: FirstPass | None = None
+        self._first_draws: rng.GlobalState | None = None
+        self._stash: GradientStash | None = None
+        self._earlier: EarlierGradients | None = None
+        self._in_transaction = False
+        self._versions_before_update: list[int] | None = None
+
+    # the model
+
+    @property
+    def module(self) -> nn.Module | Sequence[nn.Module] | None:
+        """What must not notice the second pass. It may be set later, between two steps."""
+        return self._module
+
+    @module.setter
+    def module(self, module: nn.Module | Sequence[nn.Module] | None) -> None:
+        self._check_inactive()
+        self._guard = ModelGuard(module, self._params)
+        self._float32 = Float32Pass(self._guard.roots) if self.rounding == "float32" else None
+        self._ranks = Ranks(self._guard.modules, self._params, self.sync_ascent)
+        self._module = module
+
+    # what it searches, and what it saw
 
     @property
     def balls(self) -> list[Ball]:
@@ -131,74 +160,68 @@ class Perturbation:
         return self._pass is not None
 
     @property
-    def moved(self) -> list[kernels.Bucket]:
-        return [] if self._pass is None else self._pass.moved
-
-    @property
     def last_step(self) -> LastStep:
         """Diagnostics of the last perturbed pass."""
-        return self._seen.last_step(self._params())
+        return self._record.last_step(self._params)
 
-    @property
-    def num_unperturbed(self) -> int | Tensor:
-        """How many ascent gradients were 0 or not finite, so that e = 0."""
-        return self._seen.num_unperturbed
+    # the two passes
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
         """Sets earlier gradients aside, and adds those of the perturbed pass inside to them at the end.
 
-        On an exception inside, gradients, buffers and generators are as before.
+        On an exception inside, weights and buffers are as before.
 
         Raises:
             RuntimeError: no perturbed pass inside: the gradients would be those of the plain optimizer.
         """
-        params = self._params()
-        with self.all_or_nothing(keep_gradients=True):
-            self.completed = False
-            if self._first_forward is not None:
-                self._first_forward.state = self._rng_state()
-            apart = Apart(params)
-            with self._first_pass(apart, apart.put_under):
+        self._check_inactive()
+        with self.transaction():
+            self._begin_first_pass(GradientStash([*self._params, *self._guard.other_params]))
+            try:
                 yield
                 if not self.completed:
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
-
-    @contextmanager
-    def _first_pass(
-        self, apart: Apart | None = None, put_under: Callable[[], None] | None = None
-    ) -> Iterator[AscentPass]:
-        """Around both passes: until `enter` they are the first one. Adds the gradients set aside at the end, or, where
-        DDP is to average them, puts them under those of the second pass."""
-        self._put_under = put_under
-        self._first = AscentPass(self.param_groups, self._ranks(), computes_all=self._computes_all)
-        try:
-            self._first.begin()
-            yield self._first
-            self._computes_all = self._computes_all or self._first.lost()
-        finally:
-            self._first.end()
-            if apart is not None:
-                apart.end()
-            self._first = self._put_under = None
-        if apart is not None:
-            apart.add()
+            except BaseException:
+                self._end_first_pass(failed=True)
+                raise
+            self._end_first_pass()
+            self._earlier = EarlierGradients(self._params)
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """w -> w + e with the gradients in `p.grad`, which are then cleared; on leaving, w is what it was, bit for bit.
 
-        On an exception inside, the gradients of the first pass, the buffers and the generators come back, too. A loss
-        scale in the gradients does not matter: with GradScaler, `unscale_` only after this.
+        A loss scale in the gradients does not matter: with GradScaler, `unscale_` only after this.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or one is perturbed already.
+            RuntimeError: no parameter has a gradient, or gradients of an earlier pass are among them; another pass
+                holds a parameter; no backward inside.
         """
-        # brought back by a copy, and not by the update: what runs between may look at the weights, or move them
-        with self._stay(keep_gradients=True):
+        try:
+            self.enter()
             yield
+        except BaseException:  # also an interrupt on the way in
+            self.exit(failed=True)
+            raise
+        self.exit()
 
-    @outside
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def enter(self) -> None:
+        """w -> w + e, and gradients cleared; `exit` must follow. Use `perturbed()` where a context can be used."""
+        self._check_inactive()
+        self.refresh()
+        self._check_only_new_gradients()
+        self._ascend()
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def exit(self, *, failed: bool = False) -> None:
+        """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are no use."""
+        if self._pass is not None:
+            self._return(failed=failed)
+            if not failed and self._stash is None:
+                self._earlier = EarlierGradients(self._params)
+
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
         """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
 
@@ -211,134 +234,451 @@ class Perturbation:
         Raises:
             RuntimeError: the closure forgot `backward()`, or left earlier gradients in place.
         """
-        with self.all_or_nothing():
+        self._check_inactive()
+        with self.transaction():
             if callable(closure):
-                return closures.backward_of(self, closure, ascent_closure)
-            if ascent_closure is not None:
-                raise ValueError("ascent_closure goes with one closure: in m-sharpness each closure has its own ascent")
-            return closures.backward_of_all(self, closure)
-
-    @outside
-    @torch.no_grad()
-    def enter(self, *, zero_grad: bool = True, keep_gradients: bool = True) -> None:
-        """w -> w + e; `exit` must follow. Use `perturbed()` where a context can be used."""
-        self._check_inactive()
-        params = self._params()
-        ranks = self._ranks()
-        ranks.check_resharded()
-        looked_after = (self.module, self._clean_buffers, self._first_forward, self._plan.float32)
-        stay = PerturbedPass(params, self._plan.buckets(self.param_groups), *looked_after, ranks.agreeing)
-        if keep_gradients:
-            self._rollback = Rollback(params, self._rng_state(), None, None, keep=True)
-        self.completed = False
-        try:
-            self._pass = stay
-            used = [p for p in params if ranks.needs_zeros and p.grad is not None]
-            if self._first is not None:
-                self._first.note()
-            self._seen.moved(*stay.begin(self._rng_state, zero_grad=zero_grad))
-            if self._first is None:
-                ranks.compare(self._seen.norm)
+                loss, perturbed = self._both_passes(closure, ascent_closure)
+            elif ascent_closure is None:
+                loss, perturbed = self._mean_over(closure)
             else:
-                self._first.end()
-                if self._put_under is not None and self._first.then_syncs:
-                    self._put_under()
-            zeros_for(used)
-            self._seen.warn_once(stacklevel=6)
-        except BaseException:
-            self.exit(failed=True)
-            raise
+                raise ValueError("ascent_closure goes with one closure: in a list each closure has its own ascent")
+        self._record.loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self._record.perturbed_loss = perturbed.detach() if isinstance(perturbed, Tensor) else perturbed
+        self._record.same_loss = ascent_closure is None
+        return loss
 
-    @outside
-    @torch.no_grad()
-    def exit(self, *, failed: bool = False, is_updated: bool = False) -> None:
-        """w + e -> w, with buffers. `failed`: also gradients and generators as `enter` found them. `is_updated`: the
-        weights have had their update, from where they were saved, and it stays."""
-        if self._pass is None:
-            return
-        try:
-            try:
-                self._pass.end(is_updated=is_updated)
-            except BaseException:  # Ctrl-C in the middle: every part of it may be done again
-                self._pass.end(is_updated=is_updated)
-                raise
-        finally:
-            if failed and self._rollback is not None:
-                self._rollback.undo()
-            self._pass, self._rollback = None, None
-        self.completed = not failed
+    def _mean_over(self, closures: Sequence[Closure]) -> tuple[Any, Any]:
+        """Each has a perturbation of its own; the mean of their gradients, and of their losses at w and at w + e."""
+        closures = list(closures) if isinstance(closures, Iterable) and not isinstance(closures, Tensor) else [closures]
+        if not closures or not all([callable(c) for c in closures]):
+            raise TypeError(f"expected a closure or a list of at least one closure, got {closures!r}")
+        params = [*self._params, *self._guard.other_params]
+        for p in params:
+            p.grad = None
+        losses = []
+        for i, closure in enumerate(closures):
+            waits = self._ranks.averages_once and i < len(closures) - 1
+            with self._ranks.no_sync() if waits else nullcontext():
+                losses.append(self._both_passes(closure, None, GradientStash(params, in_backward=True)))
+        with torch.no_grad():
+            for p in params:
+                if p.grad is not None:
+                    p.grad.div_(len(closures))
+        return mean_loss([loss for loss, _ in losses]), mean_loss([perturbed for _, perturbed in losses])
 
-    @contextmanager
-    def _stay(self, *, keep_gradients: bool, stays_open: bool = False) -> Iterator[None]:
-        self._check_inactive()
+    def _both_passes(
+        self, closure: Closure, ascent_closure: Closure | None, stash: GradientStash | None = None
+    ) -> tuple[Any, Any]:
+        """The losses at w and at w + e."""
+        others = [(p, None if p.grad is None else p.grad.clone()) for p in self._guard.other_params]
+        was_completed = self.completed
+        self._begin_first_pass(stash)
         failed = True
         try:
-            try:
-                self.enter(keep_gradients=keep_gradients)
-                yield
-                failed = False
-            finally:
-                if failed or not stays_open:
-                    self.exit(failed=failed)
-        except BaseException:  # also an interrupt on the way there
-            self.exit(failed=True)
+            with torch.enable_grad():
+                if not self.ascends:  # the second pass would be the first one again
+                    loss = perturbed = closure()
+                    self._record, self.completed = Record(), True
+                else:
+                    earlier = EarlierGradients(self._params)
+                    try:
+                        loss, perturbed = (ascent_closure or closure)(), None
+                    finally:
+                        earlier.stop()
+                    if was_completed and earlier.are_untouched:  # a closure that stands for none, after both passes
+                        self.completed = True
+                    elif self._has_ascent_gradient(loss, earlier):
+                        self._ascend()
+                        for p, grad in others:  # as the first pass found them
+                            p.grad = grad
+                        perturbed = closure()
+                        self._return()
+                    else:  # nothing to learn from, as in a step of torch.optim without gradients
+                        self._record, self.completed = Record(), True
+            failed = False
+        finally:
+            self._end_first_pass(failed=failed)
+        return loss, perturbed
+
+    def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients) -> bool:
+        if earlier.are_mixed or earlier.are_left:
+            raise RuntimeError(
+                "the closure left gradients of before step(closure) in place: the second pass would not see what they "
+                "came from. Zero them in the closure, and call loss.backward() there; to accumulate, loop over the "
+                "micro-batches inside the closure, pass step a list of closures, or use microbatch() and perturbed()"
+            )
+        if self._ranks.may_lack_gradients or any(p.grad is not None for p in self._params):
+            return True
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            raise RuntimeError(
+                "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
+                "loss.backward() in it, after zero_grad() and not before, and make the optimizer from the parameters "
+                "that the model has now"
+            )
+        return False
+
+    def _begin_first_pass(self, stash: GradientStash | None = None) -> None:
+        """Until `_ascend`. With a stash, earlier gradients stay out of both passes."""
+        if self._earlier is not None:
+            self._earlier.stop()
+        self._earlier, self._stash, self.completed = None, stash, False
+        if self.replay_rng:
+            self._first_draws = rng.state_for(self._params)
+        self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
+
+    def _end_first_pass(self, *, failed: bool = False) -> None:
+        if self._first is not None:
+            self._first.end()
+        if self._stash is not None:
+            self._stash.stop(add_back=not failed)
+        self._first = self._first_draws = self._stash = None
+
+    @torch.no_grad()
+    def _ascend(self) -> None:
+        """w -> w + e with the gradients in `p.grad`, which go: also those of parameters that others step."""
+        params, ranks = self._params, self._ranks
+        self._check_gradients()
+        self.completed = False
+        used = [p for p in params if p.grad is not None] if ranks.needs_zeros else []
+        self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
+        try:
+            second.begin()
+            ascent = kernels.ascend_(self._buckets(second), self._backups, fused=self._body)
+            torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
+            self._record = Record(ascent)
+            for p in params:
+                p.grad = None
+            for p in self._guard.other_params:
+                p.grad = None
+            if self._first is not None:  # from here on DDP averages gradients again
+                self._first.end()
+                if self._stash is not None and self._first.then_syncs:
+                    self._stash.put_under()
+            elif not ranks.are_alone:
+                ranks.compare(self._record.dual_norm)
+            for p in used:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self._first_draws is not None:
+                self._first_draws.restore()
+            if not self._has_warned:
+                self._warn_once(ascent)
+        except BaseException:
+            self._return(failed=True)
             raise
 
+    @torch.no_grad()
+    def _return(self, *, failed: bool = False) -> None:
+        """w + e -> w, and the gradients become those of the descent."""
+        second = self._pass
+        if second is None:
+            return
+        try:
+            second.end()
+        except BaseException:  # an interrupt on the way back: every part of it may be done again
+            second.end()
+            raise
+        finally:
+            self._pass = None
+        if failed:
+            return
+        if all(p.grad is None for p in second.params) and not self._ranks.may_lack_gradients:
+            raise RuntimeError(
+                "the perturbed pass ended without a gradient: run forward and backward inside it, at w + e. The weights "
+                "are clean; the gradients of the first pass are gone"
+            )
+        if self.rule is not None:
+            self._replace_gradients(second)
+        self.completed = True
+
+    def _buckets(self, second: _SecondPass) -> list[Bucket]:
+        """What moves: the weights in groups with rho > 0 that have a gradient, by group and by what kernels tell apart."""
+        is_sharded = self._ranks.is_sharded
+        members: list[list[Tensor]] = []
+        for group in self.param_groups:
+            params = [] if is_zero(group["rho"]) else group["params"]
+            if not is_sharded:  # a part of a weight has its bucket also without a gradient: all ranks add up
+                params = [p for p in params if p.grad is not None]
+            members.append(params)
+        if len(self._params) != self._num_listed:  # one listed twice moves once
+            members = [list({id(p): p for p in params}.values()) for params in members]
+        if self._float32 is not None:
+            self._float32.enter([p for params in members for p in params if p.dtype in LOW_PRECISION])
+        grads = [[dtensor.local_gradient(p) if is_sharded else p.grad for p in params] for params in members]
+        if self.rule is not None:
+            grads = self._ruled(second, members, grads)
+        buckets = []
+        for k, (params, gradients) in enumerate(zip(members, grads, strict=True)):
+            if params:
+                buckets += self._split(k, params, gradients)
+        return buckets
+
+    def _split(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
+        """One bucket for each kind of weight and gradient; most models have one kind."""
+        if self._ranks.is_sharded:
+            return self._split_spread(group, params, grads)
+        if len(set(map(_KIND, params))) == len(set(map(_KIND, grads))) == 1:
+            return [self._bucket(group, params, params, grads)]
+        kinds = [(_KIND(p), _KIND(g)) for p, g in zip(params, grads, strict=True)]
+        by_kind: dict[Any, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            by_kind.setdefault(kind, []).append(i)
+        chosen = [([params[i] for i in same], [grads[i] for i in same]) for same in by_kind.values()]
+        return [self._bucket(group, same, same, gradients) for same, gradients in chosen]
+
+    def _split_spread(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
+        """Weights that are spread over ranks have their bucket also without a gradient here: all add up the same sums."""
+        by_kind: dict[Any, list[tuple[Tensor, Tensor, Any]]] = {}
+        for p, g in zip(params, grads, strict=True):
+            w, groups = dtensor.local(p), self._ranks.groups_of(p) or ()
+            if groups or g is not None:
+                same = by_kind.setdefault((w.dtype, w.device, groups, None if groups else g.layout), [])
+                if g is not None:
+                    same.append((p, w, g))
+        buckets = []
+        for (dtype, device, groups, _), same in by_kind.items():
+            bucket = self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
+            bucket.groups = groups
+            buckets.append(bucket)
+        return buckets
+
+    def _bucket(self, group: int, params: list[Tensor], weights: list[Tensor], grads: list[Tensor]) -> Bucket:
+        w, g = weights[0], grads[0]
+        bucket = self._empty(group, w.dtype, w.device)
+        bucket.body = kernels.choose(g, w.device, self.foreach)
+        if bucket.t is not None:
+            bucket.t = [_scale(p, self.param_groups[group]) for p in params]
+        if w.is_complex():
+            weights = [torch.view_as_real(w.detach()) for w in weights]
+            grads = [torch.view_as_real(g) for g in grads]
+            bucket.dtype = weights[0].dtype
+        bucket.params, bucket.weights, bucket.grads = params, weights, grads
+        return bucket
+
+    def _empty(self, group: int, dtype: torch.dtype, device: torch.device) -> Bucket:
+        rho, norm, adaptive, eta = self._geometry[group][-4:]
+        t: list[Tensor] | None = [] if adaptive in ("filter", "layer") else None
+        body = kernels.choose(None, device, self.foreach)
+        return Bucket(norm, rho, device, dtype, body, eta if adaptive == "elementwise" else None, self._noise, t=t)
+
+    def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:
+        """The ascent gradients that the rule makes of those at w."""
+        params = [p for some in members for p in some]
+        flat = [g for some in grads for g in some]
+        second.grads_at_w = dict(zip(params, flat, strict=True))
+        ascent = iter(self.rule.ascent_gradient(params, flat))
+        return [[next(ascent) for _ in some] for some in members]
+
+    def _replace_gradients(self, second: _SecondPass) -> None:
+        """The gradients at w + e become what the rule makes of them and of those at w."""
+        params = [p for p in second.params if p.grad is not None]
+        grads = [dtensor.local_gradient(p) for p in params]
+        at_w = [second.grads_at_w.get(p) for p in params]
+        at_w = [torch.zeros_like(g) if a is None else a for a, g in zip(at_w, grads, strict=True)]
+        descent = self.rule.descent_gradient(params, at_w, grads)
+        for g, d in zip(grads, descent, strict=True):
+            if d is not g:
+                g.copy_(d)
+
+    # guards
+
     def _check_inactive(self) -> None:
-        if self.active:
+        if self._pass is not None:
             raise RuntimeError(
                 "the weights are perturbed already: finish that pass before the next one begins, or give it up with "
                 "exit(failed=True) of the perturbation"
             )
 
-    def all_or_nothing(self, *, keep_gradients: bool = False) -> AbstractContextManager[None]:
-        """After an exception inside: weights, gradients, buffers and generators as before.
+    def _check_only_new_gradients(self) -> None:
+        """That gradients of an earlier pass are not among those of this first one, and that its draws are known."""
+        earlier, self._earlier = self._earlier, None
+        if earlier is not None and (earlier.stop().are_mixed or earlier.are_left):
+            raise RuntimeError(
+                "gradients of an earlier perturbed pass are among those of this first pass, and e would come from a "
+                "mixture: call zero_grad() after each step; to accumulate, run the two passes of each micro-batch in "
+                "`with sam.microbatch():`"
+            )
+        if self.replay_rng and self._first_draws is None:
+            raise RuntimeError(
+                "replay_rng=True has to know where the first pass begins: run both passes in `with sam.microbatch():`, "
+                "or use step(closure)"
+            )
 
-        Not if the weights have changed since `watch`: half an update of an optimizer cannot be taken back.
+    def _check_gradients(self) -> None:
+        """Before anything moves: that there are gradients, and that radius, norm and T of every group exist."""
+        ranks = self._ranks
+        ranks.check_resharded()
+        self._read_groups()
+        if ranks.may_lack_gradients or not self.ascends or any(p.grad is not None for p in self._params):
+            return
+        raise RuntimeError(
+            "no parameter has a gradient: run loss.backward() before the perturbed pass"
+            + (", and with set_requires_gradient_sync(True): FSDP2 leaves no gradient else" * ranks.is_sharded)
+        )
+
+    def _read_groups(self) -> None:
+        """The geometry of each group, checked again where a scheduler or the user has changed it."""
+        geometry = self._geometry = self._geometry[: len(self.param_groups)]
+        for k, group in enumerate(self.param_groups):
+            values = group["rho"], group["adaptive"], group["eta"], group["norm"], group.get("maximize", False)
+            if k < len(geometry) and all(map(operator.is_, values, geometry[k])):
+                continue
+            check_group(group)
+            rho = values[0].reshape(()) if isinstance(values[0], Tensor) else values[0]
+            norm, adaptive = canonical_norm(values[3]), canonical_adaptive(values[1])
+            read = (*values, -rho if values[4] else rho, norm, adaptive, float(values[2]))
+            geometry[k : k + 1] = [read]
+
+    def _warn_once(self, ascent: kernels.Ascent) -> None:
+        """In the first step only: later ones must not wait for the device."""
+        self._has_warned = True
+        if (share := float(retained(ascent))) < 0.9:
+            warnings.warn(
+                f"only {share:.0%} of the perturbation survives the rounding of bf16/fp16 weights: pass "
+                "rounding='float32' with module=model, keep the weights in float32 under autocast, or pass "
+                "rounding='stochastic'",
+                stacklevel=6,
+            )
+
+    # all or nothing
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """After an exception inside, weights and buffers are as before; inside another transaction this is part of it.
+
+        Not if an update of the weights has begun since `watch_update`: half of one cannot be taken back.
         """
-        give_up = functools.partial(self.exit, failed=True)  # an interrupt may come before a context of its own could
-        return self._transaction.around(self._params(), self._rng_state, self.module, give_up, keep=keep_gradients)
+        if self._in_transaction:
+            yield
+            return
+        self._guard.begin_step(self.refresh())
+        self._versions_before_update = None
+        try:
+            self._in_transaction = True
+            yield
+        except BaseException:
+            self.exit(failed=True)
+            if not self._has_update_begun():
+                self._guard.undo()
+            raise
+        finally:
+            self._in_transaction = False
 
-    def watch(self) -> None:
+    def watch_update(self) -> None:
         """From here on a change of the weights is an update."""
-        weights = [shards.local(p) for p in self._params() if p.grad is not None]
-        self._transaction.watch(weights, is_fused=any(g.get("fused") for g in self.param_groups))
+        self._versions_before_update = [p._version for p in self._params]
+
+    def _has_update_begun(self) -> bool:
+        """By versions; fused optimizers do not raise them, but change the bits that have just been restored."""
+        params = self._params
+        if self._versions_before_update is None:
+            return False
+        if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing of a graph has run yet
+        return self._versions_before_update != [p._version for p in params] or self._backups.differ()
+
+    def has_finished_pass(self) -> bool:
+        """Whether the gradients in `p.grad` are those of a finished second pass, and nothing has arrived since."""
+        if self.completed and self._earlier is not None and self._earlier.have_company:
+            self.completed = False
+        return self.completed
 
     def forget(self) -> None:
-        """What was learnt from gradients that have been cleared: that they are of a perturbed pass, and its draws."""
+        """The gradients have been cleared, and with them those of a perturbed pass."""
         self.completed = False
-        self._num_cleared += 1
-        if self._first_forward is not None and not self.active and self._first is None:
-            self._first_forward.forget()
+        if self._earlier is not None:
+            self._earlier = self._earlier.stop() and None
+
+    @property
+    def ascends(self) -> bool:
+        """Whether a step has two passes: not where every rho is 0."""
+        return not all([is_zero(g["rho"]) for g in self.param_groups])
+
+    @property
+    def together(self) -> Any:
+        """The process groups whose ranks must all take a step, or none of them."""
+        return () if self._ranks.are_alone else self._ranks.together
 
     @property
     def keeps_zeros(self) -> bool:
         """Whether gradients have to be zeros now where they would be None."""
-        return self.active and self._ranks().needs_zeros
+        return self.active and self._ranks.needs_zeros
 
-    @property
-    def together(self) -> shards.Groups:
-        """The process groups whose ranks must all take a step, or none of them."""
-        return self._ranks().together
-
-    def _ranks(self) -> Ranks:
-        return self._plan.ranks(self._params())
-
-    def _params(self) -> list[Tensor]:
-        return [p for g in self.param_groups for p in g["params"]]
-
-    def _rng_state(self) -> rng.GlobalState:
-        return rng.state_for(self._params())
+    def refresh(self) -> list[Tensor]:
+        """The parameters as they are: groups come and go, FSDP exchanges what is in them and the class of the model."""
+        listed = [p for g in self.param_groups for p in g["params"]]
+        same = len(listed) == self._num_listed and all(map(operator.is_, listed, self._listed))
+        if not same or not all([type(m) in self._ranks.types for m in self._guard.roots]):
+            self._params = distinct(self.param_groups)
+            self._ranks = Ranks(self._guard.look(self._params), self._params, self.sync_ascent)
+            self._listed, self._num_listed = listed, len(listed)
+        return self._params
 
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
             raise RuntimeError("the weights are perturbed: copy or pickle after the perturbed pass has ended")
-        transient: dict[str, Any] = {"_plan": None, "_clean_buffers": Buffers(), "_first_forward": None}
-        transient |= {"_transaction": Transaction()}
-        return self.__dict__ | transient
+        lasting = ("param_groups", "sync_ascent", "foreach", "fused", "rounding", "replay_rng", "completed", "_noise")
+        return {name: self.__dict__[name] for name in (*lasting, "_has_warned", "_module")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._plan = Plan(self.module, self.sync_ascent, self.foreach, self.rounding, self._noise, self.fused)
-        if self.replay_rng:
-            self._first_forward = FirstForward(self.module)
+        self.rule, self._record = None, Record()
+        self._begin_anew()
+        self.module = state["_module"]
+
+
+class _SecondPass:
+    """What is needed between the two passes: what has moved, and how all of it comes back."""
+
+    def __init__(self, params: list[Tensor], guard: ModelGuard, backups: Backups, float32: Float32Pass | None):
+        self._is_open = False
+        self._process = os.getpid()
+        self._claimed = transaction.claim(params)
+        self.params = params
+        self.grads_at_w: dict[Tensor, Tensor | None] = {}
+        self._guard, self._backups, self._float32 = guard, backups, float32
+
+    def begin(self) -> None:
+        """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
+        self._is_open = True
+        self._guard.begin_pass(self.params, self.clean)
+
+    def clean(self, tensor: Tensor) -> Tensor | None:
+        """The clean value of a parameter or buffer of the model; None for any other tensor."""
+        if self._float32 is not None and (saved := self._float32.clean(tensor)) is not None:
+            return saved
+        saved = self._backups.clean(tensor)
+        return self._guard.clean_copy(tensor) if saved is None else dtensor.whole(saved, tensor).detach()
+
+    def end(self) -> None:
+        """Runs every cleanup step, even if one raises. May be called again after an interrupt."""
+        try:
+            with torch.no_grad():
+                self._backups.restore_()
+        finally:
+            try:
+                if self._float32 is not None:
+                    self._float32.leave()
+                torch.clear_autocast_cache()
+            finally:
+                try:
+                    self._guard.end_pass()
+                finally:
+                    transaction.release(self._claimed)
+        self._is_open = False
+
+    def __del__(self) -> None:
+        """An optimizer that is dropped between its passes does not leave its weights at w + e; in a process that was
+        forked meanwhile they are not its own."""
+        if getattr(self, "_is_open", False) and self._process == os.getpid():
+            self.end()
+
+
+def distinct(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Every parameter once: torch.optim only warns of one that is listed twice."""
+    return list({id(p): p for g in groups for p in g["params"]}.values())
+
+
+def _scale(p: Tensor, group: dict[str, Any]) -> Tensor:
+    """T of one parameter as a broadcastable tensor: of its entries on this rank."""
+    t = dtensor.scale(p, str(group["adaptive"]), float(group["eta"]))
+    return t.unsqueeze(-1) if p.is_complex() else t

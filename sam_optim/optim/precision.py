@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+from sam_optim.optim.kernels.bucket import LOW_PRECISION
+
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 Forward = Callable[..., Any]
@@ -24,7 +25,7 @@ class Float32Pass:
     gradients that have come meanwhile are rounded to the dtype of their parameters. `module(...)` takes low-precision
     arguments in float32, and runs with autocast off, which would round the copies again.
 
-    It costs the memory of one float32 copy of the module, kept for the next time, which then allocates nothing, and a
+    It costs the memory of two float32 copies of the module, kept for the next time, which then allocates nothing, and a
     pass with the time, activations and gradients of float32. Limits:
 
     - the outputs are float32: low-precision targets are cast by whoever computes the loss;
@@ -37,14 +38,16 @@ class Float32Pass:
         ValueError: no module; one that shares its parameters with others (DDP, FSDP, DTensor) or among themselves.
     """
 
-    def __init__(self, module: nn.Module | None):
-        if module is None:
+    def __init__(self, modules: Sequence[nn.Module]):
+        if len(modules) != 1:
             raise ValueError(
-                "rounding='float32' computes the second pass in float32, and needs the model: pass module=model"
+                f"rounding='float32' computes the second pass of one model in float32, got {len(modules)}: pass "
+                "module=model"
             )
+        module = modules[0]
         for m in module.modules():
-            if found := {c.__name__ for c in type(m).__mro__}.intersection(_SHARDED):
-                raise ValueError(f"rounding='float32' is for models on one device, got a {found.pop()}: {_INSTEAD}")
+            if wrappers := {c.__name__ for c in type(m).__mro__}.intersection(_SHARDED):
+                raise ValueError(f"rounding='float32' is for models on one device, got a {wrappers.pop()}: {_INSTEAD}")
         _check_plain(_distinct(module.parameters()).values())
         self._module = module
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}

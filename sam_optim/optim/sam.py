@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_optim.core.geometry import Ball, ProductBall
-from sam_optim.core.results import LastStep
 from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
 from sam_optim.optim.checkpoints import adapted
-from sam_optim.optim.outside import outside
+from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import check_group, listed
 from sam_optim.optim.perturbation import Closure, Perturbation
-from sam_optim.optim.transaction import has_values, refuse_callers_that_misuse_closures
+from sam_optim.optim.transaction import has_values
 
 _KEYS = ("rho", "adaptive", "eta", "norm")
 
@@ -100,7 +99,7 @@ class SAM(Optimizer):
             raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
         options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
         options |= {"rounding": rounding, "replay_rng": replay_rng}
-        options["fused"] = fused if kernels.fused.may_be_fused(held) else None  # on the CPU it means the base alone
+        options["fused"] = fused if kernels.may_be_fused(held) else None  # on the CPU it means the base alone
         self._adopt(base, given, nonfinite=nonfinite, **options)
 
     @classmethod
@@ -137,7 +136,7 @@ class SAM(Optimizer):
         base.defaults.update(given)
         self.base_optimizer = base
         self._perturbation_options = options
-        self._update = update
+        self._base_update = update
         self._relink()
 
     def _relink(self) -> None:
@@ -156,7 +155,7 @@ class SAM(Optimizer):
 
     # stepping
 
-    @outside
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, *, ascent_closure: Closure | None = None
@@ -173,49 +172,50 @@ class SAM(Optimizer):
             RuntimeError: no closure and no perturbed pass; a closure that forgot `backward()` or left earlier gradients
                 in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
-        self._sync()
-        if closure is None and ascent_closure is not None:
-            raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
-        try:
-            if closure is None:
-                self._finish()
-                return None
-            refuse_callers_that_misuse_closures(is_scaled="found_inf" in self.__dict__)
-        except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them
-            self.__dict__.pop("found_inf", None)
-            self.__dict__.pop("grad_scale", None)
-            raise
-        if self.perturbation.active:
-            raise RuntimeError("the weights are perturbed: finish that pass, then step() without a closure")
-        with self.perturbation.all_or_nothing():
-            self.perturbation.stays_open = self._update.may_restore
-            try:
-                loss = self.perturbation.backward(closure, ascent_closure=ascent_closure)
-            finally:
-                self.perturbation.stays_open = False
-            self._descend(may_undo=True)
-            self.perturbation.completed = False
+        self._follow_base()
+        found_inf, grad_scale = self.__dict__.pop("found_inf", None), self.__dict__.pop("grad_scale", None)
+        perturbation = self.perturbation
+        perturbation.refresh()
+        if closure is None:
+            if ascent_closure is not None:
+                raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
+            self._check_perturbed(found_inf)
+            perturbation.exit()
+            self._update(found_inf, grad_scale)
+            return None
+        if found_inf is not None:
+            raise RuntimeError(
+                "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
+                "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
+            )
+        with perturbation.transaction():
+            if perturbation.active:  # first_step(), then a closure that is the second pass, or does nothing
+                loss = torch.enable_grad()(closure)()
+                perturbation.exit()
+            else:
+                loss = perturbation.backward(closure, ascent_closure=ascent_closure)
+            self._update()
         return loss
 
-    @outside
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
-        self._sync()
-        self._forget_scale()
+        self._follow_base()
         return self.perturbation.perturbed()
 
-    @outside
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def microbatch(self) -> AbstractContextManager[None]:
         """Context around one micro-batch's two passes: adds their gradient to those of earlier micro-batches."""
-        self._sync()
+        self._follow_base()
         return self.perturbation.microbatch()
 
-    @outside
     def first_step(self, zero_grad: bool = False) -> None:
-        """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it."""
-        self._sync()
-        self._forget_scale()
-        self.perturbation.enter(zero_grad=zero_grad, keep_gradients=False)  # no context, so no fault to answer for
+        """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it.
+
+        The gradients are cleared whether or not `zero_grad` says so: those of the second pass must not be added to them.
+        """
+        self._follow_base()
+        self.perturbation.enter()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """w + e -> w, then the base update with the gradients in `p.grad`."""
@@ -225,64 +225,48 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    @outside
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         self.perturbation.forget()
 
-    def _forget_scale(self) -> None:
-        """Of a step that failed: GradScaler deletes its scale only after success, and multiplies one that it finds."""
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
-
-    def _finish(self) -> None:
-        """The base update after a perturbed pass; without one only where no gradient could be misused."""
-        if not self.perturbation.active and not self.perturbation.completed and self._any_gradient():
+    def _check_perturbed(self, found_inf: Tensor | None) -> None:
+        """That there is a perturbed pass to finish; without one only where no gradient could be misused."""
+        perturbation = self.perturbation
+        if perturbation.active or perturbation.has_finished_pass() or not perturbation.ascends:
+            return
+        if found_inf is not None and bool(found_inf):
+            return  # GradScaler leaves this step out
+        if any([p.grad is not None and has_values(p.grad) for p in self._parameters()]):
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
                 "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
             )
-        try:
-            self._descend()
-        except BaseException:
-            self.perturbation.exit()
-            raise
-        self.perturbation.completed = False
 
-    def _descend(self, *, may_undo: bool = False) -> None:
-        """The base update, from where clean weights are saved if it can, else after they are back."""
-        fused = self._update.fused(self.perturbation.moved)
-        if fused is None:
-            self.perturbation.exit()
-            if may_undo:
-                self.perturbation.watch()
-        if "found_inf" in self.__dict__:
-            has_restored = self._update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"), fused)
+    def _update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        """The base's update with the gradients in `p.grad`."""
+        self.perturbation.watch_update()
+        if found_inf is None:
+            self._base_update(self.perturbation.together)
         else:
-            has_restored = self._update(self.perturbation.together, fused)
-        self.perturbation.exit(is_updated=has_restored)
-
-    def _any_gradient(self) -> bool:
-        """That a step could use; none if it has found infinities."""
-        found_inf = self.__dict__.get("found_inf")
-        if found_inf is not None and bool(found_inf):
-            return False
-        return any(p.grad is not None and has_values(p.grad) for p in self._parameters())
+            self._base_update.scaled(found_inf, grad_scale)
+        self.perturbation.completed = False
 
     def _parameters(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
 
-    def _sync(self) -> None:
+    def _follow_base(self) -> None:
         """Frameworks assign `param_groups` and `state` anew, `base.load_state_dict` too: on whichever they hold."""
         base = self.base_optimizer
         for name, linked in self._linked.items():
-            if getattr(self, name) is linked and (found := getattr(base, name)) is not linked:
+            mine, theirs = self.__dict__[name], base.__dict__[name]
+            if mine is linked and theirs is not linked:
                 if name == "param_groups":
-                    _fill(found, [{k: g[k] for k in _KEYS} for g in linked])
-                setattr(self, name, found)
-            elif getattr(base, name) is not getattr(self, name):
-                setattr(base, name, getattr(self, name))
-            self._linked[name] = getattr(self, name)
+                    _fill(theirs, [{k: g[k] for k in _KEYS} for g in linked])
+                setattr(self, name, theirs)
+            elif theirs is not mine:
+                setattr(base, name, mine)
+            self._linked[name] = self.__dict__[name]
         self.perturbation.param_groups = self.param_groups
 
     @property
@@ -290,7 +274,10 @@ class SAM(Optimizer):
         """While perturbed, GradScaler must call `step` whatever it found: skipping would leave the weights at w + e.
         And a fused base unscales by itself, without reading anything back."""
         perturbation = self.__dict__.get("perturbation")
-        return perturbation is not None and (perturbation.active or takes_found_inf(self.base_optimizer))
+        if perturbation is None:
+            return False
+        idle = not perturbation.active and not perturbation.completed  # then a step is refused, whatever was found
+        return perturbation.active or idle or takes_found_inf(self.base_optimizer)
 
     # what it searches, and what it saw
 
@@ -303,13 +290,13 @@ class SAM(Optimizer):
     @property
     def balls(self) -> list[Ball]:
         """The ball of each group."""
-        self._sync()
+        self._follow_base()
         return self.perturbation.balls
 
     @property
     def neighborhood(self) -> ProductBall:
         """The balls of all groups as one, for measures where the groups differ (`asam_param_groups`)."""
-        self._sync()
+        self._follow_base()
         return self.perturbation.neighborhood
 
     @property
@@ -317,19 +304,14 @@ class SAM(Optimizer):
         return self.perturbation.last_step
 
     @property
-    def num_unperturbed(self) -> int | Tensor:
-        """How many steps had an ascent gradient of 0, or one that was not finite, and so e = 0."""
-        return self.perturbation.num_unperturbed
-
-    @property
     def nonfinite(self) -> str | None:
         """What a descent gradient that is not finite does."""
-        return self._update.nonfinite
+        return self._base_update.nonfinite
 
     @property
     def num_skipped(self) -> int | Tensor:
         """How many steps had a descent gradient that was not finite, and left everything as it was."""
-        return self._update.num_skipped
+        return self._base_update.num_skipped
 
     # torch.optim's book-keeping
 
@@ -337,20 +319,20 @@ class SAM(Optimizer):
         if "base_optimizer" not in self.__dict__:  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
-        self._sync()
+        self._follow_base()
         check_group(self.defaults | param_group)
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, with rho, adaptive, eta and norm in its groups."""
-        self._sync()
+        self._follow_base()
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
             return self.base_optimizer.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `foreign`."""
-        self._sync()
+        self._follow_base()
         state_dict = adapted(state_dict, self.param_groups)
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:
             super().load_state_dict(state_dict)
@@ -361,7 +343,7 @@ class SAM(Optimizer):
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base_optimizer", "perturbation", "_perturbation_options", "_update")
+        names = ("base_optimizer", "perturbation", "_perturbation_options", "_base_update")
         return super().__getstate__() | {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,153 +1,142 @@
-"""What watches the user's model and gradients during a step, and what brings them back after a fault."""
+"""What surrounds the moves of the weights: the model that must not notice them, and the gradients that were there before.
+
+The model: its buffers, its frozen parameters and its `state_dict()` are those of the clean pass at every moment.
+"""
 
 from __future__ import annotations
 
 import functools
-import sys
+import os
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
-from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
-from sam_optim.optim.outside import outside
+
+_held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
+_lock = threading.Lock()
 
 
-class Rollback:
-    """What a fault must bring back beside the weights: which gradients there were, buffers, generators.
+def claim(params: Sequence[Tensor]) -> set[int]:
+    """Raises RuntimeError if another pass holds one of the parameters: two perturbations would save each other's w + e.
+    Returns what `release` takes."""
+    ids = set(map(id, params))
+    with _lock:
+        if not _held.isdisjoint(ids):
+            raise RuntimeError(
+                "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
+                "pass, or give it up with its exit(failed=True)"
+            )
+        _held.update(ids)
+    return ids
 
-    With `keep`, the gradients themselves, which cost their memory meanwhile; else one that has gone comes back as 0.
+
+def release(ids: set[int]) -> None:
+    with _lock:
+        _held.difference_update(ids)
+    ids.clear()
+
+
+class ModelGuard:
+    """What a pass through some modules must leave as it was, beside the weights that the optimizer steps.
+
+    Args:
+        module: the modules that the user has named.
+        stepped: the parameters that the optimizer steps.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        state: rng.GlobalState,
-        module: nn.Module | None,
-        buffers: Buffers | None,
-        *,
-        keep: bool,
-    ):
-        self._params = params
-        self._present = [p.grad is not None for p in params]
-        self._grads = [p.grad for p in params] if keep else None
-        self._rng = state
-        self._buffers = buffers if module is not None else None
-        if module is not None and buffers is not None:
-            buffers.save(module)
+    def __init__(self, module: nn.Module | Sequence[nn.Module] | None, stepped: Sequence[Tensor]):
+        self.roots = _roots(module)
+        self.modules: list[nn.Module] = []
+        self.other_params: list[Tensor] = []  # in the modules, and not stepped
+        self._versions: dict[int, int] = {}
+        self._before_step = Buffers()
+        self._before_pass = Buffers()
+        self._hooked: list[nn.Module] = []
+        self._clean: CleanStateDict | None = None
+        self._evaluation: EvaluationWarning | None = None
+        self.look(stepped)
 
-    @torch.no_grad()
+    def begin_step(self, stepped: Sequence[Tensor]) -> None:
+        """Before the first pass, for `undo`."""
+        if self.roots:
+            self.look(stepped)
+            self._before_step.save(self.modules)
+
     def undo(self) -> None:
-        for i, p in enumerate(self._params):
-            if self._grads is not None:
-                p.grad = self._grads[i]
-            elif not self._present[i]:
-                p.grad = None
-            elif p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if self._buffers is not None:
-            self._buffers.restore()
-        self._rng.restore()
+        """Buffers as before the step."""
+        self._before_step.restore()
 
-
-class UpdateProbe:
-    """Whether an update of these weights has begun: by their versions, and where the optimizer is fused, which does not
-    raise them, by the bits of a few entries."""
-
-    def __init__(self, weights: list[Tensor], *, is_fused: bool):
-        self._weights = weights
-        self._versions = [w._version for w in weights]
-        found = [w for w in weights if w.numel() and not w.is_meta] if is_fused else []
-        some = {id(w): w for w in (*found[:1], *found[len(found) // 2 :][:1], *found[-1:])}
-        self._entries = [(entries, entries.clone()) for entries in map(_first_entries, some.values())]
-
-    def has_begun(self) -> bool:
-        if self._weights and self._weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # of a graph nothing has run yet
-        if self._versions != [w._version for w in self._weights]:
-            return True
-        return any(not torch.equal(now, before) for now, before in self._entries)
-
-
-def _first_entries(w: Tensor) -> Tensor:
-    row = w.detach()[(0,) * (w.ndim - 1)]
-    return row[:64] if w.ndim else row
-
-
-class Transaction:
-    """All or nothing: what happens inside `around` has happened, or nothing has. Inside another one it is a part of it.
-
-    After an exception everything is as before, but where weights have changed since `watch`: half an update of an
-    optimizer cannot be taken back.
-    """
-
-    def __init__(self) -> None:
-        self._current: weakref.ref[Rollback] | None = None
-        self._buffers = Buffers()
-        self._watched: UpdateProbe | None = None
-
-    @contextmanager
-    def around(
-        self,
-        params: list[Tensor],
-        state: Callable[[], rng.GlobalState],
-        module: nn.Module | None,
-        give_up: Callable[[], None],
-        *,
-        keep: bool,
-    ) -> Iterator[None]:
-        if self._current is not None and self._current() is not None:
-            yield
+    def begin_pass(self, stepped: Sequence[Tensor], clean: Callable[[Tensor], Tensor | None]) -> None:
+        """Before the second pass: what it changes will come back, and checkpoints get the clean weights."""
+        if not self.roots:
             return
-        rollback = Rollback(params, state(), module, self._buffers, keep=keep)
-        self._watched = None
+        versions = self._versions
+        self.look(stepped)
+        changed = [p for p in self.other_params if versions.get(id(p)) != p._version]  # a forward pass changes them
+        self._before_pass.save(self.modules, changed)
+        self._clean = CleanStateDict(clean)
+        self._hooked = [m for m in self.modules if m._parameters or m._buffers]
+        for m in self._hooked:
+            m._state_dict_hooks[id(self._clean)] = self._clean
+        if any([m.training for m in self.roots]):
+            self._evaluation = EvaluationWarning()
+            for m in self.roots:
+                m._forward_pre_hooks[id(self._evaluation)] = self._evaluation
+
+    def end_pass(self) -> None:
+        """May be called again after an interrupt."""
+        if self._clean is None:
+            return
         try:
-            self._current = weakref.ref(rollback)  # gone with it, also where an interrupt skips the next line
-            yield
-        except BaseException:
-            give_up()
-            if self._watched is None or not self._watched.has_begun():
-                rollback.undo()
-            raise
+            self._before_pass.restore()
         finally:
-            self._current = self._watched = None
+            for m in self._hooked:
+                m._state_dict_hooks.pop(id(self._clean), None)
+            for m in self.roots:
+                m._forward_pre_hooks.pop(id(self._evaluation), None)
+        self._clean = None
+        self._versions = {id(p): p._version for p in self.other_params}
 
-    def undo(self) -> None:
-        """Back to the beginning, to try once more."""
-        rollback = None if self._current is None else self._current()
-        if rollback is not None:
-            rollback.undo()
+    def clean_copy(self, tensor: Tensor) -> Tensor | None:
+        return self._before_pass.clean_copy(tensor)
 
-    def watch(self, weights: list[Tensor], *, is_fused: bool) -> None:
-        """From here on a change of the weights is an update."""
-        self._watched = UpdateProbe(weights, is_fused=is_fused)
+    def look(self, stepped: Sequence[Tensor]) -> list[nn.Module]:
+        """All modules and parameters, as they are now."""
+        self.modules = modules_of(*self.roots)
+        ids = set(map(id, stepped))
+        params = [p for m in self.modules if m._parameters for p in m._parameters.values()]
+        self.other_params = [p for p in params if p is not None and id(p) not in ids]
+        self._versions = {id(p): p._version for p in self.other_params}
+        return self.modules
+
+
+def _roots(module: Any) -> list[nn.Module]:
+    roots = [] if module is None else list(module) if isinstance(module, (list, tuple)) else [module]
+    for m in roots:
+        if not isinstance(m, nn.Module):
+            raise TypeError(f"module must be the model, a torch.nn.Module, or a list of them, got {type(m).__name__}")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TypeError("module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was made from")
+    return roots
 
 
 class CleanStateDict:
     """A state_dict hook that hands out clean values while the weights are perturbed.
 
     A checkpoint from a signal handler, an EMA or a callback must not hold w + e. It is on every submodule, whose own
-    entries it replaces, and registered only for that time: a hook that stayed would be pickled with the model.
+    entries it replaces, and only for that time: a hook that stayed would be pickled with the model.
     """
 
     def __init__(self, clean: Callable[[Tensor], Tensor | None]):
         self._clean = weakref.WeakMethod(clean)  # the model must not keep a pass alive that its optimizer has dropped
-
-    def register(self, module: nn.Module) -> None:
-        for m in modules_of(module):
-            if m._parameters or m._buffers:  # half of a transformer's modules have none, and a hook costs its step time
-                m.register_state_dict_post_hook(self)
-
-    def remove(self, module: nn.Module) -> None:
-        """Not by handles: an interrupt could lose one."""
-        for m in modules_of(module):
-            _remove(m._state_dict_hooks, self)
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         clean = self._clean()
@@ -167,11 +156,6 @@ class CleanStateDict:
         return _no_hook
 
 
-def _remove(hooks: dict[int, Any], hook: Any) -> None:
-    for key in [k for k, found in hooks.items() if found is hook]:
-        del hooks[key]
-
-
 def _no_hook(*_: Any) -> None:
     """What is left in a copy of a hook whose pass has ended."""
 
@@ -181,12 +165,6 @@ class EvaluationWarning:
 
     def __init__(self) -> None:
         self._warned = False
-
-    def register(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(self)
-
-    def remove(self, module: nn.Module) -> None:
-        _remove(module._forward_pre_hooks, self)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not module.training and not self._warned:
@@ -198,178 +176,123 @@ class EvaluationWarning:
             )
 
 
-class FirstForward:
-    """The generators' state before the first forward pass of a step, for a second pass with the same draws."""
+class EarlierGradients:
+    """Watches whether new gradients are added to earlier ones that nobody has cleared.
 
-    def __init__(self, module: nn.Module | None):
-        self.state: rng.GlobalState | None = None
-        if module is not None:
-            module.register_forward_pre_hook(_RememberState(self))
-
-    def forget(self) -> None:
-        self.state = None
-
-    def replay(self) -> None:
-        if self.state is None:
-            raise RuntimeError("replay_rng=True has to see the first forward pass: pass module=, or use microbatch()")
-        self.state.restore()
-        self.state = None
-
-
-class _RememberState:
-    """A forward hook that survives pickling and copying of the model as a hook that does nothing."""
-
-    def __init__(self, owner: FirstForward | None = None):
-        self._owner = owner
-
-    @outside
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if self._owner is not None and self._owner.state is None and module.training and torch.is_grad_enabled():
-            devices = {p.device for p in module.parameters() if p.is_cuda}
-            self._owner.state = rng.GlobalState(devices)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_RememberState, ())
-
-
-class LeftoverProbe:
-    """What a closure did to gradients of before it: zero them, add its own to them, or nothing.
-
-    Looks at three parameters, when the first gradient of the closure is about to be added: is the earlier one still
-    there, not written to since, and not zero? And afterwards: is it still there, with what was added to it? No host
-    sync unless it is there and not written to.
+    Looks at the first and the last parameter that have a gradient, at the moment when a new one arrives: is the earlier
+    one still there, and not zero? Values are read only where it is; one that was set to None costs nothing. Until `stop`
+    each is another tensor on the same storage, so that one which somebody assigns again is no earlier one.
     """
 
-    def __init__(self, params: list[Tensor]):
-        present = [p for p in params if p.grad is not None and not p.grad.is_sparse and p.requires_grad and p.is_leaf]
-        chosen = {id(p): p for p in (present[:1] + present[len(present) // 2 :][:1] + present[-1:])}
-        self._seen: list[tuple[Tensor, Tensor, int]] = [(p, p.grad, p.grad._version) for p in chosen.values()]  # type: ignore[misc,union-attr]
-        self._left: set[int] = set()
-        self._handles: dict[int, Any] = {}
-        for i, (p, _, _) in enumerate(self._seen):  # weakly: a hook that an interrupt leaves behind does nothing
-            self._handles[i] = p.register_hook(functools.partial(_look, weakref.ref(self), i))
-        self._num_nodes = torch.autograd._get_sequence_nr()
-        self.ran_nothing = False
+    are_mixed = False  # a new gradient was added to an earlier one that was not zero
+    are_untouched = False  # all of them are still there, and none was added to, cleared or written to
+    are_left = False  # so they are, and not zero
 
-    def check(self, i: int) -> None:
-        if self._is_untouched(i) and has_values(self._seen[i][1]):
-            self._left.add(i)
-        if i in self._handles:
-            self._handles[i].remove()  # what is added after the first is the closure's own
+    def __init__(self, params: Sequence[Tensor]):
+        first, last = next(filter(_has_gradient, params), None), next(filter(_has_gradient, reversed(params)), None)
+        self._watched = [] if first is None else [_Watched(first)] if first is last else [_Watched(first), _Watched(last)]  # type: ignore[arg-type]
 
-    def _is_untouched(self, i: int) -> bool:
-        p, grad, version = self._seen[i]
-        return p.grad is grad and grad._version == version
+    def stop(self) -> EarlierGradients:
+        """Ends the watch. What it has seen can be asked for afterwards."""
+        watched, self._watched = self._watched, []
+        if watched:
+            self.are_mixed = any([w.is_mixed for w in watched])
+            self.are_untouched = all([w.is_untouched() for w in watched])
+            self.are_left = self.are_untouched and any([has_values(w.p.grad) for w in watched])  # type: ignore[arg-type]
+            for w in watched:
+                w.stop()
+        return self
 
-    def kept(self) -> bool:
-        """To be called once, after the closure, also when it raised. Sets `ran_nothing`: no graph made, none used."""
-        for handle in self._handles.values():
-            handle.remove()
-        untouched = [i for i in range(len(self._seen)) if self._is_untouched(i)]
-        for i in untouched:  # no gradient came: it is still that of before
-            self.check(i)
-        self.ran_nothing = len(untouched) == len(self._seen) and torch.autograd._get_sequence_nr() == self._num_nodes
-        return any(self._is_in(p.grad, grad) for p, grad, _ in (self._seen[i] for i in self._left))
-
-    @staticmethod
-    def _is_in(grad: Tensor | None, earlier: Tensor) -> bool:
-        """Autograd adds in place, but where it makes a graph; any other tensor is the closure's own choice."""
-        return grad is earlier or (grad is not None and grad.requires_grad)
+    @property
+    def have_company(self) -> bool:
+        """Whether a new gradient has arrived by now, whatever became of the earlier one."""
+        return any([w.arrived for w in self._watched])
 
 
-def refuse_callers_that_misuse_closures(*, is_scaled: bool) -> None:
-    """Raises RuntimeError for a step(closure) inside one of two calls that train something else without a sign.
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None and p.requires_grad and p.is_leaf
 
-    is_scaled: whether GradScaler has left its findings on the optimizer, as it does for those that unscale themselves.
-    """
-    frame = sys._getframe(1)
-    for _ in range(14):  # past the wrappers of no_grad, Dynamo, hooks and schedulers
-        if frame is None:
-            break
-        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
-        is_scaled = is_scaled or (package == "torch" and frame.f_code.co_name == "_maybe_opt_step")
-        if package == "accelerate" and frame.f_code.co_name == "step":
-            accelerate = getattr(frame.f_locals.get("self"), "gradient_state", None)
-            if (num := getattr(accelerate, "num_steps", 1)) > 1:
-                raise RuntimeError(
-                    f"gradient_accumulation_steps={num}: Accelerate runs the closure of one micro-batch in {num}, and "
-                    "the data of the others would never be used: run the two backwards of each in `with "
-                    "optimizer.optimizer.microbatch():` and `with optimizer.optimizer.perturbed():`, and step() without"
-                )
-        frame = frame.f_back  # type: ignore[assignment]
-    if is_scaled:
-        raise RuntimeError(
-            "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards around "
-            "`with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
-        )
+
+class _Watched:
+    """One parameter, and the gradient that it has had."""
+
+    def __init__(self, p: Tensor):
+        self.p = p
+        self._earlier = TensorWeakRef(p.grad)  # type: ignore[arg-type]
+        p.grad = view = p.grad.detach()  # type: ignore[union-attr]
+        self._view = TensorWeakRef(view)
+        self._version = view._version
+        self.arrived = self.is_mixed = False
+        self._handle = p.register_hook(functools.partial(_arrive, weakref.ref(self)))
+
+    def is_there(self) -> bool:
+        return self.p.grad is not None and self.p.grad is self._view()
+
+    def is_untouched(self) -> bool:
+        return not self.arrived and self.is_there() and self.p.grad._version == self._version  # type: ignore[union-attr]
+
+    def stop(self) -> None:
+        self._handle.remove()
+        if self.is_there() and (earlier := self._earlier()) is not None:
+            self.p.grad = earlier
+
+
+def _arrive(watched: weakref.ref[_Watched], _: Tensor) -> None:
+    """A hook that an interrupt leaves behind does nothing."""
+    w = watched()
+    if w is not None and not w.arrived:  # what comes after the first one is added to that
+        w.arrived = True
+        w.is_mixed = w.is_there() and has_values(w.p.grad)  # type: ignore[arg-type]
 
 
 def has_values(grad: Tensor) -> bool:
-    """Whether any entry is not zero. Waits for the device."""
-    if grad.is_meta:
+    """Whether any entry is not zero. Waits for the device; while a graph is captured it cannot, and says no."""
+    if grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     return bool((grad.coalesce().values() if grad.is_sparse else grad).count_nonzero())
 
 
-@outside
-def _look(probe: weakref.ref[LeftoverProbe], i: int, _: Tensor) -> None:
-    if (found := probe()) is not None:
-        found.check(i)
-
-
-class Apart:
+class GradientStash:
     """Gradients that were there before, set aside while others are made.
 
-    They are added at the end, in the tensors that they were in if they own them; or, for DDP, which averages over its
-    ranks what a backward leaves in `p.grad`, put under the gradients to come. On an exception meanwhile the caller's
-    rollback brings them back.
+    They are added at the end, in the tensors that they were in; or, for DDP, which averages over its ranks what a
+    backward leaves in `p.grad`, put under the gradients to come.
     """
 
-    def __init__(self, params: list[Tensor]):
-        self._params = params = list(dict.fromkeys(params))
-        self._earlier = [None if p.grad is None else _own(p.grad) for p in params]
+    def __init__(self, params: Sequence[Tensor], *, in_backward: bool = False):
+        """`in_backward`: what is put under goes there when the next gradient arrives, for a closure that zeroes first."""
+        self._params = params
+        self._in_backward = in_backward
+        self._earlier = [None if p.grad is None else _owned(p.grad) for p in params]
         self._hooks: list[Any] = []
         self._is_under = False
         for p in params:
             p.grad = None
 
     def put_under(self) -> None:
-        """As copies: after an exception the earlier ones must be what they were."""
-        self._is_under = True
-        for p, g in zip(self._params, self._earlier, strict=True):
-            if g is not None:
-                p.grad = g.clone()
-
-    def put_under_next_backward(self) -> None:
-        """As `put_under`, for a closure that zeroes gradients first."""
         self._is_under = True
         for i, (p, g) in enumerate(zip(self._params, self._earlier, strict=True)):
-            if g is not None and p.requires_grad:
+            if g is not None and self._in_backward and p.requires_grad:
                 self._hooks.append(p.register_hook(functools.partial(self._join, i)))
+            elif g is not None:
+                p.grad = g
 
     def _join(self, i: int, grad: Tensor) -> Tensor:
         earlier, self._earlier[i] = self._earlier[i], None
         return grad if earlier is None else grad + earlier
 
-    def end(self) -> None:
+    @torch.no_grad()
+    def stop(self, *, add_back: bool) -> None:
+        """The earlier gradients are added to those that are there now, if they are not under them already."""
         for hook in self._hooks:
             hook.remove()
-
-    @torch.no_grad()
-    def add(self) -> None:
-        if self._is_under:
+        if self._is_under or not add_back:
             return
         for p, g in zip(self._params, self._earlier, strict=True):
             if g is not None:
                 p.grad = g if p.grad is None else g.add_(p.grad)
 
 
-def zeros_for(params: list[Tensor]) -> None:
-    """Gradients of 0 where there are none."""
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-
-
-def _own(grad: Tensor) -> Tensor:
+def _owned(grad: Tensor) -> Tensor:
     """The gradient, or a copy of one that lives in storage that the next backward writes to (DDP's bucket views)."""
     return grad.clone() if grad._is_view() else grad

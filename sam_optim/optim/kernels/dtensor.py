@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sam_optim.optim.kernels import Bucket, Scalar
-
-Groups = tuple[Any, ...]  # process groups, one after the other
+from sam_optim.core import geometry
+from sam_optim.optim.kernels.bucket import Bucket, Groups, Norms, Scalar
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -54,50 +52,42 @@ def groups_of(p: Tensor) -> Groups | None:
     return tuple(mesh.get_group(d) for d in spread if mesh.size(d) > 1)
 
 
-def number(x: Tensor) -> float:
-    """The value of a 0-d tensor on the CPU, without an operation: there is nothing to wait for."""
-    return float(x.numpy())
-
-
 def own_group(optimizer: Any) -> Groups:
     """The process group of an optimizer that spreads its state over ranks: ZeroRedundancyOptimizer."""
     group = getattr(optimizer, "process_group", None)
     return (group,) if group is not None and torch.distributed.is_initialized() else ()
 
 
-def sum_over(values: Sequence[float | Tensor], groups: Groups, device: torch.device) -> list[Tensor]:
-    """Each value summed over the ranks of the groups, in one collective for each group: 0-d float64 tensors."""
-    total = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values])
-    for group in groups:
-        torch.distributed.all_reduce(total, group=group)
-    return list(total.unbind())
-
-
-def over_ranks(buckets: list[Bucket], values: list[Scalar]) -> list[Scalar]:
-    """The values of buckets that are spread over ranks, summed over them: one collective for each process group."""
-    values = list(values)
+def over_ranks(buckets: Sequence[Bucket], norms: Sequence[Norms]) -> list[Norms]:
+    """The norms of buckets that are spread over ranks, over all of their entries: one collective for each mesh."""
+    norms = list(norms)
     for groups in dict.fromkeys(b.groups for b in buckets if b.groups):
         spread = [i for i, b in enumerate(buckets) if b.groups == groups]
+        powers = [_powers(buckets[i], norms[i]) for i in spread]
         device = buckets[spread[0]].device
-        for i, x in zip(spread, sum_over([values[i] for i in spread], groups, device), strict=True):
-            values[i] = number(x) if device.type == "cpu" else x
-    return values
+        total = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for three in powers for x in three])
+        for group in groups:
+            torch.distributed.all_reduce(total, group=group)
+        sums = total.tolist() if device.type == "cpu" else list(total.unbind())
+        for k, i in enumerate(spread):
+            dual, grad, step = sums[3 * k : 3 * k + 3]
+            norms[i] = Norms(dual**0.5 if buckets[i].p == 2 else dual, grad**0.5, step**0.5)
+    return norms
 
 
-def total(values: list[Scalar]) -> Scalar:
-    """On the device of the first tensor among them, without a host sync."""
-    device = next((x.device for x in values if isinstance(x, Tensor)), None)
-    return sum(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in values)
+def _powers(b: Bucket, norms: Norms) -> tuple[Scalar, Scalar, Scalar]:
+    """What adds up over ranks."""
+    return norms.dual**2 if b.p == 2 else norms.dual, norms.grad**2, norms.step**2
 
 
 def any_over(flag: bool | Tensor, groups: Groups, device: torch.device) -> bool | Tensor:
     """Whether the flag is set on any rank of the groups: all of them then do the same."""
     if not groups:
         return flag
-    found = torch.as_tensor(flag, device=device).to(torch.float32).reshape(1)
+    total = torch.as_tensor(flag, device=device).to(torch.float32).reshape(1)
     for group in groups:
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
-    return found[0] > 0 if isinstance(flag, Tensor) and flag.device.type != "cpu" else bool(found)
+        torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX, group=group)
+    return total[0] > 0 if isinstance(flag, Tensor) and flag.device.type != "cpu" else bool(total)
 
 
 def whole(shard: Tensor, like: Tensor) -> Tensor:
@@ -110,11 +100,19 @@ def whole(shard: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def slice_norms(p: Tensor, dims: Sequence[int]) -> Tensor:
-    """||.||_2 of a DTensor over `dims`, which keep size 1, in float64: of the slices that this rank has."""
-    squares = local(p.detach()).double().square().sum(dim=tuple(dims), keepdim=True)
-    mesh = p.device_mesh  # type: ignore[attr-defined]
+def scale(p: Tensor, adaptive: str, eta: float) -> Tensor:
+    """T of one parameter in float32 or float64, of its entries on this rank; as `geometry.scale`."""
+    if getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter":
+        raise ValueError(
+            f"adaptive={adaptive!r} needs the shapes that FSDP1 has flattened away: use FSDP2 (fully_shard)"
+        )
+    if not is_dtensor(p):
+        return geometry.scale(p, adaptive, eta)
+    if adaptive == "filter" and p.ndim < 2:
+        return geometry.scale(local(p), adaptive, eta)
+    dims = tuple(range(1, p.ndim) if adaptive == "filter" else range(p.ndim))
+    squares = local(p.detach()).double().square().sum(dim=dims, keepdim=True)
     for d, placement in enumerate(p.placements):  # type: ignore[attr-defined]
-        if not placement.is_replicate() and mesh.size(d) > 1 and placement.dim in dims:
-            torch.distributed.all_reduce(squares, group=mesh.get_group(d))
-    return squares.sqrt()
+        if not placement.is_replicate() and p.device_mesh.size(d) > 1 and placement.dim in dims:  # type: ignore[attr-defined]
+            torch.distributed.all_reduce(squares, group=p.device_mesh.get_group(d))  # type: ignore[attr-defined]
+    return squares.sqrt().to(torch.float64 if p.dtype == torch.float64 else torch.float32) + eta

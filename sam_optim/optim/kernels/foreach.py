@@ -1,164 +1,76 @@
-"""Whole lists at once with torch._foreach_*, in place; for devices, and the shards of DTensor. No host sync.
-
-As `reference`, in few launches and persistent storage: nothing of the size of a weight is allocated after the first
-step, but where weights and gradients differ in dtype or layout, or are float64.
-"""
+"""As `loop`, for devices: whole lists of tensors in a few launches, with torch._foreach_*, and without a host sync."""
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+import math
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sam_optim.optim.kernels import Bucket, Scalar
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, Bucket, Norms, Scalar, wide_dtype
+from sam_optim.optim.kernels.loop import round_to, total
 
 
-def dual_power(b: Bucket) -> Scalar:
-    norm = _dual_norm(b)
-    return 0.0 if norm is None else norm.square() if b.p == 2 else norm
+def measure(b: Bucket) -> Norms:
+    """Norms, of g / max |T g|: its powers neither vanish nor overflow."""
+    if not b.weights:
+        return Norms(0.0, 0.0, 0.0)
+    q = 2 if b.p == 2 else 1
+    g, t = _wide(b.grads, b.dtype), _scales(b)
+    direction = g if t is None else torch._foreach_mul(g, t)
+    largest = torch.stack(torch._foreach_norm(direction, math.inf)).amax().double()
+    b.unit = torch.where(largest == 0, 1.0, largest)
+    direction = torch._foreach_div(direction, b.unit)
+    dual = total(torch._foreach_norm(direction, q), q) * b.unit
+    if b.is_plain:
+        return Norms(dual, dual, dual)
+    grad = total(torch._foreach_norm(torch._foreach_div(g, b.unit)), 2) * b.unit
+    step = direction if b.p == 2 else torch._foreach_sign(g)
+    length = total(torch._foreach_norm(step if t is None else torch._foreach_mul(step, t)), 2)
+    return Norms(dual, grad, length * b.unit if b.p == 2 else length)
 
 
-def ascend_alone_(b: Bucket) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Norm, factor, and whether all stays, for the only bucket that there is: fewer launches than for several."""
-    norm = _dual_norm(b)
-    if norm is None:
+def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
+    """w <- w + e. Returns <e', e> and <e, e> over bf16 and fp16 weights, e' what their rounding left of e."""
+    if not b.weights:
         return None
-    inverse = norm.reciprocal().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    stays = inverse == 0
-    if b.p == 2:
-        wide = torch.float64 if b.dtype == torch.float64 else torch.float32
-        factor = torch.mul(inverse, b.rho, out=torch.empty((), dtype=wide, device=norm.device))
-    else:
-        factor = inverse.fill_(b.rho).masked_fill_(stays, 0.0)
-    ascend_(b, factor, stays)
-    return norm, factor, stays
-
-
-def ascend_(b: Bucket, factor: Scalar, stays: Tensor | None = None) -> None:
-    if not b.w:
-        return
-    kept = [b.workspace[i] for i in b.index]
-    torch._foreach_copy_(kept, b.w)
-    b.saved = kept
-    pairs = [(w, d) for w, d in zip(b.w, _direction(b), strict=True) if w.numel()]
-    weights, direction = [w for w, _ in pairs], [d for _, d in pairs]
-    if not pairs:
-        return
-    if isinstance(factor, Tensor) and _fusible(weights, direction):
-        # w + lr d as one kernel that does nothing where found_inf is set: a gradient of NaN must not reach w
-        torch._fused_sgd_(
-            weights,
-            direction,
-            [],
-            weight_decay=0.0,
-            momentum=0.0,
-            lr=factor.float(),
-            dampening=0.0,
-            nesterov=False,
-            maximize=True,
-            is_first_step=False,
-            found_inf=(factor == 0 if stays is None else stays).float(),
-        )
-        torch.autograd.graph.increment_version(weights)  # which fused kernels do not, and a backward at w must fail now
-        return
-    if isinstance(factor, Tensor):
-        moves = [torch.where(factor == 0, 0.0, _wide(x) * factor.to(_wide(x).dtype)) for x in direction]
-    else:
-        moves = list(torch._foreach_mul([_wide(x) for x in direction], factor))
-    for w, e in zip(weights, moves, strict=True):
-        w.copy_(w.to(e.dtype) + e)
-
-
-def restore_(b: Bucket) -> None:
-    if b.saved:
-        torch._foreach_copy_(b.w, b.saved)
-
-
-def _dual_norm(b: Bucket) -> Tensor | None:
-    """||T g||_q in float64; None where there are no entries."""
-    x = [v for v in _scaled_gradients(b) if v.numel()]
-    if not x:
+    g, t = _wide(b.grads, b.dtype), _scales(b)
+    e = torch._foreach_div(g, b.unit) if b.p == 2 else torch._foreach_sign(g)
+    for _ in range(0 if t is None else 2 if b.p == 2 else 1):
+        torch._foreach_mul_(e, t)
+    torch._foreach_mul_(e, factor)
+    if e[0].dtype == b.dtype:
+        torch._foreach_add_(b.weights, e)
         return None
-    # one long float32 sum on the CPU is off by up to 1e-3; a device sums in chunks
-    wide = torch.float64 if x[0].device.type == "cpu" or x[0].dtype == torch.float64 else torch.float32
-    order = 2 if b.p == 2 else 1
-    norms = torch.stack(torch._foreach_norm(x, order, dtype=wide))
-    return torch.linalg.vector_norm(norms, order, dtype=torch.float64)
+    moved = torch._foreach_add(_wide(b.weights, e[0].dtype), e)
+    if b.noise is not None:
+        moved = [round_to(x, b.dtype, b.noise) for x in moved]
+    torch._foreach_copy_(b.weights, moved)
+    return _retained(b, e) if b.dtype in LOW_PRECISION else None
 
 
-def _scaled_gradients(b: Bucket) -> list[Tensor]:
-    """T g; in persistent storage where T is not 1."""
-    t = _scales(b)
-    if t is None:
-        return b.g
-    x = _storage(b, "direction")
-    torch._foreach_copy_(x, b.g)
-    torch._foreach_mul_(x, t)
-    return x
-
-
-def _direction(b: Bucket) -> list[Tensor]:
-    """T^2 g or T sign(g), of what `dual_power` left."""
-    if b.p == 2 and b.eta is None and b.t is None:
-        return b.g
-    x = _storage(b, "direction")
-    if b.p != 2:
-        torch._foreach_copy_(x, b.g)
-        torch._foreach_sign_(x)
-    if b.eta is not None:
-        torch._foreach_mul_(x, _storage(b, "scale"))
-    elif b.t is not None:
-        torch._foreach_mul_(x, [_wide(t) for t in b.t])
-    return x
+def _retained(b: Bucket, e: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """<e', e> and <e, e> from norms alone: 2 <e', e> = ||e'||^2 + ||e||^2 - ||e' - e||^2."""
+    left = torch._foreach_sub(_wide(b.weights, torch.float32), _wide(b.storage.copies, torch.float32))  # type: ignore[union-attr]
+    square, left_square = (total(torch._foreach_norm(x), 2).square() for x in (e, left))
+    rest = total(torch._foreach_norm(torch._foreach_sub(left, e)), 2).square()
+    return (left_square + square - rest) / 2, square
 
 
 def _scales(b: Bucket) -> list[Tensor] | None:
+    """T at the clean weights, in the precision of the arithmetic; None is 1."""
     if b.eta is None:
-        return None if b.t is None else [_wide(t) for t in b.t]
-    t = _storage(b, "scale")
-    if t:
-        torch._foreach_copy_(t, b.w)
-        torch._foreach_abs_(t)
-        torch._foreach_add_(t, b.eta)
-    return t
+        return b.t
+    scales = torch._foreach_abs(_wide(b.storage.copies, b.grads[0].dtype))  # type: ignore[union-attr]
+    torch._foreach_add_(scales, b.eta)
+    return scales
 
 
-def _storage(b: Bucket, name: str) -> list[Tensor]:
-    """One tensor for each parameter, of its layout, in float32 or float64; the same one for the length of a step."""
-    found = []
-    for i, w in zip(b.index, b.w, strict=True):
-        layout = w.shape, w.stride(), w.dtype, w.device  # not that of x: what has gaps has storage without
-        known = b.scratch.get((name, i))
-        if known is None or known[0] != layout:
-            dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-            known = b.scratch[name, i] = layout, torch.empty_like(w, dtype=dtype, requires_grad=False)
-        found.append(known[1])
-    return found
-
-
-def _fusible(weights: list[Tensor], direction: list[Tensor]) -> bool:
-    """float32 is the type of a fused step's lr, too coarse for float64; on the CPU it may round bf16 in between."""
-    if type(weights[0]) not in (Tensor, torch.nn.Parameter) or weights[0].is_meta:
-        _teach_meta()
-    dtypes = (torch.float32,) if weights[0].device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
-    return all(
-        w.dtype == d.dtype and w.dtype in dtypes and w.stride() == d.stride()
-        for w, d in zip(weights, direction, strict=True)
-    ) and all(w.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(w) for w in weights)
-
-
-@functools.cache
-def _teach_meta() -> Any:
-    """Fake and meta tensors do not know this operation, of which there is nothing to know: it returns nothing."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_.tensor_lr", "Meta"):
-        return None
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None, "Meta")
-    return library  # which holds its registrations as long as it is held
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _wide(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """In float32, or float64 where they or `dtype` are: copies where they are not already."""
+    dtype = wide_dtype(tensors[0].dtype, dtype)
+    if tensors[0].dtype == dtype:
+        return tensors
+    wide = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    torch._foreach_copy_(wide, tensors)
+    return wide

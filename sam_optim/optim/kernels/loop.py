@@ -1,105 +1,199 @@
-"""The specification: one parameter at a time, in place, arithmetic in float32 (float64 for float64 weights).
+"""The specification, and the body for the CPU: the formulas as they stand, over pieces that fit into the cache.
 
-Also what moves whatever the fast bodies refuse: sparse gradients, aliased storage, stochastic rounding.
+Small weights are worked on together, as one flat tensor for each batch; large ones in parts. One operation after the
+other over all weights would fetch them from memory each time, and would need temporaries of their size. Arithmetic is
+in float32, or in float64 where weights or gradients are. `foreach` and `triton` are tested against this.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flattened
+from torch._utils import _unflatten_dense_tensors as unflattened
 
-if TYPE_CHECKING:
-    from sam_optim.optim.kernels import Bucket, Scalar
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, Bucket, Norms, Scalar, wide_dtype
 
-ROWS = 65536  # one long float32 accumulation is off by 1e-3 at 25 M entries; rows of this length are not
-
-
-def dual_power(b: Bucket) -> Scalar:
-    total: Any = 0.0
-    for i, w in enumerate(b.w):
-        x = _values(b.g[i])
-        if x.numel():
-            t = _scale(b, i, w)
-            x = x if t is None else x * t
-            power = x.double().square().sum() if b.p == 2 else x.abs().sum(dtype=torch.float64)
-            total = total + (power if power.device.type != "cpu" else power.item())
-    return total
+SMALL = 2**14  # entries of a weight that is worked on with others
+PIECE = 2**16  # entries of a batch, or of a part of a large weight; a longer float32 sum is off by up to 1e-3
+SAFE = 1e-12, 1e18  # a norm between these has lost nothing to float32 squares that vanish or overflow
 
 
-def ascend_(b: Bucket, factor: Scalar) -> None:
-    """saved <- w;  w <- w + factor T^2 g  or  w + factor T sign(g)."""
-    for w, kept in zip(
-        b.w, (b.workspace[i] for i in b.index), strict=True
-    ):  # all copies first: two parameters may share storage
-        kept.copy_(w)
-        b.saved.append(kept)
-    for i, w in enumerate(b.w):
-        if b.g[i].is_sparse:
-            ascend_sparse_(b, i, w, factor)
-        elif b.noise is not None and w.dtype in (torch.bfloat16, torch.float16):
-            w.copy_(stochastic_round(w.float() + step(b, i, b.saved[i], factor), w.dtype, b.noise))
+@dataclass(slots=True)
+class Batch:
+    """Weights `start` to `end` of a bucket: several small ones, or one that is large.
+
+    clean: where they are saved. moved: where small ones are computed, before they are copied to where they belong;
+    `views` are its parts in their shapes.
+    """
+
+    start: int
+    end: int
+    clean: Tensor
+    moved: Tensor | None = None
+    views: Sequence[Tensor] = ()
+
+
+def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
+    """The weights in batches, and a copy of each."""
+    batches: list[Batch] = []
+    copies: list[Tensor] = []
+    start = size = 0
+    for i, w in enumerate([*weights, None]):
+        n = 0 if w is None else w.numel()
+        if start < i and (w is None or n > SMALL or size + n > PIECE):
+            together = weights[start:i]
+            clean, moved = (torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2))
+            batches.append(Batch(start, i, clean, moved, unflattened(moved, together)))
+            copies += unflattened(clean, together)
+            start, size = i, 0
+        if w is not None and n > SMALL:
+            copies.append(torch.empty_like(w, requires_grad=False))
+            batches.append(Batch(i, i + 1, copies[-1]))
+            start = i + 1
         else:
-            w.copy_(_wide(w) + step(b, i, b.saved[i], factor))
+            size += n
+    return batches, copies
 
 
-def restore_(b: Bucket) -> None:
-    for w, kept in zip(b.w, b.saved, strict=False):
-        w.copy_(kept)
+def measure(b: Bucket) -> Norms:
+    """The norms of the bucket; on a device 0-d tensors, which are not read.
+
+    `b.unit` becomes max |g| where powers of g could vanish or overflow; then everything is computed for g / unit.
+    """
+    b.unit = 1.0
+    if b.device.type == "cpu":
+        norms = Norms(*(x.item() for x in _norms(b)))
+        if math.isnan(norms.dual) or SAFE[0] < norms.dual < SAFE[1]:
+            return norms
+    largest = [torch.linalg.vector_norm(g, math.inf).double() for g in b.grads if g.numel()]
+    if not largest:
+        return Norms(0.0, 0.0, 0.0)
+    unit = torch.stack(largest).max()
+    b.unit = torch.where(unit == 0, 1.0, unit)
+    dual, grad, step = _norms(b)
+    scaled = dual * b.unit, grad * b.unit, step * b.unit if b.p == 2 else step
+    return Norms(*(x.item() for x in scaled)) if b.device.type == "cpu" else Norms(*scaled)
 
 
-def step(b: Bucket, i: int, w: Tensor, factor: Scalar) -> Tensor:
-    """factor T^2 g or factor T sign(g) of parameter i at weights w, dense; 0 where the factor is 0, also for NaN."""
-    g = _wide(b.g[i].to_dense() if b.g[i].is_sparse else b.g[i])
-    t = _scale(b, i, w)
-    direction = g if b.p == 2 else g.sgn()
-    if t is not None:
-        direction = direction * (t * t if b.p == 2 else t)
-    if isinstance(factor, Tensor):
-        return torch.where(factor == 0, 0.0, direction * factor.to(direction.dtype))
-    return direction * factor
+def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
+    """w <- w + e. Returns <e', e> and <e, e> over bf16 and fp16 weights, e' what their rounding left of e."""
+    if b.is_plain and b.unit == 1.0 and b.dtype == b.grads[0].dtype and b.dtype not in LOW_PRECISION:
+        torch._foreach_add_(b.weights, b.grads, alpha=factor)
+        return None
+    retained = [_move_(b, *piece, factor) for batch in b.storage.batches for piece in _pieces(b, batch)]  # type: ignore[union-attr]
+    return retained_of(retained)
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
-    """x in float32 to one of its two neighbours in `dtype`, with probabilities that make the mean x."""
+def _norms(b: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+    q = 2 if b.p == 2 else 1
+    duals, grads, steps = [], [], []
+    for batch in b.storage.batches:  # type: ignore[union-attr]
+        for _, g, t, _, _ in _pieces(b, batch):
+            g = scaled(g, b)
+            duals.append(torch.linalg.vector_norm(g if t is None else g * t, q))
+            if b.is_plain:
+                continue
+            grads.append(torch.linalg.vector_norm(g))
+            steps.append(torch.linalg.vector_norm(step(g, t, b.p)))
+    if not duals:
+        return (torch.zeros((), dtype=torch.float64, device=b.device),) * 3
+    dual = total(duals, q)
+    return (dual,) * 3 if b.is_plain else (dual, total(grads, 2), total(steps, 2))
+
+
+def _move_(b: Bucket, clean: Tensor, g: Tensor, t: Tensor | None, target: Tensor, scatter: Any, factor: Scalar) -> Any:
+    e = step(scaled(g, b), t, b.p).mul_(factor)
+    if target.dtype not in LOW_PRECISION:
+        torch.add(clean, e, out=target)
+    else:
+        target.copy_(round_to(clean.float() + e, target.dtype, b.noise))
+    if scatter is not None:
+        torch._foreach_copy_(*scatter)
+    return None if target.dtype not in LOW_PRECISION else dots(target, clean, e)
+
+
+def _pieces(b: Bucket, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, Any]]:
+    """Clean weights, gradients, T, where w + e goes, and what must be copied from there to where."""
+    start, end = batch.start, batch.end
+    if batch.moved is not None:
+        weights, grads = b.weights[start:end], b.grads[start:end]
+        t = None if b.t is None else flattened([t.expand_as(w) for t, w in zip(b.t[start:end], weights, strict=True)])
+        yield batch.clean, flattened(grads), scale(b, batch.clean, t), batch.moved, (weights, batch.views)
+        return
+    clean, g, w = batch.clean, b.grads[start], b.weights[start]
+    alike = clean.stride() == g.stride() == w.stride() and torch.ops.aten.is_non_overlapping_and_dense(w)
+    if b.t is not None or not alike:
+        yield clean, g, scale(b, clean, None if b.t is None else b.t[start]), w, None
+        return
+    flat = [x.detach().as_strided((x.numel(),), (1,)).split(PIECE) for x in (clean, g, w)]
+    for clean, g, w in zip(*flat, strict=True):
+        yield clean, g, scale(b, clean, None), w, None
+
+
+def scaled(g: Tensor, b: Bucket) -> Tensor:
+    """g / unit, in the precision of the arithmetic."""
+    g = g.to(wide_dtype(g.dtype, b.dtype))
+    return g if isinstance(b.unit, float) else g / b.unit
+
+
+def scale(b: Bucket, clean: Tensor, t: Tensor | None) -> Tensor | None:
+    """T in the precision of the arithmetic; None is 1."""
+    if b.eta is not None:
+        return clean.to(wide_dtype(clean.dtype)).abs().add_(b.eta)
+    return t
+
+
+def step(g: Tensor, t: Tensor | None, p: float) -> Tensor:
+    """T^2 g, or T sign(g): a new tensor."""
+    if p != 2:
+        return g.sign() if t is None else g.sign().mul_(t)
+    return g.clone() if t is None else (g * t).mul_(t)
+
+
+def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
+    """x in `dtype`: the nearest value; with `noise` one of the two neighbours, with probabilities that keep the mean."""
     near = x.to(dtype)
-    rest = x - near.float()
+    if noise is None or dtype not in LOW_PRECISION:
+        return near
+    rest = x - near.to(x.dtype)
     far = torch.nextafter(near, torch.where(rest > 0, math.inf, -math.inf).to(dtype))
-    gap = far.float() - near.float()
+    gap = far.to(x.dtype) - near.to(x.dtype)
     take = noise.uniform_like(x) < torch.where(gap != 0, rest / gap, 0.0)
     return torch.where(take & (rest != 0) & far.isfinite(), far, near)
 
 
-def ascend_sparse_(b: Bucket, i: int, w: Tensor, factor: Scalar) -> None:
-    """As `ascend_` on the rows that a sparse gradient names; the others do not move and are not made dense."""
-    g = b.g[i].coalesce()
-    index, values = g.indices(), _wide(g.values())
-    t = _scale(b, i, w)
-    direction = values if b.p == 2 else values.sgn()
-    if t is not None:
-        direction = direction * (t * t if b.p == 2 else t)
-    factor_ = factor.to(values.dtype) if isinstance(factor, Tensor) else factor
-    rows = tuple(index)
-    w[rows] = (_wide(w[rows]) + direction * factor_).to(w.dtype)
+def dots(moved: Tensor, clean: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """<e', e> and <e, e> of one low-precision weight, e' = moved - clean."""
+    left = moved.to(e.dtype) - clean.to(e.dtype)
+    return (left * e).sum(dtype=torch.float64), e.square().sum(dtype=torch.float64)
 
 
-def _values(g: Tensor) -> Tensor:
-    return _wide(g.coalesce().values() if g.is_sparse else g)
+def retained_of(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Scalar, Scalar] | None:
+    """The sums of what `dots` gave."""
+    present = [x for x in pairs if x is not None]
+    if not present:
+        return None
+    sums = [torch.stack(x).sum() for x in zip(*present, strict=True)]
+    return (sums[0].item(), sums[1].item()) if sums[0].device.type == "cpu" else (sums[0], sums[1])
 
 
-def _scale(b: Bucket, i: int, w: Tensor) -> Tensor | None:
-    """T at w, in the arithmetic's precision; on the rows of the gradient where that is sparse. None is 1."""
-    if b.g[i].is_sparse:
-        rows = tuple(b.g[i].coalesce().indices())
-        if b.eta is not None:
-            return _wide(w.detach()[rows]).abs() + b.eta
-        return None if b.t is None else _wide(b.t[i].expand_as(w)[rows])
-    if b.eta is not None:
-        return _wide(w.detach()).abs() + b.eta
-    return None if b.t is None else _wide(b.t[i])
+def total(norms: Sequence[Tensor], order: float) -> Tensor:
+    """The norm of all from the norms of parts, 0-d."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack(list(norms)), order, dtype=torch.float64)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """||.||_2 over all entries of tensors of one dtype; it may overflow."""
+    small = [x for x in tensors if x.numel() <= SMALL]
+    norms = [torch.linalg.vector_norm(x) for x in tensors if x.numel() > SMALL]
+    if small:
+        norms.append(torch.linalg.vector_norm(flattened(small)))
+    return total(norms, 2)

@@ -1,0 +1,159 @@
+"""What kernels move: lists of tensors with one radius, one norm and one T; and where their clean values are meanwhile."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor  # a number, or a 0-d tensor on a device, which is not read
+Groups = tuple[Any, ...]  # process groups, one after the other
+Moved = list[tuple[list[Tensor], list[Tensor]]]  # weights that move, and the clean copies that were taken before
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Norms(NamedTuple):
+    """dual: ||T g||_q, q dual to p. grad: ||g||_2. step: ||T^2 g||_2 (p = 2) or ||T sign(g)||_2 (p = inf)."""
+
+    dual: Scalar
+    grad: Scalar
+    step: Scalar
+
+
+@dataclass(slots=True, eq=False)
+class Bucket:
+    """Weights of one group that move together, of one dtype on one device.
+
+    p: 2 or inf. rho: the radius, negative where the loss is maximised. T is |w| + eta where eta is given, else `t`
+    (one tensor for each weight, broadcastable to it), else 1. params: as the user knows them. weights, grads, copies:
+    their entries on this rank, as real tensors of equal shapes. noise: draws for stochastic rounding. groups: process
+    groups over which the weights are spread. unit: what the ascent divides gradients by, so that their powers neither
+    vanish nor overflow; `measure` sets it. storage: as in `Storage`.
+    """
+
+    p: float
+    rho: Scalar
+    device: torch.device
+    dtype: torch.dtype
+    body: ModuleType
+    eta: float | None = None
+    noise: Any = None
+    groups: Groups = ()
+    params: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    t: list[Tensor] | None = None
+    storage: Storage | None = None
+    unit: Scalar = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether T = 1 and p = 2: then the three norms are one."""
+        return self.p == 2 and self.eta is None and self.t is None
+
+
+class Storage:
+    """Tensors like the weights of a bucket, for their clean values. They serve as long as the weights keep their shape.
+
+    copies: one for each weight. Small ones on the CPU are parts of one tensor for each of `batches`.
+    """
+
+    def __init__(self, b: Bucket):
+        self._kind = b.dtype, b.device, b.body
+        self._params = b.params
+        self._shapes = [w.shape for w in b.weights]
+        for w in b.weights:
+            _check_writable(w)
+        self.batches: Any = None
+        self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
+        if hasattr(b.body, "batches_of"):
+            self.batches, self.copies = b.body.batches_of(b.weights)
+
+    def fits(self, b: Bucket) -> bool:
+        same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
+        return same and self._kind == (b.dtype, b.device, b.body) and self._shapes == [w.shape for w in b.weights]
+
+
+class Backups:
+    """Where the clean weights are while w is perturbed. Storage is kept for the next step, which allocates nothing."""
+
+    def __init__(self) -> None:
+        self._storages: list[Storage] = []
+        self._moved: Moved = []
+
+    def save(self, buckets: Sequence[Bucket]) -> Moved:
+        """Copies of all weights, before any of them moves: two may share their memory. Returns what `restore_` reads."""
+        storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
+        for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
+            b.storage = storages[i] = storage if storage is not None and storage.fits(b) else Storage(b)
+            if b.weights:
+                torch._foreach_copy_(b.storage.copies, b.weights)
+        self._storages = storages  # type: ignore[assignment]
+        self._moved = [(b.weights, b.storage.copies) for b in buckets]  # type: ignore[union-attr]
+        return self._moved
+
+    def clean(self, p: Tensor) -> Tensor | None:
+        """The clean weight of a perturbed parameter: the entries on this rank."""
+        for storage in self._storages if self._moved else ():
+            for param, copy in zip(storage._params, storage.copies, strict=True):
+                if param is p:
+                    return torch.view_as_complex(copy) if p.is_complex() else copy
+        return None
+
+    def restore_(self) -> None:
+        """w <- the bits that it had, in the storage that it had. May be called again after an interrupt.
+
+        Raises:
+            RuntimeError: weights that cannot be restored; all others have been.
+        """
+        errors = []
+        for weights, copies in self._moved:
+            try:
+                if weights:
+                    torch._foreach_copy_(weights, copies)
+            except Exception:
+                errors += [error for w, copy in zip(weights, copies, strict=True) if (error := _copy_back(w, copy))]
+        self._moved = []
+        if errors:
+            raise RuntimeError(
+                f"{len(errors)} weights could not be brought back from w + e, for they were changed while perturbed; "
+                f"all others are clean. The first error: {errors[0]}"
+            )
+
+    def differ(self) -> bool:
+        """Whether any weight that was moved last is not what it was before."""
+        pairs = [(p, copy) for storage in self._storages for p, copy in zip(storage._params, storage.copies, strict=True)]
+        return any(not torch.equal(_entries(p, copy), copy) for p, copy in pairs)
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Of the arithmetic: float64 where any of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _entries(p: Tensor, copy: Tensor) -> Tensor:
+    w = getattr(p, "_local_tensor", p).detach()
+    return torch.view_as_real(w) if w.is_complex() and not copy.is_complex() else w
+
+
+def _check_writable(w: Tensor) -> None:
+    """Before anything has moved: what could not be written to could not be brought back either."""
+    if any([stride == 0 and size > 1 for stride, size in zip(w.stride(), w.shape, strict=True)]):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(w.shape)} is expanded, with more than one element at a single memory "
+            "location: make it from a clone()"
+        )
+
+
+def _copy_back(w: Tensor, copy: Tensor) -> str | None:
+    try:
+        w.copy_(copy)
+    except Exception as error:
+        return str(error)
+    return None

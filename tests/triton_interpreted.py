@@ -70,10 +70,10 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(adaptive, norm,
         poisoned(sam)
     assert launches == ["norm_partials", "finalise", "perturb"] * 2
     generator = torch.cat([(t * g.double()).flatten() for t, g in zip(_t(params, adaptive), grads, strict=True)])
-    assert float(sam.last_step.grad_norm) == pytest.approx(
+    assert float(sam.last_step.dual_norm) == pytest.approx(
         float(generator.norm() if norm == 2 else generator.abs().sum()), rel=1e-6
     )
-    assert float(sam.last_step.perturbation_norm) == pytest.approx(0.1, rel=1e-9)
+    assert float(sam.last_step.radius) == pytest.approx(0.1, rel=1e-9)
 
 
 def _t(params, adaptive):
@@ -234,7 +234,7 @@ def test_a_gradient_that_leads_nowhere_moves_nothing_and_is_counted(adaptive, no
         with sam.perturbed():
             assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
         assert int(sam.num_unperturbed) == i + 1
-        assert float(sam.last_step.perturbation_norm) == 0.0
+        assert float(sam.last_step.radius) == 0.0
     for p in params:
         p.grad = torch.ones_like(p)
     with sam.perturbed():
@@ -268,7 +268,7 @@ def test_the_steady_state_uploads_nothing_and_results_are_not_overwritten(monkey
     other[0] = torch.full_like(other[0], 1e4)
     perturbed_bits(sam, params, other)
     assert len(sent) == 1
-    assert seen.grad_norm != sam.last_step.grad_norm
+    assert seen.grad_norm != sam.last_step.dual_norm
 
 
 def test_parameters_that_come_and_go(launches):

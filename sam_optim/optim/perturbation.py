@@ -21,7 +21,7 @@ from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
 from sam_optim.optim.param_groups import as_groups, check_group, is_zero
 from sam_optim.optim.precision import Float32Pass
-from sam_optim.optim.transaction import EarlierGradients, GradientStash, ModelGuard
+from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard
 
 ROUNDING = ("nearest", "stochastic", "float32")
 
@@ -62,8 +62,8 @@ class Perturbation:
         rounding: of bf16 and fp16 weights. "nearest" loses much of a small e (see `last_step.realized`), "stochastic"
             keeps it on average, "float32" keeps it: `module` is and computes in float32 in the second pass, for the
             memory of a float32 copy of it and the time, activations and gradients of float32 (see `Float32Pass`).
-        replay_rng: the second pass draws the same random numbers (dropout masks) as the first: of closures, and of
-            what stands in `microbatch()`.
+        replay_rng: the second pass draws the same random numbers (dropout masks) as the first. In two phases without
+            `microbatch()` only what `module` draws.
         seed: of the draws for stochastic rounding, which begin anew when training is resumed.
 
     Raises:
@@ -99,6 +99,7 @@ class Perturbation:
         self.rounding = rounding
         self.replay_rng = replay_rng
         self.completed = False  # a second pass has ended, and no optimizer has used its gradients yet
+        self.was_empty = False  # the last second pass has left no gradient
         self.rule: Any = None  # a variant of SAM with ascent and descent gradients of its own
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
         self._has_warned = False
@@ -116,7 +117,7 @@ class Perturbation:
         self._backups = Backups()
         self._pass: _SecondPass | None = None
         self._first: FirstPass | None = None
-        self._first_draws: rng.GlobalState | None = None
+        self._draws: Draws | None = None
         self._stash: GradientStash | None = None
         self._earlier: EarlierGradients | None = None
         self._in_transaction = False
@@ -135,6 +136,11 @@ class Perturbation:
         self._guard = ModelGuard(module, self._params)
         self._float32 = Float32Pass(self._guard.roots) if self.rounding == "float32" else None
         self._ranks = Ranks(self._guard.modules, self._params, self.sync_ascent)
+        if self._draws is not None:
+            self._draws.forget()
+        if self.replay_rng:
+            self._draws = Draws(self._guard.roots, {p.device for p in self._params if p.is_cuda})
+            self._draws.wait()
         self._module = module
 
     # what it searches, and what it saw
@@ -196,8 +202,9 @@ class Perturbation:
 
         Raises:
             RuntimeError: no parameter has a gradient, or gradients of an earlier pass are among them; another pass
-                holds a parameter; no backward inside.
+                holds a parameter.
         """
+        self._check_inactive()
         try:
             self.enter()
             yield
@@ -221,6 +228,8 @@ class Perturbation:
             self._return(failed=failed)
             if not failed and self._stash is None:
                 self._earlier = EarlierGradients(self._params)
+                if self._draws is not None:
+                    self._draws.wait()
 
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
         """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
@@ -280,7 +289,7 @@ class Perturbation:
                     loss = perturbed = closure()
                     self._record, self.completed = Record(), True
                 else:
-                    earlier = EarlierGradients(self._params)
+                    earlier = EarlierGradients(self._params, may_be_assigned=True)
                     try:
                         loss, perturbed = (ascent_closure or closure)(), None
                     finally:
@@ -322,8 +331,8 @@ class Perturbation:
         if self._earlier is not None:
             self._earlier.stop()
         self._earlier, self._stash, self.completed = None, stash, False
-        if self.replay_rng:
-            self._first_draws = rng.state_for(self._params)
+        if self._draws is not None:
+            self._draws.remember()
         self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
 
     def _end_first_pass(self, *, failed: bool = False) -> None:
@@ -331,14 +340,16 @@ class Perturbation:
             self._first.end()
         if self._stash is not None:
             self._stash.stop(add_back=not failed)
-        self._first = self._first_draws = self._stash = None
+        if self._draws is not None:
+            self._draws.wait()
+        self._first = self._stash = None
 
     @torch.no_grad()
     def _ascend(self) -> None:
         """w -> w + e with the gradients in `p.grad`, which go: also those of parameters that others step."""
         params, ranks = self._params, self._ranks
         self._check_gradients()
-        self.completed = False
+        self.completed = self.was_empty = False
         used = [p for p in params if p.grad is not None] if ranks.needs_zeros else []
         self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
         try:
@@ -358,8 +369,8 @@ class Perturbation:
                 ranks.compare(self._record.dual_norm)
             for p in used:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if self._first_draws is not None:
-                self._first_draws.restore()
+            if self._draws is not None:
+                self._draws.replay()
             if not self._has_warned:
                 self._warn_once(ascent)
         except BaseException:
@@ -381,14 +392,10 @@ class Perturbation:
             self._pass = None
         if failed:
             return
-        if all(p.grad is None for p in second.params) and not self._ranks.may_lack_gradients:
-            raise RuntimeError(
-                "the perturbed pass ended without a gradient: run forward and backward inside it, at w + e. The weights "
-                "are clean; the gradients of the first pass are gone"
-            )
         if self.rule is not None:
             self._replace_gradients(second)
-        self.completed = True
+        self.was_empty = all(p.grad is None for p in second.params) and not self._ranks.may_lack_gradients
+        self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
         """What moves: the weights in groups with rho > 0 that have a gradient, by group and by what kernels tell apart."""
@@ -489,18 +496,13 @@ class Perturbation:
             )
 
     def _check_only_new_gradients(self) -> None:
-        """That gradients of an earlier pass are not among those of this first one, and that its draws are known."""
+        """That gradients of an earlier pass are not among those of this first one."""
         earlier, self._earlier = self._earlier, None
-        if earlier is not None and (earlier.stop().are_mixed or earlier.are_left):
+        if earlier is not None and earlier.stop().are_mixed:
             raise RuntimeError(
                 "gradients of an earlier perturbed pass are among those of this first pass, and e would come from a "
                 "mixture: call zero_grad() after each step; to accumulate, run the two passes of each micro-batch in "
                 "`with sam.microbatch():`"
-            )
-        if self.replay_rng and self._first_draws is None:
-            raise RuntimeError(
-                "replay_rng=True has to know where the first pass begins: run both passes in `with sam.microbatch():`, "
-                "or use step(closure)"
             )
 
     def _check_gradients(self) -> None:
@@ -584,9 +586,12 @@ class Perturbation:
 
     def forget(self) -> None:
         """The gradients have been cleared, and with them those of a perturbed pass."""
-        self.completed = False
+        self.completed = self.was_empty = False
         if self._earlier is not None:
-            self._earlier = self._earlier.stop() and None
+            self._earlier.stop()
+            self._earlier = None
+        if self._draws is not None and not self.active and self._first is None and self._stash is None and not self._in_transaction:
+            self._draws.wait()
 
     @property
     def ascends(self) -> bool:
@@ -621,7 +626,7 @@ class Perturbation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.rule, self._record = None, Record()
+        self.rule, self._record, self.was_empty = None, Record(), False
         self._begin_anew()
         self.module = state["_module"]
 

@@ -173,25 +173,31 @@ class SAM(Optimizer):
                 in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
         self._follow_base()
-        found_inf, grad_scale = self.__dict__.pop("found_inf", None), self.__dict__.pop("grad_scale", None)
-        perturbation = self.perturbation
-        perturbation.refresh()
-        if closure is None:
+        self.perturbation.refresh()
+        try:
+            if closure is not None:
+                return self._step_closure(closure, ascent_closure)
             if ascent_closure is not None:
                 raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
-            self._check_perturbed(found_inf)
-            perturbation.exit()
-            self._update(found_inf, grad_scale)
-            return None
-        if found_inf is not None:
+            self._finish_pass()
+            self._update()
+        except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
+
+    def _step_closure(self, closure: Closure | Sequence[Closure], ascent_closure: Closure | None) -> Any:
+        if "found_inf" in self.__dict__:
             raise RuntimeError(
                 "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
                 "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
             )
+        perturbation = self.perturbation
         with perturbation.transaction():
-            if perturbation.active:  # first_step(), then a closure that is the second pass, or does nothing
-                loss = torch.enable_grad()(closure)()
-                perturbation.exit()
+            if perturbation.active and callable(closure):  # first_step(), and a closure that is pass 2 or does nothing
+                with torch.enable_grad():
+                    loss = closure()
+                self._finish_pass()
             else:
                 loss = perturbation.backward(closure, ascent_closure=ascent_closure)
             self._update()
@@ -230,12 +236,18 @@ class SAM(Optimizer):
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         self.perturbation.forget()
 
-    def _check_perturbed(self, found_inf: Tensor | None) -> None:
-        """That there is a perturbed pass to finish; without one only where no gradient could be misused."""
+    def _finish_pass(self) -> None:
+        """Ends the perturbed pass; without one a step is legal only where no gradient could be misused."""
         perturbation = self.perturbation
-        if perturbation.active or perturbation.has_finished_pass() or not perturbation.ascends:
+        perturbation.exit()
+        if perturbation.was_empty:
+            raise RuntimeError(
+                "the perturbed pass has left no gradient: run the second forward and backward inside `with "
+                "optimizer.perturbed():`, or between first_step() and second_step()"
+            )
+        if perturbation.has_finished_pass() or not perturbation.ascends:
             return
-        if found_inf is not None and bool(found_inf):
+        if "found_inf" in self.__dict__ and bool(self.__dict__["found_inf"]):
             return  # GradScaler leaves this step out
         if any([p.grad is not None and has_values(p.grad) for p in self._parameters()]):
             raise RuntimeError(
@@ -243,14 +255,14 @@ class SAM(Optimizer):
                 "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
             )
 
-    def _update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-        """The base's update with the gradients in `p.grad`."""
+    def _update(self) -> None:
+        """The base's update with the gradients in `p.grad`, as GradScaler has set it up if it calls."""
         self.perturbation.watch_update()
-        if found_inf is None:
-            self._base_update(self.perturbation.together)
+        if "found_inf" in self.__dict__:
+            self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
         else:
-            self._base_update.scaled(found_inf, grad_scale)
-        self.perturbation.completed = False
+            self._base_update(self.perturbation.together)
+        self.perturbation.forget()
 
     def _parameters(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))

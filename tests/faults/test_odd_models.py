@@ -102,7 +102,7 @@ def test_a_tied_weight_is_moved_once_and_stays_tied():
             return found
 
         optimizer.step(closure)
-        assert optimizer.last_step.perturbation_norm.item() == pytest.approx(0.5)
+        assert optimizer.last_step.radius.item() == pytest.approx(0.5)
     torch.testing.assert_close(model.embed.weight.detach().double(), w.detach(), rtol=1e-5, atol=1e-6)
     assert model.head.weight is model.embed.weight
     assert model.embed.weight.data_ptr() == where
@@ -144,7 +144,7 @@ def test_float32_and_bfloat16_weights_have_one_norm():
     with sam.perturbed():
         assert a.tolist() == [3.0, 0.0]
         assert b.tolist() == [0.0, 4.0]
-    assert float(sam.last_step.grad_norm) == pytest.approx(5.0)
+    assert float(sam.last_step.dual_norm) == pytest.approx(5.0)
     assert a.tolist() == b.tolist() == [0.0, 0.0]
 
 

@@ -469,16 +469,17 @@ class Perturbation:
 
     def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:
         """The ascent gradients that the rule makes of those at w."""
-        params = [p for some in members for p in some]
-        flat = [g for some in grads for g in some]
-        second.grads_at_w = dict(zip(params, flat, strict=True))
-        ascent = iter(self.rule.ascent_gradient(params, flat))
-        return [[next(ascent) for _ in some] for some in members]
+        second.grads_at_w = {p: dtensor.local_gradient(p) for p in self._params if p.grad is not None}
+        pairs = [(p, g) for some in zip(members, grads, strict=True) for p, g in zip(*some, strict=True) if g is not None]
+        ascent = dict(zip([p for p, _ in pairs], self.rule.ascent_gradient(*map(list, zip(*pairs, strict=True))), strict=True))
+        return [[ascent.get(p) for p in some] for some in members]
 
     def _replace_gradients(self, second: _SecondPass) -> None:
         """The gradients at w + e become what the rule makes of them and of those at w."""
         params = [p for p in second.params if p.grad is not None]
-        grads = [dtensor.local_gradient(p) for p in params]
+        if not params:
+            return
+        grads: list[Any] = [dtensor.local_gradient(p) for p in params]
         at_w = [second.grads_at_w.get(p) for p in params]
         at_w = [torch.zeros_like(g) if a is None else a for a, g in zip(at_w, grads, strict=True)]
         descent = self.rule.descent_gradient(params, at_w, grads)

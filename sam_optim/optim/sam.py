@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -15,6 +17,7 @@ from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
 from sam_optim.optim.checkpoints import adapted
+from sam_optim.optim.kernels import dtensor
 from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import check_group, listed
 from sam_optim.optim.perturbation import Closure, Perturbation
@@ -137,6 +140,7 @@ class SAM(Optimizer):
         self.base_optimizer = base
         self._perturbation_options = options
         self._base_update = update
+        self._pending: dict[tuple[Tensor, str], Tensor] = {}  # what a variant remembers when the step has ended
         self._relink()
 
     def _relink(self) -> None:
@@ -152,6 +156,8 @@ class SAM(Optimizer):
             groups = [g | {"params": list(dict.fromkeys(g["params"]))} for g in self.param_groups]
             self.perturbation = Perturbation(groups, **self._perturbation_options)
         self.perturbation.param_groups = self.param_groups
+        if self._is_variant:
+            self.perturbation.rule = weakref.proxy(self)
 
     # stepping
 
@@ -184,6 +190,7 @@ class SAM(Optimizer):
         except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them
             self.__dict__.pop("found_inf", None)
             self.__dict__.pop("grad_scale", None)
+            self._pending.clear()
             raise
 
     def _step_closure(self, closure: Closure | Sequence[Closure], ascent_closure: Closure | None) -> Any:
@@ -262,6 +269,9 @@ class SAM(Optimizer):
             self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
         else:
             self._base_update(self.perturbation.together)
+        for (p, name), value in self._pending.items():
+            self.state[p][name] = dtensor.whole(value, p)
+        self._pending.clear()
         self.perturbation.forget()
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -325,6 +335,37 @@ class SAM(Optimizer):
         """How many steps had a descent gradient that was not finite, and left everything as it was."""
         return self._base_update.num_skipped
 
+    # what a variant changes
+
+    def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What e is to point along, given the gradients at w of the parameters that move. A variant overrides this.
+
+        All tensors are the entries on this rank. `recall` and `remember` keep tensors from step to step.
+        """
+        return grads
+
+    def descent_gradient(
+        self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor] | None, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What the base gets, given the gradients at w + e and at w (0 where there was none; None if the step has one
+        pass). A variant overrides this; it leaves what it is given as it is."""
+        return grads
+
+    def recall(self, p: Tensor, name: str) -> Tensor | None:
+        """What `remember` has kept of a parameter: its entries on this rank; None if there is nothing."""
+        pending = self._pending.get((p, name))
+        if pending is not None or name not in self.state.get(p, ()):
+            return pending
+        return dtensor.local(self.state[p][name])
+
+    def remember(self, p: Tensor, name: str, value: Tensor) -> None:
+        """Keeps a tensor like the parameter in `state`, and so in checkpoints, if the step comes to its end."""
+        self._pending[p, name] = value
+
+    def dot(self, params: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+        """<x, y> over all entries of the parameters, on all ranks: 0-d float64."""
+        return dtensor.dot(params, xs, ys)
+
     # torch.optim's book-keeping
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -355,10 +396,17 @@ class SAM(Optimizer):
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base_optimizer", "perturbation", "_perturbation_options", "_base_update")
-        return super().__getstate__() | {name: self.__dict__[name] for name in names}
+        skipped = ("_linked", "_pending", "param_groups", "state", "defaults")
+        own = {k: v for k, v in self.__dict__.items() if k not in skipped and "hooks" not in k}
+        return super().__getstate__() | own
+
+    @property
+    def _is_variant(self) -> bool:
+        methods = ("ascent_gradient", "descent_gradient")
+        return any(getattr(type(self), name) is not getattr(SAM, name) for name in methods)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._pending = {}
         before = [{k: g[k] for k in _KEYS if k in g} for g in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         base_state = {"state": self.state, "param_groups": self.param_groups}
@@ -401,6 +449,14 @@ class ASAM(SAM):
         **kwargs: Any,
     ):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
+
+
+def check_number(name: str, value: float, *, below: float = math.inf) -> float:
+    """A finite number in [0, below), or a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < min(below, math.inf):
+        bound = "" if below == math.inf else f" and < {below:g}"
+        raise ValueError(f"{name} must be a finite number >= 0{bound}, got {value!r}")
+    return float(value)
 
 
 def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:

@@ -117,12 +117,6 @@ def _is_common(g: Tensor) -> bool:
     return type(g) is Tensor and g.layout is torch.strided and g.is_floating_point() and not g.is_meta
 
 
-def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """<x, y> over all entries of all tensors on this rank: 0-d float64."""
-    products = [torch.linalg.vecdot(x.flatten().double(), y.flatten().double()) for x, y in zip(xs, ys, strict=True)]
-    return torch.stack([x.to(products[0].device) for x in products]).sum()
-
-
 def _all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     if grads[0].device.type != "cpu":  # a sum of magnitudes overflows only beyond all gradients that make sense
         return torch.stack(torch._foreach_norm(grads, 1, dtype=torch.float32)).sum().isfinite()

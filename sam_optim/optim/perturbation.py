@@ -353,7 +353,7 @@ class Perturbation:
         used = [p for p in params if p.grad is not None] if ranks.needs_zeros else []
         self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
         try:
-            second.begin()
+            second.begin(look=not self._in_transaction)
             ascent = kernels.ascend_(self._buckets(second), self._backups, fused=self._body)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             self._record = Record(ascent)
@@ -402,7 +402,9 @@ class Perturbation:
         is_sharded = self._ranks.is_sharded
         members: list[list[Tensor]] = []
         for group in self.param_groups:
-            params = [] if is_zero(group["rho"]) else group["params"]
+            rho, params = group["rho"], group["params"]
+            if is_zero(rho) if isinstance(rho, Tensor) else not rho:
+                params = []
             if not is_sharded:  # a part of a weight has its bucket also without a gradient: all ranks add up
                 params = [p for p in params if p.grad is not None]
             members.append(params)
@@ -413,17 +415,17 @@ class Perturbation:
         grads = [[dtensor.local_gradient(p) if is_sharded else p.grad for p in params] for params in members]
         if self.rule is not None:
             grads = self._ruled(second, members, grads)
-        buckets = []
-        for k, (params, gradients) in enumerate(zip(members, grads, strict=True)):
+        buckets: list[Bucket] = []
+        for k, params in enumerate(members):
             if params:
-                buckets += self._split(k, params, gradients)
+                buckets += self._split(k, params, grads[k])
         return buckets
 
     def _split(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
         """One bucket for each kind of weight and gradient; most models have one kind."""
         if self._ranks.is_sharded:
             return self._split_spread(group, params, grads)
-        if len(set(map(_KIND, params))) == len(set(map(_KIND, grads))) == 1:
+        if _are_alike(params) and _are_alike(grads):
             return [self._bucket(group, params, params, grads)]
         kinds = [(_KIND(p), _KIND(g)) for p, g in zip(params, grads, strict=True)]
         by_kind: dict[Any, list[int]] = {}
@@ -509,7 +511,8 @@ class Perturbation:
     def _check_gradients(self) -> None:
         """Before anything moves: that there are gradients, and that radius, norm and T of every group exist."""
         ranks = self._ranks
-        ranks.check_resharded()
+        if ranks.fully_sharded:
+            ranks.check_resharded()
         self._read_groups()
         if ranks.may_lack_gradients or not self.ascends or any(p.grad is not None for p in self._params):
             return
@@ -597,7 +600,11 @@ class Perturbation:
     @property
     def ascends(self) -> bool:
         """Whether a step has two passes: not where every rho is 0."""
-        return not all([is_zero(g["rho"]) for g in self.param_groups])
+        for group in self.param_groups:
+            rho = group["rho"]
+            if not is_zero(rho) if isinstance(rho, Tensor) else rho:
+                return True
+        return False
 
     @property
     def together(self) -> Any:
@@ -643,10 +650,10 @@ class _SecondPass:
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
 
-    def begin(self) -> None:
+    def begin(self, *, look: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
         self._is_open = True
-        self._guard.begin_pass(self.params, self.clean)
+        self._guard.begin_pass(self.params, self.clean, look=look)
 
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value of a parameter or buffer of the model; None for any other tensor."""
@@ -677,6 +684,11 @@ class _SecondPass:
         forked meanwhile they are not its own."""
         if getattr(self, "_is_open", False) and self._process == os.getpid():
             self.end()
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    layouts, dtypes, devices = {x.layout for x in tensors}, {x.dtype for x in tensors}, {x.device for x in tensors}
+    return len(layouts) == len(dtypes) == len(devices) == 1
 
 
 def distinct(groups: Sequence[dict[str, Any]]) -> list[Tensor]:

@@ -179,12 +179,12 @@ class SAM(Optimizer):
                 in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
         self._follow_base()
-        self.perturbation.refresh()
         try:
             if closure is not None:
                 return self._step_closure(closure, ascent_closure)
             if ascent_closure is not None:
                 raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
+            self.perturbation.refresh()
             self._finish_pass()
             self._update()
         except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them

@@ -75,12 +75,18 @@ class ModelGuard:
         """Buffers as before the step."""
         self._before_step.restore()
 
-    def begin_pass(self, stepped: Sequence[Tensor], clean: Callable[[Tensor], Tensor | None]) -> None:
-        """Before the second pass: what it changes will come back, and checkpoints get the clean weights."""
+    def begin_pass(
+        self, stepped: Sequence[Tensor], clean: Callable[[Tensor], Tensor | None], *, look: bool = True
+    ) -> None:
+        """Before the second pass: what it changes will come back, and checkpoints get the clean weights.
+
+        look: at the modules, which have not been looked at since the step began.
+        """
         if not self.roots:
             return
         versions = self._versions
-        self.look(stepped)
+        if look:
+            self.look(stepped)
         changed = [p for p in self.other_params if versions.get(id(p)) != p._version]  # a forward pass changes them
         self._before_pass.save(self.modules, changed)
         self._clean = CleanStateDict(clean)
@@ -260,8 +266,8 @@ class _Calls:
 class EarlierGradients:
     """Watches whether new gradients are added to earlier ones that nobody has cleared.
 
-    Looks at the first and the last parameter that have a gradient, at the moment when a new one arrives: is the earlier
-    one still there, and not zero? Values are read only where it is; one that was set to None costs nothing.
+    Looks at the last parameter that has a gradient, at the moment when a new one arrives: is the earlier one still
+    there, and not zero? Values are read only where it is; one that was set to None costs nothing.
 
     Args:
         may_be_assigned: a tensor that somebody assigns to `p.grad` again is a new gradient. So that the two can be told
@@ -273,9 +279,8 @@ class EarlierGradients:
     are_left = False  # so they are, and not zero
 
     def __init__(self, params: Sequence[Tensor], *, may_be_assigned: bool = False):
-        first, last = next(filter(_has_gradient, params), None), next(filter(_has_gradient, reversed(params)), None)
-        chosen = [] if first is None else [first] if first is last else [first, last]
-        self._watched = [_Watched(p, may_be_assigned) for p in chosen]  # type: ignore[arg-type]
+        last = next(filter(_has_gradient, reversed(params)), None)
+        self._watched = [] if last is None else [_Watched(last, may_be_assigned)]
 
     def stop(self) -> EarlierGradients:
         """Ends the watch. What it has seen can be asked for afterwards."""

@@ -16,6 +16,8 @@ __all__ = [  # noqa: F405
     "Correlation",
     "Diagonal",
     "Estimate",
+    "FriendlySAM",
+    "GSAM",
     "GraphedStep",
     "Landscape",
     "LastStep",

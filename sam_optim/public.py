@@ -41,5 +41,6 @@ from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups
 from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.sam import ASAM, SAM
+from sam_optim.optim.variants import GSAM, FriendlySAM
 from sam_optim.statistics.kendall import Correlation, correlate
 from sam_optim.symmetries import Audit, NoSymmetry, audit, permute, rescale, rescale_normalized

@@ -120,6 +120,7 @@ class SAM(Optimizer):
         values |= kwargs
         given = {k: values.pop(k) for k in _KEYS}
         self = cls.__new__(cls)
+        self.configure(**{k: values.pop(k) for k in set(values) - set(inspect.signature(SAM.__init__).parameters)})
         check_group(given)
         self._adopt(base_optimizer, given, **values)
         return self
@@ -140,6 +141,8 @@ class SAM(Optimizer):
         self.base_optimizer = base
         self._perturbation_options = options
         self._base_update = update
+        if self._is_variant and options["sync_ascent"] is None:
+            options["sync_ascent"] = True  # what it remembers, and what it makes of g(w), must be alike on DDP's ranks
         self._pending: dict[tuple[Tensor, str], Tensor] = {}  # what a variant remembers when the step has ended
         self._relink()
 
@@ -336,6 +339,9 @@ class SAM(Optimizer):
         return self._base_update.num_skipped
 
     # what a variant changes
+
+    def configure(self) -> None:
+        """Checks and sets the hyperparameters that a variant has beside those of SAM."""
 
     def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """What e is to point along, given the gradients at w of the parameters that move. A variant overrides this.

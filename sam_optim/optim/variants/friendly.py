@@ -35,8 +35,11 @@ class FriendlySAM(SAM):
         lmbda: float = 0.95,
         **kwargs: Any,
     ):
-        self.sigma, self.lmbda = check_number("sigma", sigma), check_number("lmbda", lmbda, below=1.0)
+        self.configure(sigma=sigma, lmbda=lmbda)
         super().__init__(params, base_optimizer, **kwargs)
+
+    def configure(self, *, sigma: float, lmbda: float) -> None:
+        self.sigma, self.lmbda = check_number("sigma", sigma), check_number("lmbda", lmbda, below=1.0)
 
     def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
         directions = []

@@ -34,8 +34,11 @@ class GSAM(SAM):
         alpha: float = 0.4,
         **kwargs: Any,
     ):
-        self.alpha = check_number("alpha", alpha)
+        self.configure(alpha=alpha)
         super().__init__(params, base_optimizer, **kwargs)
+
+    def configure(self, *, alpha: float) -> None:
+        self.alpha = check_number("alpha", alpha)
 
     def descent_gradient(
         self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor] | None, grads: Sequence[Tensor]

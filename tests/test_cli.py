@@ -20,7 +20,7 @@ import sam_optim
 from sam_optim import Ball, Loss, average_sharpness, hessian_eigenvalues, hessian_trace, worst_case_sharpness
 from sam_optim.cli import options
 from sam_optim.measures import registry
-from sam_optim.sweep import columns, progress, store
+from sam_optim.sweep import progress, store
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and trace
@@ -402,7 +402,7 @@ class TestOptions:
     def test_every_measure_of_the_registry_can_be_called_with_its_defaults(self, here):
         study(here, count=1)
         args = options.parse(["measure", "c0.pt", "--target", "a:b", "--measures", ",".join(registry.MEASURES)])
-        found = columns.columns(args)
+        found = options.measures(args).columns()
         assert [c.measure for c in found] == list(registry.MEASURES)
         torch.manual_seed(0)
         batches = [(torch.randn(4, 4), torch.randint(3, (4,))) for _ in range(3)]

@@ -18,7 +18,9 @@ from sam_optim import Loss
 from sam_optim.cli import options
 from sam_optim.core.errors import InputError
 from sam_optim.sweep import problems
-from sam_optim.vision import checkpoints, data, weights
+from sam_optim.sweep.processes import started
+from sam_optim.vision import checkpoints, data, models, tensor_files, weights
+from sam_optim.vision.preprocessing import Preprocessing
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
@@ -116,7 +118,7 @@ def test_two_models_in_one_file_are_an_error_and_neither_is_taken(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_said_in_words(content, says, tmp_path):
     (tmp_path / "c.pt").write_bytes(content)
     with pytest.raises(InputError, match=says):
-        checkpoints.read_file(tmp_path / "c.pt")
+        tensor_files.read_file(tmp_path / "c.pt")
 
 
 class Harmful:
@@ -235,8 +237,6 @@ class TestFit:
         g = torch.Generator().manual_seed(0)
         x, y = torch.randn(4, 3, 32, 32, generator=g), torch.arange(4)
         np.savez(tmp_path / "d.npz", x=x, y=y)
-        from benchmarks import models
-
         vit = timm.create_model("test_vit", img_size=32, num_classes=5)
         stem = models.build("test_resnet", num_classes=5, image_size=(3, 32, 32))
         wide = models.build("wrn10_1", num_classes=5, image_size=(3, 32, 32))
@@ -244,29 +244,25 @@ class TestFit:
         for name, model, flags in cases:
             torch.save(model.state_dict(), tmp_path / "c.pt")
             argv = ["measure", str(tmp_path / "c.pt"), "--model", name, "--data", str(tmp_path / "d.npz"), *flags]
-            args = options.parse(argv)
-            found = checkpoints.find(args.checkpoints)
-            made = problems.Images(args, FIRST, found)
             expected = Loss(model, nn.CrossEntropyLoss(), [(x, y)]).value()
-            assert torch.equal(made.loss(found[0]).value(), expected)
+            assert torch.equal(loss_of(argv).value(), expected)
 
 
-class _First:
-    device, count, rank, is_first = torch.device("cpu"), 1, 0, True
-
-    @staticmethod
-    def share(batches):
-        return batches
-
-
-FIRST = _First()
-CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 0.875}
-CONFIG |= {"interpolation": "bicubic"}
+def loss_of(argv):
+    """The loss of the first checkpoint of a command."""
+    args = options.parse([str(word) for word in argv])
+    found = checkpoints.find(args.checkpoints)
+    with started("cpu") as here:
+        return options.problem(args).open(here, found).loss(found[0])
 
 
-def load(where, *flags, config=CONFIG, dtype=torch.float32):
-    args = options.parse(["measure", "c", "--model", "x", "--data", str(where), *map(str, flags)])
-    return data.load(args, config, dtype)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+CONFIG = Preprocessing((3, 32, 32), MEAN, STD, interpolation="bicubic")
+
+
+def load(where, *flags, config=CONFIG, dtype="float32"):
+    args = options.parse(["measure", "c", "--model", "x", "--data", str(where), "--dtype", dtype, *map(str, flags)])
+    return problems.load_examples(options.problem(args), config)
 
 
 def inputs(found):
@@ -310,7 +306,7 @@ class TestArrays:
             from safetensors.torch import save_file
 
             save_file({"x": x, "y": y}, path)
-        found = load(path, "--examples", 7, "--batch-size", 3, dtype=torch.float64)
+        found = load(path, "--examples", 7, "--batch-size", 3, dtype="float64")
         assert [len(b[1]) for b in found.batches] == [3, 3, 1]
         assert torch.equal(inputs(found)[0], x[:7].double())
         assert torch.equal(inputs(found)[1], y[:7])
@@ -320,7 +316,7 @@ class TestArrays:
         x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
         np.savez(tmp_path / "d.npz", x=x, y=np.arange(6))
         found = inputs(load(tmp_path / "d.npz"))[0]
-        mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         expected = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - mean) / std
         assert torch.equal(found, expected)
         own = inputs(load(tmp_path / "d.npz", "--mean", "0.1", "--std", "0.5"))[0]
@@ -376,7 +372,7 @@ class TestImages:
         model = timm.create_model("test_vit")
         config = resolve_model_data_config(model)
         flags = ["--image-size", size] if size else []
-        found, labels = inputs(load(tree, *flags, config=config))
+        found, labels = inputs(load(tree, *flags, config=Preprocessing.of_model("test_vit", image_size=size)))
         shape = (3, size, size) if size else config["input_size"]
         transform = create_transform(**config | {"input_size": shape}, is_training=False)
         files = [tree / "train" / c / f"{i}.png" for c in ("c2", "c10") for i in range(3)]
@@ -385,9 +381,7 @@ class TestImages:
 
     def test_small_images_are_not_cropped(self, tree):
         found, _ = inputs(load(tree))
-        transform = create_transform(
-            (3, 32, 32), mean=CONFIG["mean"], std=CONFIG["std"], crop_pct=1.0, interpolation="bicubic"
-        )
+        transform = create_transform((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic")
         assert torch.equal(found[0], transform(Image.open(tree / "train" / "c2" / "0.png")))
 
     @pytest.mark.parametrize(
@@ -416,9 +410,9 @@ class TestImages:
         assert load(tmp_path, "--split", "test").about["examples"] == 6
 
     def test_small_images_that_are_enlarged_are_noted(self, tree):
-        large = CONFIG | {"input_size": (3, 224, 224)}
+        large = CONFIG.replaced(image_size=224)
         (note,) = load(tree, config=large).notes
-        assert "images of 50 pixels are enlarged to the" in note
+        assert "images of 50 pixels are enlarged to 224" in note
         assert "--image-size 50" in note
         assert not load(tree, "--image-size", 50, config=large).notes
 
@@ -459,9 +453,9 @@ class TestImages:
     def test_names_of_timm_need_a_directory_and_an_unknown_one_is_an_error(self, tmp_path):
         with pytest.raises(InputError, match="needs --data-dir"):
             load("torch/cifar10")
-        with pytest.raises(InputError, match="timm cannot open 'torch/cifar10'"):
+        with pytest.raises(InputError, match="timm cannot open data set 'torch/cifar10'"):
             load("torch/cifar10", "--data-dir", tmp_path)
-        with pytest.raises(InputError, match="timm cannot open 'torch/nothing'"):
+        with pytest.raises(InputError, match="timm cannot open data set 'torch/nothing'"):
             load("torch/nothing", "--data-dir", tmp_path)
 
     def test_a_folder_by_timms_name_is_never_the_whole_tree(self, tree):
@@ -486,7 +480,7 @@ def mnist(raw, *, packed=False, num=4):
                 path.write_bytes(content)
 
 
-GREY = CONFIG | {"input_size": (1, 28, 28), "crop_pct": 1.0}
+GREY = Preprocessing((1, 28, 28), MEAN, STD)
 
 
 class TestPublished:
@@ -495,7 +489,7 @@ class TestPublished:
         mnist(tmp_path / "MNIST" / "raw", packed=packed)
         train, test = load(tmp_path, config=GREY), load(tmp_path, "--split", "test", config=GREY)
         assert (train.about["source"], train.about["split"], test.about["split"]) == ("mnist", "train", "test")
-        mean, std = sum(CONFIG["mean"]) / 3, sum(CONFIG["std"]) / 3
+        mean, std = sum(MEAN) / 3, sum(STD) / 3
         for found, first in ((train, 0), (test, 100)):
             x, y = inputs(found)
             assert x.shape == (4, 1, 28, 28)
@@ -504,8 +498,8 @@ class TestPublished:
 
     def test_a_model_of_three_channels_sees_grey_images_three_times(self, tmp_path):
         mnist(tmp_path / "raw")
-        x, _ = inputs(load(tmp_path, config=CONFIG | {"input_size": (3, 28, 28)}))
-        back = x * torch.tensor(CONFIG["std"]).view(3, 1, 1) + torch.tensor(CONFIG["mean"]).view(3, 1, 1)
+        x, _ = inputs(load(tmp_path, config=CONFIG.replaced(image_size=28)))
+        back = x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         torch.testing.assert_close(back[:, 0], back[:, 2])
 
     def test_several_data_sets_in_one_directory_are_an_error(self, tmp_path):
@@ -533,7 +527,7 @@ class TestPublished:
             assert inputs(train)[1].tolist() == [0, 1, 2, 3, 4]
             x, y = inputs(test)
             assert y.tolist() == [5]
-            mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
             expected = (torch.from_numpy(pixels[5].reshape(3, 32, 32)).float() / 255 - mean) / std
             torch.testing.assert_close(x[0], expected)
         with pytest.raises(InputError, match="has the splits train and test, got --split extra"):
@@ -581,10 +575,7 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
     assert command.run(train.main, [str(word) for word in argv]) == 0
     logged = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["test_loss"]
     argv = ["measure", tmp_path / "run", "--data", where, "--split", split, "--examples", 0, "--batch-size", 64]
-    args = options.parse([str(word) for word in argv])
-    found = checkpoints.find([str(tmp_path / "run")])
-    loss = problems.Images(args, FIRST, found).loss(found[0])
-    assert float(loss.value()) == pytest.approx(logged, rel=1e-5)
+    assert float(loss_of(argv).value()) == pytest.approx(logged, rel=1e-5)
 
 
 def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data(tmp_path):
@@ -605,6 +596,5 @@ def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data
 
 
 def test_runs_that_do_not_say_how_they_see_pixels_need_a_word():
-    assert data.of_run({"image_size": [3, 32, 32]}) is None  # of an older version
-    assert data.of_run({"image_size": [1, 8, 8], "preprocessing": {}}) is None  # digits
-    assert data.of_run(None) is None
+    assert Preprocessing.of_run({"image_size": [3, 32, 32]}) is None  # of an older version
+    assert Preprocessing.of_run({"image_size": [1, 8, 8], "preprocessing": {}}) is None  # digits

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
+import torch
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
@@ -25,8 +27,10 @@ def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> In
 
 
 def one_line(error: BaseException) -> str:
-    """The last non-empty line: an error that crossed from a data worker carries that worker's traceback before it. What
-    the system says of a file begins with its name."""
+    """The last non-empty line of an error; of the system's, the file and the reason.
+
+    An error that crossed from a data worker carries that worker's traceback in the lines before.
+    """
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -34,11 +38,11 @@ def one_line(error: BaseException) -> str:
     return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
-def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of a command; what the user can mend becomes one line on stderr and exit code 2.
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command. What the user can mend becomes one line on stderr and exit code 2.
 
-    ValueError is what the library raises for users; its messages name the remedy. Whoever reads standard output may
-    close it early (`| head`), which is no error.
+    ValueError is what the library raises for users; its messages name the remedy. A reader that closes standard output
+    early (`| head`) is no error.
     """
     try:
         return main(argv)
@@ -47,11 +51,9 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
-            raise
+    except torch.OutOfMemoryError as error:
         print(f"error: {one_line(error)} Lower --batch-size", file=sys.stderr)
     return EXIT_BAD_INPUT

@@ -27,24 +27,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: not such a file.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("entries"), list):
-        raise InputError(f"{path} holds no results of `sam-optim measure` and is kept; choose another --json")
-    wrong = [e for e in found["entries"] if not (isinstance(e, dict) and {"checkpoint", "key"} <= e.keys())]
-    if wrong:
-        raise InputError(f"{path} has an entry without checkpoint or key; it was changed or damaged")
-    return found["entries"]
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
+        raise InputError(f"{path} holds no results of `sam-optim measure` and is left alone; choose another --json")
+    for entry in content["entries"]:
+        if not (isinstance(entry, dict) and {"checkpoint", "key"} <= entry.keys()):
+            raise InputError(f"{path} has an entry without checkpoint or key; it was changed or damaged")
+    return content["entries"]
 
 
 class Unwritable(InputError):
-    """Results cannot be kept any more: reason to stop, where a checkpoint that fails is none."""
+    """Results cannot be written: the sweep stops, where after a checkpoint that fails it goes on."""
 
 
 class Store:
     """Entries by (checkpoint, key), in the order in which they came; each `put` is on the disk when it returns.
 
     Args:
-        path: the file; what it holds stays. None keeps everything in memory only.
+        path: the file; what it holds stays. None: in memory only.
 
     Raises:
         InputError: a file that this class has not written.
@@ -54,7 +54,7 @@ class Store:
         self._path = path
         entries = read(path) if path is not None and path.exists() else []
         self._entries: dict[tuple[str, str], Entry] = {(e["checkpoint"], e["key"]): e for e in entries}
-        self._texts = {name: _text(e) for name, e in self._entries.items()}  # or each write would make all of them anew
+        self._texts = {name: _text(e) for name, e in self._entries.items()}  # a write formats only what is new
         self._seen = self._stamp()
 
     def only_read(self) -> None:
@@ -63,10 +63,9 @@ class Store:
 
     def find(self, checkpoint: str, key: str) -> Entry | None:
         """The result under this key, of this checkpoint or of one with the same content; failures do not count."""
-        own = self._entries.get((checkpoint, key))
-        if own is not None and "result" in own:
-            return own
-        return next((e for (_, k), e in self._entries.items() if k == key and "result" in e), None)
+        same_name = [self._entries[checkpoint, key]] if (checkpoint, key) in self._entries else []
+        same_content = (e for (_, k), e in self._entries.items() if k == key)
+        return next((e for e in (*same_name, *same_content) if "result" in e), None)
 
     def put(self, entry: Entry) -> None:
         name = (entry["checkpoint"], entry["key"])

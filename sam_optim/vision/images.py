@@ -1,4 +1,4 @@
-"""Images in files, through timm: found in folders, decoded one by one, an unreadable one named."""
+"""Image files: class folders, and one decoded image; a file that cannot be read is named."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
 
 
-def read(source: Any, row: int, mode: str | None) -> Any:
-    """One decoded image, in its own mode for None; an error names the file, where timm would take the next one."""
+def read(source: Any, row: int, mode: str | None = None) -> Any:
+    """One decoded image of a timm or torchvision data set.
+
+    Args:
+        mode: PIL's name for the colours, "RGB" or "L"; None keeps those of the file.
+
+    Raises:
+        InputError: names the file, where timm would silently take the next one.
+    """
     from PIL import Image
 
     reader: Any = getattr(source, "reader", None)
@@ -40,45 +47,40 @@ def class_folders(folder: Path) -> list[str]:
     if not names:
         raise InputError(f"{folder} has no class folders; put the images of each class in {folder}/CLASS/")
     for name in names:
-        if not has_image(folder / name):
+        if not _has_image(folder / name):
             raise InputError(f"class folder {folder / name} has no images; add some or remove it")
     return names
 
 
-def has_image(folder: Path) -> bool:
-    from timm.data.readers.img_extensions import get_img_extensions
+def open_folder(folder: Path) -> tuple[Any, list[str]]:
+    """timm's data set of a tree folder/CLASS/*, and its classes in the order of their labels."""
+    from timm.data import create_dataset
 
-    extensions = get_img_extensions(as_set=True)
-    files = (f for _, _, found in os.walk(folder, followlinks=True) for f in found)
-    return any(os.path.splitext(f)[1].lower() in extensions for f in files)
+    classes = class_folders(folder)
+    numbers: Any = {name: i for i, name in enumerate(classes)}
+    return create_dataset("", str(folder), search_split=False, class_map=numbers), classes
 
 
 def folder_of_split(directory: Path, split: str | None) -> Path:
-    """DIR/train, DIR/val ... of a tree of images. Where no split is asked for: train if it is there, else DIR itself.
+    """DIR/train, DIR/val ... of a tree of images. Without a split: train if it is there, else DIR itself.
 
-    timm takes the whole tree where the folder of a split is missing, with "train" and "val" for classes.
+    timm would take the whole tree where the folder of a split is missing, with "train" and "val" for classes.
     """
     inside = sorted(p.name for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-    known = [n for n in inside if n in (*TRAIN_FOLDERS, *VALIDATION_FOLDERS, "test")]
-    names: Sequence[str] = [split] if split else TRAIN_FOLDERS
-    if split in TRAIN_FOLDERS or split in VALIDATION_FOLDERS:
-        names = [split, *(TRAIN_FOLDERS if split in TRAIN_FOLDERS else VALIDATION_FOLDERS)]
+    splits = [name for name in inside if name in (*TRAIN_FOLDERS, *VALIDATION_FOLDERS, "test")]
+    names: Sequence[str] = TRAIN_FOLDERS if split is None else (split,)
+    for synonyms in (TRAIN_FOLDERS, VALIDATION_FOLDERS):
+        if split is not None and split in synonyms:
+            names = (split, *(name for name in synonyms if name != split))
     for name in names:
         if name in inside:
             return directory / name
-    if split is None and not known:
+    if split is None and not splits:
         return directory
-    asked = f"no folder {' or '.join(dict.fromkeys(names))}"
-    raise InputError(f"{directory} has {asked}, only {', '.join(inside[:8]) or 'no folders'}; choose one with --split")
-
-
-def folder(directory: Path) -> tuple[Any, list[str]]:
-    """timm's data set of a tree DIR/CLASS/*, and its classes."""
-    from timm.data import create_dataset
-
-    classes = class_folders(directory)
-    class_map: Any = {name: i for i, name in enumerate(classes)}
-    return create_dataset("", str(directory), search_split=False, class_map=class_map), classes
+    raise InputError(
+        f"{directory} has no folder {' or '.join(names)}, only {', '.join(inside[:8]) or 'no folders'}; "
+        "choose one with --split"
+    )
 
 
 def labels_of(source: Any) -> list[int]:
@@ -92,3 +94,11 @@ def labels_of(source: Any) -> list[int]:
     if labels is None:
         labels = [source[i][1] for i in range(len(source))]
     return [int(label) for label in labels]
+
+
+def _has_image(folder: Path) -> bool:
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    extensions = get_img_extensions(as_set=True)
+    files = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    return any(os.path.splitext(name)[1].lower() in extensions for name in files)

@@ -15,33 +15,32 @@ OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is
 
 
 def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Loads the state that `checked` finds for the model."""
-    found = checked(model, state, name)
+    """Loads a state that fits the model. name: of the checkpoint, for errors."""
     with torch.no_grad():
-        model.load_state_dict(found, strict=False)  # what is missing now is optional
+        model.load_state_dict(fitted(model, state, name), strict=False)  # only optional entries can be missing
 
 
-def checked(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The state under the model's names.
 
     Raises:
         InputError: a weight that is missing, left over or of another shape; the first three of each are named.
     """
     wanted = model.state_dict()
-    found = fitting(state, wanted)
-    missing = [k for k in wanted if k not in found and not k.endswith(OPTIONAL)]
-    unexpected = [k for k in found if k not in wanted]
+    renamed = without_prefix(state, wanted)
+    missing = [k for k in wanted if k not in renamed and not k.endswith(OPTIONAL)]
+    unexpected = [k for k in renamed if k not in wanted]
     shapes = [
-        f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
+        f"{k} {tuple(renamed[k].shape)} instead of {tuple(wanted[k].shape)}"
         for k in wanted
-        if k in found and found[k].shape != wanted[k].shape
+        if k in renamed and renamed[k].shape != wanted[k].shape
     ]
     if missing or unexpected or shapes:
         raise InputError(f"{name} does not fit the model: {_said(missing, unexpected, shapes)}")
-    return found
+    return renamed
 
 
-def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """The part of `state` that is the model's, under the model's names.
 
     torch.compile puts `_orig_mod.` into names, DataParallel `module.` before them, Lightning `model.` or whatever the
@@ -70,9 +69,9 @@ def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, T
 
 def num_outputs(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     """The rows of the model's last layer in `state`; None where it cannot be told which layer that is."""
-    found = fitting(state, model.state_dict())
+    renamed = without_prefix(state, model.state_dict())
     layer = _classifier(model)
-    weight = found.get(f"{layer}.weight") if layer else None
+    weight = renamed.get(f"{layer}.weight") if layer else None
     return None if weight is None else len(weight)
 
 

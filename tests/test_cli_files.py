@@ -2,6 +2,8 @@
 
 import argparse
 import gzip
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -50,11 +52,12 @@ def saved(form, path, model, other):
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         return path
     if form == "run of the benchmarks":
-        from benchmarks import checkpoint
-
         (path / "config.json").write_text(json.dumps({"options": {"model": "cnn3"}}))
-        checkpoint.save(path / "checkpoints", {"step": 1, "model": ema, "ema": None})
-        checkpoint.save(path / "checkpoints", {"step": 12, "model": own, "ema": ema})
+        (path / "checkpoints").mkdir()
+        for state in ({"step": 1, "model": ema, "ema": None}, {"step": 12, "model": own, "ema": ema}):
+            torch.save(state, buffer := io.BytesIO())
+            name = f"checkpoint-{state['step']:09d}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.pt"
+            (path / "checkpoints" / name).write_bytes(buffer.getvalue())
         return path
     timm_own = {"state_dict": own, "state_dict_ema": ema, "epoch": 1, "arch": "x", "optimizer": {"state": {}}}
     content = {
@@ -375,14 +378,14 @@ class TestImages:
         found, labels = inputs(load(tree, *flags, config=Preprocessing.of_model("test_vit", image_size=size)))
         shape = (3, size, size) if size else config["input_size"]
         transform = create_transform(**config | {"input_size": shape}, is_training=False)
-        files = [tree / "train" / c / f"{i}.png" for c in ("c2", "c10") for i in range(3)]
+        files = [tree / "train" / c / f"{i}.png" for c in ("c10", "c2") for i in range(3)]
         assert torch.equal(found, torch.stack([transform(Image.open(f).convert("RGB")) for f in files]))
         assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_small_images_are_not_cropped(self, tree):
         found, _ = inputs(load(tree))
         transform = create_transform((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic")
-        assert torch.equal(found[0], transform(Image.open(tree / "train" / "c2" / "0.png")))
+        assert torch.equal(found[0], transform(Image.open(tree / "train" / "c10" / "0.png")))
 
     @pytest.mark.parametrize(
         ("split", "folder"), [(None, "train"), ("train", "train"), ("validation", "val"), ("val", "val")]
@@ -411,10 +414,10 @@ class TestImages:
 
     def test_small_images_that_are_enlarged_are_noted(self, tree):
         large = CONFIG.replaced(image_size=224)
-        (note,) = load(tree, config=large).notes
+        note = load(tree, config=large).notes[1]
         assert "images of 50 pixels are enlarged to 224" in note
         assert "--image-size 50" in note
-        assert not load(tree, "--image-size", 50, config=large).notes
+        assert len(load(tree, "--image-size", 50, config=large).notes) == 1
 
     def test_the_first_of_a_sorted_folder_are_noted_and_mixed_ones_are_of_all_classes(self, tree):
         first, mixed = load(tree, "--examples", 3), load(tree, "--examples", 3, "--order", "mixed")
@@ -434,6 +437,80 @@ class TestImages:
         values = [Loss(model, nn.CrossEntropyLoss(), d.batches).value() for d in (kept, streamed)]
         assert torch.equal(*values)
         assert [len(y) for _, y in streamed.batches[1::2]] == [2]
+
+    def test_classes_are_numbered_as_torchvision_does_or_as_a_file_says(self, tmp_path):
+        from torchvision.datasets import ImageFolder
+
+        names = ["1", "10", "2", "Zebra", "ant"]
+        for name in names:
+            (tmp_path / "data" / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+        split = data.open_split(tmp_path / "data")
+        assert split.classes == tuple(ImageFolder(tmp_path / "data").classes)
+        assert split.labels.tolist() == ImageFolder(tmp_path / "data").targets
+        note = load(tmp_path / "data").notes[0]
+        assert note == "5 classes, numbered 0 1, 1 10, 2 2, ...; 5 of 5 images"
+        numbers = {"1": 0, "2": 1, "10": 2, "ant": 7, "Zebra": 4}
+        (tmp_path / "numbers.json").write_text(json.dumps(numbers))
+        examples = load(tmp_path / "data", "--class-to-idx", tmp_path / "numbers.json")
+        assert inputs(examples)[1].tolist() == [numbers[name] for name in names]
+        assert examples.num_classes == 8
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[]", "must hold one JSON object"),
+            ('{"c2": 0}', "class folder .*c10 has no number"),
+            ('{"c2": 0, "c10": 0}', "each once"),
+            ('{"c2": 0, "c10": "1"}', "each once"),
+            ('{"c2": 0, "c10": -1}', "each once"),
+            ("{", "is not valid JSON"),
+        ],
+    )
+    def test_wrong_numbers_of_classes(self, tree, tmp_path, content, message):
+        (tmp_path / "n.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            load(tree, "--class-to-idx", tmp_path / "n.json")
+
+    def test_the_folder_above_the_class_folders_is_named(self, tree, tmp_path):
+        (tmp_path / "images").symlink_to(tree / "train")
+        with pytest.raises(InputError, match=r"has the single folder images, and the classes are in it: give .*images"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+    def test_pixels_of_16_bits_are_scaled_and_not_clipped(self, tmp_path, suffix):
+        values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+        (tmp_path / "d" / "a").mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / "d" / "a" / f"x.{suffix}")
+        picture = data.open_split(tmp_path / "d").picture(0, "L")
+        assert np.array_equal(np.asarray(picture), np.round(values / 65535 * 255).astype(np.uint8))
+
+    @pytest.mark.parametrize("suffix", ["gif", "webp", "bmp", "JPG", "Tiff"])
+    def test_formats_that_timm_leaves_out_are_read(self, tmp_path, suffix):
+        (tmp_path / "a").mkdir()
+        image = Image.new("RGB", (8, 8), (200, 100, 50))
+        image.save(tmp_path / "a" / f"x.{suffix}")
+        (tmp_path / "a" / "notes.txt").write_text("no image")
+        os.mkfifo(tmp_path / "a" / "y.png")
+        split = data.open_split(tmp_path)
+        assert len(split) == 1
+        assert np.abs(np.asarray(split.picture(0, "RGB")).astype(int) - np.asarray(image)).max() <= 3
+        assert load(tmp_path).notes[0].endswith("1 of 1 images; 1 files are no images and were left out")
+
+    @pytest.mark.parametrize("kind", ["animation", "float", "32 bits", "eps"])
+    def test_images_whose_meaning_is_not_known_are_refused(self, tmp_path, kind):
+        (tmp_path / "a").mkdir()
+        path = tmp_path / "a" / ("x.gif" if kind == "animation" else "x.tif")
+        if kind == "animation":
+            frames = [Image.new("L", (8, 8), i) for i in (0, 200)]
+            frames[0].save(path, save_all=True, append_images=frames[1:])
+        elif kind == "eps":
+            Image.new("RGB", (8, 8)).save(path, format="EPS")
+        else:
+            Image.fromarray(np.full((8, 8), 70000, np.float32 if kind == "float" else np.int32)).save(path)
+        says = {"animation": "2 frames", "float": "floating-point", "32 bits": "32 bits", "eps": "cannot identify"}
+        with pytest.raises(InputError, match=rf"cannot read image .*x\.(gif|tif).*{says[kind]}"):
+            load(tmp_path)
 
     def test_an_image_that_cannot_be_read_is_named(self, tree, tmp_path):
         (tmp_path / "a").mkdir()

@@ -130,6 +130,7 @@ def _problem(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--data-dir", metavar="DIR", help="where a data set lives that timm knows by name (torch/cifar10)")
     g.add_argument("--split", help="train (default where there is one), val, test, or a folder of that name")
+    g.add_argument("--class-to-idx", type=Path, metavar="FILE", help='.json, {"cat": 0, ...} (default: sorted names)')
     g.add_argument("--examples", type=number(int, 0), default=512, help="the first so many; 0: all (default: 512)")
     g.add_argument("--order", choices=("file", "mixed"), default="file", help="mixed: drawn from all, always the same")
     g.add_argument("--batch-size", type=count, default=128, help="m of m-sharpness (default: 128)")

@@ -27,7 +27,7 @@ from sam_optim.sweep.processes import Processes
 from sam_optim.vision import checkpoints, models, weights
 from sam_optim.vision.checkpoints import Checkpoint
 from sam_optim.vision.data import Examples, evaluation_batches, open_split
-from sam_optim.vision.images import TRAIN_FOLDERS
+from sam_optim.vision.images import TRAIN_FOLDERS, read_class_to_idx
 from sam_optim.vision.preprocessing import Preprocessing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -39,6 +39,7 @@ class ImageProblem:
 
     Args:
         data, data_dir, split: as `name`, `directory` and `split` of `vision.data.open_split`.
+        class_to_idx: a JSON file with the number of each class folder; None: in the order of their names.
         examples, order, batch_size: the first so many (0: all), "file" or "mixed"; m of m-sharpness.
         image_size, mean, std, crop_pct: in place of the run's, or of what timm says of the model; see `Preprocessing`.
         model, model_kwargs: as for timm.create_model, or a name of `vision.models`; None: what the run says.
@@ -51,6 +52,7 @@ class ImageProblem:
     data: str
     data_dir: str | None = None
     split: str | None = None
+    class_to_idx: Path | None = None
     examples: int = 512
     order: str = "file"
     batch_size: int = 128
@@ -223,7 +225,8 @@ class ImageLosses:
 
 def load_examples(problem: ImageProblem, usual: Preprocessing) -> Examples:
     """The examples of a problem. usual: the preprocessing where the problem does not say another."""
-    split = open_split(problem.data, problem.data_dir, problem.split)
+    class_to_idx = None if problem.class_to_idx is None else read_class_to_idx(problem.class_to_idx)
+    split = open_split(problem.data, problem.data_dir, problem.split, class_to_idx=class_to_idx)
     if split.fixed_size and (problem.image_size or problem.crop_pct):
         raise InputError(f"{split.name} are taken in the size they have: leave --image-size and --crop-pct out")
     mean, std = problem.mean, problem.std

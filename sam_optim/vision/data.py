@@ -31,7 +31,7 @@ class Split:
     name: "cifar10", "folder", "arrays", a name of timm's ... split: its name, None where there is one only.
     labels: (N,) int64, or (N, K) probabilities.
     x: what is in memory: uint8 pixels (N, C, H, W), or floating-point numbers (N, ...). None for files.
-    source: timm's or torchvision's data set of images in files; None in memory.
+    source: an `ImageFolder`, or timm's or torchvision's data set; None in memory.
     classes: names in the order of the labels, where there are names. num_classes: None where nobody says.
     fixed_size: x is taken in the size that it has, never resized.
     """
@@ -76,7 +76,13 @@ class Examples:
     notes: list[str] = field(default_factory=list)
 
 
-def open_split(name: str | Path, directory: str | Path | None = None, split: str | None = None) -> Split:
+def open_split(
+    name: str | Path,
+    directory: str | Path | None = None,
+    split: str | None = None,
+    *,
+    class_to_idx: Mapping[str, int] | None = None,
+) -> Split:
     """One split of a data set. Nothing is downloaded.
 
     Args:
@@ -84,24 +90,28 @@ def open_split(name: str | Path, directory: str | Path | None = None, split: str
             (DIR/train/CLASS/*, or DIR/CLASS/*), or with CIFAR or MNIST in torchvision's layout; "cifar10", "cifar100"
             or "folder" in `directory`; a name of timm's (torch/cifar10, hfds/OWNER/NAME) in `directory`.
         split: "train", "val", "test" or the name of a folder; None: train where there is such a split.
+        class_to_idx: the numbers of class folders, as in `images.open_folder`.
 
     Raises:
         InputError: no such data, or a split that is not there.
     """
     path = Path(name)
+    in_directory = str(name) in (*FOLDERS, *cifar.LAYOUT) and (directory is not None or not path.is_dir())
+    if class_to_idx is not None and not in_directory and not path.is_dir():
+        raise InputError("--class-to-idx numbers class folders: leave it out for other data")
     if directory is None and path.is_file():
         if split:
             raise InputError(f"{path} has no splits: leave --split out")
         x, y = arrays.from_file(path)
         return Split("arrays", None, y, x, fixed_size=True)
-    if str(name) in (*FOLDERS, *cifar.LAYOUT) and (directory is not None or not path.is_dir()):
+    if in_directory:
         if directory is None or not Path(directory).is_dir():
             raise InputError(f"--data {name} needs --data-dir DIR, an existing directory; got {directory}")
-        return _in_directory(str(name), Path(directory), split)
+        return _in_directory(str(name), Path(directory), split, class_to_idx)
     if path.is_dir():
         if directory is not None:
             raise InputError(f"--data {path} is a directory itself: leave --data-dir out")
-        return _in_directory("folder", path, split)
+        return _in_directory("folder", path, split, class_to_idx)
     if name == "digits":
         if directory is not None:
             raise InputError("digits come with scikit-learn: leave --data-dir out")
@@ -209,7 +219,7 @@ class _Batches(Sequence[Batch]):
         return (x.float() / 255 - mean) / std
 
 
-def _in_directory(name: str, directory: Path, split: str | None) -> Split:
+def _in_directory(name: str, directory: Path, split: str | None, class_to_idx: Mapping[str, int] | None) -> Split:
     """Class folders, CIFAR or MNIST."""
     if name in cifar.LAYOUT:
         train = is_train(name, split)
@@ -220,17 +230,17 @@ def _in_directory(name: str, directory: Path, split: str | None) -> Split:
         x, y = published.read(train)
         return Split(published.name, "train" if train else "test", y, x)
     folder = images.folder_of_split(directory, split)
-    source, classes = images.open_folder(folder)
-    labels = torch.tensor(images.labels_of(source))
+    source = images.open_folder(folder, class_to_idx)
+    labels, classes = images.labels_of(source), source.classes
     where = folder.name if folder != directory else None
-    return Split("folder", where, labels, source=source, classes=tuple(classes), num_classes=len(classes))
+    return Split("folder", where, labels, source=source, classes=classes, num_classes=len(classes))
 
 
 def _from_timm(name: str, directory: Path, split: str) -> Split:
     source = open_timm(name, directory, split)
     if isinstance(source, IterableDataset):
         raise InputError(f"{name} is streamed and has no fixed order; use a data set with rows (hfds/, torch/)")
-    return Split(name, split, torch.tensor(images.labels_of(source)), source=source)
+    return Split(name, split, images.labels_of(source), source=source)
 
 
 def _transformation(split: Split, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -252,6 +262,12 @@ def _checksum(batches: Sequence[Batch]) -> str:
 
 def _notes(split: Split, preprocessing: Preprocessing, labels: Tensor) -> list[str]:
     notes = []
+    if split.classes:
+        shown = ", ".join(f"{i} {name}" for i, name in enumerate(split.classes[:3]) if name)
+        numbered = f"{len(split.classes)} classes, numbered {shown}{', ...' if len(split.classes) > 3 else ''}"
+        left_out = split.source.num_left_out
+        rest = f"; {left_out} files are no images and were left out" if left_out else ""
+        notes.append(f"{numbered}; {len(labels)} of {len(split)} images{rest}")
     if not split.fixed_size and len(split):
         size, target = max(split.picture(0).size), max(preprocessing.image_size[1:])
         if size <= SMALL < target:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 
 import torch
 
+# C0, DEL, C1, and what reverses the direction of text; not tab and newline
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
@@ -38,22 +43,38 @@ def one_line(error: BaseException) -> str:
     return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
+def printable(text: str) -> str:
+    """Control characters, which could move the cursor or reverse the text of a terminal, as escapes."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str) -> None:
+    """A line on standard error, if somebody is there to read it."""
+    if sys.stderr is None:  # it was closed, and print would take standard output
+        return
+    with suppress(OSError, ValueError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """The exit code of a command. What the user can mend becomes one line on stderr and exit code 2.
 
     ValueError is what the library raises for users; its messages name the remedy. A reader that closes standard output
     early (`| head`) is no error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # ASCII terminals, file names that are not UTF-8
     try:
         return main(argv)
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]  # or Python complains once more while it exits
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        say(f"error: {one_line(error)}")
     except KeyboardInterrupt as error:
-        print(str(error) or "stopped", file=sys.stderr)
+        say(str(error) or "stopped")
         return EXIT_INTERRUPTED
     except torch.OutOfMemoryError as error:
-        print(f"error: {one_line(error)} Lower --batch-size", file=sys.stderr)
+        say(f"error: {one_line(error)} Lower --batch-size")
     return EXIT_BAD_INPUT

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import LARGEST, open_regular
 from sam_optim.vision import cifar
-from sam_optim.vision.tensor_files import read_file
+from sam_optim.vision.tensor_files import check_plain, check_sizes, read_file
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 DIGITS_TRAIN = 898  # scikit-learn's example "Recognizing hand-written digits": the first half, as published
@@ -32,6 +36,8 @@ def from_file(path: Path) -> tuple[Tensor, Tensor]:
         has = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path} must hold two arrays named x and y, it has {has}")
     x, y = content["x"], content["y"]
+    for name in ("x", "y"):
+        check_plain(f"{name} in {path}", content[name])
     if not x.ndim or not y.ndim or len(x) != len(y) or not len(x):
         raise InputError(f"{path}: x and y need one row for each example, got {tuple(x.shape)} and {tuple(y.shape)}")
     if y.is_floating_point() and y.ndim == 1:
@@ -45,13 +51,29 @@ def from_file(path: Path) -> tuple[Tensor, Tensor]:
 
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """The arrays of an .npz file that have these names; object arrays, which are pickles, are refused."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            check_sizes(path, archive)
+            present = [name for name in names if f"{name}.npy" in archive.namelist()]
+            return {name: torch.from_numpy(_native(_read_npy(archive.read(f"{name}.npy")))) for name in present}
+    except InputError:
+        raise
+    except Exception as error:  # zlib.error, LZMAError, struct.error ...: whatever a damaged archive can hold
+        raise InputError(f"{path} is damaged or holds more than plain arrays: {one_line(error)[:200]}") from None
+
+
+def _read_npy(content: bytes) -> Any:
+    """An array, if its header does not claim more entries than there are bytes: NumPy would make room for all first."""
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(_native(file[name])) for name in names if name in file}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged or holds more than plain arrays: {one_line(error)[:200]}") from None
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if math.prod(shape) * dtype.itemsize > len(content):
+        raise ValueError(f"an array claims the shape {shape}, with {len(content)} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 @dataclass(frozen=True)
@@ -121,11 +143,12 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     """A file of MNIST's format: two zeros, the type (8: uint8), the number of dimensions, their sizes, the entries."""
     path = _idx_file(folder, f"{name}-ubyte") or folder / f"{name}-ubyte"
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError(f"it begins with {content[:4].hex()}")
-        entries = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
-        return entries.reshape(sizes)
-    except (ValueError, RuntimeError, OSError, EOFError) as error:
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            head = file.read(4 + 4 * dimensions)
+            if head[:4] != bytes([0, 0, 8, dimensions]):
+                raise ValueError(f"it begins with {head[:4].hex()}")
+            sizes = [int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+            content = file.read(min(math.prod(sizes), LARGEST) + 1)
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(sizes)
+    except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a file of MNIST ({one_line(error)}); unpack the archive again") from None

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sam_optim.core.errors import InputError
-from sam_optim.core.files import read_json
+from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import read_json_object
+from sam_optim.vision.models import check_options
 from sam_optim.vision.preprocessing import Preprocessing
-from sam_optim.vision.tensor_files import NAMED_BY_CONTENT, REMEDY, SUFFIXES, digest, read_file
+from sam_optim.vision.tensor_files import NAMED_BY_CONTENT, REMEDY, SUFFIXES, check_plain, digest, read_file
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face directory
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of one in several files
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 WEIGHTS = ("state_dict", "model", "model_state_dict", "net", "module", "weights")
+LARGEST = 1e10  # no weight of a trained network is larger; a damaged one easily is
 CHANGING = ("train_examples", "validation_fraction", "label_noise", "train_labels")  # of a run: its training examples
 
 
@@ -47,16 +52,31 @@ class Checkpoint:
     run: Run | None = field(default=None, compare=False)
 
     def digest(self) -> str:
-        """SHA-256 of the content, the first 16 hexadecimal digits."""
+        """SHA-256 of the content, the first 16 hexadecimal digits. `read` refuses another content from then on."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return digest(*self.files)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """state: name -> tensor, on the CPU. key: where in the file it was, "" for the file itself."""
+    """state: name -> tensor, on the CPU. key: where in the file it was, "" for the file itself. averaged: whether
+    these are the averaged ones. other: the key of averaged weights that are in the file, too, and were not taken."""
 
     state: dict[str, Tensor]
     key: str
+    averaged: bool = False
+    other: str | None = None
+
+    @property
+    def choice(self) -> str | None:
+        """Which weights were taken, in words, where there was a choice."""
+        where = f"the weights under {self.key!r}" if self.key else "the weights of the file"
+        if self.averaged:
+            return f"{where} are taken, the averaged ones"
+        return f"{where} are taken; --ema takes the averaged ones under {self.other!r}" if self.other else None
 
 
 def find(names: Sequence[str | Path]) -> list[Checkpoint]:
@@ -84,22 +104,43 @@ def find(names: Sequence[str | Path]) -> list[Checkpoint]:
     return list(checkpoints)
 
 
-def read(checkpoint: Checkpoint, *, ema: bool = False) -> Weights:
-    """The weights. With `ema` the averaged ones that training scripts save beside the model's own.
+def read(checkpoint: Checkpoint, *, ema: bool = False, key: str | None = None) -> Weights:
+    """The weights.
+
+    Args:
+        ema: the averaged ones that training scripts save beside the model's own.
+        key: the entry of the file that holds the weights, with dots for entries in it; None: the first of `WEIGHTS`
+            that is there, or the file itself.
 
     Raises:
-        InputError: not readable, more than tensors and plain values, no state dict in it, no averaged weights, a weight
-            that is not finite.
+        InputError: not readable, more than tensors and plain values, no such weights, a file that has changed since
+            `Checkpoint.digest`, or values that no training gives.
     """
+    if ema and key:
+        raise InputError(f"--ema and --key {key} both say which weights are meant: leave one out")
+    sha256 = hashlib.sha256()
     state: dict[str, Tensor] = {}
-    key = ""
     for path in checkpoint.files:
-        part, key = _state(read_file(path), path, ema)
-        state |= part
+        weights = _weights(read_file(path, sha256), path, ema, key)
+        state |= weights.state
+    if sha256.hexdigest()[:16] != checkpoint.digest():
+        raise InputError(f"{checkpoint.name} has changed while it was read; wait until it is written, and try again")
     for name, w in state.items():
-        if w.is_floating_point() and not bool(torch.isfinite(w).all()):
-            raise InputError(f"{checkpoint.name}: {name} is not finite everywhere; nothing can be measured there")
-    return Weights(state, key)
+        _check_values(checkpoint.name, name, w)
+    return dataclasses.replace(weights, state=state)
+
+
+def _check_values(checkpoint: str, name: str, w: Tensor) -> None:
+    check_plain(f"{checkpoint}: {name}", w)
+    if not w.is_floating_point() or not w.numel():
+        return
+    largest = float(w.abs().max())
+    if not math.isfinite(largest):
+        raise InputError(f"{checkpoint}: {name} is not finite everywhere; nothing can be measured there")
+    if largest > LARGEST:
+        raise InputError(
+            f"{checkpoint}: {name} has values of up to {largest:.1e}, which no training gives; the file is damaged"
+        )
 
 
 def _in_directory(path: Path) -> list[Checkpoint]:
@@ -123,48 +164,74 @@ def _of_directory(path: Path) -> Checkpoint | None:
         if not files:
             return None
         newest = max(files, key=lambda p: (p.name.split("-")[1], p.stat().st_mtime_ns))
-        return Checkpoint(str(path), (newest,), _run(_json_object(path / "config.json")))
+        return Checkpoint(str(path), (newest,), _run(path / "config.json"))
     for name in WHOLE:
         if (path / name).is_file():
             return Checkpoint(str(path), (path / name,))
     for name in INDEX:
         if (path / name).is_file():
-            parts = sorted({str(part) for part in _json_object(path / name).get("weight_map", {}).values()})
-            if any(Path(part).name != part for part in parts):
-                raise InputError(f"{path / name} names files outside its directory; it was changed or damaged")
-            return Checkpoint(str(path), tuple(path / part for part in parts))
+            return Checkpoint(str(path), _parts(path / name))
     return None
 
 
-def _run(config: Mapping[str, Any]) -> Run:
-    options = config.get("options", {})
-    return Run(
-        model=options.get("model", "cnn3"),
-        model_kwargs={str(key): value for key, value in options.get("model_kwargs", [])},
-        preprocessing=Preprocessing.of_run(config.get("data") or {}),
-        changed_examples=tuple(f"--{key.replace('_', '-')}" for key in CHANGING if options.get(key)),
-    )
+def _run(path: Path) -> Run:
+    """Of a config.json. Only names and plain values are taken from it: none can be a path, a url or a hub."""
+    config = read_json_object(path)
+    try:
+        options, about = config.get("options") or {}, config.get("data") or {}
+        run = Run(
+            model=options.get("model", "cnn3"),
+            model_kwargs=dict(options.get("model_kwargs") or []),
+            preprocessing=Preprocessing.of_run(about),
+            changed_examples=tuple(f"--{key.replace('_', '-')}" for key in CHANGING if options.get(key)),
+        )
+        check_options(run.model, run.model_kwargs)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not of a run of benchmarks.train ({one_line(error)}); it was changed") from None
+    return run
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; it was changed or damaged")
-    return content
+def _parts(path: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint of Hugging Face in several parts."""
+    names = read_json_object(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f'{path} has no "weight_map" of names to files; it was changed or damaged')
+    parts = sorted(set(names.values()))
+    if any(Path(part).name != part for part in parts):
+        raise InputError(f"{path} names files outside its directory; it was changed or damaged")
+    return tuple(path.with_name(part) for part in parts)
 
 
-def _state(content: Any, path: Path, ema: bool) -> tuple[dict[str, Tensor], str]:
+def _weights(content: Any, path: Path, ema: bool, key: str | None) -> Weights:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds {type(content).__name__}, not weights by name; {REMEDY}")
-    for key in AVERAGED if ema else WEIGHTS:
-        if (state := _tensors(content.get(key))) is not None:
-            return state, key
-    has = ", ".join(str(k) for k in list(content)[:6])
+    has = f"it has {', '.join(str(k) for k in list(content)[:12])}{', ...' if len(content) > 12 else ''}"
+    if key is not None:
+        if (state := _tensors(_entry(content, key))) is None:
+            raise InputError(f"{path} has no weights under --key {key}; {has}")
+        return Weights(state, key, averaged=key in AVERAGED)
+    averaged = next((k for k in AVERAGED if _tensors(content.get(k)) is not None), None)
     if ema:
-        raise InputError(f"{path} has no averaged weights ({', '.join(AVERAGED)}), only {has}; leave --ema out")
+        if averaged is None:
+            raise InputError(f"{path} has no averaged weights ({', '.join(AVERAGED)}), {has}; leave --ema out")
+        return Weights(_tensors(content[averaged]) or {}, averaged, averaged=True)
+    for k in WEIGHTS:
+        if (state := _tensors(content.get(k))) is not None:
+            return Weights(state, k, other=averaged)
     if (state := _tensors(content)) is not None:
-        return state, ""
-    raise InputError(f"{path} has no weights under {', '.join(WEIGHTS)}, only {has}; {REMEDY}")
+        return Weights(state, "", other=averaged)
+    hint = f"--ema takes those under {averaged}" if averaged else f"--key NAME says where they are, or {REMEDY}"
+    raise InputError(f"{path} has no weights under {', '.join(WEIGHTS)}; {has}; {hint}")
+
+
+def _entry(content: Any, key: str) -> Any:
+    """The entry of that name, or with dots the entry of an entry."""
+    if not isinstance(content, Mapping):
+        return None
+    if key in content:
+        return content[key]
+    first, _, rest = key.partition(".")
+    return _entry(content.get(first), rest) if rest else None
 
 
 def _tensors(value: Any) -> dict[str, Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from sam_optim.core.errors import InputError, one_line, unknown
 from sam_optim.vision import weights, wide_resnet
 
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
+
+NAME = re.compile(r"[A-Za-z0-9_.\-]*")  # what cannot be a path or a url
 
 Make = Callable[[int, tuple[int, int, int]], nn.Module]  # of (num_classes, image_size)
 
@@ -164,6 +167,25 @@ def check_name(name: str) -> None:
         raise unknown("model", name, model_names())
 
 
+def check_options(name: Any, options: Mapping[str, Any]) -> None:
+    """Raises InputError for a model or options of a file that could be more than a name and plain values.
+
+    timm.create_model takes paths, urls and hubs: `checkpoint_path` loads a pickle, `pretrained_cfg_overlay` a url.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(f"the model must be a name, got {name!r}")
+    check_name(name)
+    accepted = () if builtin(name) else _accepted(name)
+    for key, value in options.items():
+        if key not in accepted and key not in ("num_classes", "in_chans"):
+            raise InputError(f"{name} has no option {key!r} that may stand in a file")
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        if not all(
+            v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and NAME.fullmatch(v)) for v in values
+        ):
+            raise InputError(f"the option {key} must be a number or a word, got {value!r}")
+
+
 def num_outputs(name: str, state: Mapping[str, Tensor]) -> int | None:
     """How many classes the model `name` has whose weights are `state`; None where its last layer cannot be told."""
     with torch.device("meta"):
@@ -197,10 +219,21 @@ def _from_timm(
         raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
 
 
+def _accepted(name: str) -> set[str]:
+    """The options of the class of a timm model."""
+    with torch.device("meta"):
+        kind = type(_timm().create_model(name))
+    return {
+        parameter
+        for part in kind.__mro__
+        if "__init__" in vars(part)
+        for parameter in inspect.signature(vars(part)["__init__"]).parameters
+    }
+
+
 def _sized(name: str, image_size: tuple[int, int, int], small: bool) -> dict[str, Any]:
     """img_size where the model's class has it; `small`: also patch_size, an eighth of the height (4 for CIFAR)."""
-    with torch.device("meta"):
-        accepted = inspect.signature(type(_timm().create_model(name)).__init__).parameters
+    accepted = _accepted(name)
     arguments: dict[str, Any] = {}
     if "img_size" in accepted:
         arguments["img_size"] = image_size[1:]

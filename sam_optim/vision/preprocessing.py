@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sam_optim.core.errors import InputError
+from sam_optim.core.errors import InputError, unknown
 from sam_optim.vision.models import SMALL, data_config
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+LARGEST = 1 << 14  # pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -38,6 +40,12 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         channels, height, width = self.image_size
+        if not all(isinstance(n, int) and 0 < n <= LARGEST for n in self.image_size):
+            raise InputError(f"an image size is (channels, height, width), up to {LARGEST}, got {self.image_size}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", str(self.interpolation), INTERPOLATIONS)
+        if self.crop_mode not in CROP_MODES:
+            raise unknown("crop mode", str(self.crop_mode), CROP_MODES)
         mean, std = ((0.5,), (0.25,)) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
         values = {
             "image_size": (channels, height, width),
@@ -102,6 +110,8 @@ class Preprocessing:
 
 def per_channel(option: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
     """One number for each channel, from one for all, or from those of three colours for a grey image."""
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise InputError(f"{option} needs finite numbers, got {values}")
     if len(values) == 1:
         return tuple(values) * channels
     if channels == 1:

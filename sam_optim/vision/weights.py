@@ -35,6 +35,10 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str
         for k in wanted
         if k in renamed and renamed[k].shape != wanted[k].shape
     ]
+    for k, w in renamed.items():
+        if k in wanted and wanted[k].is_floating_point() and not w.is_floating_point():
+            kind = str(w.dtype).removeprefix("torch.")
+            raise InputError(f"{name}: {k} holds codes ({kind}) and not weights; save the dequantised weights")
     if missing or unexpected or shapes:
         raise InputError(f"{name} does not fit the model: {_said(missing, unexpected, shapes)}")
     return renamed

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import io
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_optim.core.errors import EXIT_FAILED, InputError
-from sam_optim.core.files import write_atomic, write_json
+from sam_optim.core.files import write_json
 from sam_optim.core.geometry import p_norm
 from sam_optim.core.results import Landscape
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
 from sam_optim.loss import Loss
 from sam_optim.measures import hessian_eigenvalues
-from sam_optim.report import results_page, write_page
+from sam_optim.report import results_page, save_picture, write_page
 from sam_optim.sweep.problems import problem
 from sam_optim.sweep.processes import started
 from sam_optim.vision.checkpoints import Checkpoint, find
@@ -96,29 +93,4 @@ def _write(path: Path, name: str, result: Landscape) -> None:
     elif path.suffix == ".html":
         write_page(path, results_page({name: result}, title="Loss around the weights"))
     else:
-        write_atomic(path, _picture(name, result.to_dict(), path.suffix[1:]))
-
-
-def _picture(name: str, result: Mapping[str, Any], kind: str) -> bytes:
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which keeps figures and may want a screen
-    except ImportError:
-        raise InputError(f".{kind} needs matplotlib: pip install 'sam_optim[plot]', or use --out FILE.html") from None
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    losses = [
-        [float("nan") if v is None else v for v in row] if isinstance(row, list) else row for row in result["losses"]
-    ]
-    if len(result["coordinates"]) == 1:
-        axes.plot(result["coordinates"][0], [float("nan") if v is None else v for v in losses])
-        axes.set(xlabel="distance along the direction", ylabel="loss")
-    else:
-        rows, columns = result["coordinates"]
-        drawn = axes.contourf(columns, rows, losses, levels=22)
-        figure.colorbar(drawn, label="loss")
-        axes.plot(0, 0, "+", color="white")
-        axes.set(xlabel="second direction", ylabel="first direction")
-    axes.set_title(name.replace("$", r"\$"), fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150)
-    return buffer.getvalue()
+        save_picture(result, path, title=name)

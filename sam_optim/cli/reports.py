@@ -12,7 +12,8 @@ from typing import Any
 from sam_optim.core.errors import InputError, unknown
 from sam_optim.core.files import read_json
 from sam_optim.report.page import write_page
-from sam_optim.report.study import Table, study_page, table
+from sam_optim.report.study import study_page
+from sam_optim.statistics.table import Table, table
 from sam_optim.sweep import store
 
 Rows = list[dict[str, str]]
@@ -45,7 +46,8 @@ def report(args: argparse.Namespace) -> int:
     for name in factors:
         if not varied[name]:
             raise InputError(f"--factors {name} is no column of --targets for any checkpoint")
-    page = study_page(made, targets=targets, factors=varied, others=others, title=args.title)
+    correlations = made.correlations(targets, varied)
+    page = study_page(made, targets=targets, correlations=correlations, results=others, title=args.title)
     print(write_page(args.out, page))
     return 0
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sam_optim.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, one_line
 from sam_optim.core.files import write_atomic
+from sam_optim.core.text import cell, csv_text, headline, is_finite, printable, text_table
 from sam_optim.measures import registry
-from sam_optim.report.study import cell, headline, is_finite
-from sam_optim.report.tables import text_table
 from sam_optim.sweep.columns import Column, columns
 from sam_optim.sweep.problems import Images, Target, problem
 from sam_optim.sweep.processes import Processes, started
@@ -148,7 +145,7 @@ class Study:
             others = f" and {len(found) - 1} more" if len(found) > 1 else ""
             problems.append(f"{found[0]}{others}, {label}: {reason}")
         for text in problems:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
         if self._args.csv is not None:
             write_atomic(self._args.csv, self._csv(names, labels).encode(), "--csv")
         return self.exit_code()
@@ -159,15 +156,13 @@ class Study:
 
     def _csv(self, names: Sequence[str], labels: Sequence[str]) -> str:
         """A column for each number and one for its error; nothing stands where there is none."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["checkpoint", *(x for label in labels for x in (label, f"{label} error"))])
+        rows = []
         for name in names:
             row: list[Any] = [name]
             for label in labels:
                 row += headline(self.table.get((name, label), {}).get("result") or {})
-            writer.writerow(row)
-        return out.getvalue()
+            rows.append(row)
+        return csv_text(["checkpoint", *(x for label in labels for x in (label, f"{label} error"))], rows)
 
 
 def _about(name: str, reason: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +11,8 @@ from difflib import get_close_matches
 
 import torch
 
-# C0, DEL, C1, and what reverses the direction of text; not tab and newline
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from sam_optim.core.text import printable
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
@@ -41,11 +40,6 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
     return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-
-
-def printable(text: str) -> str:
-    """Control characters, which could move the cursor or reverse the text of a terminal, as escapes."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:

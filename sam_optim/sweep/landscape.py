@@ -115,4 +115,4 @@ def _write(path: Path, name: str, result: Landscape) -> None:
     elif path.suffix == ".html":
         write_page(path, results_page({name: result}, title="Loss around the weights"))
     else:
-        save_picture(result, path, title=name.replace("$", r"\$"))
+        save_picture(result, path, title=name)

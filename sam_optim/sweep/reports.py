@@ -11,7 +11,8 @@ from typing import Any
 from sam_optim.core.errors import InputError, unknown
 from sam_optim.core.files import read_json
 from sam_optim.report.page import write_page
-from sam_optim.report.study import Table, study_page, table
+from sam_optim.report.study import study_page
+from sam_optim.statistics.table import Table, table
 from sam_optim.sweep import store
 
 Lines = list[dict[str, str]]
@@ -48,7 +49,9 @@ def write_report(
     for name in factors:
         if not varied[name]:
             raise InputError(f"--factors {name} is no column of --targets for any checkpoint")
-    return write_page(out, study_page(measured, targets=compared, factors=varied, others=singles, title=title))
+    correlations = measured.correlations(compared, varied)
+    page = study_page(measured, targets=compared, correlations=correlations, results=singles, title=title)
+    return write_page(out, page)
 
 
 def _read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Mapping[str, Any]], Lines]:

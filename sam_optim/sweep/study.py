@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +9,8 @@ from typing import Any
 
 from sam_optim.core.errors import EXIT_FAILED, one_line
 from sam_optim.core.files import write_atomic
+from sam_optim.core.text import cell, csv_text, headline, is_finite, text_table
 from sam_optim.measures import registry
-from sam_optim.report.study import cell, headline, is_finite
-from sam_optim.report.tables import text_table
 from sam_optim.sweep.columns import Column, Measures
 from sam_optim.sweep.problems import Problem
 from sam_optim.sweep.processes import Processes, started
@@ -64,13 +61,12 @@ class Sweep:
 
     def csv(self) -> str:
         """A column for each number and one for its error; nothing stands where there is none."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["checkpoint", *(x for column in self.columns for x in (column, f"{column} error"))])
+        head = ["checkpoint", *(x for column in self.columns for x in (column, f"{column} error"))]
+        lines: list[list[Any]] = []
         for row in self.rows:
             results = [self.entries.get((row, column), {}).get("result") or {} for column in self.columns]
-            writer.writerow([row, *(x for result in results for x in headline(result))])
-        return out.getvalue()
+            lines.append([row, *(x for result in results for x in headline(result))])
+        return csv_text(head, lines)
 
     def _cell(self, row: str, column: str) -> str:
         entry = self.entries.get((row, column))

@@ -21,6 +21,7 @@ from sam_optim import Ball, Loss, average_sharpness, hessian_eigenvalues, hessia
 from sam_optim.cli import options
 from sam_optim.measures import registry
 from sam_optim.sweep import progress, store
+from sam_optim.sweep.processes import started
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and trace
@@ -159,7 +160,7 @@ class TestResuming:
         second = run("measure", *names, *self.common[:-1], "--json", "o.json")  # without --quiet
         assert len(calls) == 6
         assert first[:2] == second[:2]
-        assert "6 of 6 numbers were in o.json already" in second[2]
+        assert "6 of 6 numbers were there already" in second[2]
         assert (here / "o.json").read_bytes() == before
 
     @pytest.mark.parametrize(
@@ -266,14 +267,20 @@ class TestResuming:
             assert err.startswith("error: o.json")
             assert (here / "o.json").read_text() == content
 
-    def test_two_commands_on_one_file_do_not_overwrite_each_other(self, here):
-        first = store.Store(here / "o.json")
-        first.put({"checkpoint": "a", "key": "1", "result": {}})
-        second = store.Store(here / "o.json")
-        second.put({"checkpoint": "b", "key": "1", "result": {}})
-        with pytest.raises(store.Unwritable, match="changed by another process"):
-            first.put({"checkpoint": "c", "key": "1", "result": {}})
-        assert len(store.read(here / "o.json")) == 2
+    def test_a_second_command_on_one_file_says_who_writes_it_and_nothing_is_lost(self, here):
+        study(here)
+        before = None
+        with started("cpu") as alone, store.opened(here / "o.json", alone) as first:
+            first.put({"checkpoint": "a", "key": "1", "result": {}})
+            before = (here / "o.json").read_bytes()
+            code, _, err = self.measure("c0.pt", "--json", "o.json")
+            assert (code, err) == (
+                2, f"error: o.json is being written by process {os.getpid()}; wait for it, or choose another --json\n"
+            )  # fmt: skip
+            assert (here / "o.json").read_bytes() == before
+        assert self.measure("c0.pt", "--json", "o.json")[0] == 0
+        assert len(store.read(here / "o.json")) == 3
+        assert not list(here.glob(".*lock"))
 
 
 class TestFailures:

@@ -46,5 +46,5 @@ def _run(argv: Sequence[str] | None) -> int:
     if is_first_process():
         print(measured.text())
         for remark in measured.remarks():
-            print(remark, file=sys.stderr)
+            errors.say(remark)
     return measured.exit_code

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sam_optim.core.errors import InputError, unknown
+from sam_optim.core.errors import InputError, one_line, unknown
 from sam_optim.core.files import read_json
 from sam_optim.report.page import write_page
 from sam_optim.report.study import study_page
@@ -50,7 +50,10 @@ def write_report(
         if not varied[name]:
             raise InputError(f"--factors {name} is no column of --targets for any checkpoint")
     correlations = measured.correlations(compared, varied)
-    page = study_page(measured, targets=compared, correlations=correlations, results=singles, title=title)
+    try:
+        page = study_page(measured, targets=compared, correlations=correlations, results=singles, title=title)
+    except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+        raise InputError(f"the results cannot be shown ({one_line(error)}); a file was changed or damaged") from None
     return write_page(out, page)
 
 
@@ -69,6 +72,7 @@ def _read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Mapp
         if isinstance(content, dict) and content.get("format") == store.FORMAT:
             entries += store.read(path)
         elif isinstance(content, dict) and content.get("type") in TYPES:
+            store.check_result(path, content)
             singles[path.stem if path.stem not in singles else str(path)] = content
         else:
             raise InputError(f"{path} holds no results of this package; give files of `sam-optim measure` or landscape")
@@ -136,12 +140,17 @@ def _measured_csv(path: Path) -> tuple[list[dict[str, Any]], Lines]:
 def _read_csv(path: Path) -> Lines:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [{k: v or "" for k, v in line.items() if k is not None} for line in csv.DictReader(file)]
+            lines = [{k: _unquoted(v or "") for k, v in line.items() if k is not None} for line in csv.DictReader(file)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a .csv in UTF-8: {error}") from None
     if not lines or "checkpoint" not in lines[0]:
         raise InputError(f"{path} needs a header with a column named checkpoint, and a line for each")
     return lines
+
+
+def _unquoted(text: str) -> str:
+    """Without the apostrophe that keeps spreadsheets from running a name that begins like a formula."""
+    return text[1:] if text[:1] == "'" and text[1:].lstrip()[:1] in tuple("=+-@") else text
 
 
 def _number(text: str) -> float | None:

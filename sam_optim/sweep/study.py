@@ -15,7 +15,7 @@ from sam_optim.sweep.columns import Column, Measures
 from sam_optim.sweep.problems import Problem
 from sam_optim.sweep.processes import Processes, started
 from sam_optim.sweep.progress import Progress
-from sam_optim.sweep.store import Entry, Store, Unwritable, digest
+from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
 from sam_optim.vision.checkpoints import Checkpoint, find
 
 # of one checkpoint, or of one measure at it: the others go on
@@ -100,13 +100,14 @@ def measure_checkpoints(
     """
     with started(device) as here:
         found = find(checkpoints)
-        study = _Study(found, problem, measures, here, json, quiet)
-        try:
-            study.run()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {study.how_to_go_on()}" if here.is_first else "") from None
-        finally:
-            study.progress.close()
+        with opened(json, here) as store:
+            study = _Study(found, problem, measures, here, store, quiet)
+            try:
+                study.run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped; {study.how_to_go_on(json)}" if here.is_first else "") from None
+            finally:
+                study.progress.close()
         if csv is not None and here.is_first:
             write_atomic(csv, study.sweep.csv().encode(), "--csv")
         return study.sweep
@@ -119,15 +120,12 @@ class _Study:
         problem: Problem,
         measures: Measures,
         here: Processes,
-        json: Path | None,
+        store: Store,
         quiet: bool,
     ):
         self._checkpoints: list[Checkpoint | None] = list(checkpoints) or [None]
         self._columns = measures.columns()
-        self._json = json
-        self._store: Store = here.of_first(lambda: Store(json))
-        if not here.is_first:
-            self._store.only_read()
+        self._store = store
         self._losses = problem.open(here, checkpoints)
         rows = [checkpoint.name if checkpoint else problem.name for checkpoint in self._checkpoints]
         self.sweep = Sweep(rows, [column.label for column in self._columns])
@@ -147,11 +145,11 @@ class _Study:
             else:
                 self._store.discard(row, LOADING)
         if self._num_cached:
-            self.progress.say(f"{self._num_cached} of {len(self.sweep.entries)} numbers were in {self._json} already")
+            self.progress.say(f"{self._num_cached} of {len(self.sweep.entries)} numbers were there already")
 
-    def how_to_go_on(self) -> str:
+    def how_to_go_on(self, json: Path | None) -> str:
         done = f"{len(self.sweep.entries)} of {len(self.sweep.rows) * len(self._columns)} numbers are done"
-        return f"{done}; the same command goes on" if self._json else f"{done}; with --json they would be kept"
+        return f"{done}; the same command goes on" if json else f"{done}; with --json they would be kept"
 
     def _measure_all(self, row: str, checkpoint: Checkpoint | None) -> None:
         content = checkpoint.digest() if checkpoint else None

@@ -111,7 +111,7 @@ def test_averaged_weights_that_are_not_there_are_an_error(tmp_path):
 def test_two_models_in_one_file_are_an_error_and_neither_is_taken(tmp_path):
     student, teacher = network(0).state_dict(), network(1).state_dict()
     both = {f"student.{k}": w for k, w in student.items()} | {f"teacher.{k}": w for k, w in teacher.items()}
-    with pytest.raises(InputError, match=r"2 times, under student\., teacher\.: save one alone"):
+    with pytest.raises(InputError, match=r"2 times, under student\., teacher\.: choose one with --key"):
         weights.load_(network(2), both, "c.pt")
 
 

@@ -42,7 +42,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def problem(args: argparse.Namespace) -> ImageProblem | FunctionProblem:
     """Which model, loss and data."""
     if args.target:
-        return FunctionProblem(args.target, args.ema, args.normalize_logits, args.batch_statistics, args.dtype)
+        common = {field.name: getattr(args, field.name) for field in fields(FunctionProblem)[1:]}
+        return FunctionProblem(args.target, **common)
     values = {field.name: getattr(args, field.name) for field in fields(ImageProblem)}
     return ImageProblem(**values | {"model_kwargs": dict(args.model_kwargs)})
 
@@ -123,6 +124,7 @@ def _problem(p: argparse.ArgumentParser) -> None:
     g.add_argument("--num-classes", type=count, help="default: the rows of the checkpoint's last layer")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, stride 1, no max-pool (CIFAR)")
     g.add_argument("--ema", action="store_true", help="the averaged weights that a checkpoint holds besides its own")
+    g.add_argument("--key", metavar="NAME", help="the entry of a checkpoint that holds the weights")
     g.add_argument("--target", metavar="MODULE:FUNCTION", help="any model, loss and data: see docs/measures/command.md")
     g = p.add_argument_group("data")
     g.add_argument(

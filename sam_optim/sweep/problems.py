@@ -45,7 +45,7 @@ class ImageProblem:
         model, model_kwargs: as for timm.create_model, or a name of `vision.models`; None: what the run says.
         num_classes: None: the rows of the checkpoint's last layer.
         small_stem: the stem for small images, as in `vision.models.build`.
-        ema: the averaged weights that a checkpoint holds beside the model's own.
+        ema, key: which weights of a checkpoint, as in `vision.checkpoints.read`.
         normalize_logits, batch_statistics: as in `Loss`. dtype: "float32" or "float64".
     """
 
@@ -65,6 +65,7 @@ class ImageProblem:
     num_classes: int | None = None
     small_stem: bool = False
     ema: bool = False
+    key: str | None = None
     normalize_logits: bool = False
     batch_statistics: bool = False
     dtype: str | None = None
@@ -87,11 +88,12 @@ class FunctionProblem:
         function: a callable, or "MODULE:FUNCTION", imported from the working directory. One with a parameter is called
             with the path of each checkpoint (None without checkpoints) and loads the weights itself. One without is
             called once; each checkpoint is then loaded into its model.
-        ema, normalize_logits, batch_statistics: as in `ImageProblem`. dtype: None: as the function makes it.
+        ema, key, normalize_logits, batch_statistics: as in `ImageProblem`. dtype: None: as the function makes it.
     """
 
     function: str | Callable[..., Any]
     ema: bool = False
+    key: str | None = None
     normalize_logits: bool = False
     batch_statistics: bool = False
     dtype: str | None = None
@@ -132,7 +134,10 @@ class ImageLosses:
                 "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
                 "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
+        # the examples of a file are those that somebody chose
+        self.is_training = problem.split in (None, *TRAIN_FOLDERS) and self.data.about["source"] != "arrays"
         self.notes = [*self.data.notes, *self._notes_on_runs([run for run in runs if run])]
+        self.choice: str | None = None  # which weights were taken, where there was a choice
         self._built: tuple[str, nn.Module] = ("", nn.Module())
 
     @property
@@ -151,6 +156,7 @@ class ImageLosses:
             "num_classes": problem.num_classes,
             "small_stem": small,
             "ema": problem.ema,
+            **({"key": problem.key} if problem.key else {}),
             "data": self.data.checksum,
             "batch_size": problem.batch_size,
             "normalize_logits": problem.normalize_logits,
@@ -161,9 +167,10 @@ class ImageLosses:
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None
-        state = checkpoints.read(checkpoint, ema=self._problem.ema).state
-        model = self._model(checkpoint, state)
-        weights.load_(model, state, checkpoint.name)
+        found = self._read(checkpoint)
+        model = self._model(checkpoint, found.state)
+        weights.load_(model, found.state, checkpoint.name)
+        self.choice = found.choice
         return Loss(
             model,
             nn.CrossEntropyLoss(),
@@ -175,12 +182,15 @@ class ImageLosses:
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of another checkpoint under the names of the model."""
-        return weights.fitted(model, checkpoints.read(checkpoint, ema=self._problem.ema).state, checkpoint.name)
+        return weights.fitted(model, self._read(checkpoint).state, checkpoint.name)
+
+    def _read(self, checkpoint: Checkpoint) -> checkpoints.Weights:
+        return checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
 
     def _notes_on_runs(self, runs: Sequence[checkpoints.Run]) -> list[str]:
         """A note where runs saw fewer training examples than the data set has, or other labels."""
-        if self._problem.split not in (None, *TRAIN_FOLDERS) or self.data.about["source"] == "arrays":
-            return []  # the examples of a file are those that somebody chose
+        if not self.is_training:
+            return []
         changed = [option for run in runs for option in run.changed_examples]
         if not changed:
             return []
@@ -253,14 +263,16 @@ class FunctionLosses:
     """The losses of a `FunctionProblem`."""
 
     notes: tuple[str, ...] = ()
+    is_training = False
 
     def __init__(self, problem: FunctionProblem, here: Processes):
         self._problem, self._here = problem, here
         self._function = _imported(problem.function) if isinstance(problem.function, str) else problem.function
         self._loads = bool(inspect.signature(self._function).parameters)
         self._cached: tuple[Checkpoint | None, Loss] | None = None
-        if self._loads and problem.ema:
-            raise InputError(f"{problem.name} loads the weights itself, so --ema means nothing: leave it out")
+        self.choice: str | None = None
+        if self._loads and (problem.ema or problem.key):
+            raise InputError(f"{problem.name} loads the weights itself: leave --ema and --key out")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -271,18 +283,18 @@ class FunctionLosses:
         file = inspect.getsourcefile(_unwrapped(self._function))
         source = Path(file).read_bytes() if file and Path(file).is_file() else b""
         about = loss.settings() | {"target": self._problem.name, "ema": self._problem.ema}
+        about |= {"key": self._problem.key} if self._problem.key else {}
         return plain(about | {"source": hashlib.sha256(source).hexdigest()[:16], "m": list(loss.batch_sizes)})
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         loss = self._called(checkpoint)
         if checkpoint is not None and not self._loads:
-            state = checkpoints.read(checkpoint, ema=self._problem.ema).state
-            weights.load_(loss.model, state, checkpoint.name)
+            loss.model.load_state_dict(self._state(checkpoint, loss.model), strict=False)
         return loss
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         if not self._loads:
-            return weights.fitted(model, checkpoints.read(checkpoint, ema=self._problem.ema).state, checkpoint.name)
+            return self._state(checkpoint, model)
         before = {name: x.clone() for name, x in model.state_dict().items()}
         other = self._called(checkpoint).model
         state = {name: x.clone() for name, x in other.state_dict().items()}
@@ -290,11 +302,20 @@ class FunctionLosses:
             model.load_state_dict(before)
         return state
 
+    def _state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
+        found = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
+        self.choice = found.choice
+        try:
+            return weights.fitted(model, found.state, checkpoint.name)
+        except InputError:
+            if not (hasattr(model, "from_pretrained") and (Path(checkpoint.name) / "config.json").is_file()):
+                raise
+            return weights.read_by_transformers(model, Path(checkpoint.name))
+
     def _called(self, checkpoint: Checkpoint | None) -> Loss:
         if self._cached is None or (self._loads and self._cached[0] != checkpoint):
-            path = None
-            if checkpoint is not None:
-                path = str(checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.name)
+            path = checkpoint.name if checkpoint is not None else None
             try:
                 returned = self._function(path) if self._loads else self._function()
             except Exception as error:

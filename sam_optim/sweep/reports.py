@@ -14,6 +14,7 @@ from sam_optim.report.page import write_page
 from sam_optim.report.study import study_page
 from sam_optim.statistics.table import Table, table
 from sam_optim.sweep import store
+from sam_optim.sweep.quality import QUALITY
 
 Lines = list[dict[str, str]]
 TYPES = ("Estimate", "Spectrum", "Landscape", "Correlation")
@@ -133,7 +134,7 @@ def _measured_csv(path: Path) -> tuple[list[dict[str, Any]], Lines]:
             identity = {"checkpoint": None, "file": path.name}
             entry = {"checkpoint": line["checkpoint"], "column": name, "key": name}
             entries.append(entry | {"identity": identity, "result": result})
-    others = set(columns) - set(measures) - {f"{name} error" for name in measures}
+    others = set(columns) - set(measures) - set(QUALITY) - {f"{name} error" for name in measures}
     return entries, [{k: v for k, v in line.items() if k in others} for line in lines]
 
 

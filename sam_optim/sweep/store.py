@@ -44,9 +44,11 @@ def check_entry(path: Path, entry: Any) -> None:
         raise damage
     if not isinstance(entry.get("column", ""), (str, NoneType)) or not isinstance(entry.get("error", ""), str):
         raise damage
-    if any(not isinstance(entry.get(k, {}), dict) for k in ("identity", "result")):
+    if any(not isinstance(entry.get(k, {}), dict) for k in ("identity", "result", "quality")):
         raise damage
     if not isinstance(entry.get("identity", {}).get("loss", {}), dict) or not ("result" in entry or "error" in entry):
+        raise damage
+    if not all(_numbers(value, 0) for value in entry.get("quality", {}).values()):
         raise damage
     if "result" in entry:
         check_result(path, entry["result"])

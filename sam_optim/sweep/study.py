@@ -9,12 +9,13 @@ from typing import Any
 
 from sam_optim.core.errors import EXIT_FAILED, one_line
 from sam_optim.core.files import write_atomic
-from sam_optim.core.text import cell, csv_text, headline, is_finite, text_table
+from sam_optim.core.text import cell, csv_text, headline, is_finite, number, text_table
 from sam_optim.measures import registry
 from sam_optim.sweep.columns import Column, Measures
 from sam_optim.sweep.problems import Problem
 from sam_optim.sweep.processes import Processes, started
 from sam_optim.sweep.progress import Progress
+from sam_optim.sweep.quality import QUALITY, quality
 from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
 from sam_optim.vision.checkpoints import Checkpoint, find
 
@@ -28,13 +29,15 @@ class Sweep:
     """What was measured: rows are checkpoints, columns are measures.
 
     rows: names of checkpoints, or that of the function. columns: labels. entries: (row, column) -> a record with
-    "result" or "error", and all that the number depends on. failures: row -> why nothing was measured there.
+    "result" or "error", "quality" (loss, accuracy) and all that the number depends on. failures: row -> why nothing was
+    measured there. is_training: whether the examples are said to be those of training.
     """
 
     rows: Sequence[str]
     columns: Sequence[str]
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    is_training: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -43,9 +46,14 @@ class Sweep:
         return 0 if good and not self.failures else EXIT_FAILED
 
     def text(self) -> str:
-        """The table."""
-        lines = [[row, *(self._cell(row, column) for column in self.columns)] for row in self.rows]
-        return text_table(["checkpoint", *self.columns], lines)
+        """The table, with the loss, and for classes the accuracy, on the measured examples."""
+        qualities = {name: [number(self._quality(row).get(name), 4) for row in self.rows] for name in QUALITY}
+        shown = [name for name in QUALITY if any(self._quality(row).get(name) is not None for row in self.rows)]
+        lines = [
+            [row, *(qualities[name][i] for name in shown), *(self._cell(row, column) for column in self.columns)]
+            for i, row in enumerate(self.rows)
+        ]
+        return text_table(["checkpoint", *shown, *self.columns], lines)
 
     def remarks(self) -> list[str]:
         """Why checkpoints and numbers failed, and what is to be said of others; the same thing of many only once."""
@@ -57,16 +65,32 @@ class Sweep:
         for (column, reason), rows in rows_by_remark.items():
             more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
             remarks.append(f"{rows[0]}{more}, {column}: {reason}")
+        guesses = [row for row in self.rows if self.is_training and self._is_guess(row)]
+        if guesses:
+            more = f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
+            remarks.append(
+                f"warning: {guesses[0]}{more}: the accuracy on training examples is no better than a guess; look at "
+                "the numbers of the classes (--class-to-idx), the model, and the mean and size of its images"
+            )
         return remarks
 
     def csv(self) -> str:
         """A column for each number and one for its error; nothing stands where there is none."""
-        head = ["checkpoint", *(x for column in self.columns for x in (column, f"{column} error"))]
+        head = ["checkpoint", *QUALITY, *(x for column in self.columns for x in (column, f"{column} error"))]
         lines: list[list[Any]] = []
         for row in self.rows:
             results = [self.entries.get((row, column), {}).get("result") or {} for column in self.columns]
-            lines.append([row, *(x for result in results for x in headline(result))])
+            numbers = [self._quality(row).get(name) for name in QUALITY]
+            lines.append([row, *numbers, *(x for result in results for x in headline(result))])
         return csv_text(head, lines)
+
+    def _quality(self, row: str) -> Mapping[str, Any]:
+        entries = (self.entries.get((row, column), {}) for column in self.columns)
+        return next((entry["quality"] for entry in entries if "quality" in entry), {})
+
+    def _is_guess(self, row: str) -> bool:
+        quality = self._quality(row)
+        return "accuracy" in quality and quality["accuracy"] <= quality["chance"]
 
     def _cell(self, row: str, column: str) -> str:
         entry = self.entries.get((row, column))
@@ -128,8 +152,10 @@ class _Study:
         self._store = store
         self._losses = problem.open(here, checkpoints)
         rows = [checkpoint.name if checkpoint else problem.name for checkpoint in self._checkpoints]
-        self.sweep = Sweep(rows, [column.label for column in self._columns])
+        labels = [column.label for column in self._columns]
+        self.sweep = Sweep(rows, labels, is_training=self._losses.is_training)
         self._num_cached = 0
+        self._choice: str | None = None  # what was said last of it
         self.progress = Progress(len(rows) * len(self._columns), shown=here.is_first and not quiet)
 
     def run(self) -> None:
@@ -158,6 +184,10 @@ class _Study:
         if not missing:
             return
         loss = self._losses.loss(checkpoint)
+        if self._losses.choice not in (None, self._choice):
+            self._choice = self._losses.choice
+            self.progress.say(f"note: {row}: {self._choice}")
+        good = quality(loss)
         for column, identity, key in missing:
             step = self.progress.start(f"{row} {column.label}")
             entry: dict[str, Any] = {"checkpoint": row, "sha256": content, "column": column.label}
@@ -167,6 +197,7 @@ class _Study:
                 "key": key,
                 "identity": identity,
                 "data": self._losses.about,
+                "quality": good,
             }
             try:
                 result = registry.call(column.measure, loss, column.options, step).to_dict()

@@ -109,8 +109,8 @@ def read(checkpoint: Checkpoint, *, ema: bool = False, key: str | None = None) -
 
     Args:
         ema: the averaged ones that training scripts save beside the model's own.
-        key: the entry of the file that holds the weights, with dots for entries in it; None: the first of `WEIGHTS`
-            that is there, or the file itself.
+        key: the entry of the file that holds the weights, with dots for entries in it, or what stands before their
+            names; None: the first of `WEIGHTS` that is there, or the file itself.
 
     Raises:
         InputError: not readable, more than tensors and plain values, no such weights, a file that has changed since
@@ -207,7 +207,8 @@ def _weights(content: Any, path: Path, ema: bool, key: str | None) -> Weights:
         raise InputError(f"{path} holds {type(content).__name__}, not weights by name; {REMEDY}")
     has = f"it has {', '.join(str(k) for k in list(content)[:12])}{', ...' if len(content) > 12 else ''}"
     if key is not None:
-        if (state := _tensors(_entry(content, key))) is None:
+        state = _tensors(_entry(content, key)) or _under(content, f"{key}.")
+        if state is None:
             raise InputError(f"{path} has no weights under --key {key}; {has}")
         return Weights(state, key, averaged=key in AVERAGED)
     averaged = next((k for k in AVERAGED if _tensors(content.get(k)) is not None), None)
@@ -222,6 +223,16 @@ def _weights(content: Any, path: Path, ema: bool, key: str | None) -> Weights:
         return Weights(state, "", other=averaged)
     hint = f"--ema takes those under {averaged}" if averaged else f"--key NAME says where they are, or {REMEDY}"
     raise InputError(f"{path} has no weights under {', '.join(WEIGHTS)}; {has}; {hint}")
+
+
+def _under(content: Mapping[Any, Any], prefix: str) -> dict[str, Tensor] | None:
+    """The weights whose names in a state dict have that prefix, without it."""
+    for state in (content, *(content.get(k) for k in WEIGHTS)):
+        if isinstance(state, Mapping):
+            inside = {str(k).removeprefix(prefix): x for k, x in state.items() if str(k).startswith(prefix)}
+            if (tensors := _tensors(inside)) is not None:
+                return tensors
+    return None
 
 
 def _entry(content: Any, key: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,10 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str
     Raises:
         InputError: a weight that is missing, left over or of another shape; the first three of each are named.
     """
-    wanted = model.state_dict()
+    wanted = model.state_dict(keep_vars=True)
     renamed = without_prefix(state, wanted)
-    missing = [k for k in wanted if k not in renamed and not k.endswith(OPTIONAL)]
+    there = {id(wanted[k]) for k in renamed if k in wanted}  # a tied weight has several names and is saved under one
+    missing = [k for k in wanted if k not in renamed and id(wanted[k]) not in there and not k.endswith(OPTIONAL)]
     unexpected = [k for k in renamed if k not in wanted]
     shapes = [
         f"{k} {tuple(renamed[k].shape)} instead of {tuple(wanted[k].shape)}"
@@ -66,9 +69,30 @@ def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict
         if len(same) > 1:
             names = ", ".join(sorted(same))
             raise InputError(
-                f"the checkpoint holds weights of this model {len(same)} times, under {names}: save one alone"
+                f"the checkpoint holds weights of this model {len(same)} times, under {names}: choose one with --key"
             )
+        if AVERAGED.search(best):
+            raise InputError(f"only averaged weights are there, under {best}: --key {best.rstrip('.')} takes them")
     return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best)}
+
+
+def read_by_transformers(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder of `save_pretrained` under the model's names.
+
+    transformers writes some models under names of an older version, and knows how to read them. Nothing of the folder
+    but its weights is used: the configuration is the model's.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter, which names a model elsewhere; use --target to put them together")
+    loaded, about = type(model).from_pretrained(
+        str(folder), config=model.config, local_files_only=True, output_loading_info=True, dtype="auto"
+    )
+    names = [*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]
+    if names:
+        raise InputError(
+            f"{folder} does not fit the model: {len(names)} of its weights ({', '.join(map(str, names[:3]))})"
+        )
+    return loaded.state_dict()
 
 
 def num_outputs(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:

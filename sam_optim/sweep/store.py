@@ -58,8 +58,8 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     """Raises InputError for a `to_dict()` of a result in which something else stands for a number or a text."""
     shapes = {"value": 0, "stderr": 0, "tau": 0, "low": 0, "high": 0, "p": 0, "granulated": 0, "n": 0, "num_samples": 0}
     shapes |= dict.fromkeys(("eigenvalues", "errors", "residuals", "grid", "density"), 1) | {"coordinates": 2}
-    if result.get("type") == "Landscape":
-        shapes["losses"] = len(result.get("coordinates") or [])
+    if isinstance(axes := result.get("coordinates"), list):
+        shapes["losses"] = len(axes)
     if isinstance(result.get("stderr"), list):
         shapes["stderr"] = 1
     for name, depth in shapes.items():

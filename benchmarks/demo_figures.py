@@ -6,36 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.demo_findings import NAN, Results, mean, values, values_by_epoch
 from benchmarks.demo_plan import DATA, MEASURES, METHODS, STYLE
-from sam_optim.report.axes import marker
-from sam_optim.report.charts import (
-    Curves,
-    Group,
-    Interval,
-    bar_scale,
-    curves,
-    figure,
-    intervals,
-    legend,
-    panels,
-    scatter,
-    strip,
-)
-from sam_optim.report.heatmap import Levels, contour_map
-from sam_optim.report.markup import Markup, join, tag
-from sam_optim.report.tables import html_table, number, signed, spread
+from sam_optim.core.results import Landscape
+from sam_optim.core.text import number, signed, spread
+from sam_optim.report import contour_picture
+from sam_optim.report.figures import Curves, Group, Interval, curves, intervals, legend, scatter, strip
+from sam_optim.report.page import Markup, drawing, figure, html_table, panels
 
 Correlations = Sequence[Mapping[str, Any]]
+MAP = (3.9, 3.0)  # inches: one plane
 
 
 def key() -> Markup:
-    return legend([(method.name, STYLE[name]) for name, method in METHODS.items()])
-
-
-def method_name(name: str) -> Markup:
-    icon = marker(8, 8, STYLE[name], class_=f"dot s{STYLE[name]}")
-    return join(tag("svg", icon, viewBox="0 0 16 16", class_="key", aria_hidden="true"), METHODS[name].name)
+    return drawing(legend([(method.name, STYLE[name]) for name, method in METHODS.items()]))
 
 
 def accuracy_table(final: Results) -> Markup:
@@ -49,7 +35,7 @@ def accuracy_table(final: Results) -> Markup:
     ]
     rows = [
         [
-            method_name(m),
+            METHODS[m].name,
             spread(values(final, m, "last", "test_accuracy", scale=100), decimals=1),
             spread(values(final, m, "best", "test_accuracy", scale=100), decimals=1),
             number(mean(values(final, m, "best", "epoch")), 2),
@@ -97,13 +83,13 @@ def training_curves(final: Results) -> Markup:
         "Mean over seeds; the band goes from the lowest to the highest. The two SGD curves are the same runs, one of "
         "them stopped half-way. SAM and ASAM take two passes in each epoch."
     )
-    return join(key(), figure(panels(*drawn), caption))
+    return figure(panels(*drawn), caption)
 
 
 def sharpness_table(final: Results, data: str) -> Markup:
     head = ["method", *(text[0].upper() + text[1:] for text in MEASURES.values())]
     rows = [
-        [method_name(m), *(spread(values(final, m, "measures", data, measure, "value")) for measure in MEASURES)]
+        [METHODS[m].name, *(spread(values(final, m, "measures", data, measure, "value")) for measure in MEASURES)]
         for m in METHODS
     ]
     return html_table(head, rows, f"On {data}: mean ± standard deviation over seeds, weights of the last epoch.")
@@ -149,7 +135,7 @@ def correlation_intervals(found: Correlations) -> Markup:
                 _float(c["tau"]),
                 _float(c["low"]),
                 _float(c["high"]),
-                5 if c["measure"] == "loss" else 3,
+                5 if c["measure"] == "loss" else 0,
             )
             for c in found
             if c["data"] == data
@@ -187,52 +173,42 @@ def slices(final: Results) -> Markup:
         lines = []
         for name, method in METHODS.items():
             runs = [run for run in final.values() if run["job"]["method"] == name]
-            found = [run["slices"][data] for run in runs if data in run.get("slices", {})]
-            if found:
-                axis = found[0]["coordinates"][0]
-                lines.append(Curves(method.name, axis, [[_float(v) for v in f["losses"]] for f in found], STYLE[name]))
+            taken = [run["slices"][data] for run in runs if data in run.get("slices", {})]
+            if taken:
+                losses = [[_float(v) for v in line["losses"]] for line in taken]
+                lines.append(Curves(method.name, taken[0]["coordinates"][0], losses, STYLE[name]))
         if lines:
-            drawn.append(
-                curves(f"On {data}", lines, x_label="random direction", y_label="loss (logarithmic)", log=True)
-            )
+            drawn.append(curves(f"On {data}", lines, x_label="random direction, in filter norms", y_label="loss, nats",
+                                log=True))  # fmt: skip
     caption = (
         "One filter-normalised random direction for each seed, the same draw for every method; mean and range over "
         "seeds. At ±1 every filter has moved by its own norm."
     )
-    return join(key(), figure(panels(*drawn), caption))
+    return figure(panels(*drawn), caption)
 
 
 def planes(final: Results, data: str) -> Markup | None:
-    found = {
+    taken = {
         run["job"]["method"]: run["planes"][data]
         for run in final.values()
         if run.get("planes") and run["planes"].get(data)
     }
-    if not found:
+    if not taken:
         return None
-    heights = [v for plane in found.values() for row in plane["losses"] for v in row if v is not None]
-    ceiling = sorted(heights)[int(0.98 * (len(heights) - 1))]
-    levels = Levels.geometric(min(heights), ceiling)
+    planes = {name: _landscape(plane) for name, plane in taken.items()}
+    heights = torch.cat([plane.losses.flatten() for plane in planes.values()])
+    heights = heights[heights.isfinite()]
+    limits = (float(heights.min()), float(heights.quantile(0.98)))
     maps = [
-        contour_map(
-            METHODS[name].name,
-            *plane["coordinates"],
-            [[_float(v) for v in row] for row in plane["losses"]],
-            levels,
-            note=f"On {data}, one scale for all methods.",
-        )
-        for name, plane in found.items()
+        contour_picture(plane, title=METHODS[name].name, limits=limits, log=True, loss_label="loss, nats", size=MAP)
+        for name, plane in planes.items()
     ]
-    ticks = [
-        (i / (len(levels.values) + 1) + 1 / (len(levels.values) + 1), number(v, 2)) for i, v in enumerate(levels.values)
-    ]
-    scale = bar_scale("Loss, the same scale for all", levels.colours(), ticks[::5])
     caption = (
         f"Loss on {data} over the plane of two filter-normalised random directions, first seed; the cross is where "
-        "training ended. Contours are at equal ratios of the loss. The directions are one draw, scaled to the filters "
-        "of each network."
+        "training ended. All planes share one colour scale. The directions are one draw, scaled to the filters of each "
+        "network."
     )
-    return figure(panels(*maps, scale), caption)
+    return figure(panels(*maps), caption)
 
 
 def tau_text(correlation: Mapping[str, Any]) -> str:
@@ -253,3 +229,9 @@ def _unit(measure: str) -> str:
 
 def _float(value: float | None) -> float:
     return NAN if value is None else value
+
+
+def _landscape(plane: Mapping[str, Any]) -> Landscape:
+    losses = torch.tensor([[_float(v) for v in row] for row in plane["losses"]], dtype=torch.float64)
+    axes = tuple(torch.tensor(axis, dtype=torch.float64) for axis in plane["coordinates"])
+    return Landscape(axes, losses, plane.get("directions") or {"kind": "random"})

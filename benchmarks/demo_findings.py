@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.demo_plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan, plan_dict
 from sam_optim.core.results import plain, provenance
-from sam_optim.report.charts import mean_and_std
-from sam_optim.report.tables import number, signed, spread, text_table
+from sam_optim.core.text import mean_and_std, number, signed, spread, text_table
 from sam_optim.statistics.kendall import correlate
 
 NAN = float("nan")

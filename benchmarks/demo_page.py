@@ -19,9 +19,20 @@ from benchmarks.demo_findings import (
     verdict,
 )
 from benchmarks.demo_plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
-from sam_optim.report.markup import Child, Markup, join, tag
-from sam_optim.report.page import bullets, code_block, facts, html_page, paragraph, section
-from sam_optim.report.tables import html_table, signed, spread
+from sam_optim.core.text import signed, spread
+from sam_optim.report.page import (
+    Child,
+    Markup,
+    bullets,
+    code_block,
+    definitions,
+    element,
+    folded,
+    html_page,
+    html_table,
+    paragraph,
+    section,
+)
 
 YOUR_MODEL = """\
 import torch
@@ -78,23 +89,20 @@ def _header(plan: Plan, found: Mapping[str, Any]) -> Markup:
         "settings chosen on a validation split, which shares no image with the test data."
     )
     items: list[tuple[Child, Child]] = [
+        (f"points of test accuracy: SAM minus SGD; {_support(gain)}", signed(gain["mean"], 1)),
+        (f"points: {rest['name']}; {_support(rest)}", signed(rest["mean"], 1)),
         (
-            signed(gain["mean"], 1),
-            f"points of test accuracy: SAM minus SGD; {_support(gain)}",
-        ),
-        (signed(rest["mean"], 1), f"points: {rest['name']}; {_support(rest)}"),
-        (
-            signed(tau["tau"]),
             f"Kendall's τ of sharpness in SAM's ball on the noisy training labels with test error, {tau['n']} runs; "
             f"95 % interval {_interval(tau)}",
+            signed(tau["tau"]),
         ),
     ]
-    return tag(
+    return element(
         "header",
-        paragraph("sam_optim demo", class_="overline"),
-        tag("h1", found["headline"]),
-        paragraph(lead, class_="lead"),
-        facts(items),
+        paragraph("sam_optim demo", kind="overline"),
+        element("h1", found["headline"]),
+        paragraph(lead, kind="lead"),
+        definitions(items, kind="facts"),
     )
 
 
@@ -143,14 +151,10 @@ def _sharpness(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
             f"{found['chosen']['asam']:g}, scaled by each weight), for batches of {plan.batch_size}. Beside them the "
             "Hessian and the gradient regret, and the loss, without which none of these numbers can be read."
         ),
-        paragraph(interpolation_note(final), class_="aside"),
+        paragraph(interpolation_note(final), kind="aside"),
         *(draw.sharpness_table(final, data) for data in DATA),
         draw.sharpness_dots(final, NOISY),
-        tag(
-            "details",
-            tag("summary", "The same on clean labels and on test data"),
-            *(draw.sharpness_dots(final, d) for d in (CLEAN, TEST)),
-        ),
+        folded("The same on clean labels and on test data", *(draw.sharpness_dots(final, d) for d in (CLEAN, TEST))),
         identifier="sharpness",
     )
 
@@ -161,11 +165,11 @@ def _flat_and_better(found: Mapping[str, Any], final: Results) -> Markup:
     tau = _tau(found, "sam_ball", NOISY)
     return section(
         "Did flatter go with better?",
-        paragraph(tag("strong", verdict(sharpness))),
+        paragraph(element("strong", verdict(sharpness))),
         paragraph(
             f"Over all {tau['n']} runs, counting a direction only where the 95 % interval of Kendall's τ leaves out 0:"
         ),
-        bullets([join(tag("strong", f"On {name}: "), flatter_went_with(group), ".") for name, group in groups.items()]),
+        bullets([f"On {name}: {flatter_went_with(group)}." for name, group in groups.items()]),
         paragraph(
             f"The loss on the noisy training labels alone has {draw.tau_text(_tau(found, 'loss', NOISY))}, on the test "
             f"data {draw.tau_text(_tau(found, 'loss', TEST))}. A sharpness measured on test data has seen the test "
@@ -241,12 +245,12 @@ def _settings(plan: Plan, found: Mapping[str, Any]) -> Markup:
         "landscapes": f"{plan.points_1d} and {plan.points_2d} × {plan.points_2d} points; filter-normalised, no biases",
         "computing": f"{found['cpu_s']:.0f} CPU seconds for all runs, one thread each",
     }
-    known = [[name, value] for name, value in (settings | found["provenance"]).items()]
+    known = list((settings | found["provenance"]).items())
     caption = "Validation accuracy at the last epoch in %, over the tuning seeds."
     return section(
         "Settings and versions",
         html_table(["method", "setting", "value", "validation", ""], rows, caption, best=best),
-        tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in known), class_="pairs"),
+        definitions(known, kind="pairs"),
         identifier="settings",
     )
 
@@ -258,21 +262,13 @@ def _your_model() -> Markup:
         code_block(YOUR_MODEL),
         paragraph(
             "This page is the output of ",
-            tag("code", "make demo"),
+            element("code", "make demo"),
             "; the numbers behind it are in ",
-            tag("code", "results.json"),
+            element("code", "results.json"),
             " beside it.",
         ),
         identifier="your-model",
     )
-
-
-def folded(title: str, *content: Child) -> Markup:
-    return tag("details", tag("summary", title), *content)
-
-
-def code(content: str) -> Markup:
-    return tag("code", content)
 
 
 def _interval(found: Mapping[str, Any], decimals: int = 2) -> str:

@@ -134,9 +134,9 @@ def table(found: Mapping[str, Mapping[str, float]], num_sets: int) -> str:
 
 def picture(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ("trace, T = 1", "trace, T = |w|")) -> Any:
     """The test error against two measures, a panel for each target: lines join the minima of one data set."""
-    from sam_optim.report.pictures import COLOURS, styled
+    from sam_optim.report.canvas import COLOURS, styled
 
-    with styled(8.0, 6.0) as figure:
+    with styled((8.0, 6.0)) as figure:
         panels = figure.subplots(len(names), len(TARGETS), squeeze=False)
         for i, name in enumerate(names):
             for j, target in enumerate(TARGETS):

@@ -22,10 +22,10 @@ from sam_optim.cli.options import number
 from sam_optim.core import random as rng
 from sam_optim.core.geometry import ProductBall
 from sam_optim.core.results import plain, provenance
+from sam_optim.core.text import cell
 from sam_optim.loss import Loss
 from sam_optim.measures import registry
 from sam_optim.measures.registry import MEASURES, chosen
-from sam_optim.report.study import cell
 
 DEFAULT_RHO = 0.05
 BRIEF = {"num_samples": 30, "num_probes": 30}  # after every training run

@@ -30,10 +30,9 @@ from sam_optim import cli
 from sam_optim.cli import options as cli_options
 from sam_optim.cli.options import number as at_least
 from sam_optim.core.errors import EXIT_FAILED
+from sam_optim.core.text import cell, number
 from sam_optim.measures import registry
-from sam_optim.report.pictures import COLOURS, DASHES, styled
-from sam_optim.report.study import cell
-from sam_optim.report.tables import number
+from sam_optim.report.canvas import COLOURS, DASHES, styled
 from sam_optim.sweep import study
 from sam_optim.sweep.store import Entry
 from sam_optim.vision.checkpoints import find
@@ -185,7 +184,7 @@ def shown(measure: str, result: Mapping[str, Any] | None) -> str:
 def spectra(found: Results) -> Figure:
     """The spectral densities of all checkpoints, one above the other's line."""
     densities = {name: r for (name, measure, _), r in found.items() if measure == "density"}
-    with styled(7.2, 4.2) as figure:
+    with styled((7.2, 4.2)) as figure:
         axes = figure.add_subplot()
         for i, (name, r) in enumerate(densities.items()):
             label = Path(name).stem.partition("-")[0]

@@ -50,7 +50,7 @@ def test_the_demo_writes_one_page_with_everything(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     results = strict(finished / "results.json")
     assert results["headline"] in page
-    assert not re.findall(r"https?://|<script(?! type=\"application/json\")|url\(", page)
+    assert not re.findall(r"https?://|<script(?! type=\"application/json\")|url\([^#]", page)
     for method in METHODS.values():
         assert method.name in page
     for identifier in (
@@ -65,7 +65,7 @@ def test_the_demo_writes_one_page_with_everything(finished):
     ):
         assert f'id="{identifier}"' in page
     assert "the numbers mean nothing" in page
-    assert page.count("data:image/png;base64,") == 2 * len(METHODS)
+    assert page.count("second direction, in filter norms") == 2 * len(METHODS)
     assert "nan" not in re.sub(r"<script.*</script>", "", page, flags=re.S).lower().replace("provenance", "")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
     assert len(data["runs"]) == len(METHODS) * QUICK.num_seeds

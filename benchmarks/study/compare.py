@@ -13,11 +13,20 @@ from benchmarks import command
 from benchmarks.command import InputError, unknown
 from benchmarks.study.analysis import LEVEL, UNITS, labelled, name
 from benchmarks.study.config import Config, Range
+from sam_optim.core.text import mean_and_std, number, signed, spread, text_table
 from sam_optim.report import write_page
-from sam_optim.report.charts import Group, mean_and_std, panels, strip
-from sam_optim.report.markup import Markup, tag
-from sam_optim.report.page import bullets, code_block, html_page, paragraph, section
-from sam_optim.report.tables import html_table, number, signed, spread, text_table
+from sam_optim.report.figures import Group, strip
+from sam_optim.report.page import (
+    Markup,
+    bullets,
+    code_block,
+    element,
+    html_page,
+    html_table,
+    panels,
+    paragraph,
+    section,
+)
 from sam_optim.statistics.partial import holm
 
 HIGHER = "_accuracy"  # columns of which more is better; of all others less is
@@ -151,10 +160,10 @@ def write(found: Sequence[Row], out: Path, runs: Runs) -> int:
 def page(found: Sequence[Row], runs: Runs) -> Markup:
     by, over, finished = found[0]["by"], found[0]["over"], sum(not row["failed"] for row in runs.rows)
     parts = [
-        tag(
+        element(
             "header",
-            paragraph(f"Study {runs.title}", class_="overline"),
-            tag("h1", f"{finished} models by {name(by)}"),
+            paragraph(f"Study {runs.title}", kind="overline"),
+            element("h1", f"{finished} models by {name(by)}"),
             None if runs.about.get("complete", True) else paragraph(f"Not complete: {runs.about['tally']}."),
         )
     ]
@@ -170,7 +179,7 @@ def page(found: Sequence[Row], runs: Runs) -> Markup:
         "p is that of the paired t-test, by Holm's correction for all differences of this page together.",
     )
     config = json.dumps(runs.about.get("config"), indent=1)
-    parts.append(section("How to read this", bullets(notes), tag("h3", "Settings"), code_block(config)))
+    parts.append(section("How to read this", bullets(notes), element("h3", "Settings"), code_block(config)))
     return html_page(f"{runs.title}: {name(by)}", *parts, data={"comparisons": list(found)})
 
 

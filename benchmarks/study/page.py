@@ -8,12 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.analysis import Table, directions, labelled, name, table_size
-from sam_optim.report.charts import Group, Interval, figure, intervals, legend, panels, scatter
-from sam_optim.report.markup import Child, Markup, join, tag
-from sam_optim.report.matrix import Square, matrix
-from sam_optim.report.page import bullets, facts, html_page, paragraph, section
-from sam_optim.report.sortable import SCRIPT, Cell, sortable_table
-from sam_optim.report.tables import html_table, number, signed
+from sam_optim.core.text import number, signed
+from sam_optim.report.figures import Group, Interval, heat_map, intervals, legend, scatter
+from sam_optim.report.page import (
+    Child,
+    Markup,
+    bullets,
+    definitions,
+    drawing,
+    element,
+    figure,
+    html_page,
+    html_table,
+    panels,
+    paragraph,
+    section,
+)
 
 LEVELS = 6  # colours of a factor; with more values than that, neighbours share one
 
@@ -32,7 +42,7 @@ def page(table: Table, found: Found) -> Markup:
         _reading(table, found),
         _settings(table),
         data=dict(found) | {"models": [dict(row) for row in table.rows]},
-        script=SCRIPT,
+        sortable=True,
     )
 
 
@@ -40,55 +50,49 @@ def _header(table: Table, found: Found) -> Markup:
     rows = [row for row in found["comparisons"] if row["tau"] is not None]
     counts = [directions(row, found["level"]) for row in rows]
     items: list[tuple[Child, Child]] = [
-        (str(found["num_models"]), "models, which differ in " + _words(table.factors)),
+        ("models, which differ in " + _words(table.factors), str(found["num_models"])),
         (
-            f"{sum(d[0] != 0 for d in counts)} of {len(rows)}",
             f"comparisons of a measure with a target in which tau is not 0, corrected for {found['num_tests']} tests",
+            f"{sum(d[0] != 0 for d in counts)} of {len(rows)}",
         ),
     ]
     if table.given:
         fixed = [d[1] for d in counts if d[1] is not None]
         items.append(
-            (f"{sum(d != 0 for d in fixed)} of {len(fixed)}", f"of them with the {name(table.given)} held fixed")
+            (f"of them with the {name(table.given)} held fixed", f"{sum(d != 0 for d in fixed)} of {len(fixed)}")
         )
     unfinished = None if table.about.get("complete", True) else f"The study is not complete: {table.about['tally']}."
     if not table.factors:
-        items[0] = (str(found["num_models"]), "models")
-    return tag(
+        items[0] = ("models", str(found["num_models"]))
+    return element(
         "header",
-        paragraph(f"Study {table.title}", class_="overline"),
-        tag("h1", found["headline"]),
-        paragraph(unfinished, class_="lead") if unfinished else None,
+        paragraph(f"Study {table.title}", kind="overline"),
+        element("h1", found["headline"]),
+        paragraph(unfinished, kind="lead") if unfinished else None,
         paragraph("If flatter models generalized better, measures of sharpness would rise with the errors."),
         bullets(found["conclusions"]),
-        facts(items),
+        definitions(items, kind="facts"),
     )
 
 
 def _map(table: Table, found: Found) -> Markup:
     level = found["level"]
 
-    def squares(value: str, index: int) -> list[list[Square]]:
-        def square(row: Found) -> Square:
-            numbers = row if value == "tau" else row.get("fixed") or {}
-            ends = ("low", "high") if value == "tau" else (f"{value}_low", f"{value}_high")
-            interval = f"{signed(_float(numbers.get(ends[0])))} to {signed(_float(numbers.get(ends[1])))}"
-            about = f"{row['measure']} and {name(row['target'])}: {signed(_float(numbers.get(value)))} ({interval})"
-            return Square(_float(numbers.get(value)), bool(directions(row, level)[index]), about)
+    def tau_map(title: str, value: str, index: int) -> Any:
+        rows = [[_row(found, m, t) for t in table.targets] for m in table.measures]
+        numbers = [[_float((row if value == "tau" else row.get("fixed") or {}).get(value)) for row in r] for r in rows]
+        firm = [[bool(directions(row, level)[index]) for row in r] for r in rows]
+        return heat_map(title, table.measures, [_short(t) for t in table.targets], numbers, firm=firm)
 
-        return [[square(_row(found, m, t)) for t in table.targets] for m in table.measures]
-
-    columns = [_short(t) for t in table.targets]
-    maps = [matrix("Kendall's tau over all models", table.measures, columns, squares("tau", 0))]
+    maps = [tau_map("Kendall's tau over all models", "tau", 0)]
     if table.given:
-        title = f"Kendall's tau among models with the same {name(table.given)}"
-        maps.append(matrix(title, table.measures, columns, squares("within", 1)))
+        maps.append(tau_map(f"Kendall's tau among models with the same {name(table.given)}", "within", 1))
     caption = (
         "Red: a larger measure goes with a larger target (for measures of sharpness: flatter goes with better). Blue: "
         "with a smaller one. Framed and bold: the interval excludes 0 and so does the test, corrected for the number "
         "of tests on this page."
     )
-    return section("All correlations", figure(tag("div", *maps, class_="matrices"), caption), identifier="map")
+    return section("All correlations", figure(panels(*maps, wide=True), caption), identifier="map")
 
 
 def _given(table: Table, found: Found) -> Markup | None:
@@ -99,9 +103,9 @@ def _given(table: Table, found: Found) -> Markup | None:
         rows = []
         for measure in table.measures:
             row = _row(found, measure, target)
-            rows.append(Interval(measure, *(_float(row.get(k)) for k in ("tau", "low", "high")), 3))
+            rows.append(Interval(measure, *(_float(row.get(k)) for k in ("tau", "low", "high")), 0))
             keys = ("within", "within_low", "within_high")
-            rows.append(Interval("", *(_float(row["fixed"].get(k)) for k in keys), 0))
+            rows.append(Interval("", *(_float(row["fixed"].get(k)) for k in keys), 1))
         drawn.append(intervals(_cap(name(target)), rows, x_label="tau", span=(-1.0, 1.0)))
     goal, given = table.targets[0], name(table.given)
     closer = [
@@ -121,7 +125,7 @@ def _given(table: Table, found: Found) -> Markup | None:
             f"A {given} that moves both numbers gives a correlation even if flatness itself does nothing. So tau is "
             f"also taken over pairs of models with the same {given}."
         ),
-        legend([("all models", 3), (f"same {given}", 0)]),
+        drawing(legend([("all models", 0), (f"same {given}", 1)])),
         figure(
             panels(*drawn), f"Intervals of {100 * found['level']:g} % by bootstrap, not corrected for their number."
         ),
@@ -132,35 +136,28 @@ def _given(table: Table, found: Found) -> Markup | None:
 
 def _comparisons(table: Table, found: Found) -> Markup:
     given = name(table.given) if table.given else None
-    head: list[Child] = ["measure", "target", "in words", "n", "tau, interval", "p"]
-    head += [f"tau at fixed {given}, interval", "p at fixed"] if given else []
+    head: list[Child] = ["measure", "target", "in words", "n", "tau, interval", "p, corrected", "p"]
+    head += [f"tau at fixed {given}, interval", "p at fixed, corrected", "p at fixed"] if given else []
     head += ["granulated tau", *(["partial tau, interval"] if given else [])]
     rows = []
     for row in found["comparisons"]:
         fixed = row.get("fixed") or {}
-        cells: list[Cell | Child] = [
-            Cell(row["measure"], str(row["measure"])),
-            Cell(name(row["target"]), name(row["target"])),
-            Cell(row["verdict"], row["verdict"]),
-            Cell(row["n"], row["n"]),
-            _tau(row, "tau", "low", "high"),
-            _p(row.get("p_adjusted"), row.get("p")),
-        ]
+        cells: list[Child] = [row["measure"], name(row["target"]), row["verdict"], row["n"]]
+        cells += [_tau(row, "tau", "low", "high"), _p(row.get("p_adjusted")), _p(row.get("p"))]
         if given:
             cells.append(_tau(fixed, "within", "within_low", "within_high"))
-            cells.append(_p(fixed.get("within_p_adjusted"), fixed.get("within_p")))
-        cells.append(_granulated(row))
+            cells += [_p(fixed.get("within_p_adjusted")), _p(fixed.get("within_p"))]
+        cells.append(signed(_float(row.get("granulated"))))
         if given:
             cells.append(_tau(fixed, "partial", "partial_low", "partial_high"))
         rows.append(cells)
     caption = (
         f"Kendall's tau-b; intervals of {100 * found['level']:g} % from {found['num_resamples']:,} bootstrap samples; "
         f"p-values corrected by Holm's method over all {found['num_tests']} tests, which keeps the chance of even one "
-        "false finding on this page below 5 %; uncorrected when pointed at. Granulated: the mean, over the factors, of "
+        "false finding on this page below 5 %. Granulated: the mean, over the factors, of "
         f"tau among models that differ in one factor only.{_partial_words(table)}"
     )
-    table_ = sortable_table(head, rows, caption, label="All comparisons")
-    return section("Every comparison", table_, identifier="comparisons")
+    return section("Every comparison", html_table(head, rows, caption, sortable=True), identifier="comparisons")
 
 
 def _scatters(table: Table, found: Found) -> Markup:
@@ -180,32 +177,31 @@ def _scatters(table: Table, found: Found) -> Markup:
             log = bool(known) and min(known) > 0 and max(known) > 10 * min(known)
             axis = f"{measure} (logarithmic)" if log else measure
             plots.append(
-                scatter(measure, groups, x_label=axis, y_label=labelled(target), note=note, log=log, palette="r")
+                scatter(measure, groups, x_label=axis, y_label=labelled(target), note=note, log=log, ordered=True)
             )
-        drawn += [tag("h3", _cap(name(target))), panels(*plots)]
-    key = None
+        drawn += [element("h3", _cap(name(target))), panels(*plots)]
+    key: list[Child] = []
     if table.given:
-        key = join(paragraph(f"Colour and shape: {name(table.given)}."), legend(names, palette="r"))
-    return section("Every model", key, *drawn, identifier="scatter")
+        key = [paragraph(f"Colour and shape: {name(table.given)}."), drawing(legend(names, ordered=True))]
+    return section("Every model", *key, *drawn, identifier="scatter")
 
 
 def _models(table: Table) -> Markup:
     shown = [*table.factors, *table.targets, *table.measures]
-    rows: list[list[Cell | Child]] = []
+    rows: list[list[Child]] = []
     for i, row in enumerate(table.rows):
-        cells: list[Cell | Child] = [Cell(i + 1, i + 1)]
+        cells: list[Child] = [i + 1]
         for column in shown:
             value = row.get(column)
             if column in table.factors or isinstance(value, str):
-                text = "–" if value is None else f"{value:g}" if isinstance(value, (int, float)) else value
-                cells.append(Cell(text, value if isinstance(value, (int, float, str)) else ""))
+                cells.append("–" if value is None else f"{value:g}" if isinstance(value, (int, float)) else value)
             else:
-                cells.append(Cell(number(_float(value), 4), _float(value)))
+                cells.append(number(_float(value), 4))
         rows.append(cells)
     failed = [paragraph(f"{len(table.failed)} models have no numbers:"), bullets([_failed(f) for f in table.failed])]
     return section(
         "The models",
-        sortable_table(["", *(labelled(c) for c in shown)], rows, f"{len(rows)} models.", label="All models"),
+        html_table(["", *(labelled(c) for c in shown)], rows, f"{len(rows)} models.", sortable=True),
         *(failed if table.failed else []),
         identifier="models",
     )
@@ -240,12 +236,11 @@ def _reading(table: Table, found: Found) -> Markup:
 
 
 def _settings(table: Table) -> Markup:
-    rows = [
-        [key, value if isinstance(value, str) else json.dumps(value, sort_keys=True)]
+    rows: list[tuple[Child, Child]] = [
+        (key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
         for key, value in table.about.items()
     ]
-    pairs = tag("dl", *(join(tag("dt", key), tag("dd", tag("code", value))) for key, value in rows), class_="pairs")
-    return section("Settings and versions", pairs, identifier="settings")
+    return section("Settings and versions", definitions(rows, kind="pairs"), identifier="settings")
 
 
 def _levels(table: Table) -> tuple[list[tuple[str, int]], Any]:
@@ -268,25 +263,13 @@ def _row(found: Found, measure: str, target: str) -> Found:
     return next(row for row in found["comparisons"] if row["measure"] == measure and row["target"] == target)
 
 
-def _granulated(row: Found) -> Cell:
-    factors = ", ".join(f"{name(f)} {signed(_float(tau))}" for f, tau in (row.get("by_factor") or {}).items())
-    value = _float(row.get("granulated"))
-    return Cell(tag("span", signed(value), title=factors or None), value)
-
-
-def _tau(row: Found, *keys: str) -> Cell:
+def _tau(row: Found, *keys: str) -> Child:
     value, low, high = (_float(row.get(key)) for key in keys)
-    if not math.isfinite(value):
-        return Cell("–", math.nan)
     ends = "" if math.isnan(low) else f" ({signed(low)} to {signed(high)})"
-    return Cell(join(tag("strong", signed(value)), ends), value)
+    return f"{signed(value)}{ends}"
 
 
-def _p(value: float | None, raw: float | None) -> Cell:
-    return Cell(tag("span", _small(value), title=f"uncorrected: {_small(raw)}"), _float(value))
-
-
-def _small(value: float | None) -> str:
+def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

@@ -16,6 +16,7 @@ from benchmarks.study import storage as stores
 from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, columns, identifier
 from benchmarks.study.page import page
+from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
 
 EXTRA_TARGETS = ("test_loss", "loss_gap", "train_error", "validation_error")
@@ -145,11 +146,7 @@ def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     head = list(dict.fromkeys(key for row in rows for key in row))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, head, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
+    return csv_text(head, [[row.get(key) for key in head] for row in rows])
 
 
 def number(text: str | None) -> float | None:

@@ -65,14 +65,20 @@ def is_logarithmic(values: Sequence[float], log: bool | None) -> bool:
     return positive and (math.log10(max(values) / min(values)) > DECADES if log is None else log)
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers between low and high, powers of ten where there are enough."""
+def log_ticks(low: float, high: float, *, most: int = 8) -> list[float]:
+    """At most `most` round numbers between low and high, at about equal ratios; powers of ten if there are enough."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for multiples in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
         ticks = [m * 10.0**k for k in decades for m in multiples if low <= m * 10.0**k <= high]
-        if len(ticks) >= 4:
-            break
-    return ticks[:: math.ceil(len(ticks) / 8)]
+        if len(ticks) > most / 2:
+            return ticks[:: math.ceil(len(ticks) / most)]
+    return linear_ticks(low, high)
+
+
+def linear_ticks(low: float, high: float) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(t) for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
 
 
 def set_scale(axis: Any, values: Sequence[float], log: bool | None, *, most_ticks: int = 8) -> None:
@@ -84,8 +90,8 @@ def set_scale(axis: Any, values: Sequence[float], log: bool | None, *, most_tick
     room = max((high / low) ** 0.06, 1.1)
     low, high = low / room, high * room
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
-    if math.log10(high / low) < 3 and len(ticks := log_ticks(low, high)) >= 2:
-        ticks = ticks[:: math.ceil(len(ticks) / most_ticks)]
+    if math.log10(high / low) < 3:
+        ticks = log_ticks(low, high, most=most_ticks)
         axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
         axis.set_ticks([], minor=True)
 

@@ -82,8 +82,11 @@ def curves(
             finite += [v for v in (*low, *high) if math.isfinite(v)]
         _finish(figure, axes, title, x_label=x_label, y_label=y_label)
         set_scale(axes.yaxis, finite, log)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="best", fontsize=8 if size == canvas.PANEL else 9)
+        if (count := len(axes.get_legend_handles_labels()[1])) > 4:
+            figure.set_figheight(size[1] + 0.18 * math.ceil(count / 2))
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+        elif count:
+            axes.legend(loc="best", fontsize=8)
     return figure
 
 
@@ -161,11 +164,13 @@ def heat_map(
     firm: which of them the evidence supports; they are bold and framed.
     """
     with styled((2.8 + 0.95 * len(columns), 1.3 + 0.36 * max(len(rows), 3))) as figure:
+        from matplotlib import colormaps
         from matplotlib.patches import Rectangle
 
         axes = figure.add_subplot()
         axes.grid(False)
-        mesh = axes.pcolormesh(values, cmap=canvas.DIVERGING, vmin=-1, vmax=1, edgecolors="white", linewidth=2)
+        colours = colormaps[canvas.DIVERGING].resampled(41)  # of more, matplotlib draws the bar as a bitmap
+        mesh = axes.pcolormesh(values, cmap=colours, vmin=-1, vmax=1, edgecolors="white", linewidth=2)
         for i, line in enumerate(values):
             for j, value in enumerate(line):
                 ink = "white" if abs(value) > 0.6 else canvas.INK
@@ -219,7 +224,7 @@ def _marker(style: int) -> str:
 
 def _finish(figure: Figure, axes: Axes, title: str, *, note: str = "", x_label: str = "", y_label: str = "") -> None:
     axes.set_xlabel(label(x_label, width=46, limit=92))
-    axes.set_ylabel(label(y_label, width=34, limit=68))
+    axes.set_ylabel(label(y_label, width=24, limit=48))
     axes.set_title(label(note, width=48, limit=96), fontsize=9, fontweight="normal")
     _title(figure, title, width=40)
 

@@ -20,7 +20,9 @@ from sam_optim.core.results import plain
 from sam_optim.core.text import printable
 from sam_optim.report.canvas import Figure, svg
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+LONG = 28  # characters, from which on a column of words is given more room
 
 Markup = str
 Child = Markup | str | int | float | None  # markup, text, a number, or nothing
@@ -77,9 +79,9 @@ def drawing(figure: Figure) -> Markup:
     return _templates().drawing(svg(figure))
 
 
-def panels(*figures: Figure) -> Markup:
-    """Figures side by side where there is room, below each other where there is not."""
-    return element("div", *map(drawing, figures), kind="panels")
+def panels(*figures: Figure, wide: bool = False) -> Markup:
+    """Figures in rows of three, or of two (`wide`), where there is room for them."""
+    return element("div", *map(drawing, figures), kind="panels wide" if wide else "panels")
 
 
 def figure(content: Markup, caption: Child) -> Markup:
@@ -99,8 +101,8 @@ def html_table(
 
     best: the numbers of rows to set off. sortable: by a click on a heading, where the page is.
     """
-    words = [not any(_is_number(row[i]) for row in rows) for i in range(len(head))]
-    return _templates().table(head, rows, caption, words, best, sortable)
+    kinds = [_kind([row[i] for row in rows]) for i in range(len(head))]
+    return _templates().table(head, rows, caption, kinds, best, sortable)
 
 
 def write_page(path: Path | str, page: Markup) -> Path:
@@ -110,8 +112,12 @@ def write_page(path: Path | str, page: Markup) -> Path:
     return path
 
 
-def _is_number(cell: Child) -> bool:
-    return isinstance(cell, (int, float)) or re.match(r"(<\w+>)?(< )?[-+−]?\d", cell or "") is not None
+def _kind(cells: Sequence[Child]) -> str:
+    """Of a column: "" for numbers, "words", or "words long"."""
+    texts = [str(cell) for cell in cells if cell is not None]
+    if any(re.match(r"(<\w+>)?(< )?[-+−]?\d", text) for text in texts):
+        return ""
+    return "words long" if any(len(text) > LONG for text in texts) else "words"
 
 
 @cache

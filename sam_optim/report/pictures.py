@@ -226,7 +226,6 @@ def _levels(
 ) -> tuple[Tensor, Any, list[float], bool]:
     """Losses to draw (not finite: above all others), the edges of bands, round losses, and whether logarithmic."""
     import numpy as np
-    from matplotlib.ticker import MaxNLocator
 
     low, high = limits or (float(x) for x in losses[losses.isfinite()].aminmax())
     logarithmic = canvas.is_logarithmic([low, high], log)
@@ -234,9 +233,9 @@ def _levels(
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)  # flat: one band
     top = high * (1 + 1e-9) if logarithmic else high + 1e-9 * (high - low)  # the highest loss is in the last band
     edges = (np.geomspace if logarithmic else np.linspace)(low, top, NUM_BANDS)
-    ticks = canvas.log_ticks(low, high) if logarithmic else [float(t) for t in MaxNLocator(6).tick_values(low, high)]
+    ticks = canvas.log_ticks(low, high) if logarithmic else canvas.linear_ticks(low, high)
     drawn = torch.nan_to_num(losses.double(), nan=math.inf).clamp(max=2 * abs(high) + 1)
-    return drawn, edges, [t for t in ticks if low <= t <= high], logarithmic
+    return drawn, edges, ticks, logarithmic
 
 
 def _axis_label(landscape: Landscape, axis: int) -> str:
@@ -245,7 +244,7 @@ def _axis_label(landscape: Landscape, axis: int) -> str:
         return "from these weights (0) to the others (1)"
     which = ("first ", "second ")[axis] if len(landscape.coordinates) == 2 else ""
     if about.get("kind") == "random":
-        return f"{which}random direction, in filter norms"
+        return f"{which or 'random '}direction, in filter norms"
     norm = about["norms"][axis] if about.get("norms") else None
     unit = "" if norm is None else (", units of w" if abs(norm - 1) < 1e-6 else f" of length {norm:.3g}")
     return f"distance along {which or 'the '}direction{unit}"

@@ -31,9 +31,9 @@ from sam_optim.measures import (
     relative_flatness,
     sharpness_alpha,
     spectral_density,
+    standard_measures,
     worst_case_sharpness,
 )
-from sam_optim.measures.standard import standard_measures
 from sam_optim.optim.cuda_graph import GraphedStep
 from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups

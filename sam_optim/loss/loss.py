@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,19 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sam_optim.core import module_state as batchnorm
+from sam_optim.core import module_state
 from sam_optim.core import random as rng
-from sam_optim.loss import curvature as chunks
+from sam_optim.loss import criterion as criteria
 from sam_optim.loss import products
-from sam_optim.loss.batches import FixedBatches, channels_last, combined, moved
-from sam_optim.loss.convolutions import CheapSecondDerivatives
-from sam_optim.loss.distributed import Shares
+from sam_optim.loss.batches import FixedBatches, channels_last, checksum, data_id, divided, moved, part
+from sam_optim.loss.criterion import Criterion, Forward
+from sam_optim.loss.curvature import PROBE, Curvature, Sum
+from sam_optim.loss.distributed import Sharding
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
 
-Criterion = Callable[[Any, Any], Tensor]
-Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 T = TypeVar("T")
 
 
@@ -77,7 +77,7 @@ class Loss:
         distributed: bool | None = None,
         chunk_size: int | None = None,
     ):
-        _check_criterion(criterion, normalize_logits)
+        criteria.check(criterion, normalize_logits)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size counts examples and must be >= 1 or None, got {chunk_size}")
         self.model = _unwrapped(model)
@@ -90,47 +90,46 @@ class Loss:
         if not self.params:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
         self.device = torch.device(device) if device is not None else self.params[0].device
-        self._forward = forward or _default_forward
+        self._forward = forward or criteria.default_forward
         self._images_last = _convolves_on_cpu(self.model)
-        self._shares = Shares(distributed)
-        self._batches = self._shares.together(lambda: FixedBatches(batches, may_be_empty=not self._shares.is_one))
-        self._shares.check(self._batches.found, self.params)
-        self._found = self._shares.dealt(self._batches.found)
-        self.batch_sizes = tuple(n for n, _ in self._found)
-        if not self.batch_sizes:
+        self._hold(batches, Sharding(distributed))
+
+    def _hold(self, batches: Iterable[Any], sharding: Sharding) -> None:
+        self._sharding = sharding
+        self._batches = sharding.together(lambda: FixedBatches(batches, may_be_empty=not sharding.is_single))
+        sharding.check(self._batches.fingerprints, self.params)
+        self._fingerprints = sharding.interleave(self._batches.fingerprints)
+        self._sizes = tuple(n for n, _ in self._fingerprints)
+        if not self._sizes:
             raise ValueError("a loss needs batches with examples in them, and no rank has any")
-        self.num_batches = len(self.batch_sizes)
-        self.num_examples = sum(self.batch_sizes)
+        self.batch_sizes = self._sizes
+        self.num_batches = len(self._sizes)
+        self.num_examples = sum(self._sizes)
 
     def value(self) -> Tensor:
         """L(w), 0-d float64 on the CPU."""
-        return self._mean(self.batch_values())
+        return self._mean(self._batch_values())
 
     def batch_values(self) -> Tensor:
         """l_b(w) of each batch, (num_batches,) float64 on the CPU."""
-
-        def own() -> list[float]:
-            with self._evaluating(grad=False):
-                return _stack([self._batch_loss(batch) for _, batch in self._weighted_batches()]).tolist()
-
-        return torch.tensor(self._shares.dealt(self._shares.together(own)), dtype=torch.float64)
+        values = self._batch_values()
+        return values if len(values) == self.num_batches else self._mean(values)[None]
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
         values: list[Tensor] = []
 
-        def own() -> list[Tensor]:
+        def local() -> list[Tensor]:
             with self._evaluating(grad=True):
-                total = chunks.Sum(self.params)
-                for weight, batch in self._weighted_batches():
+                total = Sum(self.params)
+                for weight, _, batch in self._weighted_batches():
                     loss = self._batch_loss(batch)
                     total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
                     values.append(loss.detach())
             return total.tensors
 
-        gradient = self._shares.summed(own)
-        dealt = self._shares.dealt(_stack(values).tolist())
-        return self._mean(torch.tensor(dealt, dtype=torch.float64)), gradient
+        gradient = self._sharding.all_reduce(local)
+        return self._mean(torch.tensor(self._sharding.interleave(_floats(values)), dtype=torch.float64)), gradient
 
     def gradient(self) -> list[Tensor]:
         """dL/dw in the shapes of `params`."""
@@ -166,22 +165,37 @@ class Loss:
         if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
         with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
-            yield chunks.Curvature(self, matrix, seed)
+            yield Curvature(
+                self.params,
+                (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._weighted_batches,
+                lambda piece, keep: self._piece_product(matrix, piece, keep),
+                lambda batch, n, size: self._is_separable(matrix, batch, n, size),
+                self._sharding,
+                chunk_size=self.num_examples if self.batch_statistics else self.chunk_size,
+            )
 
     def block(self, *names: str) -> Loss:
         """The same loss as a function of some parameters alone, the others fixed: those whose name in the model is one
         of `names`, or begins with one and a dot ("layer1": all of that layer). Curvature becomes that block of it."""
-        own = self.parameter_names()
-        for n in names:
-            if not any(name == n or name.startswith(f"{n}.") for name in own):
-                raise ValueError(f"no parameter of this loss is {n!r} or in it; there are {', '.join(own)}")
         if not names:
             raise ValueError("a block needs the name of a parameter or module")
-        found = copy.copy(self)
-        pairs = zip(own, self.params, strict=True)
-        found.params = [p for name, p in pairs if any(name == n or name.startswith(f"{n}.") for n in names)]
-        found.blocks = names
-        return found
+        inside: dict[str, Tensor] = {}
+        named = dict(zip(self.parameter_names(), self.params, strict=True))
+        for prefix in names:
+            members = {name: p for name, p in named.items() if name == prefix or name.startswith(f"{prefix}.")}
+            if not members:
+                raise ValueError(f"no parameter of this loss is {prefix!r} or in it; there are {', '.join(named)}")
+            inside |= members
+        return self._copy(params=[p for name, p in named.items() if name in inside], blocks=names)
+
+    def with_criterion(self, criterion: Criterion) -> Loss:
+        """Another loss of the same outputs, over the same batches."""
+        criteria.check(criterion, self.normalize_logits)
+        return self._copy(criterion=criterion)
+
+    def merged(self) -> Loss:
+        """L as one unit: a single batch of all examples, which still passes through memory batch by batch."""
+        return self._copy(batch_sizes=(self.num_examples,), num_batches=1)
 
     def parameter_names(self) -> list[str]:
         """Names in the model, in the order of `params`."""
@@ -194,12 +208,14 @@ class Loss:
         Each rank calls f for the batches of its own, and all get all results: numbers, tensors, or tuples, lists and
         mappings of them. An error on one rank is one on all.
         """
-        return self._shares.dealt_together(lambda: [f(single) for single in self.single_batches()], self.device)
+        if self.num_batches != len(self._sizes):
+            return [f(self)]
+        return self._sharding.interleave_together(lambda: [f(single) for single in self.single_batches()], self.device)
 
     def single_batches(self) -> Iterator[Loss]:
         """A Loss over each batch alone, of this rank; see `over_batches`."""
-        for _, batch in self._weighted_batches():
-            yield self._over([batch], distributed=False)
+        for _, _, batch in self._weighted_batches():
+            yield self._over([batch], Sharding(distributed=False))
 
     def split(self, size: int) -> Loss:
         """The same function of the weights over batches of at most `size` examples: another m of m-sharpness.
@@ -210,27 +226,22 @@ class Loss:
         if size < 1:
             raise ValueError(f"size counts examples and must be >= 1, got {size}")
         pieces: list[Any] = []
-        for n, (_, batch) in zip(self._batches.sizes, self._weighted_batches(), strict=True):
-            found = chunks.divided(batch, n, size)
-            if len(found) < -(-n // size):
+        for _, n, batch in self._weighted_batches():
+            parts = divided(batch, n, size)
+            if len(parts) < -(-n // size):
                 raise ValueError("this batch cannot be split: not all of its tensors begin with its examples")
-            pieces += [piece for _, piece in found]
-        return self._over(pieces, distributed=not self._shares.is_one)
+            pieces += [piece for _, piece in parts]
+        return self._over(pieces, self._sharding)
 
-    def _over(self, batches: list[Any], *, distributed: bool) -> Loss:
-        found = Loss(
-            self.model,
-            self.criterion,
-            batches,
-            forward=self._forward,
-            normalize_logits=self.normalize_logits,
-            batch_statistics=self.batch_statistics,
-            device=self.device,
-            distributed=distributed,
-            chunk_size=self.chunk_size,
-        )
-        found.params, found.blocks = self.params, self.blocks
-        return found
+    def _copy(self, **changes: Any) -> Loss:
+        derived = copy.copy(self)
+        derived.__dict__.update(changes)
+        return derived
+
+    def _over(self, batches: list[Any], sharding: Sharding) -> Loss:
+        derived = self._copy()
+        derived._hold(batches, sharding)
+        return derived
 
     @contextmanager
     def displaced(self, d: Sequence[Tensor]) -> Iterator[None]:
@@ -268,23 +279,30 @@ class Loss:
             "n": self.num_examples,
             "num_batches": self.num_batches,
             "num_parameters": sum(w.numel() for w in self.params),
-            "batch_norm": batchnorm.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
+            "batch_norm": module_state.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
             "normalize_logits": self.normalize_logits,
             "parameters": None if self.blocks is None else list(self.blocks),
             "dtype": str(self.params[0].dtype).removeprefix("torch."),
             "device": self.device.type,
-            "data": combined(self._found),
+            "data": data_id(self._fingerprints),
         }
 
-    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
-        """(n_b / N, batch on the device) for each batch of this rank."""
+    def _weighted_batches(self) -> Iterator[tuple[float, int, Any]]:
+        """(n_b / N, n_b, batch on the device) for each batch of this rank."""
         for n, batch in zip(self._batches.sizes, self._batches, strict=True):
-            yield n / self.num_examples, moved(batch, self.device)
+            yield n / self.num_examples, n, moved(batch, self.device)
+
+    def _with_draws(self, seed: int) -> Iterator[tuple[float, int, Any]]:
+        """The same with (batch, (n_b,) uniform draws): those of a batch depend on the seed and its contents alone."""
+        for weight, n, batch in self._weighted_batches():
+            # hashed together: torch's generator reads the lower 32 bits of a seed alone
+            stream = rng.Stream(zlib.crc32(f"{seed} {checksum(batch)}".encode()))
+            yield weight, n, (batch, stream.uniform_like(torch.empty(n, dtype=torch.float64)))
 
     @contextmanager
     def _evaluating(self, *, grad: bool) -> Iterator[None]:
         cuda = [self.device] if self.device.type == "cuda" else []
-        measured = batchnorm.measured(self.model, batch_statistics=self.batch_statistics)
+        measured = module_state.measured(self.model, batch_statistics=self.batch_statistics)
         kept, aside = rng.kept(cuda), rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
         before = torch.is_grad_enabled()
         try:
@@ -293,62 +311,71 @@ class Loss:
         finally:
             torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
-    def _outputs(self, batch: Any) -> tuple[Any, Any]:
-        """(outputs, target); of images with their channels last, which a CPU convolves faster."""
-        if self._images_last:
-            try:
-                return self._of_criterion(*self._forward(self.model, channels_last(batch)))
-            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
-                self._images_last = False
-        return self._of_criterion(*self._forward(self.model, batch))
+    def _batch_values(self) -> Tensor:
+        """l_b(w) of each batch, also where they are merged into one."""
+
+        def local() -> list[float]:
+            with self._evaluating(grad=False):
+                return _floats([self._batch_loss(batch) for _, _, batch in self._weighted_batches()])
+
+        return torch.tensor(self._sharding.interleave(self._sharding.together(local)), dtype=torch.float64)
 
     def _batch_loss(self, batch: Any) -> Tensor:
         """l_b(w)."""
-        return self._criterion_value(*self._outputs(batch))
+        return criteria.value(self.criterion, *self._outputs(batch))
 
-    def _of_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
+    def _outputs(self, batch: Any) -> tuple[Any, Any]:
+        """(outputs, target); images have their channels last, which a CPU convolves faster."""
+        if self._images_last:
+            try:
+                return self._for_criterion(*self._forward(self.model, channels_last(batch)))
+            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
+                self._images_last = False
+        return self._for_criterion(*self._forward(self.model, batch))
+
+    def _for_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
         if self.criterion is not None:
             outputs = getattr(outputs, "logits", outputs)
-        return (_normalized(outputs) if self.normalize_logits else outputs), target
-
-    def _criterion_value(self, outputs: Any, target: Any) -> Tensor:
-        loss = outputs.loss if self.criterion is None else self.criterion(outputs, target)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"criterion must return the mean over the batch, a 0-d tensor, got {got}; {_A_MEAN}")
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("the loss does not depend on the trainable parameters: is there a detach() or no_grad()?")
-        return loss
+        return (criteria.normalized(outputs) if self.normalize_logits else outputs), target
 
     def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
         with self.curvature(matrix, seed=seed) as product:
             return product(v)
 
-    def _piece_product(self, matrix: str, piece: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
-        """v -> M v of one batch, or of a piece of it. uniforms: (n,) on [0, 1), for labels to be drawn."""
-        with CheapSecondDerivatives():
-            return self._product_of(matrix, *self._outputs(piece), uniforms, keep=keep)
-
-    def _product_of(self, matrix: str, outputs: Any, target: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
+    def _piece_product(self, matrix: str, piece: Any, keep: bool) -> products.Product:
+        """v -> M v of one batch, or of a piece of it; for "fisher_mc" of (piece, uniform draws)."""
+        piece, uniforms = piece if matrix == "fisher_mc" else (piece, torch.empty(0))
+        outputs, target = self._outputs(piece)
         if matrix == "hessian":
-            return products.hessian(self.params, self._criterion_value(outputs, target), keep=keep)
-        if self.criterion is None or not isinstance(outputs, Tensor):
-            got = "no criterion" if self.criterion is None else f"outputs of type {type(outputs).__name__}"
-            remedy = "pass one, such as nn.CrossEntropyLoss(), or use matrix='hessian'"
-            raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}: {remedy}")
-        if matrix == "ggn":
-            return products.gauss_newton(self.params, outputs, lambda o: self._criterion_value(o, target), keep=keep)
-        if matrix in ("fisher", "fisher_mc"):
-            _check_categorical(self.criterion, outputs, matrix)
-            if matrix == "fisher":
-                return products.fisher(self.params, outputs, keep=keep)
+            return products.hessian(self.params, criteria.value(self.criterion, outputs, target), keep=keep)
+        criteria.check_matrix(self.criterion, outputs, matrix)
+        if matrix == "fisher":
+            return products.fisher(self.params, outputs, keep=keep)
+        if matrix == "fisher_mc":
             return products.fisher_mc(self.params, outputs, uniforms, keep=keep)
-        losses = [self._criterion_value(outputs[i : i + 1], target[i : i + 1]) for i in range(len(outputs))]
-        return products.empirical_fisher(self.params, torch.stack(losses), keep=keep)
+        if matrix == "ggn":
+            of_outputs = lambda o: criteria.value(self.criterion, o, target)  # noqa: E731
+            return products.gauss_newton(self.params, outputs, of_outputs, keep=keep)
+        examples = zip(outputs.split(1), target.split(1), strict=True)
+        losses = torch.stack([criteria.value(self.criterion, o, t) for o, t in examples])
+        return products.empirical_fisher(self.params, losses, keep=keep)
+
+    @torch.no_grad()
+    def _is_separable(self, matrix: str, batch: Any, n: int, size: int) -> bool:
+        """Whether the matrix of a batch is the mean of those of its pieces."""
+        if self.criterion is None:
+            return False  # `outputs.loss` may be a mean over tokens, of which examples have different numbers
+        if matrix == "fisher_mc":
+            batch, _ = batch
+        pieces = [(k, *self._outputs(piece)) for k, piece in divided(batch, n, size)]
+        few, _ = self._outputs(part(batch, 0, min(size, PROBE) // 2 or 1))
+        if not criteria.same_outputs(few, pieces[0][1]):
+            return False
+        sum_over_examples = matrix in ("fisher", "fisher_mc", "empirical_fisher")  # by definition
+        return sum_over_examples or criteria.is_mean_over_examples(self.criterion, pieces)
 
     def _mean(self, values: Tensor) -> Tensor:
-        sizes = torch.tensor(self.batch_sizes, dtype=torch.float64)
-        return (values * sizes).sum() / self.num_examples
+        return (values * torch.tensor(self._sizes, dtype=torch.float64)).sum() / self.num_examples
 
 
 def _convolves_on_cpu(model: nn.Module) -> bool:
@@ -357,19 +384,6 @@ def _convolves_on_cpu(model: nn.Module) -> bool:
         isinstance(m, nn.Conv2d) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
         for m in model.modules()
     )
-
-
-_A_MEAN = "use reduction='mean' (batches are weighted by their size), or add .mean()"
-
-
-def _default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return model(**batch), batch["labels"]
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        *inputs, target = batch
-        return model(*inputs), target
-    got = f"a mapping of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-    raise ValueError(f"a batch is (inputs..., target) or a mapping with 'labels', got {got}: pass forward=")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -384,33 +398,5 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_criterion(criterion: Any, normalize_logits: bool) -> None:
-    if criterion is None and normalize_logits:
-        raise ValueError("normalize_logits=True needs a criterion of the logits: `outputs.loss` is made of raw ones")
-    if criterion is not None and not callable(criterion):
-        raise ValueError(f"criterion must be a callable (outputs, target) -> mean loss, or None, got {criterion!r}")
-    reduction = getattr(criterion, "reduction", getattr(criterion, "keywords", {}).get("reduction", "mean"))
-    if reduction in ("sum", "none"):
-        raise ValueError(f"criterion must return the mean over the batch, got reduction={reduction!r}; {_A_MEAN}")
-
-
-def _check_categorical(criterion: Any, outputs: Tensor, matrix: str) -> None:
-    other = isinstance(criterion, nn.modules.loss._Loss) and not isinstance(criterion, nn.CrossEntropyLoss)
-    if other or outputs.ndim != 2:
-        got = f"{type(criterion).__name__} of outputs of shape {tuple(outputs.shape)}"
-        raise ValueError(f"matrix={matrix!r} is that of softmax(outputs), (n, K), got {got}; use matrix='ggn'")
-
-
-def _normalized(outputs: Any) -> Tensor:
-    """(o - mean o) / ||o - mean o||_2 for each example (arXiv:2302.07011)."""
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"normalize_logits=True needs outputs of shape (n, K), K >= 2, got {got}")
-    centred = outputs - outputs.mean(dim=1, keepdim=True)
-    return centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-10)
-
-
-def _stack(values: list[Tensor]) -> Tensor:
-    if not values:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([v.detach() for v in values]).cpu().double()  # one transfer; not every device has float64
+def _floats(values: list[Tensor]) -> list[float]:
+    return torch.stack([v.detach() for v in values]).tolist() if values else []  # one transfer

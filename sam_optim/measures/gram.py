@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.loss import Loss
-from sam_optim.measures.record import Progress, Ticks, flat
+from sam_optim.measures.shared import Progress, Ticks, flat, scaled
 
 BUDGET = 1 << 30  # bytes of gradients held at once
 WIDENED = 1 << 24  # entries of which inner products are taken in float64 at once
@@ -60,11 +60,6 @@ def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         right = left if a is b else torch.stack([x[start : start + width] for x in b]).double()
         products += (left @ right.T).cpu()
     return products
-
-
-def scaled(v: Sequence[Tensor], scales: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """T v, for the parts of v."""
-    return v if scales is None else [t * x for t, x in zip(scales, v, strict=True)]
 
 
 def batch_weights(loss: Loss) -> Tensor:

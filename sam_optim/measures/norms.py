@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate, mean_over_batches
 from sam_optim.loss import Loss
-from sam_optim.measures.record import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, estimate, settings
 
 EXACT = 2048  # products up to which relative flatness is computed without drawing
 
@@ -126,7 +125,7 @@ def relative_flatness(
 
     def forms(single: Loss) -> list[float]:
         found = []
-        with _only(single, weight).curvature(matrix) as product:
+        with single.block(name).curvature(matrix) as product:
             for v in vectors():
                 found.append(_inner([v], product([v])))
                 tick()
@@ -183,13 +182,6 @@ def _weight(loss: Loss, layer: str | nn.Module | Tensor) -> tuple[str, Tensor]:
             f"{found} has shape {tuple(named[found].shape)}"
         )
     return found, named[found]
-
-
-def _only(loss: Loss, weight: Tensor) -> Loss:
-    """The same loss as a function of one weight."""
-    restricted = copy.copy(loss)
-    restricted.params = [weight]
-    return restricted
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> float:

@@ -13,26 +13,13 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam_optim.optim.kernels import dtensor, foreach, loop, sparse
-from sam_optim.optim.kernels.bucket import Backups, Bucket, Norms, Scalar
-
-
-class Ascent(NamedTuple):
-    """What was computed on the way, for each bucket: numbers, or 0-d tensors on the device, which are not read.
-
-    orders: p. factors: rho unit / ||T g||_2, or rho where p is inf. retained: <e', e> and <e, e> of bf16 and fp16 weights.
-    """
-
-    orders: list[float]
-    norms: list[Norms]
-    factors: list[Scalar]
-    units: list[Scalar]
-    retained: list[tuple[Scalar, Scalar]]
+from sam_optim.optim.kernels.bucket import Ascent, Backups, Bucket, Scalar
 
 
 def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None = None) -> Ascent:
@@ -82,7 +69,9 @@ def fused_body(params: Sequence[Tensor], fused: bool | None, foreach_flag: bool 
         raise ValueError("fused=True and foreach=True are two ways of moving the weights: pass one of them")
     if not may_be_fused(params):
         devices = sorted({p.device.type for p in params})
-        raise ValueError(f"fused=True needs parameters on CUDA, got {devices}: move the model there first, or pass None")
+        raise ValueError(
+            f"fused=True needs parameters on CUDA, got {devices}: move the model there first, or pass None"
+        )
     try:
         from sam_optim.optim.kernels import triton
     except ImportError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,6 +24,19 @@ class Norms(NamedTuple):
     dual: Scalar
     grad: Scalar
     step: Scalar
+
+
+class Ascent(NamedTuple):
+    """What was computed on the way, for each bucket: numbers, or 0-d tensors on the device, which are not read.
+
+    orders: p. factors: rho unit / ||T g||_2, or rho where p is inf. retained: <e', e> and <e, e> of bf16 and fp16 weights.
+    """
+
+    orders: list[float]
+    norms: list[Norms]
+    factors: list[Scalar]
+    units: list[Scalar]
+    retained: list[tuple[Scalar, Scalar]]
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +72,7 @@ class Bucket:
 
 
 class Storage:
-    """Tensors like the weights of a bucket, for their clean values. They serve as long as the weights keep their shape.
+    """Tensors like the weights of a bucket, for their clean values. They serve as long as the weights keep their layout.
 
     copies: one for each weight. Small ones on the CPU are parts of one tensor for each of `batches`.
     """
@@ -67,7 +80,7 @@ class Storage:
     def __init__(self, b: Bucket):
         self._kind = b.dtype, b.device, b.body
         self._params = b.params
-        self._shapes = [w.shape for w in b.weights]
+        self._layouts = _layouts(b.weights)
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
@@ -77,7 +90,7 @@ class Storage:
 
     def fits(self, b: Bucket) -> bool:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
-        return same and self._kind == (b.dtype, b.device, b.body) and self._shapes == [w.shape for w in b.weights]
+        return same and self._kind == (b.dtype, b.device, b.body) and self._layouts == _layouts(b.weights)
 
 
 class Backups:
@@ -86,20 +99,45 @@ class Backups:
     def __init__(self) -> None:
         self._storages: list[Storage] = []
         self._moved: Moved = []
+        self._pending: tuple[Moved, Callable[[], bool]] | None = None
+        self.launcher: Any = None  # what the fused body keeps for the next step
 
     def save(self, buckets: Sequence[Bucket]) -> Moved:
         """Copies of all weights, before any of them moves: two may share their memory. Returns what `restore_` reads."""
-        storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
-        for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
-            b.storage = storages[i] = storage if storage is not None and storage.fits(b) else Storage(b)
+        for b, storage in zip(buckets, self.storages_for(buckets), strict=True):
             if b.weights:
-                torch._foreach_copy_(b.storage.copies, b.weights)
-        self._storages = storages  # type: ignore[assignment]
+                torch._foreach_copy_(storage.copies, b.weights)
         self._moved = [(b.weights, b.storage.copies) for b in buckets]  # type: ignore[union-attr]
         return self._moved
 
+    def storages_for(self, buckets: Sequence[Bucket]) -> list[Storage]:
+        """Where copies of all weights go; nothing is copied."""
+        storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
+        for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
+            b.storage = storages[i] = storage if storage is not None and storage.fits(b) else Storage(b)
+        self._storages = storages  # type: ignore[assignment]
+        return self._storages
+
+    def expect(self, moved: Moved, complete: Callable[[], bool]) -> None:
+        """Before a launch that copies and moves at once. Only after an interrupt is `complete` called: it makes all
+        copies whole, whether there was a launch or not, or says that nothing can have moved.
+        """
+        self._pending = moved, complete
+
+    def note(self, moved: Moved) -> None:
+        """After that launch."""
+        self._moved = moved
+        self._pending = None
+
+    def _settle(self) -> None:
+        """Where the expected launch was interrupted, or a signal handler asks in the middle of it."""
+        if self._pending is not None:
+            moved, complete = self._pending
+            self.note(moved if complete() else [])
+
     def clean(self, p: Tensor) -> Tensor | None:
         """The clean weight of a perturbed parameter: the entries on this rank."""
+        self._settle()
         for storage in self._storages if self._moved else ():
             for param, copy in zip(storage._params, storage.copies, strict=True):
                 if param is p:
@@ -112,6 +150,7 @@ class Backups:
         Raises:
             RuntimeError: weights that cannot be restored; all others have been.
         """
+        self._settle()
         errors = []
         for weights, copies in self._moved:
             try:
@@ -128,8 +167,14 @@ class Backups:
 
     def differ(self) -> bool:
         """Whether any weight that was moved last is not what it was before."""
-        pairs = [(p, copy) for storage in self._storages for p, copy in zip(storage._params, storage.copies, strict=True)]
+        pairs = [
+            (p, copy) for storage in self._storages for p, copy in zip(storage._params, storage.copies, strict=True)
+        ]
         return any(not torch.equal(_entries(p, copy), copy) for p, copy in pairs)
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(x.shape, x.stride()) for x in tensors]
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -1,328 +1,551 @@
-"""Whole models in three launches: partial norms, their sum, the move. For CUDA devices with Triton.
+"""The ascent of whole models in three launches: sums of parts, their norms, the move. For CUDA devices, with Triton.
 
-As `reference`, with 20 bytes for each float32 entry (24 where T = |w| + eta): g twice, w, and both of its copies out.
-No host sync, no allocation and no upload in the steady state, the same bits for the same gradients, and the whole of it
-can be captured in a CUDA graph. Any dense layout that weights and gradients share will do, on any address.
+As `loop`, with 20 bytes of traffic for each float32 entry, or 24 where T = |w| + eta: g is read twice, w once (twice),
+and its copy and w + e are written. Each program works on one chunk of one tensor, whose address it reads from a table:
+the number of launches does not grow with the number of tensors. Whole blocks at addresses that are multiples of 16 are
+read and written 16 bytes at a time, everything else entry by entry under a mask.
+
+Arithmetic is in float32; in float64 where weights or gradients are, or where float32 would overflow or lose digits.
+There are no atomics, and every sum has a fixed order: the same gradients give the same bits. In the steady state the
+host waits for nothing, allocates nothing and uploads nothing, and a CUDA graph can capture all of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 from triton.runtime import JITFunction
 
-from sam_optim.optim.kernels import tables, triton_ascent
-from sam_optim.optim.kernels.tables import ALIGNMENT, BLOCK, ROW, SPAN, Uploaded
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, Ascent, Backups, Bucket, Norms, Storage, wide_dtype
 
-if TYPE_CHECKING:
-    from sam_optim.optim.kernels import Bucket, Scalar
+BLOCK = 2048  # entries that a program has in registers: 8 for each of 256 threads
+SPAN = 4  # blocks of a chunk
+CHUNK = SPAN * BLOCK
+ROW = 2048  # sums of chunks that `finalise` reads at a time
+WARPS = 8
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-TYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-IS_INTERPRETED = not isinstance(triton_ascent.perturb, JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
+# The table of tensors has a record of int64 for each: three addresses, number of entries, number of the first chunk,
+# bucket; for a T that is one number for each slice its address, and the stride in w and the number of slices.
+RECORD = tl.constexpr(9)
+G_, W_, COPY_, LENGTH, FIRST, BUCKET, T_, STRIDE, SLICES = (tl.constexpr(k) for k in range(9))
+# That of buckets: its first chunk and the one after its last; bits of float64: whether p is inf, rho, a and eta of T.
+BOUNDS = tl.constexpr(6)
+BEGIN, END, IS_INF, RHO, A, ETA = (tl.constexpr(k) for k in range(6))
+
+ONES = tl.constexpr(0)  # T = 1
+ELEMENTS = tl.constexpr(1)  # T = a |w| + eta; a = 0, eta = 1 for buckets with T = 1 beside adaptive ones
+BY_SLICE = tl.constexpr(2)  # T is one number for each row of w, or for all of it
 
 
-def runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" or (IS_INTERPRETED and device.type == "cpu")
+@triton.jit
+def load(address, at, n, TYPE, FULL):
+    pointer = address.to(tl.pointer_type(TYPE))
+    if FULL:  # multiple_of promises alignment to the compiler, which would read entry by entry without
+        return tl.load(tl.multiple_of(pointer, 16) + at)
+    else:
+        return tl.load(pointer + at, mask=at < n, other=0.0)
 
 
-def fits(w: Tensor, g: Tensor) -> bool:
-    """Whether these kernels can move w by g: plain, dense, of one layout, of types that they know."""
-    return (
-        tables.is_plain(w)
-        and tables.is_plain(g)
-        and runs_on(w.device)
-        and w.device == g.device
-        and w.dtype in TYPES
-        and g.dtype in TYPES
-        and w.layout == g.layout == torch.strided
-        and tables.same_layout(w, g)
-        and (w.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(w))
+@triton.jit
+def store(address, at, n, value, TYPE, FULL):
+    pointer = address.to(tl.pointer_type(TYPE))
+    if FULL:
+        tl.store(tl.multiple_of(pointer, 16) + at, value)
+    else:
+        tl.store(pointer + at, value, mask=at < n)
+
+
+@triton.jit
+def scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK):
+    """T at one block; w: the weights there."""
+    if MODE == ELEMENTS:
+        bucket = buckets + tl.load(tensor + BUCKET) * BOUNDS
+        a = tl.load(bucket + A).to(tl.float64, bitcast=True).to(WIDE)
+        return tl.abs(w) * a + tl.load(bucket + ETA).to(tl.float64, bitcast=True).to(WIDE)
+    else:
+        stride, slices = tl.load(tensor + STRIDE), tl.load(tensor + SLICES)
+        inside = (start % stride).to(tl.int32) + tl.arange(0, BLOCK)  # divided in 32 bits: 64 take many registers
+        row = ((start // stride) % slices).to(tl.int32) + inside // stride.to(tl.int32)
+        return tl.load(tl.load(tensor + T_).to(tl.pointer_type(T)) + row % slices.to(tl.int32)).to(WIDE)
+
+
+@triton.jit
+def block_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, FULL, BLOCK):
+    """|T g|^q, g^2, and (T^2 g)^2 or (T sign g)^2, at each entry of one block."""
+    at = start + tl.arange(0, BLOCK)
+    g = load(tl.load(tensor + G_), at, n, G, FULL).to(WIDE)
+    t = tl.full([BLOCK], 1.0, WIDE)
+    if MODE != ONES:
+        w = t
+        if MODE == ELEMENTS:
+            w = load(tl.load(tensor + W_), at, n, W, FULL).to(WIDE)
+        t = scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK)
+    x = t * g
+    step = t * x if P2 else tl.where(g == 0, 0.0, t)
+    return x * x if P2 else tl.abs(x), g * g, step * step
+
+
+@triton.jit
+def chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, FULL, SPAN, BLOCK):
+    """The sums of `block_sums` over a chunk. Where T = 1 and p = 2 the three are one."""
+    dual = tl.zeros([BLOCK], dtype=WIDE)
+    grad, step = dual, dual
+    if FULL:  # unrolled: all loads are under way at once
+        for k in tl.static_range(SPAN):
+            x, y, z = block_sums(tensor, buckets, start + k * BLOCK, n, G, W, T, WIDE, MODE, P2, FULL, BLOCK)
+            dual += x
+            if MODE != ONES or not P2:
+                grad += y
+                step += z
+    else:
+        for k in range(SPAN):
+            x, y, z = block_sums(tensor, buckets, start + k * BLOCK, n, G, W, T, WIDE, MODE, P2, FULL, BLOCK)
+            dual += x
+            if MODE != ONES or not P2:
+                grad += y
+                step += z
+    total = tl.sum(dual, axis=0).to(tl.float64)
+    if MODE == ONES and P2:
+        return total, total, total
+    else:
+        return total, tl.sum(grad, axis=0).to(tl.float64), tl.sum(step, axis=0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["first"])
+def norm_partials(
+    tensors,
+    buckets,
+    owners,
+    partials,
+    first,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    T: tl.constexpr,
+    WIDE: tl.constexpr,
+    MODE: tl.constexpr,
+    P2: tl.constexpr,
+    SUMS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partials[chunk] <- the sums of `chunk_sums`: all three, or the first one alone.
+
+    tensors, buckets: tables of records. owners: the tensor of each chunk. first: the chunk of the first program.
+    """
+    chunk = first + tl.program_id(0)
+    tensor = tensors + tl.load(owners + chunk) * RECORD
+    start = (chunk - tl.load(tensor + FIRST)) * (SPAN * BLOCK)
+    n = tl.load(tensor + LENGTH)
+    addresses = tl.load(tensor + G_)
+    if MODE == ELEMENTS:
+        addresses |= tl.load(tensor + W_)
+    if (start + SPAN * BLOCK <= n) & (addresses % 16 == 0):
+        dual, grad, step = chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, True, SPAN, BLOCK)
+    else:
+        dual, grad, step = chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, False, SPAN, BLOCK)
+    if tl.float64 != WIDE:
+        smallest, largest = tl.minimum(dual, tl.minimum(grad, step)), tl.maximum(dual, tl.maximum(grad, step))
+        if not ((smallest > 1e-30) & (largest < 1e30)):  # squares have left float32; or 0, inf and NaN, which stay so
+            dual, grad, step = chunk_sums(
+                tensor, buckets, start, n, G, W, T, tl.float64, MODE, P2, False, SPAN * 4, BLOCK // 4
+            )
+    tl.store(partials + chunk * SUMS, dual)
+    if SUMS == 3:
+        tl.store(partials + chunk * SUMS + 1, grad)
+        tl.store(partials + chunk * SUMS + 2, step)
+
+
+@triton.jit
+def finalise(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUMS: tl.constexpr, ROW: tl.constexpr):
+    """One program: out <- [||T g||_q, ||g||_2, ||T^2 g||_2 or ||T sign g||_2, factor] of each bucket, (NUM, 4).
+
+    The factor is rho / ||T g||_2 with the norm over all buckets of p = 2 whose rho is not 0, and rho where p = inf; 0
+    for a gradient of 0, and NaN for one with an inf or NaN. LANES: the power of 2 from NUM up.
+    """
+    lane = tl.arange(0, LANES)
+    dual = tl.zeros([LANES], dtype=tl.float64)
+    grad, step = dual, dual
+    for k in range(NUM):
+        chunk, end = tl.load(buckets + k * BOUNDS + BEGIN), tl.load(buckets + k * BOUNDS + END)
+        x = tl.zeros([ROW], dtype=tl.float64)
+        y, z = x, x
+        while chunk < end:
+            at = chunk + tl.arange(0, ROW)
+            x += tl.load(partials + at * SUMS, mask=at < end, other=0.0)
+            if SUMS == 3:
+                y += tl.load(partials + at * SUMS + 1, mask=at < end, other=0.0)
+                z += tl.load(partials + at * SUMS + 2, mask=at < end, other=0.0)
+            chunk += ROW
+        dual = tl.where(lane == k, tl.sum(x, axis=0), dual)
+        if SUMS == 3:
+            grad = tl.where(lane == k, tl.sum(y, axis=0), grad)
+            step = tl.where(lane == k, tl.sum(z, axis=0), step)
+    if SUMS == 1:
+        grad, step = dual, dual
+    here = lane < NUM
+    is_inf = tl.load(buckets + lane * BOUNDS + IS_INF, mask=here, other=0) != 0
+    rho = tl.load(buckets + lane * BOUNDS + RHO, mask=here, other=0).to(tl.float64, bitcast=True)
+    length = tl.sqrt(tl.sum(tl.where(is_inf | (rho == 0), 0.0, dual), axis=0))
+    norm = tl.where(is_inf, dual, length)
+    factor = tl.where(is_inf, rho, rho / tl.where(norm == 0, 1.0, norm)) + 0.0 * norm
+    out += 4 * lane
+    tl.store(out, tl.where(is_inf, dual, tl.sqrt(dual)), mask=here)
+    tl.store(out + 1, tl.sqrt(grad), mask=here)
+    tl.store(out + 2, tl.sqrt(step), mask=here)
+    tl.store(out + 3, tl.where(norm == 0, 0.0, factor), mask=here)
+
+
+@triton.jit
+def move_block(tensor, buckets, factor, start, n, G, W, T, WIDE, MODE, P2, MEASURE, FULL, BLOCK):
+    """copy <- w;  w <- w + factor T^2 g  or  w + factor T sign(g). With MEASURE <e', e> and <e, e>, e' what w got."""
+    at = start + tl.arange(0, BLOCK)
+    saved = load(tl.load(tensor + W_), at, n, W, FULL)
+    w = saved.to(WIDE)
+    e = load(tl.load(tensor + G_), at, n, G, FULL).to(WIDE)
+    if not P2:
+        e = tl.where(e > 0, 1.0, tl.where(e < 0, -1.0, 0.0)).to(WIDE)
+    e = e * factor.to(WIDE)
+    if MODE != ONES:
+        t = scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK)
+        e = e * t * t if P2 else e * t
+    moved = w + e
+    if tl.float64 != W:  # to the low precisions by way of float32
+        moved = moved.to(tl.float32)
+    moved = moved.to(W)
+    store(tl.load(tensor + COPY_), at, n, saved, W, FULL)
+    store(tl.load(tensor + W_), at, n, moved, W, FULL)
+    dot, square = factor, factor
+    if MEASURE:
+        dot = tl.sum((moved.to(WIDE) - w) * e, axis=0).to(tl.float64)
+        square = tl.sum(e * e, axis=0).to(tl.float64)
+    return dot, square
+
+
+@triton.jit(do_not_specialize=["first", "part", "number"])
+def perturb(
+    tensors,
+    buckets,
+    owners,
+    out,
+    retained,
+    flags,
+    first,
+    part,
+    number,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    T: tl.constexpr,
+    WIDE: tl.constexpr,
+    MODE: tl.constexpr,
+    P2: tl.constexpr,
+    MEASURE: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As `move_block`, from the last chunk to the first: the end of g is still in the cache from `norm_partials`.
+
+    retained: with MEASURE what `move_block` returns, (programs, 2). flags[part] <- number says that this has run.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    chunk = first + program
+    tensor = tensors + tl.load(owners + chunk) * RECORD
+    start = (chunk - tl.load(tensor + FIRST)) * (SPAN * BLOCK)
+    n = tl.load(tensor + LENGTH)
+    aligned = (tl.load(tensor + G_) | tl.load(tensor + W_) | tl.load(tensor + COPY_)) % 16 == 0
+    factor = tl.load(out + 4 * tl.load(tensor + BUCKET) + 3)
+    size = tl.abs(factor)
+    is_far = (size > 1e30) | ((size < 1e-30) & (size > 0))  # from what float32 multiplies by without loss
+    dot = tl.full([], 0.0, tl.float64)
+    square = dot
+    for k in range(SPAN):
+        at = start + k * BLOCK
+        x, y = dot * 0, dot * 0
+        if tl.float64 != WIDE and is_far:
+            for _ in range(4):
+                part_x, part_y = move_block(
+                    tensor, buckets, factor, at, n, G, W, T, tl.float64, MODE, P2, MEASURE, False, BLOCK // 4
+                )
+                x, y, at = x + part_x, y + part_y, at + BLOCK // 4
+        elif (at + BLOCK <= n) & aligned:
+            x, y = move_block(tensor, buckets, factor, at, n, G, W, T, WIDE, MODE, P2, MEASURE, True, BLOCK)
+        else:
+            x, y = move_block(tensor, buckets, factor, at, n, G, W, T, WIDE, MODE, P2, MEASURE, False, BLOCK)
+        dot, square = dot + x, square + y
+    if MEASURE:
+        tl.store(retained + 2 * program, dot)
+        tl.store(retained + 2 * program + 1, square)
+    if program == 0:
+        tl.store(flags + part, number)
+
+
+IS_INTERPRETED = not isinstance(perturb, JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
+_SELF = sys.modules[__name__]
+_KIND = operator.attrgetter("dtype", "layout", "device")
+
+
+def fits(buckets: Sequence[Bucket]) -> bool:
+    """Whether these kernels can move all of the buckets together.
+
+    They must be on one CUDA device and whole on this rank, in dense tensors of which no two overlap, w and g laid out
+    alike. T is 1, |w| + eta, or one number for each row or weight. There is no stochastic rounding.
+    """
+    device = buckets[0].device
+    if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
+        return False
+    return all([b.device == device and _fits(b) for b in buckets]) and _are_apart(
+        [w for b in buckets for w in b.weights]
     )
 
 
-def is_possible(buckets: list[Bucket]) -> bool:
-    """Whether no two of the weights overlap: programs run in any order, and one would save what another has moved."""
-    return _ascent(buckets).is_possible
+def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
+    """As `kernels.ascend_`. The next ascent overwrites what this one returns."""
+    for b in buckets:
+        b.body = _SELF  # so that the copies are laid out as the weights
+    storages = backups.storages_for(buckets)
+    key = [_key(b) for b in buckets]
+    launcher = backups.launcher
+    if launcher is None or launcher.key != key:
+        captured = [] if launcher is None else launcher.captured
+        backups.launcher = launcher = _Launcher(buckets, storages, key, captured)
+    return launcher.ascend_(buckets, backups)
 
 
-def dual_power(b: Bucket) -> Scalar:
-    ascent = _ascent([b])
-    ascent.measure([b])
-    return ascent.powers[0]
-
-
-def ascend_(b: Bucket, factor: Scalar) -> None:
-    ascent = _ascent([b])
-    ascent.factors[0].fill_(factor)
-    ascent.move([b])
-
-
-def ascend_together_(buckets: list[Bucket]) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-    """All at once: norm, length, whether it moved, factors, how often it has not, in storage that is used again."""
-    ascent = _ascent(buckets)
-    ascent.measure(buckets)
-    ascent.move(buckets)
-    return ascent.norm, ascent.length, ascent.moved, ascent.factors, ascent.stays
-
-
-def restore_(b: Bucket) -> None:
-    if b.saved:
-        torch._foreach_copy_(b.w, b.saved)
-
-
-def _ascent(buckets: list[Bucket]) -> _Ascent:
-    """Made anew when what moves has changed."""
-    first = buckets[0]
-    key = "triton", len(buckets), first.device, first.dtype
-    known = first.scratch.get(key)
-    if known is not None and known.is_for(buckets):
-        return known
-    first.scratch[key] = made = _Ascent(buckets)
-    if known is not None:
-        made.held = [*known.held, *[known] * known.is_captured]
-        made.count_on(known)
-    return made
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
-    """What one launch has: tensors of the same types, alignment, T and p."""
+    """What one launch works on: buckets of the same types, T and p. retained: sums of its programs, for bf16 and fp16."""
 
     constants: dict[str, Any]
-    members: list[int]
-    start: int = 0
-    fixed: Any = None
-    layout: Any = None
-    numbers: Any = None
-    bucket: Any = None
-    norm_chunks: Any = None
-    chunks: Any = None
-    realized: Any = None
-    measured_by: int = 0
+    first: int
+    programs: int
+    weights: list[Tensor]
+    copies: list[Tensor]
+    retained: Tensor | None
 
 
-class _Ascent:
-    """The tables of a list of buckets that does not change, but for the addresses of its gradients."""
+class _Launcher:
+    """The tables for buckets that stay the same, but for their radii and the addresses of g and T.
 
-    def __init__(self, buckets: list[Bucket]):
-        self._choices = [b.choice for b in buckets]
-        self._kinds = [_kind(b) for b in buckets]
-        self._device = device = buckets[0].device
-        self.is_captured = False
-        self.held: list[Any] = []  # what a captured graph reads, and nobody else any more
-        self._w = [w for b in buckets for w in b.w]
-        self._saved = [b.workspace[i] for b in buckets for i in b.index]
-        self._owner = [k for k, b in enumerate(buckets) for _ in b.w]
-        self.is_possible = tables.are_apart(self._w)
-        self._grads = Uploaded(torch.int64, device)
-        self._rhos = Uploaded(torch.float64, device)
-        self._order: list[int | None] = []
-        self._found: list[int] = []
-        self._table: list[int] = []
-        self._aligned: list[bool] | None = None
-        self._measured: Tensor | None = None  # addresses that `move` will find as they are
+    captured: what CUDA graphs read: nothing else may write to it, and it must not be freed.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], storages: Sequence[Storage], key: list[Any], captured: list[Any]):
+        self.key, self.captured = key, captured
+        self._device = buckets[0].device
+        self._number = 0  # of the ascent
+        self._sent: Any = None
+        self._table: Any = None
+        self._spare: Tensor | None = None
         self._parts: list[_Part] = []
-        self._t: dict[int, Tensor] = {}
-        scales: list[Tensor | None] = [t for b in buckets for t in (b.t or [None] * len(b.w))]  # type: ignore[list-item]
-        grads = [g for b in buckets for g in b.g]
-        for i, (t, w, g) in enumerate(zip(scales, self._w, grads, strict=True)):
-            if t is not None:
-                wide = _wide_type(w.dtype, g.dtype)
-                self._t[i] = torch.empty_like(t, dtype=wide, memory_format=torch.contiguous_format)
-        n = len(buckets)
-        self._kind_of_bucket = self._constant([int(b.p != 2) for b in buckets], torch.int32)
-        self._out = torch.zeros(2 + 2 * n, dtype=torch.float64, device=device)
-        self.norm, self.length = self._out[0], self._out[1]
-        self._factors = self._out[2 : 2 + n]
-        self.factors, self.powers = list(self._factors.unbind()), list(self._out[2 + n :].unbind())
-        self._moved = torch.zeros(1, dtype=torch.int8, device=device)
-        self.moved = self._moved.view(torch.bool)[0]
-        self._stays = torch.zeros(1, dtype=torch.int64, device=device)
-        self.stays = self._stays[0]
+        self._order: list[int] = []  # of the buckets in the table of tensors: those of a part side by side
+        bounds: list[list[float]] = [[]] * len(buckets)
+        tensors: list[list[int]] = []
+        chunk = 0
+        is_adaptive = any([b.eta is not None for b in buckets])
+        kinds = [_constants(b, is_adaptive) for b in buckets]
+        for constants in [kind for k, kind in enumerate(kinds) if kind not in kinds[:k]]:
+            weights: list[Tensor] = []
+            copies: list[Tensor] = []
+            first = chunk
+            for k in [k for k, kind in enumerate(kinds) if kind == constants]:
+                b, begin = buckets[k], chunk
+                for i, (w, copy) in enumerate(zip(b.weights, storages[k].copies, strict=True)):
+                    slices = (1, 1) if b.t is None or b.t[i].numel() == 1 else (w.stride(0), len(w))
+                    tensors.append([0, *addresses([w, copy]), w.numel(), chunk, k, 0, *slices])
+                    chunk += -(-w.numel() // CHUNK)
+                weights, copies = weights + b.weights, copies + storages[k].copies
+                bounds[k] = [begin, chunk, b.p != 2, 0.0, *((0.0, 1.0) if b.eta is None else (1.0, b.eta))]
+                self._order.append(k)
+            retained = self._zeros(chunk - first, 2) if weights[0].dtype in LOW_PRECISION else None
+            self._parts.append(_Part(constants, first, chunk - first, weights, copies, retained))
+        self._weights = [w for part in self._parts for w in part.weights]
+        self._size = len(buckets)
+        table = numpy.array(bounds)
+        table[:, : RHO.value].view(numpy.int64)[:] = table[:, : RHO.value].astype(numpy.int64)
+        self._host = numpy.concatenate([table.view(numpy.int64).ravel(), numpy.array(tensors).ravel()])
+        owners = [i for i, tensor in enumerate(tensors) for _ in range(-(-tensor[LENGTH.value] // CHUNK))]
+        self._owners = pinned(numpy.array(owners or [0], dtype=numpy.int32), self._device).to(
+            self._device, non_blocking=True
+        )
+        self._sums = 1 if all([b.is_plain for b in buckets]) else 3
+        self._partials = self._zeros(max(1, chunk), self._sums)
+        self._out = self._zeros(len(buckets), 4)
+        self._flags = torch.zeros(len(self._parts), dtype=torch.int32, device=self._device)
+        rows = [row.unbind() for row in self._out.unbind()]
+        self._norms, self._factors = [Norms(*row[:3]) for row in rows], [row[3] for row in rows]
 
-    def count_on(self, before: _Ascent) -> None:
-        self._stays, self.stays = before._stays, before.stays
-
-    def is_for(self, buckets: list[Bucket]) -> bool:
-        """The choice of a body is made anew when weights are elsewhere, or gradients of another kind."""
-        return all(map(operator.is_, self._choices, [b.choice for b in buckets])) and self._kinds == [
-            _kind(b) for b in buckets
-        ]
-
-    def measure(self, buckets: list[Bucket]) -> None:
-        """Norms, and from them the factors."""
-        self.is_captured |= tables.is_capturing(self._device)
-        self._measured = grads = self._addresses(buckets)
-        if self._t:
-            torch._foreach_copy_(list(self._t.values()), [t for b in buckets for t in b.t or ()])
-        with tables.on(self._device):
+    def ascend_(self, buckets: Sequence[Bucket], backups: Backups) -> Ascent:
+        tables = self._tables(buckets)
+        self._number += 1
+        torch.autograd.graph.increment_version(self._weights)  # a backward through the graph of pass 1 must fail
+        with on(self._device):
             for part in self._parts:
-                tables.launch(
-                    triton_ascent.norm_partials,
-                    part.norm_chunks.shape[1],
-                    grads[part.start :],
-                    part.fixed,
-                    part.layout,
-                    part.numbers,
-                    part.norm_chunks,
-                    self._partials,
-                    len(part.members),
-                    SPAN=SPAN,
-                    BLOCK=BLOCK,
-                    **part.constants,
-                )
-            tables.launch(
-                triton_ascent.finalise,
-                1,
-                self._partials,
-                self._bucket_of_row,
-                self._kind_of_bucket,
-                self._radii(buckets),
-                self._out,
-                self._moved,
-                self._stays,
-                len(buckets),
-                NUM=max(2, next_power_of_2(len(buckets))),
-                ROWS=len(self._bucket_of_row),
-                ROW=ROW,
-            )
+                args = *tables, self._owners, self._partials, part.first
+                launch(norm_partials, part.programs, *args, **part.constants, SUMS=self._sums, SPAN=SPAN, BLOCK=BLOCK)
+            constants = {
+                "NUM": self._size,
+                "LANES": max(2, next_power_of_2(self._size)),
+                "SUMS": self._sums,
+                "ROW": ROW,
+            }
+            launch(finalise, 1, tables[1], self._partials, self._out, **constants)
+            moved = [(part.weights, part.copies) for part in self._parts]
+            backups.expect(moved, self._complete)
+            for k, part in enumerate(self._parts):
+                retained = self._out if part.retained is None else part.retained
+                args = *tables, self._owners, self._out, retained, self._flags, part.first, k, self._number
+                constants = part.constants | {"MEASURE": part.retained is not None, "SPAN": SPAN, "BLOCK": BLOCK}
+                launch(perturb, part.programs, *args, **constants)
+        backups.note(moved)
+        sums = [part.retained.sum(0).unbind() for part in self._parts if part.retained is not None]
+        return Ascent([b.p for b in buckets], self._norms, self._factors, [1.0] * len(buckets), sums)
 
-    def move(self, buckets: list[Bucket]) -> None:
-        """After `measure` with the same gradients: a graph would take a second table, and memory for it."""
-        grads, self._measured = self._measured, None
-        grads = self._addresses(buckets) if grads is None else grads
-        first = 0
-        for b in buckets:
-            b.saved = self._saved[first : first + len(b.w)]
-            first += len(b.w)
-            b.realized = None
-        with tables.on(self._device):
-            for part in self._parts:
-                tables.launch(
-                    triton_ascent.perturb,
-                    part.chunks.shape[1],
-                    grads[part.start :],
-                    part.fixed,
-                    part.layout,
-                    part.numbers,
-                    part.bucket,
-                    self._factors,
-                    part.chunks,
-                    part.realized,
-                    len(part.members),
-                    MEASURE=part.realized is not self._out,
-                    BLOCK=BLOCK,
-                    **part.constants,
-                )
-        for part in self._parts:
-            if part.realized is not self._out:
-                b = buckets[part.measured_by]
-                b.realized = part.realized if b.realized is None else torch.cat([b.realized, part.realized], 1)
-        torch.autograd.graph.increment_version(self._w)  # a backward through the graph of pass 1 must fail, as in place
+    def _complete(self) -> bool:
+        """Makes the copies whole wherever an interrupt has come: those of a part that was not launched are written now.
 
-    def _radii(self, buckets: list[Bucket]) -> Tensor:
-        if len(buckets) == 1 and isinstance(rho := buckets[0].rho, Tensor) and rho.device == self._device:
-            return rho
-        there = self._rhos.of([tables.IN_TENSOR if isinstance(b.rho, Tensor) else float(b.rho) for b in buckets])
+        False in a capture, where nothing has moved.
+        """
+        if is_capturing(self._device):
+            return False
+        with torch.no_grad():
+            for part, number in zip(self._parts, self._flags.tolist(), strict=True):
+                if number != self._number:
+                    torch._foreach_copy_(part.copies, part.weights)
+        return True
+
+    def _tables(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
+        """The tables of tensors and of buckets on the device, with the addresses and radii of now."""
+        rhos = [None if isinstance(b.rho, Tensor) else float(b.rho) for b in buckets]
+        grads = addresses([g for k in self._order for g in buckets[k].grads])
+        scales = [x for k in self._order for x in addresses(buckets[k].t or ()) or [0] * len(buckets[k].grads)]
+        is_captured, table = is_capturing(self._device), self._table
+        if not is_captured and self._spare is None:
+            self._spare = pinned(self._host, self._device)
+        if is_captured or self._sent != (rhos, grads, scales):
+            bounds, tensors = numpy.split(self._host, [BOUNDS.value * self._size])
+            bounds.view(numpy.float64)[RHO.value :: BOUNDS.value] = [rho or 0.0 for rho in rhos]
+            tensors[G_.value :: RECORD.value], tensors[T_.value :: RECORD.value] = grads, scales
+            table = self._capture_upload() if is_captured else self._upload((rhos, grads, scales))
         for k, b in enumerate(buckets):
             if isinstance(b.rho, Tensor):
-                there[k].copy_(b.rho, non_blocking=True)
-        return there
+                table[BOUNDS.value * k + RHO.value].view(torch.float64).copy_(b.rho, non_blocking=True)
+        return table[BOUNDS.value * self._size :], table
 
-    def _addresses(self, buckets: list[Bucket]) -> Tensor:
-        """Of the gradients, in the order of the parts, which are made here: alignment is theirs, too."""
-        found = tables.addresses(buckets[0].g if len(buckets) == 1 else [g for b in buckets for g in b.g])
-        if found != self._found:
-            self._found = found
-            aligned = [x % ALIGNMENT == 0 for x in found]
-            if aligned != self._aligned:
-                self._aligned = aligned
-                self._make_parts(buckets, aligned)
-            self._table = [0 if i is None else found[i] for i in self._order]
-        return self._grads.of(self._table)
+    def _upload(self, values: Any) -> Tensor:
+        host = pinned(self._host, self._device)
+        if self._table is None:
+            self._table = torch.empty_like(host, device=self._device)
+        self._sent = None  # an interrupt may leave either of the two there
+        self._table.copy_(host, non_blocking=True)
+        self._sent = values
+        return self._table
 
-    def _make_parts(self, buckets: list[Bucket], aligned: list[bool]) -> None:
-        grads = [g for b in buckets for g in b.g]
-        by_kind: dict[Any, list[int]] = {}
-        for i, (w, g, kept, k) in enumerate(zip(self._w, grads, self._saved, self._owner, strict=True)):
-            b = buckets[k]
-            is_aligned = aligned[i] and all(tables.address(x) % ALIGNMENT == 0 for x in (w, kept))
-            by_kind.setdefault((w.dtype, g.dtype, b.t is not None, b.p, is_aligned), []).append(i)
-        self._order = []
-        if self.is_captured:
-            self.held += [*self._parts, self._partials, self._bucket_of_row]
-        self._parts = []
-        for (w_type, g_type, in_slices, p, is_aligned), members in by_kind.items():
-            adaptive = any(buckets[self._owner[i]].eta is not None for i in members)
-            mode = triton_ascent.SLICES if in_slices else triton_ascent.ELEMENTS if adaptive else triton_ascent.ONES
-            constants = {"G": TYPES[g_type], "W": TYPES[w_type], "WIDE": TYPES[_wide_type(w_type, g_type)]}
-            constants |= {"MODE": mode.value, "SQUARES": p == 2, "ALIGNED": is_aligned}
-            part = _Part(constants, members, start=len(self._order))
-            self._fill(part, buckets, is_low=w_type in (torch.bfloat16, torch.float16))
-            self._parts.append(part)
-            self._order += members + [None] * (len(members) % 2)  # tables begin at 16 bytes, or compile once more
-        self._place_partials(len(buckets))
+    def _capture_upload(self) -> Tensor:
+        """A graph has a table and pinned memory of its own, which must have been pinned before the capture."""
+        host, self._spare = self._spare, None
+        if host is None:
+            raise RuntimeError(_TOO_EARLY)
+        table = torch.empty_like(host, device=self._device)
+        self.captured += [host.copy_(torch.as_tensor(self._host)), table, self]
+        return table.copy_(host, non_blocking=True)
 
-    def _fill(self, part: _Part, buckets: list[Bucket], *, is_low: bool) -> None:
-        members, of = part.members, [buckets[self._owner[i]] for i in part.members]
-        sizes = [self._w[i].numel() for i in members]
-        slices = [(0, 1, 1)] * len(members)
-        if part.constants["MODE"] == triton_ascent.SLICES.value:
-            slices = [_slices(self._w[i], self._t[i]) for i in members]
-        addresses = [[tables.address(x[i]) for i in members] for x in (self._w, self._saved)]
-        part.fixed = self._constant([*addresses, [s[0] for s in slices]], torch.int64)
-        part.layout = self._constant([sizes, [s[1] for s in slices], [s[2] for s in slices]], torch.int64)
-        a_and_eta = [(0.0, 1.0) if b.eta is None else (1.0, b.eta) for b in of]
-        part.numbers = self._constant([[x[k] for x in a_and_eta] for k in (0, 1)], torch.float64)
-        part.bucket = self._constant([self._owner[i] for i in members], torch.int32)
-        part.chunks = self._constant(tables.chunks(sizes, BLOCK)[0], torch.int32)
-        part.measured_by = self._owner[members[0]]
-        part.realized = self._out
-        if is_low:
-            part.realized = torch.zeros(part.chunks.shape, dtype=torch.float64, device=self._device)
-
-    def _place_partials(self, num_buckets: int) -> None:
-        import numpy
-
-        made = [tables.chunks([self._w[i].numel() for i in part.members], SPAN * BLOCK) for part in self._parts]
-        counts = [count for _, counts in made for count in counts]
-        starts, rows = tables.places(
-            counts, [self._owner[i] for part in self._parts for i in part.members], num_buckets
-        )
-        first = numpy.asarray(starts, dtype=numpy.int64)
-        for part, (chunks, counts) in zip(self._parts, made, strict=True):
-            own, first = first[: len(part.members)], first[len(part.members) :]
-            place = numpy.repeat(own, counts) + chunks[1]
-            part.norm_chunks = self._constant(numpy.concatenate([chunks, place[None]]), torch.int32)
-        self._partials = torch.zeros(max(1, sum(rows)) * ROW, dtype=torch.float64, device=self._device)
-        bucket_of_row = [k for k, count in enumerate(rows) for _ in range(count)]
-        self._bucket_of_row = self._constant(bucket_of_row or [0], torch.int32)
-
-    def _constant(self, values: Any, dtype: torch.dtype) -> Tensor:
-        return tables.constant(values, dtype, self._device, self.held)
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._device)
 
 
-def _slices(w: Tensor, t: Tensor) -> tuple[int, int, int]:
-    """Address of T, and the stride in w and the number of what has one T: all of w, or its first dimension."""
-    if t.numel() <= 1:
-        return tables.address(t), max(1, w.numel()), 1
-    return tables.address(t), max(1, w.stride(0)), w.shape[0]
+_TOO_EARLY = (
+    "a CUDA graph can hold a fused ascent only after one of the same tensors outside of it: run the step once before "
+    "each capture"
+)
 
 
-def _kind(b: Bucket) -> tuple[Any, ...]:
-    return b.p, b.eta, b.t is None, len(b.w)
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Without fused multiply-add: the compiler would choose where, and the bits would depend on it."""
+    if programs:
+        kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False, **constants)
 
 
-def _wide_type(*types: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in types else torch.float32
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def pinned(values: Any, device: torch.device) -> Tensor:
+    """On the host; in memory from which a CUDA device copies without waiting."""
+    host = torch.as_tensor(values)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return host.clone()
+    if is_capturing(device):
+        raise RuntimeError(_TOO_EARLY)
+    return host.pin_memory()
+
+
+def is_plain(x: Tensor) -> bool:
+    return type(x) is torch.nn.Parameter or type(x) is Tensor
+
+
+def _fits(b: Bucket) -> bool:
+    if not b.weights or b.groups or b.noise is not None or not all(map(is_plain, b.weights + b.grads)):
+        return False
+    kinds = set(map(_KIND, b.weights)) | set(map(_KIND, b.grads))
+    if any([d not in TYPES or layout != torch.strided or device != b.device for d, layout, device in kinds]):
+        return False
+    if len(kinds) > 2 or not all(map(_are_alike, b.weights, b.grads)):
+        return False
+    return b.t is None or all(map(_is_by_slice, b.t, b.weights))
+
+
+def _are_alike(w: Tensor, g: Tensor) -> bool:
+    """Whether the same place in memory holds the same entry, without gaps; sizes of 1 do not matter."""
+    if w.is_contiguous():
+        return g.is_contiguous()
+    if w.stride() != g.stride() and any(
+        [a != b and n > 1 for a, b, n in zip(w.stride(), g.stride(), w.shape, strict=True)]
+    ):
+        return False
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(w))
+
+
+def _is_by_slice(t: Tensor, w: Tensor) -> bool:
+    return t.numel() == 1 or (t.numel() == len(t) == len(w) and t.is_contiguous() and w.stride(0) < 2**31)
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Programs run in any order: of two that overlap one would copy what the other has moved."""
+    spans = sorted(zip(addresses(tensors), [x.nbytes for x in tensors], strict=True))
+    return all([a + size <= b for (a, size), (b, _) in itertools.pairwise(spans)])
+
+
+def _key(b: Bucket) -> tuple[Any, ...]:
+    """What the tables depend on. Storage stands for the weights and how they are laid out."""
+    scales = None if b.t is None else [t.numel() for t in b.t]
+    return b.storage, b.p, b.eta, b.grads[0].dtype, scales, addresses(b.weights)
+
+
+def _constants(b: Bucket, is_adaptive: bool) -> dict[str, Any]:
+    wide = wide_dtype(b.dtype, b.grads[0].dtype)
+    mode = BY_SLICE if b.t is not None else ELEMENTS if is_adaptive else ONES
+    types = {"G": b.grads[0].dtype, "W": b.dtype, "T": wide if b.t is None else b.t[0].dtype, "WIDE": wide}
+    return {k: TYPES[x] for k, x in types.items()} | {"MODE": mode.value, "P2": b.p == 2}

@@ -174,10 +174,8 @@ def test_a_device_that_has_failed_does_not_hide_what_failed(monkeypatch):
 
 
 def test_what_takes_longer_than_it_was_given_is_stopped():
-    plan = cuda_cost.Plan(time.monotonic() + 0.1, [])
-    began = time.monotonic()
-    assert plan.attempt("compiled", lambda: time.sleep(30), 0.0) is None
-    assert time.monotonic() - began < 10
+    plan = cuda_cost.Plan(time.monotonic() + 1, [])
+    assert plan.attempt("compiled", lambda: time.sleep(3600), 0.0) is None
     assert plan.missing == ["compiled: TimeoutError: the time was over before it had ended"]
 
 

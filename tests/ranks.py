@@ -7,6 +7,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from limits import PATIENCE
 
 WORLD = 2
 
@@ -42,7 +43,7 @@ def leave():
     os._exit(0)
 
 
-def spawn(worker, *args, world=WORLD, timeout=120):
+def spawn(worker, *args, world=WORLD, timeout=PATIENCE):
     """What worker(rank, *args) returned on each rank; plain Python, for it is pickled."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_main, (world, folder, worker, args, timeout), nprocs=world)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import entries, images, network, run, small, study
+from limits import PATIENCE
 from ranks import spawn
 from torch import nn
 
@@ -238,7 +239,7 @@ class TestResuming:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sam_optim", *argv], env=environment, stdout=subprocess.DEVNULL
             )
-            limit = time.monotonic() + 120
+            limit = time.monotonic() + PATIENCE
             while not (here / "o.json").exists() or (here / "o.json").read_bytes().count(b"\n") < least:
                 assert process.poll() is None, "it ended before it could be killed"
                 assert time.monotonic() < limit

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import examples
 import pytest
 import torch
-from test_docs import run
-from test_readme import NUMBER
+from test_docs import TRAINED
 
 from benchmarks import accuracies, command, options
 
@@ -19,12 +19,8 @@ RECIPES = {p.stem for p in (ROOT / "benchmarks" / "recipes").glob("*.yaml")}
 def test_the_example_prints_what_it_shows():
     pytest.importorskip("sklearn")
     with torch.random.fork_rng(devices=[]):
-        pairs = run(ROOT / "docs" / "training.md")
-    ((printed, shown),) = pairs
-    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
-    (updates, accuracy), (said, about) = (map(float, NUMBER.findall(text)) for text in (printed, shown))
-    assert updates == said
-    assert accuracy == pytest.approx(about, abs=0.05)  # 899 images, another processor
+        pairs = examples.run(ROOT / "docs" / "training.md")
+    examples.check(pairs, spread=TRAINED)
 
 
 def test_every_option_that_a_page_names_exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import PATIENCE
 
 from benchmarks import checkpoint, command, train
 from benchmarks.training import Training
@@ -138,7 +139,7 @@ def test_a_second_signal_to_a_real_process_ends_it_at_once(tmp_path, signum):
         "import signal, time; from benchmarks import checkpoint, command, train;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # shells ignore it in the background
         "save = checkpoint.save;"
-        "checkpoint.save = lambda *a: (print('saving', flush=True), time.sleep(60));"
+        "checkpoint.save = lambda *a: (print('saving', flush=True), time.sleep(3600));"
         "raise SystemExit(command.run(train.main))"
     )
     arguments = [sys.executable, "-c", slow_write, *RUN, "--epochs", "500", "--out", str(tmp_path / "run")]
@@ -148,8 +149,6 @@ def test_a_second_signal_to_a_real_process_ends_it_at_once(tmp_path, signum):
         assert any(line.startswith("saving") for line in process.stdout)
         process.send_signal(signum)
         time.sleep(0.2)
-        start = time.perf_counter()
         process.send_signal(signum)
-        process.wait(timeout=30)
-        assert time.perf_counter() - start < 5
+        process.wait(timeout=PATIENCE)  # a third of what the write would take
     assert process.returncode in (CODES[signum], -signum)

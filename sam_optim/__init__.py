@@ -45,6 +45,7 @@ from sam_optim.symmetries import Audit, NoSymmetry, audit, permute, rescale, res
 
 __all__ = [
     "ASAM",
+    "GSAM",
     "SAM",
     "Audit",
     "Ball",
@@ -52,7 +53,6 @@ __all__ = [
     "Diagonal",
     "Estimate",
     "FriendlySAM",
-    "GSAM",
     "GraphedStep",
     "Landscape",
     "LastStep",

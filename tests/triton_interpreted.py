@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from sam_optim.optim.kernels.triton_descent import Descent
 from test_kernels import close_to, expected, make
 from torch import nn
 
@@ -14,7 +15,6 @@ from sam_optim import SAM, Perturbation
 from sam_optim.optim import kernels
 from sam_optim.optim.kernels import foreach, tables, triton_ascent
 from sam_optim.optim.kernels import triton as body
-from sam_optim.optim.kernels.triton_descent import Descent
 
 SHAPES = [(3, 5), (), (1,), (0,), (4, 3, 3, 3), (2049,), (3, 2731), (8192,)]
 ADAPTIVE = [False, True, "filter", "layer"]

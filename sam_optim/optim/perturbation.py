@@ -445,7 +445,9 @@ class Perturbation:
                     same.append((p, w, g))
         buckets = []
         for (dtype, device, groups, _), same in by_kind.items():
-            bucket = self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
+            bucket = (
+                self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
+            )
             bucket.groups = groups
             buckets.append(bucket)
         return buckets
@@ -472,8 +474,12 @@ class Perturbation:
     def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:
         """The ascent gradients that the rule makes of those at w."""
         second.grads_at_w = {p: dtensor.local_gradient(p) for p in self._params if p.grad is not None}
-        pairs = [(p, g) for some in zip(members, grads, strict=True) for p, g in zip(*some, strict=True) if g is not None]
-        ascent = dict(zip([p for p, _ in pairs], self.rule.ascent_gradient(*map(list, zip(*pairs, strict=True))), strict=True))
+        pairs = [
+            (p, g) for some in zip(members, grads, strict=True) for p, g in zip(*some, strict=True) if g is not None
+        ]
+        ascent = dict(
+            zip([p for p, _ in pairs], self.rule.ascent_gradient(*map(list, zip(*pairs, strict=True))), strict=True)
+        )
         return [[ascent.get(p) for p in some] for some in members]
 
     def _replace_gradients(self, second: _SecondPass) -> None:
@@ -594,7 +600,13 @@ class Perturbation:
         if self._earlier is not None:
             self._earlier.stop()
             self._earlier = None
-        if self._draws is not None and not self.active and self._first is None and self._stash is None and not self._in_transaction:
+        if (
+            self._draws is not None
+            and not self.active
+            and self._first is None
+            and self._stash is None
+            and not self._in_transaction
+        ):
             self._draws.wait()
 
     @property

@@ -6,7 +6,6 @@ The model: its buffers, its frozen parameters and its `state_dict()` are those o
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import warnings
 import weakref
@@ -131,7 +130,9 @@ def _roots(module: Any) -> list[nn.Module]:
         if not isinstance(m, nn.Module):
             raise TypeError(f"module must be the model, a torch.nn.Module, or a list of them, got {type(m).__name__}")
         if isinstance(m, torch.jit.ScriptModule):
-            raise TypeError("module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was made from")
+            raise TypeError(
+                "module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was made from"
+            )
     return roots
 
 

@@ -48,7 +48,9 @@ def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
         n = 0 if w is None else w.numel()
         if start < i and (w is None or n > SMALL or size + n > PIECE):
             together = weights[start:i]
-            clean, moved = (torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2))
+            clean, moved = (
+                torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2)
+            )
             batches.append(Batch(start, i, clean, moved, unflattened(moved, together)))
             copies += unflattened(clean, together)
             start, size = i, 0

@@ -37,7 +37,7 @@ class LastStep:
 
 @dataclass(slots=True)
 class Record:
-    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference means something."""
+    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference has a meaning."""
 
     ascent: Ascent | None = None
     loss: Any = None

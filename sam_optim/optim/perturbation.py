@@ -398,7 +398,7 @@ class Perturbation:
         self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
-        """What moves: the weights in groups with rho > 0 that have a gradient, by group and by what kernels tell apart."""
+        """What moves: the weights with a gradient in groups with rho > 0, by group and by what kernels tell apart."""
         is_sharded = self._ranks.is_sharded
         members: list[list[Tensor]] = []
         for group in self.param_groups:
@@ -435,7 +435,7 @@ class Perturbation:
         return [self._bucket(group, same, same, gradients) for same, gradients in chosen]
 
     def _split_spread(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
-        """Weights that are spread over ranks have their bucket also without a gradient here: all add up the same sums."""
+        """Weights that are spread over ranks have their bucket also without a gradient: all ranks add up the same."""
         by_kind: dict[Any, list[tuple[Tensor, Tensor, Any]]] = {}
         for p, g in zip(params, grads, strict=True):
             w, groups = dtensor.local(p), self._ranks.groups_of(p) or ()

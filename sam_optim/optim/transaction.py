@@ -1,4 +1,4 @@
-"""What surrounds the moves of the weights: the model that must not notice them, and the gradients that were there before.
+"""What surrounds the moves of the weights: the model that must not notice them, and the gradients of before.
 
 The model: its buffers, its frozen parameters and its `state_dict()` are those of the clean pass at every moment.
 """
@@ -131,7 +131,7 @@ def _roots(module: Any) -> list[nn.Module]:
             raise TypeError(f"module must be the model, a torch.nn.Module, or a list of them, got {type(m).__name__}")
         if isinstance(m, torch.jit.ScriptModule):
             raise TypeError(
-                "module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was made from"
+                "module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that was scripted"
             )
     return roots
 
@@ -352,7 +352,7 @@ class GradientStash:
     """
 
     def __init__(self, params: Sequence[Tensor], *, in_backward: bool = False):
-        """`in_backward`: what is put under goes there when the next gradient arrives, for a closure that zeroes first."""
+        """`in_backward`: `put_under` waits for the next gradient, for a closure that zeroes gradients first."""
         self._params = params
         self._in_backward = in_backward
         self._earlier = [None if p.grad is None else _owned(p.grad) for p in params]

@@ -165,7 +165,7 @@ def step(g: Tensor, t: Tensor | None, p: float) -> Tensor:
 
 
 def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
-    """x in `dtype`: the nearest value; with `noise` one of the two neighbours, with probabilities that keep the mean."""
+    """x in `dtype`: the nearest value; with `noise` one of its two neighbours, so that the mean is x."""
     near = x.to(dtype)
     if noise is None or dtype not in LOW_PRECISION:
         return near

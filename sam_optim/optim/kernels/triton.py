@@ -325,7 +325,7 @@ def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one launch works on: buckets of the same types, T and p. retained: sums of its programs, for bf16 and fp16."""
+    """What one launch works on: buckets of the same types, T and p. retained: sums of its programs."""
 
     constants: dict[str, Any]
     first: int

@@ -72,7 +72,9 @@ def test_a_room_imports_only_from_rooms_above_it(module):
     for name in ours(module):
         if room(name) != room(module):
             assert room(name) or room(module) == "benchmarks", f"{module} imports the package: import from the room"
-            assert not room(name) or row(name) < row(module), f"{module} (row {row(module)}) imports {name} (row {row(name)})"
+            assert not room(name) or row(name) < row(module), (
+                f"{module} (row {row(module)}) imports {name} (row {row(name)})"
+            )
 
 
 def test_there_is_no_circle_of_imports():
@@ -94,7 +96,9 @@ def test_there_is_no_circle_of_imports():
 def test_nothing_imports_the_command_line():
     for module in SOURCES:
         if room(module) != "cli" and module != "sam_optim.__main__":
-            assert not any(name == "sam_optim.cli" or name.startswith("sam_optim.cli.") for name in imports(module)), module
+            assert not any(name == "sam_optim.cli" or name.startswith("sam_optim.cli.") for name in imports(module)), (
+                module
+            )
 
 
 @pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("sam_optim")])

@@ -520,6 +520,11 @@ class Perturbation:
         if ranks.fully_sharded:
             ranks.check_resharded()
         self._read_groups()
+        if getattr(self._params[-1], "grad_sample", None) is not None:
+            raise RuntimeError(
+                "the parameters have gradients of single examples (Opacus), which each backward adds to, clips and counts: "
+                "SAM would use every example twice, and the privacy budget would be wrong"
+            )
         if ranks.may_lack_gradients or not self.ascends or any(p.grad is not None for p in self._params):
             return
         raise RuntimeError(

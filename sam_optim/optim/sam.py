@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
+from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero
 from sam_optim.optim.checkpoints import adapted
 from sam_optim.optim.kernels import dtensor
 from sam_optim.optim.last_step import LastStep
@@ -95,6 +96,7 @@ class SAM(Optimizer):
         given = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         check_group(given)
         flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
+        refuse_inside_zero()
         params, members = listed(params)
         base = base_optimizer(params, **accepted(base_optimizer, flags), **base_kwargs)
         held = [p for group in base.param_groups for p in group["params"]]
@@ -263,6 +265,7 @@ class SAM(Optimizer):
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
                 "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
+                + advice_for_caller()
             )
 
     def _update(self) -> None:
@@ -305,6 +308,25 @@ class SAM(Optimizer):
         return perturbation.active or idle or takes_found_inf(self.base_optimizer)
 
     # what it searches, and what it saw
+
+    @property
+    def module(self) -> nn.Module | Sequence[nn.Module] | None:
+        """What must not notice the second pass, see the class. It may be set after construction, between two steps."""
+        return self.perturbation.module
+
+    @module.setter
+    def module(self, module: nn.Module | Sequence[nn.Module] | None) -> None:
+        self._follow_base()
+        self.perturbation.refresh()
+        self.perturbation.module = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _KEYS:
+            raise AttributeError(
+                f"{name} is a setting of each group, and an attribute would be ignored: "
+                f"for group in optimizer.param_groups: group[{name!r}] = {value!r}"
+            )
+        super().__setattr__(name, value)
 
     @property
     def ball(self) -> Ball:
@@ -390,7 +412,9 @@ class SAM(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `foreign`."""
+        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `checkpoints`."""
+        if self.perturbation.active:
+            raise RuntimeError("the weights are perturbed: load a checkpoint when the perturbed pass has ended")
         self._follow_base()
         state_dict = adapted(state_dict, self.param_groups)
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:

@@ -92,6 +92,7 @@ class ModelGuard:
         self._hooked = [m for m in self.modules if m._parameters or m._buffers]
         for m in self._hooked:
             m._state_dict_hooks[id(self._clean)] = self._clean
+            m._load_state_dict_pre_hooks[id(self._clean)] = _refuse_loading
         if any([m.training for m in self.roots]):
             self._evaluation = EvaluationWarning()
             for m in self.roots:
@@ -106,6 +107,7 @@ class ModelGuard:
         finally:
             for m in self._hooked:
                 m._state_dict_hooks.pop(id(self._clean), None)
+                m._load_state_dict_pre_hooks.pop(id(self._clean), None)
             for m in self.roots:
                 m._forward_pre_hooks.pop(id(self._evaluation), None)
         self._clean = None
@@ -166,6 +168,10 @@ class CleanStateDict:
 
 def _no_hook(*_: Any) -> None:
     """What is left in a copy of a hook whose pass has ended."""
+
+
+def _refuse_loading(*_: Any) -> None:
+    raise RuntimeError("the model's weights are perturbed: load a checkpoint when the perturbed pass has ended")
 
 
 class EvaluationWarning:

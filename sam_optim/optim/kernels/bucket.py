@@ -84,9 +84,11 @@ class Storage:
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
-        self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
-        if hasattr(b.body, "batches_of"):
-            self.batches, self.copies = b.body.batches_of(b.weights)
+        with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
+            if hasattr(b.body, "batches_of"):
+                self.batches, self.copies = b.body.batches_of(b.weights)
+            else:
+                self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
 
     def fits(self, b: Bucket) -> bool:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))

@@ -145,7 +145,8 @@ def intervals(
         if span is not None:
             axes.set_xlim(*span)
         else:
-            set_scale(axes.xaxis, numbers, log, most_ticks=5)
+            drawable = [v for v in numbers if v > 0] if log else numbers  # a spread may reach below 0
+            set_scale(axes.xaxis, drawable, log, most_ticks=5)
         if axes.get_xlim()[0] < 0 < axes.get_xlim()[1]:
             axes.axvline(0, color=canvas.SOFT, linewidth=1, linestyle="--", zorder=1)
     return figure

@@ -56,7 +56,7 @@ def styled(size: tuple[float, float] = SIZE) -> Iterator[Figure]:
 def label(text: str, *, width: int | None = None, limit: int = 60) -> str:
     """Text for a figure: printable, shortened to `limit` characters, in lines of `width`, no dollar read as TeX."""
     text = shortened(printable(text), limit)
-    return ("\n".join(textwrap.wrap(text, width)) if width else text).replace("$", r"\$")
+    return ("\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) if width else text).replace("$", r"\$")
 
 
 def is_logarithmic(values: Sequence[float], log: bool | None) -> bool:

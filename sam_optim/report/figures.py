@@ -127,7 +127,9 @@ def intervals(
     heights = [0.0]
     for row in rows[1:]:
         heights.append(heights[-1] + (1.0 if row.name else 0.4))
-    with styled((canvas.PANEL[0], 1.5 + 0.36 * heights[-1])) as figure:
+    names = [label(row.name, width=20, limit=40) for row in rows]
+    row_height = 0.1 + 0.14 * max((1 + name.count("\n") for name in names), default=1)
+    with styled((canvas.PANEL[0], 1.6 + max(row_height, 0.3) * heights[-1])) as figure:
         axes = figure.add_subplot()
         for row, at in zip(rows, heights, strict=False):
             axes.plot([row.low, row.high], [at, at], color=_colour(row.style), linewidth=1.8)
@@ -135,17 +137,19 @@ def intervals(
             _markers(axes, points, [at] * len(points), row.style)
             if row.points:
                 axes.plot(row.value, at, "|", color=canvas.INK, markersize=14, markeredgewidth=1.6, zorder=4)
-        named = [(row.name, at) for row, at in zip(rows, heights, strict=False) if row.name]
-        axes.set_yticks([at for _, at in named], [label(name, width=20, limit=40) for name, _ in named])
+        named = [(name, at) for name, at in zip(names, heights, strict=False) if name]
+        axes.set_yticks([at for _, at in named], [name for name, _ in named])
         axes.tick_params(axis="y", length=0, labelsize=8.5)
         axes.grid(axis="y", visible=False)
         axes.set_ylim(heights[-1] + 0.6, -0.6)
-        _finish(figure, axes, title, x_label=x_label)
+        _finish(figure, axes, title)
+        axes.set_xlabel(label(x_label, width=24, limit=48))  # beside the names there is little room
         numbers = [v for row in rows for v in (row.value, row.low, row.high, *row.points) if math.isfinite(v)]
         if span is not None:
             axes.set_xlim(*span)
         else:
-            set_scale(axes.xaxis, numbers, log, most_ticks=5)
+            drawable = [v for v in numbers if v > 0] if log else numbers  # a spread may reach below 0
+            set_scale(axes.xaxis, drawable, log, most_ticks=5)
         if axes.get_xlim()[0] < 0 < axes.get_xlim()[1]:
             axes.axvline(0, color=canvas.SOFT, linewidth=1, linestyle="--", zorder=1)
     return figure

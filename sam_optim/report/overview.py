@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,4 +177,6 @@ def _landscape(result: Result) -> Landscape:
 
 def _tensor(values: Sequence[Any]) -> Tensor:
     """float64; None, which stands in JSON for what was not finite, becomes nan."""
-    return torch.from_numpy(np.array(values, dtype=np.float64))
+    import numpy
+
+    return torch.from_numpy(numpy.array(values, dtype=numpy.float64))

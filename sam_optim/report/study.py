@@ -46,7 +46,7 @@ def study_page(
     if measured.rows:
         parts += [_values(measured), _figures(measured)]
     if measured.failures:
-        reasons = [f"{name}: {reason}" for name, reason in measured.failures.items()]
+        reasons = [r if r.startswith(name) else f"{name}: {r}" for name, r in measured.failures.items()]
         parts.append(section("Checkpoints that failed", page.bullets(reasons)))
     if measured.rows and correlations:
         parts.append(_scatters(measured, correlations, targets))
@@ -116,8 +116,8 @@ def _settings(measured: Table) -> Markup:
     items += [("data", text) for text in sorted({json.dumps(e.get("data", {})) for e in measured.cells.values()})]
     results = [e["result"] for e in measured.cells.values() if "result" in e]
     items += [("versions", text) for text in sorted({words(r.get("provenance", {})) for r in results})]
-    intro = "All that a number depends on: of each measure, each checkpoint (the SHA-256 of its content), the data."
-    return section("Settings", paragraph(intro), page.definitions(items, kind="pairs"))
+    intro = "The settings of each measure, the SHA-256 and the model of each checkpoint, the data, the versions."
+    return section("What the numbers depend on", paragraph(intro), page.definitions(items, kind="pairs"))
 
 
 def _cell(entry: Entry | None) -> str:

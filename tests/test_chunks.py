@@ -88,19 +88,26 @@ def test_weights_that_change_while_graphs_are_kept_are_an_error(matrix):
             product(v)
 
 
+def test_a_batch_stays_whole_where_the_loss_is_no_mean_over_examples():
+    model, data, criterion = network(mlp), batches(mlp, (12,)), lambda o, y: (o @ o.T).square().mean()
+    loss = Loss(model, criterion, data, chunk_size=4)
+    assert pieces_of(loss) == [12]
+    torch.testing.assert_close(product_of(loss), product_of(Loss(model, criterion, data)), rtol=0, atol=0)
+
+
 CRITERIA = {
     "class weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)),
     "ignored labels": nn.CrossEntropyLoss(ignore_index=0),
-    "pairs": lambda o, y: (o @ o.T).square().mean(),
 }
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_a_batch_stays_whole_where_the_loss_is_no_mean_over_examples(name):
+def test_pieces_have_the_weights_of_their_labels(name):
     model, data = network(mlp), batches(mlp, (12,))
     loss = Loss(model, CRITERIA[name], data, chunk_size=4)
-    assert pieces_of(loss) == [12]
-    torch.testing.assert_close(product_of(loss), product_of(Loss(model, CRITERIA[name], data)), rtol=0, atol=0)
+    assert pieces_of(loss) == [4, 4, 4]
+    whole = product_of(Loss(model, CRITERIA[name], data))
+    torch.testing.assert_close(product_of(loss), whole, rtol=1e-9, atol=1e-10)
 
 
 def test_a_batch_stays_whole_where_examples_act_on_each_other():
@@ -132,7 +139,7 @@ def test_sampled_fisher_is_unbiased_and_depends_on_the_contents_of_batches_alone
     assert torch.equal(flat(loss.fisher_mc_product([torch.ones_like(p) for p in loss.params], seed=3)),
                        flat(loss.fisher_mc_product([torch.ones_like(p) for p in loss.params], seed=3)))  # fmt: skip
     with pytest.raises(ValueError, match="softmax"):
-        Loss(model, nn.MSELoss(), data).fisher_mc_product(loss.params)
+        Loss(model, nn.MSELoss(), [(x, x[:, :3]) for x, _ in data]).fisher_mc_product(loss.params)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -29,7 +29,8 @@ class Curvature:
         params: what vectors are the shapes of.
         batches: () -> (p_b, examples, batch) of each batch of this rank, the same in every call.
         product: (piece, keep) -> its v -> M v; `keep` keeps the graph for further products.
-        is_separable: (batch, examples, size) -> whether M_b is the mean over pieces of `size` examples.
+        shares: (batch, examples, size) -> s_k with M_b = sum_k s_k M_k over pieces of `size` examples; None where M_b
+            is no such sum.
         sharding: where the sum goes on over ranks.
         chunk_size: examples in a piece; None: as many as GRAPH_BYTES allow.
     """
@@ -39,15 +40,15 @@ class Curvature:
         params: Sequence[Tensor],
         batches: Callable[[], Iterable[tuple[float, int, Any]]],
         product: Callable[[Any, bool], Product],
-        is_separable: Callable[[Any, int, int], bool],
+        shares: Callable[[Any, int, int], Sequence[float] | None],
         sharding: Sharding,
         *,
         chunk_size: int | None = None,
     ):
-        self._params, self._batches, self._product, self._is_separable = params, batches, product, is_separable
+        self._params, self._batches, self._product, self._shares = params, batches, product, shares
         self._sharding, self._chunk_size = sharding, chunk_size
         self._graph_bytes, self._kept_bytes = _budgets(params[0].device)
-        self._sizes: list[int] = []  # of a piece, for each batch
+        self._divisions: list[tuple[int, Sequence[float]]] = []  # of each batch: size of a piece, and their shares
         self._kept: list[tuple[float, Product]] = []
         self._all_kept = False
         sharding.together(self._keep_first)
@@ -58,10 +59,12 @@ class Curvature:
     def pieces(self) -> Iterator[tuple[float, int, Any]]:
         """(weight, examples, piece), in order."""
         for i, (weight, n, batch) in enumerate(self._batches()):
-            if len(self._sizes) == i:
-                self._sizes.append(self._piece_size(batch, n))
-            for size, piece in divided(batch, n, self._sizes[i]):
-                yield weight * size / n, size, piece
+            if len(self._divisions) == i:
+                self._divisions.append(self._division(batch, n))
+            size, shares = self._divisions[i]
+            for share, (k, piece) in zip(shares, divided(batch, n, size), strict=True):
+                if share:
+                    yield weight * share, k, piece
 
     def _local(self, v: Sequence[Tensor]) -> list[Tensor]:
         """The sum over the batches of this rank."""
@@ -89,17 +92,18 @@ class Curvature:
             heaviest = max(heaviest, (saved.count - before) / weight)
         self._all_kept = True
 
-    def _piece_size(self, batch: Any, n: int) -> int:
-        """How many examples of this batch go through one graph; n where M is not the mean over pieces."""
+    def _division(self, batch: Any, n: int) -> tuple[int, Sequence[float]]:
+        """How many examples of this batch go through one graph, and the shares of the pieces."""
         size = self._chunk_size
         if n <= (size or PROBE) or len(divided(batch, n, 1)) == 1:
-            return n
+            return n, [1.0]
         if size is None:
             saved = SavedBytes(self._params)
             with saved.counting():
                 self._product(part(batch, 0, PROBE), True)
             size = max(PROBE, int(self._graph_bytes * PROBE // max(saved.count, 1)))
-        return size if size >= n or self._is_separable(batch, n, size) else n
+        shares = self._shares(batch, n, size) if size < n else None
+        return (n, [1.0]) if shares is None else (size, shares)
 
 
 def _budgets(device: torch.device) -> tuple[int, int]:

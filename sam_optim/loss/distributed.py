@@ -53,6 +53,10 @@ class Sharding:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true on some rank."""
+        return True in self.all_gather(value)
+
     def interleave(self, local: Sequence[T]) -> list[T]:
         """One entry for each batch of this rank -> one for each batch of all ranks, in their order."""
         shards = self.all_gather(list(local))

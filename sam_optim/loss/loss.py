@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sam_optim.core import module_state
 from sam_optim.core import random as rng
 from sam_optim.loss import criterion as criteria
+from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
 from sam_optim.loss.batches import FixedBatches, channels_last, checksum, data_id, divided, moved, part
 from sam_optim.loss.criterion import Criterion, Forward
@@ -28,7 +30,10 @@ T = TypeVar("T")
 
 
 class Loss:
-    """L(w) = sum_b n_b / N l_b(w),   l_b = criterion(model(x_b), y_b), the mean over the n_b examples of batch b.
+    """L(w) = sum_b W_b l_b(w) / sum_b W_b,   l_b = criterion(model(x_b), y_b), the mean over batch b.
+
+    W_b is what the mean of batch b was taken over: its examples, or with ignored labels and weights of classes the
+    labels that count and their weights, so that L is the mean over all batches in one.
 
     The batches are the same in every pass: what a pass yields is compared with what the first one gave, and a
     difference is an error. The model is measured in eval mode, without dropout, and left exactly as found: weights,
@@ -51,13 +56,19 @@ class Loss:
         distributed: False measures on each rank alone; None is True where a process group of several ranks runs.
         chunk_size: curvature products take at most so many examples of a batch through one graph. None: as many as
             save 128 MiB (on a device, an eighth of its memory), which is also faster on a CPU. A batch stays whole
-            where the loss is not the mean over pieces: batch statistics, weights of classes, ignored labels.
+            where the loss is not a mean over pieces: batch statistics, losses of pairs, `outputs.loss`.
+        batch_weights: W_b of each batch, or a function of a batch. None: seen from the criterion, its labels, and what
+            it gives to a batch that is joined with a few examples of the first (see `loss.criterion.Weigher`).
+
+        differences: products with the Hessian by central differences of gradients, in a float64 copy of the model: for
+            models without double backward (hard sigmoids, fused kernels), or where it is wrong. None: where it is
+            missing; results say so, with an error that is estimated from two steps.
 
     Attributes:
         params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.
         blocks: the names that `block` restricted them to; None is all.
         batch_sizes: n_b of each batch (as in `FixedBatches`), of all ranks. num_batches: how many. num_examples: N,
-            their sum.
+            their sum. batch_weights: W_b of each batch.
 
     Raises:
         ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean;
@@ -76,6 +87,8 @@ class Loss:
         device: torch.device | str | None = None,
         distributed: bool | None = None,
         chunk_size: int | None = None,
+        batch_weights: Sequence[float] | Callable[[Any], float] | None = None,
+        differences: bool | None = None,
     ):
         criteria.check(criterion, normalize_logits)
         if chunk_size is not None and chunk_size < 1:
@@ -92,6 +105,9 @@ class Loss:
         self.device = torch.device(device) if device is not None else self.params[0].device
         self._forward = forward or criteria.default_forward
         self._images_last = _convolves_on_cpu(self.model)
+        self._given_weights = batch_weights
+        self._weigher: criteria.Weigher | None = None
+        self._second: dict[str, Any] = {"by differences": differences}  # shared with all losses made from this one
         self._hold(batches, Sharding(distributed))
 
     def _hold(self, batches: Iterable[Any], sharding: Sharding) -> None:
@@ -105,6 +121,13 @@ class Loss:
         self.batch_sizes = self._sizes
         self.num_batches = len(self._sizes)
         self.num_examples = sum(self._sizes)
+        self._local_weights: list[float] | None = None
+
+    @property
+    def batch_weights(self) -> tuple[float, ...]:
+        """W_b of each batch, of all ranks; in units of examples, labels or weights of classes (see `settings`)."""
+        self._weigh()
+        return self._weights if len(self._weights) == self.num_batches else (math.fsum(self._weights),)
 
     def value(self) -> Tensor:
         """L(w), 0-d float64 on the CPU."""
@@ -164,12 +187,16 @@ class Loss:
             raise ValueError(f"matrix must be one of {', '.join(MATRICES + SAMPLED)}, got {matrix!r}")
         if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
+        self._weigh()
+        if matrix == "hessian" and self._uses_differences():
+            yield self._by_differences()
+            return
         with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
             yield Curvature(
                 self.params,
                 (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._weighted_batches,
                 lambda piece, keep: self._piece_product(matrix, piece, keep),
-                lambda batch, n, size: self._is_separable(matrix, batch, n, size),
+                lambda batch, n, size: self._shares_of_pieces(matrix, batch, n, size),
                 self._sharding,
                 chunk_size=self.num_examples if self.batch_statistics else self.chunk_size,
             )
@@ -191,7 +218,7 @@ class Loss:
     def with_criterion(self, criterion: Criterion) -> Loss:
         """Another loss of the same outputs, over the same batches."""
         criteria.check(criterion, self.normalize_logits)
-        return self._copy(criterion=criterion)
+        return self._copy(criterion=criterion, _weigher=None, _local_weights=None)
 
     def merged(self) -> Loss:
         """L as one unit: a single batch of all examples, which still passes through memory batch by batch."""
@@ -230,7 +257,10 @@ class Loss:
             parts = divided(batch, n, size)
             if len(parts) < -(-n // size):
                 raise ValueError("this batch cannot be split: not all of its tensors begin with its examples")
-            pieces += [piece for _, piece in parts]
+            if self._weigher is None or self._weigher.rule == "examples":
+                pieces += [piece for _, piece in parts]
+            else:  # a piece whose labels are all ignored has no mean
+                pieces += [piece for k, piece in parts if self._weigher(self._target(piece), k)]
         return self._over(pieces, self._sharding)
 
     def _copy(self, **changes: Any) -> Loss:
@@ -285,12 +315,73 @@ class Loss:
             "dtype": str(self.params[0].dtype).removeprefix("torch."),
             "device": self.device.type,
             "data": data_id(self._fingerprints),
-        }
+            "weights": self._rule(),
+        } | (
+            {"products": "central differences", "product_error": error} if (error := self._second.get("error")) else {}
+        )
 
     def _weighted_batches(self) -> Iterator[tuple[float, int, Any]]:
-        """(n_b / N, n_b, batch on the device) for each batch of this rank."""
-        for n, batch in zip(self._batches.sizes, self._batches, strict=True):
-            yield n / self.num_examples, n, moved(batch, self.device)
+        """(W_b / sum W, n_b, batch on the device) for each batch of this rank."""
+        self._weigh()
+        total = math.fsum(self._weights)
+        assert self._local_weights is not None
+        for weight, n, batch in zip(self._local_weights, self._batches.sizes, self._batches, strict=True):
+            yield weight / total, n, moved(batch, self.device)
+
+    def _weigh(self) -> None:
+        """What the batches weigh; once, with the checks that one batch can answer."""
+        if self._local_weights is None:
+            weights = self._sharding.together(self._weights_of_batches)
+            self._weights = tuple(self._sharding.interleave(weights))
+            for i, weight in enumerate(self._weights):
+                if not (math.isfinite(weight) and weight > 0):
+                    raise ValueError(f"batch {i} has the weight {weight}, as if no label counts: leave it out")
+            self._local_weights = weights
+
+    def _weights_of_batches(self) -> list[float]:
+        """Of this rank."""
+        sizes, given = self._batches.sizes, self._given_weights
+        if self._weigher is None and sizes:
+            self._look_at(moved(next(iter(self._batches)), self.device))
+        if self._weigher is None or len(self._sizes) == 1 or (given is None and self._weigher.rule == "examples"):
+            return list(sizes)
+        if isinstance(given, Sequence):
+            if len(given) != len(sizes):
+                raise ValueError(f"batch_weights needs one number for each batch, got {len(given)} for {len(sizes)}")
+            return [float(w) for w in given]
+        if given is not None:
+            return [float(given(batch)) for batch in self._batches]
+        with self._evaluating(grad=False):
+            batches = zip(sizes, self._batches, strict=True)
+            return [self._weigher(self._target(moved(batch, self.device)), n) for n, batch in batches]
+
+    def _look_at(self, batch: Any) -> None:
+        """What one batch shows: what its mean is taken over, and whether gradients are those of the same function."""
+        with self._evaluating(grad=False):
+            outputs, target = self._outputs(batch)
+            without = float(criteria.value(self.criterion, outputs, target))
+            weigher = criteria.Weigher(self.criterion, outputs, target)
+        with self._evaluating(grad=True):
+            loss = criteria.value(self.criterion, *self._outputs(batch), needs_gradient=False)
+        if not criteria.equal_to_rounding(without, float(loss.detach()), self.params[0].dtype):
+            raise ValueError(
+                f"the loss is {without:.8g} without gradients and {float(loss.detach()):.8g} with them: the model "
+                "computes two functions, and a measure is of one. Look for torch.is_grad_enabled() or a fused path "
+                "that only inference takes, and switch it off"
+            )
+        self._weigher = weigher
+
+    def _target(self, batch: Any) -> Any:
+        if self._forward is not criteria.default_forward:
+            return self._outputs(batch)[1]
+        return batch["labels"] if isinstance(batch, Mapping) else batch[-1]
+
+    def _rule(self) -> str:
+        """What the weights of batches are."""
+        if self._given_weights is not None:
+            return "given"
+        self._weigh()
+        return "examples" if self._weigher is None else self._weigher.rule
 
     def _with_draws(self, seed: int) -> Iterator[tuple[float, int, Any]]:
         """The same with (batch, (n_b,) uniform draws): those of a batch depend on the seed and its contents alone."""
@@ -304,11 +395,13 @@ class Loss:
         cuda = [self.device] if self.device.type == "cuda" else []
         measured = module_state.measured(self.model, batch_statistics=self.batch_statistics)
         kept, aside = rng.kept(cuda), rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
-        before = torch.is_grad_enabled()
+        before, fast_path = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
         try:
+            torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, of another function for padding
             with kept, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
             torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
     def _batch_values(self) -> Tensor:
@@ -338,6 +431,76 @@ class Loss:
             outputs = getattr(outputs, "logits", outputs)
         return (criteria.normalized(outputs) if self.normalize_logits else outputs), target
 
+    def _uses_differences(self) -> bool:
+        """As chosen; or, once, as the first examples show: whether double backward is there, and right."""
+        if self._second["by differences"] is None:
+            self._second["by differences"] = self._sharding.any(self._sharding.together(self._lacks_double_backward))
+        return bool(self._second["by differences"])
+
+    def _lacks_double_backward(self) -> bool:
+        if not self._batches.sizes:
+            return False
+        batch, n = moved(next(iter(self._batches)), self.device), self._batches.sizes[0]
+        probe = self._over([divided(batch, n, PROBE)[0][1]], Sharding(distributed=False))
+        try:
+            wide = probe._widened()
+            wide.value()
+        except Exception:  # a model or a criterion that cannot be copied, or not be computed in float64
+            wide, probe = None, probe._copy(_second={"by differences": False})
+        try:
+            with (wide or probe).curvature() as product:
+                if wide is None:
+                    product([torch.ones_like(w) for w in probe.params])
+                    return False
+                wrong = by_differences.check(product, wide._differences(), wide.params)
+        except RuntimeError as error:
+            if by_differences.is_missing(error):
+                return True
+            raise
+        if wrong is not None:
+            raise ValueError(
+                f"the second derivatives that torch computes for this model are wrong: {wrong}. Look for a custom "
+                "autograd function whose backward is no function of torch (once_differentiable, .detach()), or pass "
+                "differences=True for products by central differences of gradients"
+            )
+        return False
+
+    def _widened(self) -> Loss:
+        """The same loss in a float64 copy of the model; w + d there is not rounded to the dtype of the model."""
+        model, forward = by_differences.widened(self.model), self._forward
+        named = dict(model.named_parameters())
+        criterion = by_differences.widened(self.criterion) if isinstance(self.criterion, nn.Module) else self.criterion
+        return self._copy(
+            model=model,
+            criterion=criterion,
+            params=[named[name] for name in self.parameter_names()],
+            _forward=lambda model, batch: forward(model, by_differences.widened(batch)),
+            _images_last=False,
+            _second={"by differences": False},
+        )
+
+    def _differences(self) -> by_differences.Differences:
+        def gradient_at(d: Sequence[Tensor]) -> list[Tensor]:
+            with self.displaced(d):
+                return self.gradient()
+
+        return by_differences.Differences(self.params, gradient_at)
+
+    def _by_differences(self) -> products.Product:
+        try:
+            wide = self._widened()
+            wide.value()
+        except (RuntimeError, TypeError):  # a device or a model without float64
+            wide = self
+        differences = wide._differences()
+
+        def product(v: Sequence[Tensor]) -> list[Tensor]:
+            result = differences([x.to(w.dtype) for x, w in zip(v, wide.params, strict=True)])
+            self._second["error"] = differences.error
+            return [x.to(torch.promote_types(w.dtype, torch.float32)) for x, w in zip(result, self.params, strict=True)]
+
+        return product
+
     def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
         with self.curvature(matrix, seed=seed) as product:
             return product(v)
@@ -349,33 +512,42 @@ class Loss:
         if matrix == "hessian":
             return products.hessian(self.params, criteria.value(self.criterion, outputs, target), keep=keep)
         criteria.check_matrix(self.criterion, outputs, matrix)
-        if matrix == "fisher":
-            return products.fisher(self.params, outputs, keep=keep)
-        if matrix == "fisher_mc":
-            return products.fisher_mc(self.params, outputs, uniforms, keep=keep)
         if matrix == "ggn":
             of_outputs = lambda o: criteria.value(self.criterion, o, target)  # noqa: E731
             return products.gauss_newton(self.params, outputs, of_outputs, keep=keep)
-        examples = zip(outputs.split(1), target.split(1), strict=True)
-        losses = torch.stack([criteria.value(self.criterion, o, t) for o, t in examples])
-        return products.empirical_fisher(self.params, losses, keep=keep)
+        assert self._weigher is not None
+        shares = self._weigher.of_examples(outputs, target)
+        if matrix == "fisher":
+            return products.fisher(self.params, outputs, shares, keep=keep)
+        if matrix == "fisher_mc":
+            return products.fisher_mc(self.params, outputs, shares, uniforms, keep=keep)
+        counted = shares.nonzero().flatten().tolist()  # the loss of a label that is ignored is nan
+        losses = [criteria.value(self.criterion, outputs[i : i + 1], target[i : i + 1]) for i in counted]
+        return products.empirical_fisher(self.params, torch.stack(losses), shares[counted], keep=keep)
 
     @torch.no_grad()
-    def _is_separable(self, matrix: str, batch: Any, n: int, size: int) -> bool:
-        """Whether the matrix of a batch is the mean of those of its pieces."""
+    def _shares_of_pieces(self, matrix: str, batch: Any, n: int, size: int) -> list[float] | None:
+        """s_k for which the matrix of a batch is the sum of s_k times those of its pieces."""
         if self.criterion is None:
-            return False  # `outputs.loss` may be a mean over tokens, of which examples have different numbers
+            return None
         if matrix == "fisher_mc":
             batch, _ = batch
-        pieces = [(k, *self._outputs(piece)) for k, piece in divided(batch, n, size)]
+        divisions = divided(batch, n, size)
+        pieces = [self._outputs(piece) for _, piece in divisions]
         few, _ = self._outputs(part(batch, 0, min(size, PROBE) // 2 or 1))
-        if not criteria.same_outputs(few, pieces[0][1]):
-            return False
-        sum_over_examples = matrix in ("fisher", "fisher_mc", "empirical_fisher")  # by definition
-        return sum_over_examples or criteria.is_mean_over_examples(self.criterion, pieces)
+        if not criteria.same_outputs(few, pieces[0][0]):
+            return None
+        equal = [k / n for k, _ in divisions]
+        shares = criteria.shares(self.criterion, pieces)
+        if shares is None:
+            return equal if matrix in ("fisher", "fisher_mc", "empirical_fisher") else None  # sums by definition
+        if abs(math.fsum(shares) - 1) > 1e-3:
+            return None
+        return [e if abs(s - e) < 1e-4 * e else s for s, e in zip(shares, equal, strict=True)]
 
     def _mean(self, values: Tensor) -> Tensor:
-        return (values * torch.tensor(self._sizes, dtype=torch.float64)).sum() / self.num_examples
+        weights = torch.tensor(self._weights, dtype=torch.float64)
+        return (values * weights).sum() / weights.sum()
 
 
 def _convolves_on_cpu(model: nn.Module) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sam_optim.core.results import Estimate, Spectrum, mean_over_batches, plain
+from sam_optim.core.results import Estimate, Spectrum, plain
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, estimate
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, estimate
 
 # Linear in the loss: their mean over batches is their value for the mean loss.
 LINEAR = {"hessian_trace", "hessian_diagonal", "average_sharpness", "fisher_rao_norm", "relative_flatness"}
@@ -61,7 +61,7 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
     _refuse_linear(str(whole.settings.get("measure", "")), None)
     parts = loss.over_batches(result)
     values = [part.value for part in parts]
-    mean, stderr = mean_over_batches(values, loss.batch_sizes)
+    mean, stderr = batch_mean(loss, values)
     value = mean / whole.value if whole.value else math.nan
     if math.isfinite(whole.stderr) and math.isfinite(value):
         stderr = math.hypot(stderr, value * whole.stderr)

@@ -15,14 +15,13 @@ from sam_optim.loss import Loss
 from sam_optim.measures.conjugate_gradient import Solution, conjugate_gradient, damped_share
 from sam_optim.measures.gram import (
     BatchGradients,
-    batch_weights,
     cosines,
     gram_matrix,
     inner_products,
     jackknife,
     pair_weights,
 )
-from sam_optim.measures.shared import Progress, Ticks, estimate, flat_product, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_weights, estimate, flat_product, settings
 
 METRICS = ("euclidean", "fisher")
 DAMPING = 1e-3
@@ -181,7 +180,7 @@ def gradient_coherence(
     squared_mean = max(float(p @ gram @ p), 0.0)
     return estimate(
         value,
-        jackknife(_mean_cosine, gram, loss.batch_sizes),
+        jackknife(_mean_cosine, gram, loss.batch_weights),
         num_samples=len(p),
         details=_norms(gram, p)
         | {
@@ -234,12 +233,14 @@ def gradient_noise_scale(
     _check_batches(loss, "the noise is seen between batches")
     scales = None if ball is None else ball.scales(loss.params)
     gram, p = gram_matrix(loss, scales=scales, progress=progress), batch_weights(loss)
-    sizes = torch.tensor(loss.batch_sizes, dtype=torch.float64)
+    sizes = torch.tensor(loss.batch_weights, dtype=torch.float64)
+    if loss.settings()["weights"] != "counted labels":  # their number; other weights have no unit
+        sizes *= loss.num_examples / sizes.sum()
     trace, squared = _noise(gram, sizes, sampled)
     second_moment = _trace_of_square(gram, sizes)
     value = trace / squared if squared > 0 else math.nan
     if sampled:
-        stderr = jackknife(lambda gram, sizes: _ratio(*_noise(gram, sizes, sampled=True)), gram, loss.batch_sizes)
+        stderr = jackknife(lambda gram, sizes: _ratio(*_noise(gram, sizes, sampled=True)), gram, loss.batch_weights)
     else:
         variance = 2 * second_moment * float(1 - (1 / sizes).mean()) / (len(p) - 1)
         stderr = math.sqrt(variance) / squared if squared > 0 else math.nan
@@ -281,7 +282,7 @@ def _regret(
     solved = all(s.converged for s in solutions)
     return estimate(
         value,
-        jackknife(_mean_regret, gram, loss.batch_sizes),
+        jackknife(_mean_regret, gram, loss.batch_weights),
         num_samples=len(p),
         converged=solved,
         reason=None if solved or not math.isfinite(value) else "conjugate gradients stopped with residuals above tol",

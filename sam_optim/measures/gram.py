@@ -62,11 +62,6 @@ def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def batch_weights(loss: Loss) -> Tensor:
-    """p_b = n_b / N, (B,) float64."""
-    return torch.tensor(loss.batch_sizes, dtype=torch.float64) / loss.num_examples
-
-
 def pair_weights(p: Tensor) -> Tensor:
     """p_i p_j for two different batches, 0 on the diagonal; not normalised."""
     return (p[:, None] * p).fill_diagonal_(0)
@@ -79,7 +74,7 @@ def cosines(gram: Tensor) -> Tensor:
     return torch.where(lengths > 0, gram / lengths, torch.where(lengths == 0, 0.0, torch.nan))
 
 
-def jackknife(statistic: Callable[[Tensor, Tensor], float], gram: Tensor, sizes: Sequence[int]) -> float:
+def jackknife(statistic: Callable[[Tensor, Tensor], float], gram: Tensor, sizes: Sequence[float]) -> float:
     """Standard error of a statistic of (gram, sizes) from leaving out one batch at a time; nan for fewer than three."""
     num = len(sizes)
     if num < 3:

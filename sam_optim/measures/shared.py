@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.geometry import Ball, ProductBall
-from sam_optim.core.results import Estimate, plain, provenance
+from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance
 from sam_optim.loss import Loss
 
 Product = Callable[[Tensor], Tensor]
@@ -70,6 +70,18 @@ def mean_and_stderr(x: Sequence[float]) -> tuple[float, float]:
     if len(x) < 2:
         return mean, math.nan
     return mean, math.sqrt(math.fsum((a - mean) ** 2 for a in x) / (len(x) - 1) / len(x))
+
+
+def batch_weights(loss: Loss) -> Tensor:
+    """p_b = W_b / sum W, (B,) float64."""
+    weights = torch.tensor(loss.batch_weights, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def batch_mean(loss: Loss, values: Sequence[float]) -> tuple[float, float]:
+    """sum_b p_b x_b over batches, and its standard error; nan for one batch."""
+    weights: Sequence[Any] = loss.batch_weights
+    return mean_over_batches(values, weights)
 
 
 def settings(measure: str, loss: Loss, **options: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sam_optim.core.geometry import Ball, Chart, ProductBall, p_norm
 from sam_optim.core.random import Stream
-from sam_optim.core.results import Estimate, mean_over_batches
+from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
 from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, search
-from sam_optim.measures.shared import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings
 
 RESTARTS = 4  # searches per batch
 AGREEMENT = 0.05  # of the two best of them, relative
@@ -100,7 +100,7 @@ def worst_case_sharpness(
     results = {}
     for k, one in enumerate(by_radius):
         peaks: list[_Peak] = [table[k] for table in tables]
-        value, stderr = mean_over_batches([p.rise for p in peaks], loss.batch_sizes)
+        value, stderr = batch_mean(loss, [p.rise for p in peaks])
         reason = _doubt(peaks, num_restarts)
         results[one] = estimate(
             value,
@@ -241,11 +241,11 @@ def average_sharpness(
     tick = Ticks(progress, loss.num_batches * len(balls) * num_samples)
     seeds = _Seeds(seed)
     tables = loss.over_batches(lambda single: _means(single, balls, num_samples, seeds.of(single), tick))
-    weights = [n / loss.num_examples for n in loss.batch_sizes]
+    weights = batch_weights(loss).tolist()
     results = []
     for k, one in enumerate(balls):
         means = [table[k] for table in tables]
-        value, batches = mean_over_batches([m.rise for m in means], loss.batch_sizes)
+        value, batches = batch_mean(loss, [m.rise for m in means])
         draws = math.sqrt(math.fsum(p * p * m.variance for p, m in zip(weights, means, strict=True)))
         result = estimate(
             value,

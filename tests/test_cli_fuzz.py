@@ -25,7 +25,7 @@ from sam_optim.vision import arrays, checkpoints, cifar, data, images
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 SECONDS, MEMORY = 20, 2 << 30
-EXAMPLES = 150
+EXAMPLES = 25
 ENTRY = {"checkpoint": "a", "key": "k", "column": "trace", "sha256": "0", "measure": "trace", "rho": 0.1}
 ENTRY |= {"identity": {"checkpoint": "0", "loss": {"model": "m"}, "options": {"ball": {"rho": 0.1}}}, "data": {}}
 RESULT = {"type": "Estimate", "value": 1.0, "stderr": 0.1, "num_samples": 3, "converged": True, "settings": {"m": 3}}

@@ -69,7 +69,7 @@ class Sweep:
         if guesses:
             more = f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
             remarks.append(
-                f"warning: {guesses[0]}{more}: the accuracy on training examples is no better than a guess; look at "
+                f"warning: {guesses[0]}{more}: the accuracy is no better than a guess; look at "
                 "the numbers of the classes (--class-to-idx), the model, and the mean and size of its images"
             )
         return remarks

@@ -25,7 +25,7 @@ from sam_optim.vision import arrays, checkpoints, cifar, data, images
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 SECONDS, MEMORY = 20, 2 << 30
-EXAMPLES = 25
+EXAMPLES, PAGES = 2000, 60  # a page with pictures takes half a second
 ENTRY = {"checkpoint": "a", "key": "k", "column": "trace", "sha256": "0", "measure": "trace", "rho": 0.1}
 ENTRY |= {"identity": {"checkpoint": "0", "loss": {"model": "m"}, "options": {"ball": {"rho": 0.1}}}, "data": {}}
 RESULT = {"type": "Estimate", "value": 1.0, "stderr": 0.1, "num_samples": 3, "converged": True, "settings": {"m": 3}}
@@ -143,9 +143,11 @@ READERS = {
     "model.safetensors.index.json": (index, lambda path: checkpoints.find([path.parent])),
     "config.json": (config, read_run),
     "numbers.json": (lambda: b'{"cat": 0, "dog": 1}', images.read_class_to_idx),
-    "o.json": (results, report),
-    "r.json": (result, report),
-    "t.csv": (table, report),
+    "o.json": (results, store.read),
+    "page of o.json": (results, report),
+    "page of r.json": (result, report),
+    "t.csv": (table, reports._read_csv),
+    "page of t.csv": (table, report),
     "any.json": (results, read_json),
 }
 
@@ -218,7 +220,12 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
     if name.endswith(".json"):
         contents = contents | other_values(content)
 
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=PAGES if name.startswith("page") else EXAMPLES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(contents)
     def try_it(content):
         read_or_refuse(path, content, reader)

@@ -166,10 +166,10 @@ class ImageLosses:
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None
-        found = self._read(checkpoint)
-        model = self._model(checkpoint, found.state)
-        weights.load_(model, found.state, checkpoint.name)
-        self.choice = found.choice
+        loaded = self._read(checkpoint)
+        model = self._model(checkpoint, loaded.state)
+        weights.load_(model, loaded.state, checkpoint.name)
+        self.choice = loaded.choice
         return Loss(
             model,
             nn.CrossEntropyLoss(),
@@ -303,9 +303,9 @@ class FunctionLosses:
 
     def _state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
-        found = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
-        self.choice = found.choice
-        return weights.fitted_or_converted(model, found.state, checkpoint.name)
+        loaded = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
+        self.choice = loaded.choice
+        return weights.fitted_or_converted(model, loaded.state, checkpoint.name)
 
     def _called(self, checkpoint: Checkpoint | None) -> Loss:
         if self._cached is None or (self._loads and self._cached[0] != checkpoint):

@@ -123,9 +123,8 @@ def measure_checkpoints(
         KeyboardInterrupt: on Ctrl-C; its text says what is done and how to go on.
     """
     with started(device) as here:
-        found = find(checkpoints)
         with opened(json, here) as store:
-            study = _Study(found, problem, measures, here, store, quiet)
+            study = _Study(find(checkpoints), problem, measures, here, store, quiet)
             try:
                 study.run()
             except KeyboardInterrupt:

@@ -125,9 +125,9 @@ class TextLosses:
         )
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
-        found = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
-        self.choice = found.choice
-        return weights.fitted_or_converted(model, found.state, checkpoint.name)
+        loaded = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
+        self.choice = loaded.choice
+        return weights.fitted_or_converted(model, loaded.state, checkpoint.name)
 
     def _prepared(self, checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Tensor]]]:
         """The configuration of the model in a folder, and the batches as its tokenizer makes them."""

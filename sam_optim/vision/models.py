@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.errors import InputError, one_line, say, unknown
 from sam_optim.vision import state_dicts, weights, wide_resnet
 from sam_optim.vision.tensor_files import read_file
 
@@ -56,7 +55,7 @@ def build(
     options |= _pretrained(name, checkpoint) if checkpoint else {}
     model = _from_timm(name, num_classes, image_size, small, options)
     if small and small_stem_(model) and _fault(model, image_size):
-        print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
+        say(f"note: {name} cannot have the 3x3 stem for small images and keeps its own")
         model = _from_timm(name, num_classes, image_size, small, options)
     if fault := _fault(model, image_size):
         raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")

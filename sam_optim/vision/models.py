@@ -123,7 +123,6 @@ def cnn5(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
 
 
 BUILTIN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
-OWN = BUILTIN
 
 
 def builtin(name: str) -> Make | None:

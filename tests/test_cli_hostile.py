@@ -474,7 +474,7 @@ class TestQuality:
         common = ["--model", "cnn3", "--data", "digits", "--measures", "gradient_regret", "--examples", 300, "--quiet"]
         torch.save(network(0).state_dict(), "c0.pt")
         _, _, err = run("measure", "c0.pt", *common)
-        assert ("warning: c0.pt: the accuracy on training examples is no better than a guess") in err
+        assert ("warning: c0.pt: the accuracy is no better than a guess") in err
         from sam_optim.vision.arrays import digits
 
         x, y = (v[:300] for v in digits())

@@ -13,7 +13,7 @@ from sam_optim._version import __version__
 from sam_optim.core.arguments import Parser, number, numbers, numbers_of_any_sign, pair
 from sam_optim.core.errors import InputError, unknown
 from sam_optim.measures.registry import MEASURES, chosen
-from sam_optim.sweep import FunctionProblem, Grid, ImageProblem, Measures
+from sam_optim.sweep import FunctionProblem, Grid, ImageProblem, Measures, TextProblem
 
 ADAPTIVE = ("elementwise", "filter", "layer")
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher", "fisher_mc")
@@ -39,11 +39,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def problem(args: argparse.Namespace) -> ImageProblem | FunctionProblem:
+def problem(args: argparse.Namespace) -> ImageProblem | FunctionProblem | TextProblem:
     """Which model, loss and data."""
     if args.target:
         common = {field.name: getattr(args, field.name) for field in fields(FunctionProblem)[1:]}
         return FunctionProblem(args.target, **common)
+    if args.text:
+        return TextProblem(**{field.name: getattr(args, field.name) for field in fields(TextProblem)})
     values = {field.name: getattr(args, field.name) for field in fields(ImageProblem)}
     return ImageProblem(**values | {"model_kwargs": dict(args.model_kwargs)})
 
@@ -142,6 +144,14 @@ def _problem(p: argparse.ArgumentParser) -> None:
     g.add_argument("--mean", type=numbers_of_any_sign, metavar="R,G,B", help="of the pixels in [0, 1] (the model's)")
     g.add_argument("--std", type=numbers, metavar="R,G,B")
     g.add_argument("--crop-pct", type=number(float, 0, 1, above=True), help="part of the resized image that is kept")
+    g.add_argument(
+        "--text", type=Path, metavar="FILE", help=".tsv or .csv; each CHECKPOINT is a folder of transformers"
+    )
+    g.add_argument(
+        "--text-columns", type=_words, default=[], metavar="NAME,...", help="of --text: one, or two for pairs"
+    )
+    g.add_argument("--label-column", default="label", metavar="NAME", help="of --text: classes (default: label)")
+    g.add_argument("--max-length", type=count, default=128, help="tokens of an example of --text (default: 128)")
     g = p.add_argument_group("loss")
     g.add_argument("--normalize-logits", action="store_true", help="outputs are centred and divided by their norm")
     g.add_argument("--batch-statistics", action="store_true", help="normalisation layers use those of each batch")
@@ -181,6 +191,10 @@ def _setting(text: str) -> tuple[str, str, Any]:
     return measure, option, value
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def _matrices(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
@@ -199,10 +213,12 @@ def _explicit(argv: Sequence[str]) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.target and (args.model or args.data):
-        raise InputError("--target brings its own model and data: leave --model and --data out")
-    if not args.target and not args.data:
-        raise InputError("say what the loss is over: --data WHERE (with --model), or --target MODULE:FUNCTION")
+    if ((args.target or args.text) and (args.model or args.data)) or (args.target and args.text):
+        raise InputError("--target and --text bring their own model and data: leave --model and --data out")
+    if not (args.target or args.text or args.data):
+        raise InputError(
+            "say what the loss is over: --data WHERE (with --model), --text FILE, or --target MODULE:FUNCTION"
+        )
     if not args.target and not args.checkpoints:
         raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
     if args.command == "landscape":

@@ -6,6 +6,7 @@ from sam_optim.sweep.problems import FunctionProblem, ImageProblem
 from sam_optim.sweep.reports import write_report
 from sam_optim.sweep.store import Entry
 from sam_optim.sweep.study import Sweep, measure_checkpoints
+from sam_optim.sweep.text import TextProblem
 
 __all__ = [
     "Entry",
@@ -14,6 +15,7 @@ __all__ = [
     "ImageProblem",
     "Measures",
     "Sweep",
+    "TextProblem",
     "draw_landscape",
     "measure_checkpoints",
     "write_report",

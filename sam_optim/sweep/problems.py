@@ -24,13 +24,12 @@ from sam_optim.core.results import plain
 from sam_optim.loss import Loss
 from sam_optim.loss.batches import moved
 from sam_optim.sweep.processes import Processes
+from sam_optim.sweep.text import DTYPES, TextProblem
 from sam_optim.vision import checkpoints, models, weights
 from sam_optim.vision.checkpoints import Checkpoint
 from sam_optim.vision.data import Examples, evaluation_batches, open_split
 from sam_optim.vision.images import TRAIN_FOLDERS, read_class_to_idx
 from sam_optim.vision.preprocessing import Preprocessing
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class FunctionProblem:
         return FunctionLosses(self, here)
 
 
-Problem = ImageProblem | FunctionProblem
+Problem = ImageProblem | FunctionProblem | TextProblem
 
 
 class ImageLosses:
@@ -167,10 +166,10 @@ class ImageLosses:
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None
-        found = self._read(checkpoint)
-        model = self._model(checkpoint, found.state)
-        weights.load_(model, found.state, checkpoint.name)
-        self.choice = found.choice
+        loaded = self._read(checkpoint)
+        model = self._model(checkpoint, loaded.state)
+        weights.load_(model, loaded.state, checkpoint.name)
+        self.choice = loaded.choice
         return Loss(
             model,
             nn.CrossEntropyLoss(),
@@ -304,14 +303,9 @@ class FunctionLosses:
 
     def _state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
-        found = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
-        self.choice = found.choice
-        try:
-            return weights.fitted(model, found.state, checkpoint.name)
-        except InputError:
-            if not (hasattr(model, "from_pretrained") and (Path(checkpoint.name) / "config.json").is_file()):
-                raise
-            return weights.read_by_transformers(model, Path(checkpoint.name))
+        loaded = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
+        self.choice = loaded.choice
+        return weights.fitted_or_converted(model, loaded.state, checkpoint.name)
 
     def _called(self, checkpoint: Checkpoint | None) -> Loss:
         if self._cached is None or (self._loads and self._cached[0] != checkpoint):

@@ -65,9 +65,9 @@ def _read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Mapp
     lines: Lines = []
     for path in results:
         if path.suffix == ".csv":
-            measured, others = _measured_csv(path)
+            measured, rest = _measured_csv(path)
             entries += measured
-            lines += others
+            lines += rest
             continue
         content = read_json(path)
         if isinstance(content, dict) and content.get("format") == store.FORMAT:
@@ -134,8 +134,8 @@ def _measured_csv(path: Path) -> tuple[list[dict[str, Any]], Lines]:
             identity = {"checkpoint": None, "file": path.name}
             entry = {"checkpoint": line["checkpoint"], "column": name, "key": name}
             entries.append(entry | {"identity": identity, "result": result})
-    others = set(columns) - set(measures) - set(QUALITY) - {f"{name} error" for name in measures}
-    return entries, [{k: v for k, v in line.items() if k in others} for line in lines]
+    rest = set(columns) - set(measures) - set(QUALITY) - {f"{name} error" for name in measures}
+    return entries, [{k: v for k, v in line.items() if k in rest} for line in lines]
 
 
 def _read_csv(path: Path) -> Lines:

@@ -69,7 +69,7 @@ class Sweep:
         if guesses:
             more = f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
             remarks.append(
-                f"warning: {guesses[0]}{more}: the accuracy on training examples is no better than a guess; look at "
+                f"warning: {guesses[0]}{more}: the accuracy is no better than a guess; look at "
                 "the numbers of the classes (--class-to-idx), the model, and the mean and size of its images"
             )
         return remarks
@@ -123,9 +123,8 @@ def measure_checkpoints(
         KeyboardInterrupt: on Ctrl-C; its text says what is done and how to go on.
     """
     with started(device) as here:
-        found = find(checkpoints)
         with opened(json, here) as store:
-            study = _Study(found, problem, measures, here, store, quiet)
+            study = _Study(find(checkpoints), problem, measures, here, store, quiet)
             try:
                 study.run()
             except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +18,11 @@ from sam_optim.core.errors import InputError, one_line
 from sam_optim.core.files import read_json_object
 from sam_optim.vision.models import check_options
 from sam_optim.vision.preprocessing import Preprocessing
-from sam_optim.vision.tensor_files import NAMED_BY_CONTENT, REMEDY, SUFFIXES, check_plain, digest, read_file
+from sam_optim.vision.state_dicts import Weights, check_values, choose
+from sam_optim.vision.tensor_files import NAMED_BY_CONTENT, SUFFIXES, digest, read_file
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face directory
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of one in several files
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-WEIGHTS = ("state_dict", "model", "model_state_dict", "net", "module", "weights")
-LARGEST = 1e10  # no weight of a trained network is larger; a damaged one easily is
 CHANGING = ("train_examples", "validation_fraction", "label_noise", "train_labels")  # of a run: its training examples
 
 
@@ -58,25 +55,6 @@ class Checkpoint:
     @cached_property
     def _digest(self) -> str:
         return digest(*self.files)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """state: name -> tensor, on the CPU. key: where in the file it was, "" for the file itself. averaged: whether
-    these are the averaged ones. other: the key of averaged weights that are in the file, too, and were not taken."""
-
-    state: dict[str, Tensor]
-    key: str
-    averaged: bool = False
-    other: str | None = None
-
-    @property
-    def choice(self) -> str | None:
-        """Which weights were taken, in words, where there was a choice."""
-        where = f"the weights under {self.key!r}" if self.key else "the weights of the file"
-        if self.averaged:
-            return f"{where} are taken, the averaged ones"
-        return f"{where} are taken; --ema takes the averaged ones under {self.other!r}" if self.other else None
 
 
 def find(names: Sequence[str | Path]) -> list[Checkpoint]:
@@ -121,26 +99,13 @@ def read(checkpoint: Checkpoint, *, ema: bool = False, key: str | None = None) -
     sha256 = hashlib.sha256()
     state: dict[str, Tensor] = {}
     for path in checkpoint.files:
-        weights = _weights(read_file(path, sha256), path, ema, key)
+        weights = choose(read_file(path, sha256), path, ema, key)
         state |= weights.state
     if sha256.hexdigest()[:16] != checkpoint.digest():
         raise InputError(f"{checkpoint.name} has changed while it was read; wait until it is written, and try again")
     for name, w in state.items():
-        _check_values(checkpoint.name, name, w)
+        check_values(checkpoint.name, name, w)
     return dataclasses.replace(weights, state=state)
-
-
-def _check_values(checkpoint: str, name: str, w: Tensor) -> None:
-    check_plain(f"{checkpoint}: {name}", w)
-    if not w.is_floating_point() or not w.numel():
-        return
-    largest = float(w.abs().max())
-    if not math.isfinite(largest):
-        raise InputError(f"{checkpoint}: {name} is not finite everywhere; nothing can be measured there")
-    if largest > LARGEST:
-        raise InputError(
-            f"{checkpoint}: {name} has values of up to {largest:.1e}, which no training gives; the file is damaged"
-        )
 
 
 def _in_directory(path: Path) -> list[Checkpoint]:
@@ -200,57 +165,6 @@ def _parts(path: Path) -> tuple[Path, ...]:
     if any(Path(part).name != part for part in parts):
         raise InputError(f"{path} names files outside its directory; it was changed or damaged")
     return tuple(path.with_name(part) for part in parts)
-
-
-def _weights(content: Any, path: Path, ema: bool, key: str | None) -> Weights:
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds {type(content).__name__}, not weights by name; {REMEDY}")
-    has = f"it has {', '.join(str(k) for k in list(content)[:12])}{', ...' if len(content) > 12 else ''}"
-    if key is not None:
-        state = _tensors(_entry(content, key)) or _under(content, f"{key}.")
-        if state is None:
-            raise InputError(f"{path} has no weights under --key {key}; {has}")
-        return Weights(state, key, averaged=key in AVERAGED)
-    averaged = next((k for k in AVERAGED if _tensors(content.get(k)) is not None), None)
-    if ema:
-        if averaged is None:
-            raise InputError(f"{path} has no averaged weights ({', '.join(AVERAGED)}), {has}; leave --ema out")
-        return Weights(_tensors(content[averaged]) or {}, averaged, averaged=True)
-    for k in WEIGHTS:
-        if (state := _tensors(content.get(k))) is not None:
-            return Weights(state, k, other=averaged)
-    if (state := _tensors(content)) is not None:
-        return Weights(state, "", other=averaged)
-    hint = f"--ema takes those under {averaged}" if averaged else f"--key NAME says where they are, or {REMEDY}"
-    raise InputError(f"{path} has no weights under {', '.join(WEIGHTS)}; {has}; {hint}")
-
-
-def _under(content: Mapping[Any, Any], prefix: str) -> dict[str, Tensor] | None:
-    """The weights whose names in a state dict have that prefix, without it."""
-    for state in (content, *(content.get(k) for k in WEIGHTS)):
-        if isinstance(state, Mapping):
-            inside = {str(k).removeprefix(prefix): x for k, x in state.items() if str(k).startswith(prefix)}
-            if (tensors := _tensors(inside)) is not None:
-                return tensors
-    return None
-
-
-def _entry(content: Any, key: str) -> Any:
-    """The entry of that name, or with dots the entry of an entry."""
-    if not isinstance(content, Mapping):
-        return None
-    if key in content:
-        return content[key]
-    first, _, rest = key.partition(".")
-    return _entry(content.get(first), rest) if rest else None
-
-
-def _tensors(value: Any) -> dict[str, Tensor] | None:
-    """The tensors of a mapping of names to tensors and to a few plain values (counters); None of anything else."""
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        return None
-    state = {name: x for name, x in value.items() if isinstance(x, Tensor)}
-    return state if state and len(state) >= len(value) / 2 else None
 
 
 def _natural(name: str) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.vision import weights, wide_resnet
+from sam_optim.core.errors import InputError, one_line, say, unknown
+from sam_optim.vision import state_dicts, weights, wide_resnet
+from sam_optim.vision.tensor_files import read_file
 
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
 
@@ -55,7 +55,7 @@ def build(
     options |= _pretrained(name, checkpoint) if checkpoint else {}
     model = _from_timm(name, num_classes, image_size, small, options)
     if small and small_stem_(model) and _fault(model, image_size):
-        print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
+        say(f"note: {name} cannot have the 3x3 stem for small images and keeps its own")
         model = _from_timm(name, num_classes, image_size, small, options)
     if fault := _fault(model, image_size):
         raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")
@@ -63,23 +63,24 @@ def build(
 
 
 def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
-    """Arguments that make timm load a local file as it loads its own weights."""
+    """Arguments that make timm load weights of a local file as it loads its own; never the averaged ones in it."""
     check_name(name)
-    from timm.models import get_pretrained_cfg, load_state_dict
+    from timm.models import get_pretrained_cfg
 
-    if not Path(checkpoint).is_file():
+    path = Path(checkpoint)
+    if not path.is_file():
         raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
-    try:
-        state = load_state_dict(checkpoint, use_ema=True, weights_only=True)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-    except Exception as error:  # of torch, pickle, safetensors or zip: whatever a file can hold
-        raise InputError(f"--initial-checkpoint {checkpoint} holds no weights: {one_line(error)}") from None
+    state = state_dicts.choose(read_file(path), path).state
+    for key, value in state.items():
+        state_dicts.check_values(checkpoint, key, value)
+    with torch.device("meta"):
+        state = weights.without_prefix(state, _timm().create_model(name).state_dict())
     config = get_pretrained_cfg(name)
     classifier = (config.classifier if config else None) or "head"
     head = classifier if isinstance(classifier, str) else classifier[0]
-    classes = shapes.get(f"{head}.weight", (0,))[0]
-    overlay = {"file": checkpoint, "url": None, "hf_hub_id": None, "num_classes": classes, "custom_load": False}
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    classes = len(state.get(f"{head}.weight", ()))
+    overlay = {"state_dict": state, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay | {"num_classes": classes}}
 
 
 def checkpoint_gradients_(model: nn.Module, name: str) -> None:
@@ -122,7 +123,6 @@ def cnn5(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
 
 
 BUILTIN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
-OWN = BUILTIN
 
 
 def builtin(name: str) -> Make | None:

@@ -76,7 +76,17 @@ def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict
     return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best)}
 
 
-def read_by_transformers(model: Any, folder: Path) -> dict[str, Tensor]:
+def fitted_or_converted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """As `fitted`; a folder of `save_pretrained` that does not fit is read by transformers."""
+    try:
+        return fitted(model, state, name)
+    except InputError:
+        if not (hasattr(model, "from_pretrained") and (Path(name) / "config.json").is_file()):
+            raise
+        return _read_by_transformers(model, Path(name))
+
+
+def _read_by_transformers(model: Any, folder: Path) -> dict[str, Tensor]:
     """The weights of a folder of `save_pretrained` under the model's names.
 
     transformers writes some models under names of an older version, and knows how to read them. Nothing of the folder

@@ -17,7 +17,12 @@ def _main(rank, world, folder, worker, args, timeout):
     import warnings
 
     warnings.simplefilter("error")
-    for message in ("FSDP2-wrapped module .* returned a view", "The `NO_SHARD` sharding strategy is deprecated"):
+    for message in (
+        "FSDP2-wrapped module .* returned a view",
+        "The `NO_SHARD` sharding strategy is deprecated",
+        "Deallocating Tensor that still has live PyObject references",  # FSDP1's own in torch 2.8
+        "TypedStorage is deprecated",  # torch.distributed.checkpoint's own in torch 2.8
+    ):
         warnings.filterwarnings("ignore", message)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)

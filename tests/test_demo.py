@@ -303,4 +303,4 @@ def test_the_whole_demo(tmp_path):
     runs = [strict(p) for p in (tmp_path / "runs").glob("s*.json")]
     learned = {(r["job"]["method"], r["job"]["seed"]): r["memorised"] for r in runs}
     assert all(learned["sam", seed] < learned["sgd", seed] for seed in Plan().seeds)
-    assert strict(tmp_path / "results.json")["seconds"] < 900
+    assert strict(tmp_path / "results.json")["cpu_s"] < 2 * 900  # a quarter of an hour on two idle cores

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam_optim import ASAM, SAM, Perturbation
 from sam_optim.optim import kernels
-from sam_optim.optim.kernels import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("triton")
+from sam_optim.optim.kernels import triton as body  # noqa: E402
 
 
 @pytest.mark.parametrize("tests", ["tests/triton_interpreted.py", "tests/gpu"])
@@ -60,16 +60,16 @@ class Launches(list):
 def launches(monkeypatch):
     """What would be launched, on fake CUDA tensors that have addresses."""
     recorded = Launches()
-    known = {}
+    addresses = {}
 
     def address(x):
-        return known.setdefault(id(x), (x, (len(known) + 1) << 40))[1]  # with x, so that no id is used again
+        return addresses.setdefault(id(x), (x, (len(addresses) + 1) << 40))[1]  # with x, so that no id is used again
 
-    monkeypatch.setattr(tables, "launch", recorded)
-    monkeypatch.setattr(tables, "addresses", lambda tensors: [address(x) for x in tensors])
-    monkeypatch.setattr(tables, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(tables, "is_capturing", lambda device: False)
-    monkeypatch.setattr(tables, "is_plain", lambda x: True)  # which fake tensors stand for
+    monkeypatch.setattr(body, "launch", recorded)
+    monkeypatch.setattr(body, "addresses", lambda tensors: [address(x) for x in tensors])
+    monkeypatch.setattr(body, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(body, "is_capturing", lambda device: False)
+    monkeypatch.setattr(body, "is_plain", lambda x: True)  # which fake tensors stand for
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that no generator is asked
     with FakeTensorMode():
         yield recorded
@@ -103,7 +103,7 @@ def test_three_launches_whatever_the_model(variant, launches):
             launches.clear()
             sam.enter()
             assert launches.names == ["norm_partials", "finalise", "perturb"]
-            sam.exit()
+            sam.exit(failed=True)  # no backward runs here
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
 
@@ -128,24 +128,42 @@ def test_twenty_bytes_for_each_parameter_and_twenty_four_for_asam(launches):
             assert programs == sum(-(-p.numel() // length) for p in params)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_steady_state_leaves_nothing_to_torch_but_one_copy_back(variant, launches):
+    """Nothing is allocated, uploaded or read: views alone, and the copy that restores."""
+    params = parameters(SHAPES)
+    grads = [p.grad for p in params]
+    sam = VARIANTS[variant](params, fused=True)
+    for step in range(3):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        with Watched() if step == 2 else contextlib.nullcontext() as watched:
+            sam.enter()
+            sam.exit(failed=True)  # no backward runs here
+    views = r"prim\.device|profiler\.|aten\.(detach|alias|view|slice|select|unbind)\."
+    operations = [name for name in watched.names if not re.match(views, name)]
+    if variant == "filter":  # T is computed anew
+        operations = [name for name in operations if "foreach" in name]
+    assert operations == ["aten._foreach_copy_.default"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_a_model_over_two_devices_has_one_norm(flags, variant, dtype, launches):
-    """Nothing meets a tensor of another device, which fake tensors refuse as real ones do."""
+    """Nothing meets a tensor of another device, which fake tensors refuse as real ones do. Not fused: a launch has one."""
     params = [torch.nn.Parameter(torch.empty(s, dtype=dtype, device=f"cuda:{i % 2}")) for i, s in enumerate(SHAPES)]
     sam = VARIANTS[variant](params, **flags)
-    sam._seen._warned = True
+    sam._has_warned = True  # the first step reads what the rounding of low precision left, to warn of it
     optimizer = SAM.wrap(torch.optim.SGD(params, lr=0.1, foreach=True), rho=0.05, **flags)
-    optimizer.perturbation._seen._warned = True
+    optimizer.perturbation._has_warned = True
     for _ in range(2):
         for step in (sam.enter, sam.exit, optimizer.first_step, optimizer.second_step):
             for p in params:
                 p.grad = torch.empty_like(p)
             step()
     assert sam.last_step is not None
-    if "fused" in flags:
-        assert {args[0].device.index for _, _, args, _ in launches} == {0, 1}
+    assert not launches
 
 
 # compiled
@@ -155,7 +173,7 @@ class Given:
     """An argument as Triton's launcher looks at it: where it begins, and of what type it is."""
 
     def __init__(self, x):
-        self.dtype, self._address = x.dtype, tables.address(x)
+        self.dtype, self._address = x.dtype, body.addresses([x])[0]
 
     def data_ptr(self):
         return self._address
@@ -201,7 +219,7 @@ def compiled(launch, capability):
     kernel, programs, args, constants = launch
     given = [Given(x) if isinstance(x, torch.Tensor) else x for x in args]
     with driver(capability):
-        options = {"num_warps": tables.WARPS, "enable_fp_fusion": False}
+        options = {"num_warps": body.WARPS, "enable_fp_fusion": False}
         cubin = kernel.warmup(*given, grid=(programs,), **options, **constants).asm["cubin"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sam_optim-{os.getpid()}.cubin"
@@ -222,7 +240,7 @@ def check_machine_code(launch, capability, *, wide, most=128):
     assert int(re.search(r"REG:(\d+)", text)[1]) <= most, name
     if wide:
         assert "LDG.E.128" in text, name
-        assert "STG.E.128" in text or name not in ("perturb", "sgd", "adam"), name
+        assert "STG.E.128" in text or name != "perturb", name
     return int(re.search(r"REG:(\d+)", text)[1])
 
 
@@ -230,7 +248,7 @@ def launched(launches, variant, **types):
     params = parameters(SHAPES, **types)
     launches.clear()
     sam = VARIANTS[variant](params, fused=True)
-    sam._seen._warned = True  # the first step reads what the rounding of low precision left, to warn of it
+    sam._has_warned = True  # the first step reads what the rounding of low precision left, to warn of it
     sam.enter()
     return list(launches)
 
@@ -240,92 +258,6 @@ def launched(launches, variant, **types):
 def test_compiled_kernels_read_and_write_16_bytes_at_a_time_and_spill_nothing(variant, capability, launches):
     for launch in launched(launches, variant):
         check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalise")
-
-
-BASES = {
-    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
-    "plain sgd": (torch.optim.SGD, {"maximize": True}),
-    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "adam": (torch.optim.Adam, {"weight_decay": 0.1}),
-    "adamw": (torch.optim.AdamW, {}),
-    "amsgrad": (torch.optim.Adam, {"amsgrad": True, "maximize": True}),
-}
-FEW = ["sgd", "adamw", "amsgrad"]
-
-
-def update_of(base):
-    return ["sgd"] if BASES[base][0] is torch.optim.SGD else ["adam_steps", "adam"]
-
-
-def whole_steps(launches, base, dtype=torch.float32, steps=3, *, is_scaled=False, watch=None):
-    """What the last of them launches. is_scaled: by GradScaler, between `first_step` and `step`."""
-    factory, options = BASES[base]
-    params = parameters(SHAPES, dtype)
-    grads = [p.grad for p in params]
-    sam = SAM(params, factory, lr=0.1, rho=0.05, fused=True, **options)
-    sam.perturbation._seen._warned = True  # the first step reads what the rounding of low precision left
-    scale, loss = torch.empty((), device="cuda"), torch.empty((), device="cuda")
-    if options.get("momentum"):  # torch's own first step is unknown to fake tensors
-        for p in params:
-            sam.state[p]["momentum_buffer"] = torch.empty_like(p)
-
-    def closure():
-        sam.zero_grad()
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        torch.autograd.graph.increment_version(grads)  # written to by a backward
-        return loss
-
-    for i in range(steps):
-        launches.clear()
-        with watch if watch is not None and i == steps - 1 else contextlib.nullcontext():
-            if is_scaled:
-                closure()
-                sam.first_step()
-                closure()
-                sam.grad_scale, sam.found_inf = scale, scale
-                sam.step()
-                del sam.grad_scale, sam.found_inf
-            else:
-                sam.step(closure)
-    return list(launches)
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_a_whole_step_on_a_device_restores_in_its_update(base, launches):
-    """20 bytes for each parameter, and what the base reads and writes: it reads w where w is saved."""
-    names = [kernel.fn.__name__ for kernel, *_ in whole_steps(launches, base)]
-    assert names == ["norm_partials", "finalise", "perturb", "nonfinite", *update_of(base)]
-    names = [kernel.fn.__name__ for kernel, *_ in whole_steps(launches, base, is_scaled=True)]
-    assert names == ["norm_partials", "finalise", "perturb", *update_of(base)]  # GradScaler has looked for infinities
-
-
-@pytest.mark.parametrize("base", FEW)
-def test_the_steady_state_of_a_whole_step_leaves_nothing_to_torch(base, launches):
-    """No operation but views, so that nothing is allocated, either."""
-    watched = Watched()
-    assert len(whole_steps(launches, base, steps=4, watch=watched)) == 4 + len(update_of(base))
-    free = r"prim\.device|profiler\.|aten\.(detach|alias|view|slice|select|unbind)\."
-    assert [name for name in watched.names if not re.match(free, name)] == []
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("base", FEW)
-@pytest.mark.parametrize("is_scaled", [False, True])
-def test_compiled_updates_read_and_write_16_bytes_at_a_time_and_spill_nothing(base, is_scaled, capability, launches):
-    for launch in whole_steps(launches, base, is_scaled=is_scaled)[3:]:
-        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "adam_steps")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("is_scaled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_all_updates_compile_and_spill_nothing(dtype, base, is_scaled, capability, launches):
-    most = 255 if dtype == torch.float64 else 128  # in float64 nobody trains fast
-    for launch in whole_steps(launches, base, dtype, is_scaled=is_scaled)[3:]:
-        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "adam_steps", most=most)
 
 
 @pytest.mark.slow
@@ -366,9 +298,8 @@ def test_on_the_cpu_fused_is_for_the_base_alone():
     assert sam.perturbation.fused is None
 
 
-def test_none_is_foreach_until_it_has_been_measured(launches):
+def test_none_is_not_fused_until_it_has_been_measured(launches):
     params = parameters(SHAPES)
     sam = SAM(params, torch.optim.SGD, lr=0.1)
     sam.first_step()
-    assert {b.body for b in sam.perturbation._pass._buckets} == {kernels.foreach}
     assert not launches

@@ -17,7 +17,7 @@ import operator
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -28,12 +28,11 @@ from torch import Tensor
 from triton import next_power_of_2
 from triton.runtime import JITFunction
 
-from sam_optim.optim.kernels.bucket import LOW_PRECISION, Ascent, Backups, Bucket, Norms, Storage, wide_dtype
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, Ascent, Backups, Bucket, Moved, Norms, Storage, wide_dtype
 
-BLOCK = 2048  # entries that a program has in registers: 8 for each of 256 threads
-SPAN = 4  # blocks of a chunk
-CHUNK = SPAN * BLOCK
-ROW = 2048  # sums of chunks that `finalise` reads at a time
+BLOCK = tl.constexpr(2048)  # entries that a program has in registers: 8 for each of 256 threads
+SPAN = tl.constexpr(4)  # blocks of a chunk
+CHUNK = tl.constexpr(4 * 2048)
 WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -69,7 +68,7 @@ def store(address, at, n, value, TYPE, FULL):
 
 
 @triton.jit
-def scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK):
+def scale(tensor, buckets, w, start, W, WIDE, MODE, SIZE):
     """T at one block; w: the weights there."""
     if MODE == ELEMENTS:
         bucket = buckets + tl.load(tensor + BUCKET) * BOUNDS
@@ -77,46 +76,33 @@ def scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK):
         return tl.abs(w) * a + tl.load(bucket + ETA).to(tl.float64, bitcast=True).to(WIDE)
     else:
         stride, slices = tl.load(tensor + STRIDE), tl.load(tensor + SLICES)
-        inside = (start % stride).to(tl.int32) + tl.arange(0, BLOCK)  # divided in 32 bits: 64 take many registers
+        inside = (start % stride).to(tl.int32) + tl.arange(0, SIZE)  # divided in 32 bits: 64 take many registers
         row = ((start // stride) % slices).to(tl.int32) + inside // stride.to(tl.int32)
-        return tl.load(tl.load(tensor + T_).to(tl.pointer_type(T)) + row % slices.to(tl.int32)).to(WIDE)
+        t = tl.load(tensor + T_).to(tl.pointer_type(tl.float64 if tl.float64 == W else tl.float32))
+        return tl.load(t + row % slices.to(tl.int32)).to(WIDE)
 
 
 @triton.jit
-def block_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, FULL, BLOCK):
-    """|T g|^q, g^2, and (T^2 g)^2 or (T sign g)^2, at each entry of one block."""
-    at = start + tl.arange(0, BLOCK)
-    g = load(tl.load(tensor + G_), at, n, G, FULL).to(WIDE)
-    t = tl.full([BLOCK], 1.0, WIDE)
-    if MODE != ONES:
-        w = t
-        if MODE == ELEMENTS:
-            w = load(tl.load(tensor + W_), at, n, W, FULL).to(WIDE)
-        t = scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK)
-    x = t * g
-    step = t * x if P2 else tl.where(g == 0, 0.0, t)
-    return x * x if P2 else tl.abs(x), g * g, step * step
-
-
-@triton.jit
-def chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, FULL, SPAN, BLOCK):
-    """The sums of `block_sums` over a chunk. Where T = 1 and p = 2 the three are one."""
-    dual = tl.zeros([BLOCK], dtype=WIDE)
+def chunk_sums(tensor, buckets, start, n, G, W, WIDE, MODE, P2, FULL, COUNT, SIZE):
+    """Over a chunk: |T g|^q, g^2, and (T^2 g)^2 or (T sign g)^2. Where T = 1 and p = 2 the three are one."""
+    dual = tl.zeros([SIZE], dtype=WIDE)
     grad, step = dual, dual
-    if FULL:  # unrolled: all loads are under way at once
-        for k in tl.static_range(SPAN):
-            x, y, z = block_sums(tensor, buckets, start + k * BLOCK, n, G, W, T, WIDE, MODE, P2, FULL, BLOCK)
-            dual += x
-            if MODE != ONES or not P2:
-                grad += y
-                step += z
-    else:
-        for k in range(SPAN):
-            x, y, z = block_sums(tensor, buckets, start + k * BLOCK, n, G, W, T, WIDE, MODE, P2, FULL, BLOCK)
-            dual += x
-            if MODE != ONES or not P2:
-                grad += y
-                step += z
+    for k in tl.range(0, COUNT, loop_unroll_factor=COUNT if FULL else 1):  # unrolled, all loads are under way at once
+        at = start + k * SIZE + tl.arange(0, SIZE)
+        g = load(tl.load(tensor + G_), at, n, G, FULL).to(WIDE)
+        if MODE == ONES and P2:
+            dual += g * g
+        else:
+            t = tl.full([SIZE], 1.0, WIDE)
+            if MODE == ELEMENTS:
+                t = load(tl.load(tensor + W_), at, n, W, FULL).to(WIDE)
+            if MODE != ONES:
+                t = scale(tensor, buckets, t, start + k * SIZE, W, WIDE, MODE, SIZE)
+            x = t * g
+            y = t * x if P2 else tl.where(g == 0, 0.0, t)
+            dual += x * x if P2 else tl.abs(x)
+            grad += g * g
+            step += y * y
     total = tl.sum(dual, axis=0).to(tl.float64)
     if MODE == ONES and P2:
         return total, total, total
@@ -126,41 +112,29 @@ def chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, FULL, SPAN, B
 
 @triton.jit(do_not_specialize=["first"])
 def norm_partials(
-    tensors,
-    buckets,
-    owners,
-    partials,
-    first,
-    G: tl.constexpr,
-    W: tl.constexpr,
-    T: tl.constexpr,
-    WIDE: tl.constexpr,
-    MODE: tl.constexpr,
-    P2: tl.constexpr,
-    SUMS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tensors, buckets, owners, partials, first, G: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, P2: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
     """partials[chunk] <- the sums of `chunk_sums`: all three, or the first one alone.
 
     tensors, buckets: tables of records. owners: the tensor of each chunk. first: the chunk of the first program.
     """
     chunk = first + tl.program_id(0)
     tensor = tensors + tl.load(owners + chunk) * RECORD
-    start = (chunk - tl.load(tensor + FIRST)) * (SPAN * BLOCK)
+    start = (chunk - tl.load(tensor + FIRST)) * CHUNK
     n = tl.load(tensor + LENGTH)
     addresses = tl.load(tensor + G_)
     if MODE == ELEMENTS:
         addresses |= tl.load(tensor + W_)
-    if (start + SPAN * BLOCK <= n) & (addresses % 16 == 0):
-        dual, grad, step = chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, True, SPAN, BLOCK)
+    if (start + CHUNK <= n) & (addresses % 16 == 0):
+        dual, grad, step = chunk_sums(tensor, buckets, start, n, G, W, WIDE, MODE, P2, True, SPAN, BLOCK)
     else:
-        dual, grad, step = chunk_sums(tensor, buckets, start, n, G, W, T, WIDE, MODE, P2, False, SPAN, BLOCK)
+        dual, grad, step = chunk_sums(tensor, buckets, start, n, G, W, WIDE, MODE, P2, False, SPAN * 2, BLOCK // 2)
     if tl.float64 != WIDE:
         smallest, largest = tl.minimum(dual, tl.minimum(grad, step)), tl.maximum(dual, tl.maximum(grad, step))
         if not ((smallest > 1e-30) & (largest < 1e30)):  # squares have left float32; or 0, inf and NaN, which stay so
             dual, grad, step = chunk_sums(
-                tensor, buckets, start, n, G, W, T, tl.float64, MODE, P2, False, SPAN * 4, BLOCK // 4
+                tensor, buckets, start, n, G, W, tl.float64, MODE, P2, False, SPAN * 2, BLOCK // 2
             )
     tl.store(partials + chunk * SUMS, dual)
     if SUMS == 3:
@@ -169,7 +143,7 @@ def norm_partials(
 
 
 @triton.jit
-def finalise(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUMS: tl.constexpr, ROW: tl.constexpr):
+def finalise(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUMS: tl.constexpr):
     """One program: out <- [||T g||_q, ||g||_2, ||T^2 g||_2 or ||T sign g||_2, factor] of each bucket, (NUM, 4).
 
     The factor is rho / ||T g||_2 with the norm over all buckets of p = 2 whose rho is not 0, and rho where p = inf; 0
@@ -180,15 +154,15 @@ def finalise(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUM
     grad, step = dual, dual
     for k in range(NUM):
         chunk, end = tl.load(buckets + k * BOUNDS + BEGIN), tl.load(buckets + k * BOUNDS + END)
-        x = tl.zeros([ROW], dtype=tl.float64)
+        x = tl.zeros([BLOCK], dtype=tl.float64)
         y, z = x, x
         while chunk < end:
-            at = chunk + tl.arange(0, ROW)
+            at = chunk + tl.arange(0, BLOCK)
             x += tl.load(partials + at * SUMS, mask=at < end, other=0.0)
             if SUMS == 3:
                 y += tl.load(partials + at * SUMS + 1, mask=at < end, other=0.0)
                 z += tl.load(partials + at * SUMS + 2, mask=at < end, other=0.0)
-            chunk += ROW
+            chunk += BLOCK
         dual = tl.where(lane == k, tl.sum(x, axis=0), dual)
         if SUMS == 3:
             grad = tl.where(lane == k, tl.sum(y, axis=0), grad)
@@ -209,9 +183,12 @@ def finalise(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUM
 
 
 @triton.jit
-def move_block(tensor, buckets, factor, start, n, G, W, T, WIDE, MODE, P2, MEASURE, FULL, BLOCK):
-    """copy <- w;  w <- w + factor T^2 g  or  w + factor T sign(g). With MEASURE <e', e> and <e, e>, e' what w got."""
-    at = start + tl.arange(0, BLOCK)
+def move_block(tensor, buckets, factor, start, n, G, W, WIDE, MODE, P2, FULL, SIZE):
+    """copy <- w;  w <- w + factor T^2 g  or  w + factor T sign(g).
+
+    Returns <e', e> and <e, e> of bf16 and fp16 weights, e' what their rounding left of e.
+    """
+    at = start + tl.arange(0, SIZE)
     saved = load(tl.load(tensor + W_), at, n, W, FULL)
     w = saved.to(WIDE)
     e = load(tl.load(tensor + G_), at, n, G, FULL).to(WIDE)
@@ -219,7 +196,7 @@ def move_block(tensor, buckets, factor, start, n, G, W, T, WIDE, MODE, P2, MEASU
         e = tl.where(e > 0, 1.0, tl.where(e < 0, -1.0, 0.0)).to(WIDE)
     e = e * factor.to(WIDE)
     if MODE != ONES:
-        t = scale(tensor, buckets, w, start, T, WIDE, MODE, BLOCK)
+        t = scale(tensor, buckets, w, start, W, WIDE, MODE, SIZE)
         e = e * t * t if P2 else e * t
     moved = w + e
     if tl.float64 != W:  # to the low precisions by way of float32
@@ -228,7 +205,7 @@ def move_block(tensor, buckets, factor, start, n, G, W, T, WIDE, MODE, P2, MEASU
     store(tl.load(tensor + COPY_), at, n, saved, W, FULL)
     store(tl.load(tensor + W_), at, n, moved, W, FULL)
     dot, square = factor, factor
-    if MEASURE:
+    if tl.bfloat16 == W or tl.float16 == W:
         dot = tl.sum((moved.to(WIDE) - w) * e, axis=0).to(tl.float64)
         square = tl.sum(e * e, axis=0).to(tl.float64)
     return dot, square
@@ -236,55 +213,39 @@ def move_block(tensor, buckets, factor, start, n, G, W, T, WIDE, MODE, P2, MEASU
 
 @triton.jit(do_not_specialize=["first", "part", "number"])
 def perturb(
-    tensors,
-    buckets,
-    owners,
-    out,
-    retained,
-    flags,
-    first,
-    part,
-    number,
-    G: tl.constexpr,
-    W: tl.constexpr,
-    T: tl.constexpr,
-    WIDE: tl.constexpr,
-    MODE: tl.constexpr,
-    P2: tl.constexpr,
-    MEASURE: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tensors, buckets, owners, out, retained, flags, first, part, number, G: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr, MODE: tl.constexpr, P2: tl.constexpr,
+):  # fmt: skip
     """As `move_block`, from the last chunk to the first: the end of g is still in the cache from `norm_partials`.
 
-    retained: with MEASURE what `move_block` returns, (programs, 2). flags[part] <- number says that this has run.
+    retained: for bf16 and fp16 what `move_block` returns, (programs, 2). flags[part] <- number says that this has run.
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk = first + program
     tensor = tensors + tl.load(owners + chunk) * RECORD
-    start = (chunk - tl.load(tensor + FIRST)) * (SPAN * BLOCK)
+    start = (chunk - tl.load(tensor + FIRST)) * CHUNK
     n = tl.load(tensor + LENGTH)
     aligned = (tl.load(tensor + G_) | tl.load(tensor + W_) | tl.load(tensor + COPY_)) % 16 == 0
     factor = tl.load(out + 4 * tl.load(tensor + BUCKET) + 3)
     size = tl.abs(factor)
-    is_far = (size > 1e30) | ((size < 1e-30) & (size > 0))  # from what float32 multiplies by without loss
+    is_far = False
+    if tl.float64 != WIDE:  # float32 would lose digits
+        is_far = (size > 1e30) | ((size < 1e-30) & (size > 0))
     dot = tl.full([], 0.0, tl.float64)
     square = dot
     for k in range(SPAN):
         at = start + k * BLOCK
-        x, y = dot * 0, dot * 0
-        if tl.float64 != WIDE and is_far:
-            for _ in range(4):
-                part_x, part_y = move_block(
-                    tensor, buckets, factor, at, n, G, W, T, tl.float64, MODE, P2, MEASURE, False, BLOCK // 4
-                )
-                x, y, at = x + part_x, y + part_y, at + BLOCK // 4
-        elif (at + BLOCK <= n) & aligned:
-            x, y = move_block(tensor, buckets, factor, at, n, G, W, T, WIDE, MODE, P2, MEASURE, True, BLOCK)
+        if (at + BLOCK <= n) & aligned & (not is_far):
+            x, y = move_block(tensor, buckets, factor, at, n, G, W, WIDE, MODE, P2, True, BLOCK)
+            dot, square = dot + x, square + y
         else:
-            x, y = move_block(tensor, buckets, factor, at, n, G, W, T, WIDE, MODE, P2, MEASURE, False, BLOCK)
-        dot, square = dot + x, square + y
-    if MEASURE:
+            for _ in range(2):  # masks take registers
+                if tl.float64 != WIDE and is_far:
+                    x, y = move_block(tensor, buckets, factor, at, n, G, W, tl.float64, MODE, P2, False, BLOCK // 2)
+                else:
+                    x, y = move_block(tensor, buckets, factor, at, n, G, W, WIDE, MODE, P2, False, BLOCK // 2)
+                dot, square, at = dot + x, square + y, at + BLOCK // 2
+    if tl.bfloat16 == W or tl.float16 == W:
         tl.store(retained + 2 * program, dot)
         tl.store(retained + 2 * program + 1, square)
     if program == 0:
@@ -305,9 +266,8 @@ def fits(buckets: Sequence[Bucket]) -> bool:
     device = buckets[0].device
     if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
         return False
-    return all([b.device == device and _fits(b) for b in buckets]) and _are_apart(
-        [w for b in buckets for w in b.weights]
-    )
+    weights = [w for b in buckets for w in b.weights]
+    return all(b.device == device and _fits(b) for b in buckets) and _are_apart(weights)
 
 
 def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
@@ -325,7 +285,7 @@ def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one launch works on: buckets of the same types, T and p. retained: sums of its programs."""
+    """What one launch works on: buckets of the same types, T and p. retained: of its programs, for bf16 and fp16."""
 
     constants: dict[str, Any]
     first: int
@@ -345,42 +305,41 @@ class _Launcher:
         self.key, self.captured = key, captured
         self._device = buckets[0].device
         self._number = 0  # of the ascent
-        self._sent: Any = None
+        self._sent: Any = None  # the radii and addresses that are in the table
         self._table: Any = None
-        self._spare: Tensor | None = None
         self._parts: list[_Part] = []
         self._order: list[int] = []  # of the buckets in the table of tensors: those of a part side by side
         bounds: list[list[float]] = [[]] * len(buckets)
         tensors: list[list[int]] = []
         chunk = 0
-        is_adaptive = any([b.eta is not None for b in buckets])
+        is_adaptive = any(b.eta is not None for b in buckets)
         kinds = [_constants(b, is_adaptive) for b in buckets]
-        for constants in [kind for k, kind in enumerate(kinds) if kind not in kinds[:k]]:
-            weights: list[Tensor] = []
-            copies: list[Tensor] = []
-            first = chunk
-            for k in [k for k, kind in enumerate(kinds) if kind == constants]:
+        for kind in [kind for k, kind in enumerate(kinds) if kind not in kinds[:k]]:
+            part = _Part(kind, chunk, 0, [], [], None)
+            for k in [k for k, x in enumerate(kinds) if x == kind]:
                 b, begin = buckets[k], chunk
                 for i, (w, copy) in enumerate(zip(b.weights, storages[k].copies, strict=True)):
                     slices = (1, 1) if b.t is None or b.t[i].numel() == 1 else (w.stride(0), len(w))
                     tensors.append([0, *addresses([w, copy]), w.numel(), chunk, k, 0, *slices])
-                    chunk += -(-w.numel() // CHUNK)
-                weights, copies = weights + b.weights, copies + storages[k].copies
+                    chunk += -(-w.numel() // CHUNK.value)
+                part.weights.extend(b.weights)
+                part.copies.extend(storages[k].copies)
                 bounds[k] = [begin, chunk, b.p != 2, 0.0, *((0.0, 1.0) if b.eta is None else (1.0, b.eta))]
                 self._order.append(k)
-            retained = self._zeros(chunk - first, 2) if weights[0].dtype in LOW_PRECISION else None
-            self._parts.append(_Part(constants, first, chunk - first, weights, copies, retained))
+            programs = chunk - part.first
+            retained = self._zeros(programs, 2) if part.weights[0].dtype in LOW_PRECISION else None
+            self._parts.append(replace(part, programs=programs, retained=retained))
+        self._moved: Moved = [(part.weights, part.copies) for part in self._parts]
         self._weights = [w for part in self._parts for w in part.weights]
-        self._size = len(buckets)
+        self._num_buckets = len(buckets)
         table = numpy.array(bounds)
         table[:, : RHO.value].view(numpy.int64)[:] = table[:, : RHO.value].astype(numpy.int64)
         self._host = numpy.concatenate([table.view(numpy.int64).ravel(), numpy.array(tensors).ravel()])
-        owners = [i for i, tensor in enumerate(tensors) for _ in range(-(-tensor[LENGTH.value] // CHUNK))]
-        self._owners = pinned(numpy.array(owners or [0], dtype=numpy.int32), self._device).to(
-            self._device, non_blocking=True
-        )
-        self._sums = 1 if all([b.is_plain for b in buckets]) else 3
-        self._partials = self._zeros(max(1, chunk), self._sums)
+        self._spare = self._pinned(self._host)
+        owners = [i for i, tensor in enumerate(tensors) for _ in range(-(-tensor[LENGTH.value] // CHUNK.value))]
+        self._owners = self._pinned(numpy.array(owners, dtype=numpy.int32)).to(self._device, non_blocking=True)
+        self._sums = 1 if all(b.is_plain for b in buckets) else 3
+        self._partials = self._zeros(chunk, self._sums)
         self._out = self._zeros(len(buckets), 4)
         self._flags = torch.zeros(len(self._parts), dtype=torch.int32, device=self._device)
         rows = [row.unbind() for row in self._out.unbind()]
@@ -393,22 +352,16 @@ class _Launcher:
         with on(self._device):
             for part in self._parts:
                 args = *tables, self._owners, self._partials, part.first
-                launch(norm_partials, part.programs, *args, **part.constants, SUMS=self._sums, SPAN=SPAN, BLOCK=BLOCK)
-            constants = {
-                "NUM": self._size,
-                "LANES": max(2, next_power_of_2(self._size)),
-                "SUMS": self._sums,
-                "ROW": ROW,
-            }
-            launch(finalise, 1, tables[1], self._partials, self._out, **constants)
-            moved = [(part.weights, part.copies) for part in self._parts]
-            backups.expect(moved, self._complete)
+                launch(norm_partials, part.programs, *args, **part.constants, SUMS=self._sums)
+            lanes = max(2, next_power_of_2(self._num_buckets))
+            args = tables[1], self._partials, self._out
+            launch(finalise, 1, *args, NUM=self._num_buckets, LANES=lanes, SUMS=self._sums)
+            backups.expect(self._moved, self._complete)
             for k, part in enumerate(self._parts):
                 retained = self._out if part.retained is None else part.retained
                 args = *tables, self._owners, self._out, retained, self._flags, part.first, k, self._number
-                constants = part.constants | {"MEASURE": part.retained is not None, "SPAN": SPAN, "BLOCK": BLOCK}
-                launch(perturb, part.programs, *args, **constants)
-        backups.note(moved)
+                launch(perturb, part.programs, *args, **part.constants)
+        backups.note(self._moved)
         sums = [part.retained.sum(0).unbind() for part in self._parts if part.retained is not None]
         return Ascent([b.p for b in buckets], self._norms, self._factors, [1.0] * len(buckets), sums)
 
@@ -426,40 +379,41 @@ class _Launcher:
         return True
 
     def _tables(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
-        """The tables of tensors and of buckets on the device, with the addresses and radii of now."""
-        rhos = [None if isinstance(b.rho, Tensor) else float(b.rho) for b in buckets]
+        """The tables of tensors and of buckets on the device, with the addresses and radii of now.
+
+        A graph that is captured has a table of its own, and pinned memory that it is copied from at every replay.
+        """
+        rhos = [0.0 if isinstance(b.rho, Tensor) else float(b.rho) for b in buckets]
         grads = addresses([g for k in self._order for g in buckets[k].grads])
         scales = [x for k in self._order for x in addresses(buckets[k].t or ()) or [0] * len(buckets[k].grads)]
         is_captured, table = is_capturing(self._device), self._table
-        if not is_captured and self._spare is None:
-            self._spare = pinned(self._host, self._device)
         if is_captured or self._sent != (rhos, grads, scales):
-            bounds, tensors = numpy.split(self._host, [BOUNDS.value * self._size])
-            bounds.view(numpy.float64)[RHO.value :: BOUNDS.value] = [rho or 0.0 for rho in rhos]
+            bounds, tensors = numpy.split(self._host, [BOUNDS.value * self._num_buckets])
+            bounds.view(numpy.float64)[RHO.value :: BOUNDS.value] = rhos
             tensors[G_.value :: RECORD.value], tensors[T_.value :: RECORD.value] = grads, scales
-            table = self._capture_upload() if is_captured else self._upload((rhos, grads, scales))
+            if self._spare is None:
+                raise RuntimeError(_TOO_EARLY)
+            host, self._spare = self._spare.copy_(torch.as_tensor(self._host)), None
+            table = torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
+            if is_captured:
+                self.captured += [host, table, self]
+            else:
+                self._sent = None  # whatever an interrupt leaves, the table is not taken for another one
+                self._table = table
+                self._sent = rhos, grads, scales
+        if self._spare is None and not is_captured:  # a capture must not ask for pinned memory
+            self._spare = self._pinned(self._host)
         for k, b in enumerate(buckets):
             if isinstance(b.rho, Tensor):
                 table[BOUNDS.value * k + RHO.value].view(torch.float64).copy_(b.rho, non_blocking=True)
-        return table[BOUNDS.value * self._size :], table
+        return table[BOUNDS.value * self._num_buckets :], table
 
-    def _upload(self, values: Any) -> Tensor:
-        host = pinned(self._host, self._device)
-        if self._table is None:
-            self._table = torch.empty_like(host, device=self._device)
-        self._sent = None  # an interrupt may leave either of the two there
-        self._table.copy_(host, non_blocking=True)
-        self._sent = values
-        return self._table
-
-    def _capture_upload(self) -> Tensor:
-        """A graph has a table and pinned memory of its own, which must have been pinned before the capture."""
-        host, self._spare = self._spare, None
-        if host is None:
+    def _pinned(self, values: Any) -> Tensor:
+        """In host memory from which a CUDA device copies without waiting."""
+        if is_capturing(self._device):
             raise RuntimeError(_TOO_EARLY)
-        table = torch.empty_like(host, device=self._device)
-        self.captured += [host.copy_(torch.as_tensor(self._host)), table, self]
-        return table.copy_(host, non_blocking=True)
+        host = torch.as_tensor(values).clone()
+        return host.pin_memory() if self._device.type == "cuda" and torch.cuda.is_available() else host
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self._device)
@@ -492,16 +446,6 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def pinned(values: Any, device: torch.device) -> Tensor:
-    """On the host; in memory from which a CUDA device copies without waiting."""
-    host = torch.as_tensor(values)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return host.clone()
-    if is_capturing(device):
-        raise RuntimeError(_TOO_EARLY)
-    return host.pin_memory()
-
-
 def is_plain(x: Tensor) -> bool:
     return type(x) is torch.nn.Parameter or type(x) is Tensor
 
@@ -509,10 +453,9 @@ def is_plain(x: Tensor) -> bool:
 def _fits(b: Bucket) -> bool:
     if not b.weights or b.groups or b.noise is not None or not all(map(is_plain, b.weights + b.grads)):
         return False
-    kinds = set(map(_KIND, b.weights)) | set(map(_KIND, b.grads))
-    if any([d not in TYPES or layout != torch.strided or device != b.device for d, layout, device in kinds]):
-        return False
-    if len(kinds) > 2 or not all(map(_are_alike, b.weights, b.grads)):
+    kinds = [*set(map(_KIND, b.weights)), *set(map(_KIND, b.grads))]
+    is_one = len(kinds) == 2 and all(x in TYPES and y == torch.strided and z == b.device for x, y, z in kinds)
+    if not is_one or not all(map(_are_alike, b.weights, b.grads)):
         return False
     return b.t is None or all(map(_is_by_slice, b.t, b.weights))
 
@@ -521,21 +464,20 @@ def _are_alike(w: Tensor, g: Tensor) -> bool:
     """Whether the same place in memory holds the same entry, without gaps; sizes of 1 do not matter."""
     if w.is_contiguous():
         return g.is_contiguous()
-    if w.stride() != g.stride() and any(
-        [a != b and n > 1 for a, b, n in zip(w.stride(), g.stride(), w.shape, strict=True)]
-    ):
-        return False
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(w))
+    alike = all(a == b or n == 1 for a, b, n in zip(w.stride(), g.stride(), w.shape, strict=True))
+    return alike and bool(torch.ops.aten.is_non_overlapping_and_dense(w))
 
 
 def _is_by_slice(t: Tensor, w: Tensor) -> bool:
-    return t.numel() == 1 or (t.numel() == len(t) == len(w) and t.is_contiguous() and w.stride(0) < 2**31)
+    is_whole = t.numel() == 1
+    is_right = is_whole or (t.numel() == len(t) == len(w) and t.is_contiguous() and w.stride(0) < 2**31)
+    return is_right and t.dtype == wide_dtype(w.dtype)
 
 
 def _are_apart(tensors: Sequence[Tensor]) -> bool:
     """Programs run in any order: of two that overlap one would copy what the other has moved."""
     spans = sorted(zip(addresses(tensors), [x.nbytes for x in tensors], strict=True))
-    return all([a + size <= b for (a, size), (b, _) in itertools.pairwise(spans)])
+    return all(a + size <= b for (a, size), (b, _) in itertools.pairwise(spans))
 
 
 def _key(b: Bucket) -> tuple[Any, ...]:
@@ -547,5 +489,5 @@ def _key(b: Bucket) -> tuple[Any, ...]:
 def _constants(b: Bucket, is_adaptive: bool) -> dict[str, Any]:
     wide = wide_dtype(b.dtype, b.grads[0].dtype)
     mode = BY_SLICE if b.t is not None else ELEMENTS if is_adaptive else ONES
-    types = {"G": b.grads[0].dtype, "W": b.dtype, "T": wide if b.t is None else b.t[0].dtype, "WIDE": wide}
-    return {k: TYPES[x] for k, x in types.items()} | {"MODE": mode.value, "P2": b.p == 2}
+    types = {"G": TYPES[b.grads[0].dtype], "W": TYPES[b.dtype], "WIDE": TYPES[wide]}
+    return types | {"MODE": mode.value, "P2": b.p == 2}

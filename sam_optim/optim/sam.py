@@ -192,9 +192,8 @@ class SAM(Optimizer):
             self.perturbation.refresh()
             self._finish_pass()
             self._update()
-        except BaseException:  # GradScaler takes these back only from a step that returns: the next one would use them
-            self.__dict__.pop("found_inf", None)
-            self.__dict__.pop("grad_scale", None)
+        except BaseException:
+            self._forget_scale()
             self._pending.clear()
             raise
 
@@ -219,6 +218,7 @@ class SAM(Optimizer):
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
         self._follow_base()
+        self._forget_scale()
         return self.perturbation.perturbed()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -233,6 +233,7 @@ class SAM(Optimizer):
         The gradients are cleared whatever `zero_grad` says: those of the second pass must not be added to them.
         """
         self._follow_base()
+        self._forget_scale()
         self.perturbation.enter()
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -247,6 +248,12 @@ class SAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         self.perturbation.forget()
+
+    def _forget_scale(self) -> None:
+        """Of a GradScaler whose step has failed: it takes its scale back from one that returns, and multiplies the next
+        one by a scale that is still there."""
+        self.__dict__.pop("found_inf", None)
+        self.__dict__.pop("grad_scale", None)
 
     def _finish_pass(self) -> None:
         """Ends the perturbed pass; without one a step is legal only where no gradient could be misused."""

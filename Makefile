@@ -45,7 +45,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 bench: install
-	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.speed.step
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu

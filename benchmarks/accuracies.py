@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, options
+from benchmarks import command
 from benchmarks.command import InputError
+from benchmarks.train import options
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "benchmarks" / "results" / "accuracies.json", ROOT / "docs" / "accuracies.md"

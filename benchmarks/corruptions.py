@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks.command import InputError, one_line, unknown
-from benchmarks.order import derive
+from benchmarks.train.order import derive
 
 Floats = NDArray[np.float32]  # (n, h, w, 3) in [0, 1]
 Draws = list[np.random.Generator]  # one for each image

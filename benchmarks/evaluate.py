@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from benchmarks import checkpoint, command, corruptions, engine, images, options, recipe
+from benchmarks import command, corruptions
 from benchmarks.command import InputError
 from benchmarks.corruptions import NAMES, SEVERITIES, STANDARD, Published
-from benchmarks.data import labels as labels_of
-from benchmarks.data import some, spaced, taken
-from benchmarks.images import Pictures
-from benchmarks.pixels import Pixels
+from benchmarks.train import checkpoint, images, options, recipe
+from benchmarks.train import epoch as engine
+from benchmarks.train.data import labels as labels_of
+from benchmarks.train.data import some, spaced, taken
+from benchmarks.train.images import Pictures
+from benchmarks.train.pixels import Pixels
 from sam_optim.core import random as rng
 from sam_optim.core.results import provenance
 

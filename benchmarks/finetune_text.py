@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from benchmarks import command, options
+from benchmarks import command
 from benchmarks.command import InputError, one_line
+from benchmarks.train import options
 from sam_optim.core.results import provenance
 
 LABELS = ("entailment", "neutral", "contradiction")

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks import checkpoint, command, data, options, recipe
+from benchmarks import command
 from benchmarks.command import InputError, one_line
+from benchmarks.train import checkpoint, data, options, recipe
 from sam_optim import Perturbation, asam_param_groups
 from sam_optim.cli.options import number
 from sam_optim.core import random as rng

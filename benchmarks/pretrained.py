@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import cifar_resnet, command, data, options
+from benchmarks import command
 from benchmarks.command import InputError, one_line
+from benchmarks.examples import cifar_resnet
+from benchmarks.train import data, options
 from sam_optim import cli
 from sam_optim.cli import options as cli_options
 from sam_optim.cli.options import number as at_least
@@ -41,7 +43,7 @@ from sam_optim.vision.checkpoints import find
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TARGET = "benchmarks.cifar_resnet:problem"
+TARGET = "benchmarks.examples.cifar_resnet:problem"
 IN_A_BALL, IN_A_GEOMETRY = ("worst", "average"), ("worst", "average", "eigenvalue", "trace")
 # Options of `sam-optim measure`, and the measures that they are for: the ball of SAM, and that of ASAM, whose radius is
 # in units of |w| + eta.

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import command, cuda_cost, device, gpu, step_cost
-from benchmarks.cuda_cost import Network
+from benchmarks import command, gpu
+from benchmarks.speed import cuda as cuda_cost
+from benchmarks.speed import device
+from benchmarks.speed import step as step_cost
+from benchmarks.speed.cuda import Network
 
 SHAPES = {"resnet50": [(30,)], "efficientnet_b0": [()], "vit_giant_patch14_224": [(50, 41)]}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint
 from benchmarks.command import InputError, read_json, read_jsonl, write_atomic, write_json
+from benchmarks.train import checkpoint
 
 
 def state(step: int) -> dict:
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_path_and_bytes(tmp_path, monk
 KILLED = """
 import sys, torch
 from pathlib import Path
-from benchmarks import checkpoint
+from benchmarks.train import checkpoint
 print("ready", flush=True)
 for step in range(1, 10**6):
     checkpoint.save(Path(sys.argv[1]), {"step": step, "w": torch.full((500_000,), float(step))})

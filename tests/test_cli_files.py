@@ -48,7 +48,7 @@ def saved(form, path, model, other):
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         return path
     if form == "run of the benchmarks":
-        from benchmarks import checkpoint
+        from benchmarks.train import checkpoint
 
         (path / "config.json").write_text(json.dumps({"options": {"model": "cnn3"}}))
         checkpoint.save(path / "checkpoints", {"step": 1, "model": ema, "ema": None})
@@ -235,7 +235,7 @@ class TestFit:
         g = torch.Generator().manual_seed(0)
         x, y = torch.randn(4, 3, 32, 32, generator=g), torch.arange(4)
         np.savez(tmp_path / "d.npz", x=x, y=y)
-        from benchmarks import models
+        from benchmarks.train import models
 
         vit = timm.create_model("test_vit", img_size=32, num_classes=5)
         stem = models.build("test_resnet", num_classes=5, image_size=(3, 32, 32))
@@ -559,7 +559,8 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
     """Normalisation, size and crop are those of the run: on the whole test set the loss is that of training's log."""
     from test_data import cifar_files, picture_tree
 
-    from benchmarks import command, train
+    from benchmarks import command
+    from benchmarks.train import __main__ as train
 
     where, more, split = "digits", [], "test"
     if kind == "cifar10":
@@ -588,7 +589,8 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
 
 
 def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data(tmp_path):
-    from benchmarks import command, train
+    from benchmarks import command
+    from benchmarks.train import __main__ as train
 
     argv = ["--train-examples", "64", "--label-noise", "0.2", "--epochs", "1", "--measures", "none"]
     assert command.run(train.main, [*argv, "--out", str(tmp_path / "run")]) == 0

@@ -13,10 +13,12 @@ from PIL import Image
 from scipy.stats import poisson
 from test_data import cifar_files, picture_tree
 
-from benchmarks import command, corruptions, data, evaluate, train
+from benchmarks import command, corruptions, evaluate
 from benchmarks.command import InputError
 from benchmarks.corruptions import KINDS, NAMES, SEVERITIES, STANDARD, Published, corrupted
-from benchmarks.images import Pictures
+from benchmarks.train import __main__ as train
+from benchmarks.train import data
+from benchmarks.train.images import Pictures
 
 BLURS = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate", "gaussian_blur")
 
@@ -240,7 +242,7 @@ class TestCommand:
 
     def test_the_accuracy_is_that_of_the_damaged_images(self, tmp_path):
         """Counted by hand, in one batch, with the normalisation written out."""
-        from benchmarks import options, recipe
+        from benchmarks.train import options, recipe
 
         cifar_files(tmp_path / "data")
         trained(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")

@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import cifar, command, data, evaluate, measure, models, options, recipe, train
+from benchmarks import command, evaluate, measure
 from benchmarks.command import InputError
-from benchmarks.images import Augment
-from benchmarks.pixels import Batches, shift_and_mirror
+from benchmarks.train import __main__ as train
+from benchmarks.train import cifar, data, models, options, recipe
+from benchmarks.train.images import Augment
+from benchmarks.train.pixels import Batches, shift_and_mirror
 from sam_optim.core.random import Stream
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from benchmarks import command, demo
-from benchmarks.data import digits
-from benchmarks.demo_findings import (
+from benchmarks import command
+from benchmarks.demo import __main__ as demo
+from benchmarks.demo.findings import (
     Difference,
     best_control,
     correlations,
@@ -20,8 +20,8 @@ from benchmarks.demo_findings import (
     sign,
     training_note,
 )
-from benchmarks.demo_page import YOUR_MODEL
-from benchmarks.demo_plan import (
+from benchmarks.demo.page import YOUR_MODEL
+from benchmarks.demo.plan import (
     DATA,
     MEASURES,
     METHODS,
@@ -32,7 +32,8 @@ from benchmarks.demo_plan import (
     fingerprint,
     tuning_jobs,
 )
-from benchmarks.demo_runs import as_ball, execute, initialised, optimizer_for
+from benchmarks.demo.runs import as_ball, execute, initialised, optimizer_for
+from benchmarks.train.data import digits
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         done.append(job)
         return real(job)
 
-    monkeypatch.setattr("benchmarks.demo_runs.execute", interrupted)
+    monkeypatch.setattr("benchmarks.demo.runs.execute", interrupted)
     assert demo.main(["--quick", "--workers", "0", "--out", str(tmp_path)]) == 130
     assert "kept" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").glob("*.json"))) == 2

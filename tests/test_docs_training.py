@@ -10,7 +10,8 @@ import torch
 from test_docs import run
 from test_readme import NUMBER
 
-from benchmarks import accuracies, command, options
+from benchmarks import accuracies, command
+from benchmarks.train import options
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {p.stem for p in (ROOT / "benchmarks" / "recipes").glob("*.yaml")}

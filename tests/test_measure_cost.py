@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cost_curvature, cost_sharpness, measure_cost
 from benchmarks.command import InputError
-from benchmarks.cost_rows import Problem
+from benchmarks.speed import curvature as cost_curvature
+from benchmarks.speed import measures as measure_cost
+from benchmarks.speed import sharpness as cost_sharpness
+from benchmarks.speed.rows import Problem
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from test_data import cifar_files
 
-from benchmarks import cifar_resnet, data, pretrained
+from benchmarks import pretrained
 from benchmarks.command import InputError
+from benchmarks.examples import cifar_resnet
+from benchmarks.train import data
 from sam_optim import Ball, Loss, worst_case_sharpness
 from sam_optim.measures import registry
 from sam_optim.report.study import cell

@@ -20,8 +20,8 @@ def blocks():
 
 def test_every_example_runs_and_prints_what_it_shows(monkeypatch):
     pytest.importorskip("sklearn")
-    from benchmarks.data import digits
-    from benchmarks.models import build
+    from benchmarks.train.data import digits
+    from benchmarks.train.models import build
 
     torch.manual_seed(0)
     splits = digits(label_noise=0.4, seed=0)

@@ -14,10 +14,11 @@ from test_data import cifar_files, picture_tree
 from test_train import PICTURES, run
 from timm.data import create_transform, resolve_model_data_config
 
-from benchmarks import cifar, command, data, evaluate, finetune_text, measure, models, options, recipe
+from benchmarks import command, evaluate, finetune_text, measure
 from benchmarks.command import InputError
-from benchmarks.images import Augment
-from benchmarks.preprocessing import Preprocessing
+from benchmarks.train import cifar, data, models, options, recipe
+from benchmarks.train.images import Augment
+from benchmarks.train.preprocessing import Preprocessing
 from sam_optim.vision import wide_resnet
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml"))

@@ -23,13 +23,14 @@ pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study
 from test_corruptions import TestPublished as Published
 from test_data import cifar_files, picture_tree
 
-from benchmarks import command, data, evaluate
+from benchmarks import command, evaluate
 from benchmarks.command import InputError
 from benchmarks.study import __main__ as study
 from benchmarks.study import config, report, storage, trial
 from benchmarks.study.queue import DEATHS, Queue, difference, duration
 from benchmarks.study.trial import Here, run_directory
 from benchmarks.study.worker import work
+from benchmarks.train import data
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """

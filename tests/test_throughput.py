@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import command, options, throughput
+from benchmarks import command
+from benchmarks.speed import throughput
+from benchmarks.train import options
 from sam_optim.core import random as rng
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its images open

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import command, step_cost, timing, whole_step
+from benchmarks import command
+from benchmarks.speed import step as step_cost
+from benchmarks.speed import timing, whole_step
 
 # a clock that only the runs advance
 

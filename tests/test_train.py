@@ -15,9 +15,13 @@ import pytest
 import torch
 from test_data import SHARED, cifar_files, picture_tree
 
-from benchmarks import checkpoint, command, engine, measure, ranks, train, training
-from benchmarks.pixels import Batches
-from benchmarks.training import Training
+from benchmarks import command, measure
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint, ranks
+from benchmarks.train import epoch as engine
+from benchmarks.train import run as training
+from benchmarks.train.pixels import Batches
+from benchmarks.train.run import Training
 
 TIMES = ("seconds", "images_per_s")
 DIGITS = ["--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none"]
@@ -308,8 +312,8 @@ class TestOptions:
         """Against a plain torch loop, written out."""
         from torch import nn
 
-        from benchmarks import data, models
-        from benchmarks.order import derive
+        from benchmarks.train import data, models
+        from benchmarks.train.order import derive
 
         assert run("--epochs", 2, "--sam-rho", 0, "--weight-decay", 0, "--sched", "none", "--measures", "none",
                    "--label-noise", 0.2, "--out", tmp_path) == 0  # fmt: skip
@@ -328,7 +332,7 @@ class TestOptions:
     def test_sam_in_the_engine_is_step_with_a_closure_bit_for_bit(self):
         from torch import nn
 
-        from benchmarks import data, models
+        from benchmarks.train import data, models
         from sam_optim import SAM
 
         weights = []
@@ -355,7 +359,7 @@ class TestOptions:
         assert_same_bits(dict(weights[0]), dict(weights[1]))
 
     def test_asam_scales_weights_and_not_biases_in_timms_groups(self):
-        from benchmarks import models, options, recipe
+        from benchmarks.train import models, options, recipe
 
         args = options.parse(["--sam-rho", "0.5", "--adaptive", "--layer-decay", "0.7", "--opt", "adamw"])
         model = models.build("test_vit", num_classes=10, image_size=(3, 32, 32))

@@ -17,11 +17,14 @@ import torch
 from ranks import spawn
 from test_data import picture_tree
 
-from benchmarks import checkpoint, command, data, engine, evaluate, options, ranks, recipe, train
+from benchmarks import command, evaluate
 from benchmarks.command import InputError, Interrupted, Signals
-from benchmarks.order import Order
-from benchmarks.pixels import Pixels
-from benchmarks.training import Training
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint, data, options, ranks, recipe
+from benchmarks.train import epoch as engine
+from benchmarks.train.order import Order
+from benchmarks.train.pixels import Pixels
+from benchmarks.train.run import Training
 
 TIMES = ("seconds", "images_per_s")
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # two sums of half a batch against one of the batch, over an epoch

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import command, options
+from benchmarks import command
 from benchmarks.command import InputError
 from benchmarks.study import config, storage
+from benchmarks.train import options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

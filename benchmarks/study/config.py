@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, options
+from benchmarks import measure
 from benchmarks.command import InputError, one_line, unknown
+from benchmarks.train import options
 from sam_optim.vision.cifar import LAYOUT
 
 TARGETS = ("test_error", "gap", "ood_error", "train_loss")

@@ -16,13 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import checkpoint, command, data, engine, measure, models, options, recipe, train
+from benchmarks import command, measure
 from benchmarks.command import InputError
 from benchmarks.corruptions import Published
-from benchmarks.engine import NonFiniteLoss
 from benchmarks.evaluate import Clean, check_labels, on_corruptions
 from benchmarks.study.config import HERE, OURS, Config, Settings, check_held_out, columns
 from benchmarks.study.storage import held
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint, data, models, options, recipe
+from benchmarks.train import epoch as engine
+from benchmarks.train.epoch import NonFiniteLoss
 from sam_optim.core import random as rng
 from sam_optim.core.results import plain, provenance
 

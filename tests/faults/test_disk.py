@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, command, train
+from benchmarks import command
 from benchmarks.command import InputError, write_atomic
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint
 from faults import tally
 
 RUN = ["--device", "cpu", "--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none", "--epochs", "2"]

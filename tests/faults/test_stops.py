@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, command, train
-from benchmarks.training import Training
+from benchmarks import command
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint
+from benchmarks.train.run import Training
 from faults import tally
 from faults.harness import bits
 
@@ -135,7 +137,8 @@ def test_two_hundred_signals_at_random_times_lose_nothing(tmp_path, monkeypatch,
 def test_a_second_signal_to_a_real_process_ends_it_at_once(tmp_path, signum):
     """The first is being answered by a write that takes long; the second does not wait for it."""
     slow_write = (
-        "import signal, time; from benchmarks import checkpoint, command, train;"
+        "import signal, time; from benchmarks import command;"
+        "from benchmarks.train import checkpoint, __main__ as train;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # shells ignore it in the background
         "save = checkpoint.save;"
         "checkpoint.save = lambda *a: (print('saving', flush=True), time.sleep(60));"

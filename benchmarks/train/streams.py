@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from benchmarks.command import InputError, one_line
-from benchmarks.order import derive, seed_here
-from benchmarks.ranks import ALONE, World
+from benchmarks.train.order import derive, seed_here
+from benchmarks.train.ranks import ALONE, World
 from sam_optim.core import random as rng
 
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError, KeyError)

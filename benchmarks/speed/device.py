@@ -167,7 +167,7 @@ def facts(rounds: int) -> dict[str, Any]:
 
 
 def _first_line(command: list[str]) -> str | None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         out = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

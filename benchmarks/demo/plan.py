@@ -160,9 +160,10 @@ def fingerprint(job: Mapping[str, Any]) -> str:
 
 @cache
 def _code() -> str:
-    package, here = Path(sam_optim.__file__).parent, Path(__file__).parent
+    package, here = Path(sam_optim.__file__).parent, Path(__file__).resolve().parents[1]
     files = [p for p in sorted(package.rglob("*.py")) if "report" not in p.parts]
-    files += [here / f"{name}.py" for name in ("data", "models", "order", "pixels", "engine", "demo_runs")]
+    files += [here / "train" / f"{name}.py" for name in ("data", "models", "order", "pixels", "epoch")]
+    files += [here / "demo" / "runs.py"]
     return hashlib.blake2b(b"".join(p.read_bytes() for p in files), digest_size=6).hexdigest()
 
 

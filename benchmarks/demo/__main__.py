@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command
-from benchmarks.demo_findings import mean, select, summary
-from benchmarks.demo_page import page
-from benchmarks.demo_plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
+from benchmarks.demo.findings import mean, select, summary
+from benchmarks.demo.page import page
+from benchmarks.demo.plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
 from sam_optim.report import write_page
 
 Job = Mapping[str, Any]
@@ -99,7 +99,7 @@ def report(
 
 def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) as they finish; longest first, so that no worker is left alone with one at the end."""
-    from benchmarks.demo_runs import execute
+    from benchmarks.demo.runs import execute
 
     names = sorted(jobs, key=lambda name: -_cost(jobs[name]))
     if not workers or len(jobs) <= 1:

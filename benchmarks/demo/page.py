@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import demo_figures as draw
-from benchmarks.demo_findings import (
+from benchmarks.demo import figures as draw
+from benchmarks.demo.findings import (
     SHARPNESS,
     Results,
     difference,
@@ -18,7 +18,7 @@ from benchmarks.demo_findings import (
     values,
     verdict,
 )
-from benchmarks.demo_plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
+from benchmarks.demo.plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
 from sam_optim.report.markup import Child, Markup, join, tag
 from sam_optim.report.page import bullets, code_block, facts, html_page, paragraph, section
 from sam_optim.report.tables import html_table, signed, spread

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from benchmarks import preprocessing
 from benchmarks.command import InputError, one_line
-from benchmarks.models import SMALL
-from benchmarks.order import Order, derive, seed_here
-from benchmarks.streams import Streamed
+from benchmarks.train import preprocessing
+from benchmarks.train.models import SMALL
+from benchmarks.train.order import Order, derive, seed_here
+from benchmarks.train.streams import Streamed
 from sam_optim.core import random as rng
 from sam_optim.vision.images import TRAIN_FOLDERS, VALIDATION_FOLDERS, class_folders, read
 from sam_optim.vision.images import labels_of as listed_labels

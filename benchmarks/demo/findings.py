@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.demo_plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan, plan_dict
+from benchmarks.demo.plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan, plan_dict
 from sam_optim.core.results import plain, provenance
 from sam_optim.report.charts import mean_and_std
 from sam_optim.report.tables import number, signed, spread, text_table

@@ -1,7 +1,7 @@
 """What a SAM step costs beside its two backward passes: ascent and restore, on the shapes of timm models.
 
-    python -m benchmarks.step_cost [--device cpu] [--models resnet50 ...] [--rounds 21] [--json FILE]
-    python -m benchmarks.step_cost --device cuda [--models ...] [--rounds 20] [--minutes 6] [--json FILE]
+    python -m benchmarks.speed.step [--device cpu] [--models resnet50 ...] [--rounds 21] [--json FILE]
+    python -m benchmarks.speed.step --device cuda [--models ...] [--rounds 20] [--minutes 6] [--json FILE]
 
 On CUDA: see `benchmarks/cuda_cost.py`. On the CPU everything runs in one process on one thread, in a new random order
 in each round, on clones of the same weights and gradients. Compared are paired ratios of thread CPU time, which hold
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import command, timing
+from benchmarks import command
 from benchmarks.command import unknown
-from benchmarks.timing import Run
+from benchmarks.speed import timing
+from benchmarks.speed.timing import Run
 from sam_optim import ASAM, SAM
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
@@ -196,7 +197,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.step", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", help="timm models whose shapes to use, or wide-resnet-28-10")
     parser.add_argument("--rounds", type=int, default=21)
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     timing.check_rounds(args.rounds)
     if args.device == "cuda":
-        from benchmarks import cuda_cost
+        from benchmarks.speed import cuda as cuda_cost
 
         return cuda_cost.main(args.models, args.rounds, args.minutes, args.json)
     torch.set_num_threads(1)

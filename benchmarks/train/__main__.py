@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import checkpoint, command, data, measure, options, ranks, recipe
+from benchmarks import command, measure
 from benchmarks.command import InputError, Interrupted, Signals
-from benchmarks.ranks import ALONE, World
-from benchmarks.training import Training
+from benchmarks.train import checkpoint, data, options, ranks, recipe
+from benchmarks.train.ranks import ALONE, World
+from benchmarks.train.run import Training
 from sam_optim.core import random as rng
 from sam_optim.core.results import provenance
 

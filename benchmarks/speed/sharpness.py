@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost_rows import Problem, Row
+from benchmarks.speed.rows import Problem, Row
 from sam_optim import Ball, Loss, average_sharpness, worst_case_sharpness
 
 STEPS = 20

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from benchmarks import cifar, images
 from benchmarks.command import InputError, unknown
-from benchmarks.images import Augment, PictureBatches, Pictures
-from benchmarks.models import SMALL
-from benchmarks.order import Order, derive
-from benchmarks.pixels import Batches, Drawn, Pixels
-from benchmarks.preprocessing import DEFAULT, ImageSize, Preprocessing, of_size, per_channel
-from benchmarks.ranks import ALONE, World
-from benchmarks.streams import StreamBatches, Streamed
+from benchmarks.train import cifar, images
+from benchmarks.train.images import Augment, PictureBatches, Pictures
+from benchmarks.train.models import SMALL
+from benchmarks.train.order import Order, derive
+from benchmarks.train.pixels import Batches, Drawn, Pixels
+from benchmarks.train.preprocessing import DEFAULT, ImageSize, Preprocessing, of_size, per_channel
+from benchmarks.train.ranks import ALONE, World
+from benchmarks.train.streams import StreamBatches, Streamed
 from sam_optim.core.random import Stream
 from sam_optim.vision import arrays
 from sam_optim.vision.arrays import DIGITS_TRAIN

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import checkpoint, command, data, engine, ranks, recipe
+from benchmarks import command
 from benchmarks.command import InputError, Interrupted, Signals
-from benchmarks.engine import Batch, NonFiniteLoss, Totals
-from benchmarks.order import derive, seed_all
-from benchmarks.ranks import ALONE, Agreed, World
+from benchmarks.train import checkpoint, data, ranks, recipe
+from benchmarks.train import epoch as engine
+from benchmarks.train.epoch import Batch, NonFiniteLoss, Totals
+from benchmarks.train.order import derive, seed_all
+from benchmarks.train.ranks import ALONE, Agreed, World
 
 EVERY_LINE, EVERY_DRAWING = 60.0, 0.5  # seconds between two lines of a log, and between two states of a bar
 

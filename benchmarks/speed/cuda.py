@@ -1,4 +1,4 @@
-"""What SAM's own part and whole SAM steps cost on a CUDA device: `python -m benchmarks.step_cost --device cuda`.
+"""What SAM's own part and whole SAM steps cost on a CUDA device: `python -m benchmarks.speed.step --device cuda`.
 
 SAM's own part: on the shapes of a model, without its passes. Every way is measured as a whole update, `first_step` and
 `second_step` over SGD with momentum and fused=True, less that update alone; bytes are those that this part has to
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import command, device
-from benchmarks.device import Run
-from benchmarks.models import build
-from benchmarks.step_cost import RHO, NoStep, shapes_of
+from benchmarks import command
+from benchmarks.speed import device
+from benchmarks.speed.device import Run
+from benchmarks.speed.step import RHO, NoStep, shapes_of
+from benchmarks.train.models import build
 from sam_optim import SAM, Perturbation
 
 MODELS = (

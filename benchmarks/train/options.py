@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.command import InputError, one_line, read_json, unknown
-from benchmarks.preprocessing import CROP_MODES, INTERPOLATIONS, of_weights
+from benchmarks.train.preprocessing import CROP_MODES, INTERPOLATIONS, of_weights
 from sam_optim.cli.options import number
 from sam_optim.vision.cifar import LAYOUT
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.data import Splits, digits
-from benchmarks.demo_plan import CLEAN, NOISY, TEST, fingerprint
-from benchmarks.engine import NonFiniteLoss, evaluate, train_epoch
-from benchmarks.models import build
-from benchmarks.order import derive
-from benchmarks.pixels import Batches
+from benchmarks.demo.plan import CLEAN, NOISY, TEST, fingerprint
+from benchmarks.train.data import Splits, digits
+from benchmarks.train.epoch import NonFiniteLoss, evaluate, train_epoch
+from benchmarks.train.models import build
+from benchmarks.train.order import derive
+from benchmarks.train.pixels import Batches
 from sam_optim.core.geometry import Ball
 from sam_optim.core.random import Stream
 from sam_optim.core.results import plain

@@ -1,7 +1,7 @@
 """What the measures cost, against the packages that offer them: time, peak memory, products.
 
-    python -m benchmarks.measure_cost [--pretrained FILE] [--rows NAME ...] [--rounds 3] [--quick] [--json FILE]
-    python -m benchmarks.measure_cost --device cuda --model resnet50
+    python -m benchmarks.speed.measures [--pretrained FILE] [--rows NAME ...] [--rounds 3] [--quick] [--json FILE]
+    python -m benchmarks.speed.measures --device cuda --model resnet50
 
 On a CPU: ResNet-20 (270 k parameters), 512 images, one thread, thread CPU time, which holds where other processes share
 the machine. In each round ours and the peer of a row follow each other in random order; the ratio is that of the
@@ -31,12 +31,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import cifar_resnet, command, timing
+from benchmarks import command
 from benchmarks.command import InputError, unknown
-from benchmarks.cost_rows import Problem, Row
+from benchmarks.examples import cifar_resnet
+from benchmarks.speed import timing
+from benchmarks.speed.rows import Problem, Row
 
 SOURCES = ("cost_curvature", "cost_sharpness")  # modules with `rows(problem)`
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def digits(n: int, num_steps: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -142,7 +144,7 @@ def peak_memory(args: argparse.Namespace, name: str, side: str) -> float | None:
     own += ["--batch-size", str(args.batch_size)] + (["--quick"] if args.quick else [])
     own += ["--pretrained", str(args.pretrained)] if args.pretrained else []
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.measure_cost", *own], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "benchmarks.speed.measures", *own], capture_output=True, text=True, cwd=ROOT
     )
     if done.returncode:
         raise RuntimeError(f"{name}, {side}: {command.one_line(RuntimeError(done.stderr))}")
@@ -191,7 +193,7 @@ def _commit() -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.measures", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", help="only these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="64 images, one round, no processes for memory: a check")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import data, models
 from benchmarks.command import InputError, one_line, unknown
-from benchmarks.images import Augment
-from benchmarks.order import derive, seed_all
-from benchmarks.preprocessing import NAMES, Preprocessing
-from benchmarks.ranks import ALONE, World, named
+from benchmarks.train import data, models
+from benchmarks.train.images import Augment
+from benchmarks.train.order import derive, seed_all
+from benchmarks.train.preprocessing import NAMES, Preprocessing
+from benchmarks.train.ranks import ALONE, World, named
 from sam_optim import SAM, asam_param_groups
 
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from benchmarks.images import Augment
-from benchmarks.order import Order, derive
-from benchmarks.ranks import ALONE, World
+from benchmarks.train.images import Augment
+from benchmarks.train.order import Order, derive
+from benchmarks.train.ranks import ALONE, World
 from sam_optim.core.random import Stream
 
 

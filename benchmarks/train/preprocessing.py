@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.command import InputError
-from benchmarks.models import SMALL, data_config
+from benchmarks.train.models import SMALL, data_config
 
 NAMES = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")

@@ -1,6 +1,6 @@
 """Images per second of benchmarks.train beside timm's own training loop, for the base optimizer.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.throughput --model resnet18
+    OMP_NUM_THREADS=1 python -m benchmarks.speed.throughput --model resnet18
 
 Same model, same image files, same operations on them, same optimizer and schedule. timm's train.py is not in its wheel:
 the control is its loop for one process (`train_one_epoch`), written with the parts that it is made of: create_dataset,
@@ -23,9 +23,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import command, models, options, recipe, timing
-from benchmarks.order import derive, seed_all
-from benchmarks.training import Training
+from benchmarks import command
+from benchmarks.speed import timing
+from benchmarks.train import models, options, recipe
+from benchmarks.train.order import derive, seed_all
+from benchmarks.train.run import Training
 from sam_optim.core import random as rng
 
 
@@ -131,7 +133,7 @@ def compared(args: argparse.Namespace, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = options.Parser(prog="python -m benchmarks.throughput", description=__doc__)
+    p = options.Parser(prog="python -m benchmarks.speed.throughput", description=__doc__)
     p.add_argument("--model", nargs="+", default=["resnet18", "vit_tiny_patch16_224"])
     p.add_argument("--data-dir", help="a tree DIR/train/CLASS/*; default: random pictures")
     p.add_argument("--img-size", type=int, default=32)

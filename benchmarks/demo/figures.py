@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.demo_findings import NAN, Results, mean, values, values_by_epoch
-from benchmarks.demo_plan import DATA, MEASURES, METHODS, STYLE
+from benchmarks.demo.findings import NAN, Results, mean, values, values_by_epoch
+from benchmarks.demo.plan import DATA, MEASURES, METHODS, STYLE
 from sam_optim.report.axes import marker
 from sam_optim.report.charts import (
     Curves,

@@ -1,6 +1,7 @@
-"""The ResNets for CIFAR of He et al. (2016), arXiv:1512.03385, section 4.2: shortcuts without parameters.
+r"""The ResNets for CIFAR of He et al. (2016), arXiv:1512.03385, section 4.2: shortcuts without parameters.
 
-    SAM_OPTIM_CIFAR10=DIR sam-optim measure resnet*.th --target benchmarks.cifar_resnet:problem --measures worst,trace
+    SAM_OPTIM_CIFAR10=DIR sam-optim measure resnet*.th \
+        --target benchmarks.examples.cifar_resnet:problem --measures worst,trace
 
 measures trained ones on CIFAR-10; DIR holds cifar-10-batches-py.
 """
@@ -67,7 +68,7 @@ def pretrained(path: Path | str) -> ResNet:
 def problem(checkpoint: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
     """A pretrained one and training images, evenly spread over the training set, in batches of 128. The environment
     says where they are (SAM_OPTIM_CIFAR10, in torchvision's layout) and how many (SAM_OPTIM_IMAGES, 512)."""
-    from benchmarks import data
+    from benchmarks.train import data
 
     x, y = data.load("cifar10", Path(os.environ["SAM_OPTIM_CIFAR10"])).train.tensors
     num = int(os.environ.get("SAM_OPTIM_IMAGES", "512"))

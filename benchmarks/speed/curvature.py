@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost_rows import Problem, Row
+from benchmarks.speed.rows import Problem, Row
 from sam_optim import Loss, hessian_eigenvalues, hessian_trace, spectral_density
 
 TOL = 1e-3

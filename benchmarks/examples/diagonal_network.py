@@ -1,6 +1,6 @@
 """Which sharpness goes with generalization? On a diagonal linear network it depends on the data, and one can see why.
 
-    python -m benchmarks.diagonal_network [--out picture.png]
+    python -m benchmarks.examples.diagonal_network [--out picture.png]
 
     f(x) = <x, b>,  b = u * v,   L = 1/2n sum_i (f(x_i) - y_i)^2,   more features than examples
 

@@ -15,7 +15,6 @@ On a device: a timm model on noise images of 224 pixels, wall time of synchronis
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import random
@@ -34,10 +33,10 @@ from tqdm import tqdm
 from benchmarks import command
 from benchmarks.command import InputError, unknown
 from benchmarks.examples import cifar_resnet
-from benchmarks.speed import timing
+from benchmarks.speed import curvature, sharpness, timing
 from benchmarks.speed.rows import Problem, Row
 
-SOURCES = ("cost_curvature", "cost_sharpness")  # modules with `rows(problem)`
+SOURCES = (curvature, sharpness)  # modules with `rows(problem)`
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -83,8 +82,7 @@ def rows_of(problem: Problem, names: list[str] | None) -> list[Row]:
     for source in SOURCES:
         if names and set(names) <= {row.name for row in found}:
             break  # the rows of the other are not free: some are measured to be made
-        if importlib.util.find_spec(f"benchmarks.{source}") is not None:
-            found += importlib.import_module(f"benchmarks.{source}").rows(problem)
+        found += source.rows(problem)
     if missing := set(names or ()) - {row.name for row in found}:
         raise unknown("row", missing.pop(), [row.name for row in found])
     return [row for row in found if names is None or row.name in names]

@@ -37,7 +37,7 @@ def interleaved(runs: dict[str, tuple[Run, Run]], rounds: int, label: str) -> di
     names = list(runs)
     gc.disable()
     try:
-        for i in tqdm(range(rounds + WARM_UP), desc=label, leave=False):
+        for i in tqdm(range(rounds + WARM_UP), desc=label, leave=False, disable=None):
             shuffle(names)
             for name in names:
                 prepare, run = runs[name]
@@ -63,7 +63,7 @@ def paired(reference: Run, runs: dict[str, Run], rounds: int, label: str) -> dic
     names = list(runs)
     gc.disable()
     try:
-        for i in tqdm(range(rounds + WARM_UP), desc=label, leave=False):
+        for i in tqdm(range(rounds + WARM_UP), desc=label, leave=False, disable=None):
             draw.shuffle(names)
             for name in names:
                 pair = [(runs[name], times[name][0]), (reference, times[name][1])]

@@ -58,8 +58,8 @@ class ResNet(nn.Module):
 
 def pretrained(path: Path | str) -> ResNet:
     """With the weights of a state dict or a checkpoint that holds one, also one of a DataParallel model."""
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    state = {name.removeprefix("module."): w for name, w in found.get("state_dict", found).items()}
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    state = {name.removeprefix("module."): w for name, w in content.get("state_dict", content).items()}
     model = ResNet(sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in state))
     model.load_state_dict(state)
     return model
@@ -68,9 +68,10 @@ def pretrained(path: Path | str) -> ResNet:
 def problem(checkpoint: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
     """A pretrained one and training images, evenly spread over the training set, in batches of 128. The environment
     says where they are (SAM_OPTIM_CIFAR10, in torchvision's layout) and how many (SAM_OPTIM_IMAGES, 512)."""
-    from benchmarks.train import data
+    from sam_optim.vision.data import open_split
 
-    x, y = data.load("cifar10", Path(os.environ["SAM_OPTIM_CIFAR10"])).train.tensors
+    train = open_split("cifar10", os.environ["SAM_OPTIM_CIFAR10"], "train")
+    x, y = train.x, train.labels
     num = int(os.environ.get("SAM_OPTIM_IMAGES", "512"))
     rows = torch.arange(num) * len(x) // num
     mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))

@@ -94,7 +94,7 @@ def minimum(x: Tensor, y: Tensor, scale: float) -> DiagonalNetwork:
 
 def runs(num_sets: int = 6, scales: Sequence[float] = SCALES) -> list[dict[str, Any]]:
     """One row for each target, data set and scale: the error on new data, and what the measures say."""
-    found = []
+    rows = []
     for target in TARGETS:
         for seed in range(num_sets):
             x, y, true = data(target, seed)
@@ -104,13 +104,13 @@ def runs(num_sets: int = 6, scales: Sequence[float] = SCALES) -> list[dict[str, 
                 loss = Loss(model, half_squared_error, [(x, y)])
                 row = {"target": target, "seed": seed, "scale": scale, "loss": float(loss.value())}
                 row["test_error"] = float((b - true).square().sum()) / 2  # E (f(x) - y)^2 / 2 for isotropic x
-                found.append(row | {name: measure(loss) for name, measure in MEASURES.items()})
-    return found
+                rows.append(row | {name: measure(loss) for name, measure in MEASURES.items()})
+    return rows
 
 
 def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """measure -> target -> Kendall's tau with the test error among the minima of one data set, mean over data sets."""
-    found: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float]] = {}
     for name in MEASURES:
         for target in TARGETS:
             taus = []
@@ -118,25 +118,25 @@ def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
                 same = [row for row in rows if (row["target"], row["seed"]) == (target, seed)]
                 a, b = (torch.tensor([row[key] for row in same], dtype=torch.float64) for key in (name, "test_error"))
                 taus.append(float(kendall_tau(a, b)))
-            found.setdefault(name, {})[target] = sum(taus) / len(taus)
-    return found
+            means.setdefault(name, {})[target] = sum(taus) / len(taus)
+    return means
 
 
-def table(found: Mapping[str, Mapping[str, float]], num_sets: int) -> str:
+def table(correlations: Mapping[str, Mapping[str, float]], num_sets: int) -> str:
     lines = [
         f"Kendall's tau with the error on new data, mean over {num_sets} data sets of {len(SCALES)} minima each",
         "",
     ]
     lines.append(f"{'measure':22}" + "".join(f"{target + ' target':>15}" for target in TARGETS))
-    lines += [f"{name:22}" + "".join(f"{taus[t]:>+15.2f}" for t in TARGETS) for name, taus in found.items()]
+    lines += [f"{name:22}" + "".join(f"{taus[t]:>+15.2f}" for t in TARGETS) for name, taus in correlations.items()]
     return "\n".join(lines)
 
 
 def picture(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ("trace, T = 1", "trace, T = |w|")) -> Any:
     """The test error against two measures, a panel for each target: lines join the minima of one data set."""
-    from sam_optim.report.pictures import COLOURS, styled
+    from sam_optim.report.canvas import COLOURS, styled
 
-    with styled(8.0, 6.0) as figure:
+    with styled((8.0, 6.0)) as figure:
         panels = figure.subplots(len(names), len(TARGETS), squeeze=False)
         for i, name in enumerate(names):
             for j, target in enumerate(TARGETS):

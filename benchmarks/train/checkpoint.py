@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.command import InputError, one_line, write_atomic
+from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import write_atomic
+from sam_optim.vision.tensor_files import NAMED_BY_CONTENT, read_file
 
 KEEP = 2
-NAME = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{16})\.pt")
 
 
 def save(directory: Path, state: dict[str, Any]) -> Path:
@@ -26,10 +25,10 @@ def save(directory: Path, state: dict[str, Any]) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    path = directory / f"checkpoint-{state['step']:09d}-{_digest(content)}.pt"
+    path = directory / f"checkpoint-{state['step']:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
-    for old in found(directory)[KEEP:]:
+    for old in newest_first(directory)[KEEP:]:
         if old != path:
             old.unlink(missing_ok=True)
     for leftover in directory.glob(".checkpoint-*.tmp"):
@@ -37,9 +36,9 @@ def save(directory: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def found(directory: Path) -> list[Path]:
+def newest_first(directory: Path) -> list[Path]:
     """Checkpoints, newest step first; of one step the one that was written last."""
-    paths = [p for p in directory.glob("checkpoint-*.pt") if NAME.fullmatch(p.name)]
+    paths = [p for p in directory.glob("checkpoint-*.pt") if NAMED_BY_CONTENT.fullmatch(p.name)]
     return sorted(paths, key=lambda p: (p.name.split("-")[1], p.stat().st_mtime_ns), reverse=True)
 
 
@@ -49,16 +48,9 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the content does not have the SHA-256 in the name, or holds more than tensors and plain values.
     """
-    name = NAME.fullmatch(path.name)
-    if name is None:
+    if not NAMED_BY_CONTENT.fullmatch(path.name):
         raise InputError(f"{path} is not named checkpoint-STEP-SHA256.pt; a renamed checkpoint cannot be verified")
-    content = path.read_bytes()
-    if _digest(content) != name[2]:
-        raise InputError(f"{path} is damaged: its SHA-256 begins with {_digest(content)}, its name says {name[2]}")
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} holds more than weights and numbers and was not loaded: {one_line(error)}") from None
+    return read_file(path)
 
 
 def newest(directory: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
@@ -68,7 +60,7 @@ def newest(directory: Path, *, missing_ok: bool = False) -> dict[str, Any] | Non
         InputError: all are damaged; or there is none, unless `missing_ok` (then None).
     """
     problems = []
-    for path in found(directory):
+    for path in newest_first(directory):
         try:
             state = load(path)
         except (InputError, OSError) as error:
@@ -82,7 +74,3 @@ def newest(directory: Path, *, missing_ok: bool = False) -> dict[str, Any] | Non
     if missing_ok:
         return None
     raise InputError(f"no checkpoint in {directory}; train first: python -m benchmarks.train --out RUN_DIR")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.command import InputError
+from sam_optim.core.errors import InputError
 
 Batch = tuple[Tensor, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -67,7 +67,6 @@ def train_epoch(
     amp: str | None = None,
     clip_grad: float | None = None,
     accumulate: int = 1,
-    scheduler: Callable[[], None] | None = None,
     progress: Callable[[int, Totals], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     mixup: Callable[[Tensor, Tensor], Batch] | None = None,
@@ -84,7 +83,6 @@ def train_epoch(
         amp: None, "bf16" or "fp16" (give the run's GradScaler as `scaler` then).
         clip_grad: largest 2-norm of the gradient of one update (the one at the perturbed weights).
         accumulate: batches for one update; each has its own perturbation. A last incomplete group counts as one.
-        scheduler: called after every update.
         progress: called after every batch with (batches done, totals).
         mixup: (images, labels) -> (images, soft targets), before both passes.
         after_step: called after every update with (batches done, totals); may raise to stop.
@@ -114,8 +112,6 @@ def train_epoch(
                 progress(done, totals)
         step.update(clip_grad)
         num_updates += 1
-        if scheduler:
-            scheduler()
         if after_step:
             after_step(done, totals)
     seen = totals.sums.new_tensor(images)

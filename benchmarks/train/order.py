@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from benchmarks.train.ranks import ALONE, World
 from sam_optim.core.random import Stream
 
 
@@ -36,6 +38,20 @@ def seed_here(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How batches are made, whatever is in them. workers: processes that decode images. world: of the processes that
+    train together."""
+
+    seed: int = 0
+    workers: int = 0
+    pin_memory: bool = False
+    world: World = ALONE
+
+
+DEFAULT = Loading()
+
+
 class Order(Sampler[list[int]]):
     """Batches of indices into n examples; shuffled by (seed, epoch) alone, from `first_batch` of the epoch on.
 
@@ -45,18 +61,10 @@ class Order(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        size: int = 1,
+        self, n: int, batch_size: int, *, shuffle: bool = False, drop_last: bool = False, loading: Loading = DEFAULT
     ):
-        self.n, self.batch_size, self.shuffle, self.drop_last, self.seed = n, batch_size, shuffle, drop_last, seed
-        self.rank, self.size = rank, size
+        self.n, self.batch_size, self.shuffle, self.drop_last, self.loading = n, batch_size, shuffle, drop_last, loading
+        self.rank, self.size = loading.world.rank, loading.world.size
         self.epoch = self.first_batch = 0
 
     def __len__(self) -> int:
@@ -83,7 +91,7 @@ class Order(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.arange(self.n)
         if self.shuffle:
-            order = Stream(derive(self.seed, "order", self.epoch)).permutation(self.n)
+            order = Stream(derive(self.loading.seed, "order", self.epoch)).permutation(self.n)
         for i in range(self.first_batch, len(self)):
             begin, end = self.batch(i)
             yield order[begin:end][self.share(i)].tolist()

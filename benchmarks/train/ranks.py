@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.command import InputError, Interrupted, Signals
+from benchmarks.command import Interrupted, Signals
+from sam_optim.core.errors import InputError
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -143,28 +144,42 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parts(child)
 
 
-def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model, optimizer) of a sharded model as whole tensors on the CPU of rank 0; every rank must call it."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+def full_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(model, optimizer); of a sharded model as whole tensors on the CPU of rank 0. Every rank must call it."""
+    if not _sharded(model):
+        return model.state_dict(), None if optimizer is None else optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if optimizer is None:
+        return get_model_state_dict(model, options=options), None
     return get_state_dict(model, optimizer, options=options)
 
 
-def full_model_state(model: nn.Module) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def load_full_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-
-
-def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, states: tuple[Any, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+def load_full_state(
+    model: nn.Module,
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+) -> None:
+    """Of `full_state`."""
+    if not _sharded(model):
+        model.load_state_dict(state)
+        if optimizer is not None:
+            optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
 
     options = StateDictOptions(full_state_dict=True)
-    set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=options)
+    if optimizer is None:
+        set_model_state_dict(model, state, options=options)
+    else:
+        set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state, options=options)
+
+
+def _sharded(model: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in model.parameters())

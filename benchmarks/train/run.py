@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import math
@@ -16,13 +15,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import command
-from benchmarks.command import InputError, Interrupted, Signals
-from benchmarks.train import checkpoint, data, ranks, recipe
-from benchmarks.train import epoch as engine
+from benchmarks.command import Interrupted, Signals, read_jsonl
+from benchmarks.train import checkpoint, epoch, ranks, recipe
+from benchmarks.train.batches import batches
+from benchmarks.train.data import Examples, Splits
 from benchmarks.train.epoch import Batch, NonFiniteLoss, Totals
-from benchmarks.train.order import derive, seed_all
+from benchmarks.train.options import Options
+from benchmarks.train.order import Loading, derive, seed_all
 from benchmarks.train.ranks import ALONE, Agreed, World
+from benchmarks.train.streams import Streamed
+from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import write_atomic
 
 EVERY_LINE, EVERY_DRAWING = 60.0, 0.5  # seconds between two lines of a log, and between two states of a bar
 
@@ -49,63 +52,57 @@ class Training:
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        splits: data.Splits,
+        options: Options,
+        splits: Splits,
         device: torch.device,
         *,
         world: World = ALONE,
         initial: bool = True,
     ):
-        self.args, self.splits, self.device, self.world = args, splits, device, world
+        self.options, self.splits, self.device, self.world = options, splits, device, world
         self.position, self.totals = Position(), Totals(device)
         self.signals = Agreed(Signals(), ALONE)
         self.train_batches = self._batches(splits.train, train=True)
         self.held_out = {"test": splits.test} | ({"validation": splits.validation} if splits.validation else {})
-        self.model = recipe.model(args, splits, initial=initial).to(device)
+        self.model = recipe.model(options, splits, initial=initial).to(device)
         self.ema = self._ema()
         self.network = self._network()
-        self.optimizer = recipe.optimizer(args, self.model, self.network if self.ddp else None)
-        self.scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
-        self.mixup = recipe.mixup(args, splits.num_classes)
-        self._set_rates = recipe.scheduler(args, self.optimizer, -(-len(self.train_batches) // args.accumulate))
+        self.optimizer = recipe.optimizer(options, self.model, self.network if self.ddp else None)
+        self.scaler = torch.amp.GradScaler(device.type) if options.amp == "fp16" else None
+        self.mixup = recipe.mixup(options, splits.num_classes)
+        self._set_rates = recipe.scheduler(options, self.optimizer, -(-len(self.train_batches) // options.accumulate))
         self._check_mixup()
 
     def _network(self) -> nn.Module:
         """The model as a batch is given to it."""
-        if self.args.fsdp:
+        if self.options.fsdp:
             if not torch.distributed.is_initialized():
                 raise InputError("--fsdp spreads the model over processes: start them with torchrun")
             for model in self._models().values():
                 ranks.shard_(model, self.device)
-        network = torch.compile(self.model) if self.args.compile else self.model
-        self.ddp = self.world.size > 1 and not self.args.fsdp
+        network = torch.compile(self.model) if self.options.compile else self.model
+        self.ddp = self.world.size > 1 and not self.options.fsdp
         if not self.ddp:
             return network
         ddp, ids = nn.parallel.DistributedDataParallel, [self.device.index] if self.device.type == "cuda" else None
-        known = inspect.signature(ddp).parameters
-        own_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-        return ddp(network, device_ids=ids, **own_buffers)
+        arguments = inspect.signature(ddp).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+        return ddp(network, device_ids=ids, **{buffers: False})
 
-    def _batches(self, split: Any, *, train: bool = False) -> Any:
-        return data.batches(
-            split,
-            self.args.batch_size if train else max(self.args.batch_size, 256),
-            self.splits.image_size,
-            train=train,
-            augment=recipe.augmentation(self.args),
-            seed=self.args.seed,
-            workers=self.args.workers,
-            pin_memory=self.device.type == "cuda",
-            world=self.world,
-        )
+    def _batches(self, split: Examples | Streamed, *, train: bool = False) -> Any:
+        options = self.options
+        size = options.batch_size if train else max(options.batch_size, 256)
+        loading = Loading(options.seed, options.workers, self.device.type == "cuda", self.world)
+        augment = recipe.augmentation(options)
+        return batches(split, size, self.splits.preprocessing, train=train, augment=augment, loading=loading)
 
     def _ema(self) -> nn.Module | None:
-        if self.args.model_ema is None:
+        if self.options.model_ema is None:
             return None
         from timm.utils import ModelEmaV3
 
         # with --fsdp one by one: torch does not mix sharded weights and whole BatchNorm statistics in one call
-        return ModelEmaV3(self.model, decay=self.args.model_ema, foreach=not self.args.fsdp)
+        return ModelEmaV3(self.model, decay=self.options.model_ema, foreach=not self.options.fsdp)
 
     def _models(self) -> dict[str, nn.Module]:
         """What is saved and evaluated, by the prefix of its numbers."""
@@ -137,34 +134,23 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with weights_only. Every rank must call it."""
         self._mean_statistics()
-        if self.args.fsdp:
-            model, optimizer = ranks.full_state(self.model, self.optimizer)
-            ema = ranks.full_model_state(self.ema.module) if self.ema else None
-        else:
-            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-            ema = self.ema.module.state_dict() if self.ema else None
+        model, optimizer = ranks.full_state(self.model, self.optimizer)
         return {
             "step": self.position.updates,
             "position": asdict(self.position),
             "totals": self.world.sum_(self.totals.sums.clone()).cpu(),
             "model": model,
             "optimizer": optimizer,
-            "ema": ema,
+            "ema": ranks.full_state(self.ema.module)[0] if self.ema else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "schedule": self._set_rates.state_dict() if isinstance(self._set_rates, recipe.Plateau) else None,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         try:
-            if self.args.fsdp:
-                ranks.load_full_state(self.model, self.optimizer, (state["model"], state["optimizer"]))
-            else:
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema and self.args.fsdp:
-                ranks.load_full_model_state(self.ema.module, state["ema"])
-            elif self.ema:
-                self.ema.module.load_state_dict(state["ema"])
+            ranks.load_full_state(self.model, state["model"], self.optimizer, state["optimizer"])
+            if self.ema:
+                ranks.load_full_state(self.ema.module, state["ema"])
             if self.scaler:
                 self.scaler.load_state_dict(state["scaler"])
             if isinstance(self._set_rates, recipe.Plateau):
@@ -173,7 +159,7 @@ class Training:
             if self.world.main:  # the sums of all ranks
                 self.totals.sums.copy_(state["totals"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"the checkpoint does not fit this run's options: {command.one_line(error)}") from None
+            raise InputError(f"the checkpoint does not fit this run's options: {one_line(error)}") from None
 
     def save(self) -> None:
         """Never overwrites a good checkpoint with weights that are not finite. Every rank must call it."""
@@ -183,7 +169,7 @@ class Training:
         for name, tensor in state["model"].items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteLoss(f"{name} is not finite: training diverged; lower --lr or set --clip-grad 1")
-        checkpoint.save(self.args.out / "checkpoints", state)
+        checkpoint.save(self.options.out / "checkpoints", state)
 
     # running
 
@@ -196,7 +182,7 @@ class Training:
         """
         self.signals = Agreed(signals, self.world)
         try:
-            while self.position.epoch < self.args.epochs:
+            while self.position.epoch < self.options.epochs:
                 self._epoch()
                 self.signals.check()
             self.signals.settle()
@@ -204,49 +190,49 @@ class Training:
             self.save()
             raise
         except NonFiniteLoss as error:
-            last = checkpoint.found(self.args.out / "checkpoints")
-            kept = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
-            raise NonFiniteLoss(f"{error}; {kept}") from None
+            last = checkpoint.newest_first(self.options.out / "checkpoints")
+            where = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
+            raise NonFiniteLoss(f"{error}; {where}") from None
 
     def train_epoch(self) -> dict[str, float]:
-        """The rest of the epoch in which the run is, without evaluation; what `engine.train_epoch` returns."""
-        epoch, first = self.position.epoch, self.position.batch
-        self.train_batches.set_epoch(epoch, first)
+        """The rest of the epoch in which the run is, without evaluation; what `epoch.train_epoch` returns."""
+        number, first = self.position.epoch, self.position.batch
+        self.train_batches.set_epoch(number, first)
         self._set_rates(self.position.updates)
-        title, size = f"epoch {epoch + 1}/{self.args.epochs}", self.args.batch_size * self.world.size
-        with _Bar(title, len(self.train_batches), first, size, self.world.main, self.args.sam_rho > 0) as bar:
-            return engine.train_epoch(
+        title, size = f"epoch {number + 1}/{self.options.epochs}", self.options.batch_size * self.world.size
+        with _Bar(title, len(self.train_batches), first, size, self.world.main, self.options.sam_rho > 0) as bar:
+            return epoch.train_epoch(
                 self.network,
                 self.optimizer,
-                _seeded(self.train_batches, self.args.seed, epoch, first, self.world.rank),
-                nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else self.args.smoothing),
+                _seeded(self.train_batches, self.options.seed, number, first, self.world.rank),
+                nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else self.options.smoothing),
                 device=self.device,
-                amp=self.args.amp,
-                clip_grad=self.args.clip_grad,
-                accumulate=self.args.accumulate,
+                amp=self.options.amp,
+                clip_grad=self.options.clip_grad,
+                accumulate=self.options.accumulate,
                 scaler=self.scaler,
                 mixup=self.mixup,
                 progress=bar,
                 after_step=lambda done, totals: self._after_update(first + done),
                 totals=self.totals,
-                memory_format=torch.channels_last if self.args.channels_last else torch.preserve_format,
+                memory_format=torch.channels_last if self.options.channels_last else torch.preserve_format,
                 reduce=self.world.sum_,
             )
 
     def _epoch(self) -> None:
-        epoch, start = self.position.epoch, time.perf_counter()
-        found = self.train_epoch()
-        record = {"epoch": epoch + 1, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
-        record |= {f"train_{k}": found[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness")}
-        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+        number, start = self.position.epoch + 1, time.perf_counter()
+        trained = self.train_epoch()
+        record = {"epoch": number, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
+        record |= {f"train_{k}": trained[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness")}
+        if number % self.options.eval_every == 0 or number == self.options.epochs:
             record |= self._evaluate()
-        record |= {"images_per_s": found["images_per_s"], "seconds": time.perf_counter() - start}
+        record |= {"images_per_s": trained["images_per_s"], "seconds": time.perf_counter() - start}
         followed = "validation_loss" if "validation" in self.held_out else "train_loss"
         if isinstance(self._set_rates, recipe.Plateau) and followed in record:  # never one loss against the other
             self._set_rates.epoch(record[followed])
         if self.world.main:
             self._log(record)
-        self.position.epoch, self.position.batch, self.totals = epoch + 1, 0, Totals(self.device)
+        self.position.epoch, self.position.batch, self.totals = number, 0, Totals(self.device)
         self.save()
 
     def _after_update(self, batch: int) -> None:
@@ -256,7 +242,7 @@ class Training:
         if self.ema:
             self.ema.update(self.model, step=self.position.updates)
         self.signals.check()
-        every = self.args.checkpoint_steps
+        every = self.options.checkpoint_steps
         if every and self.position.updates % every == 0 and batch < len(self.train_batches):
             self.save()
 
@@ -265,21 +251,24 @@ class Training:
         record = {}
         for prefix, model in self._models().items():
             for name, split in self.held_out.items():
-                batches = _checking(self._batches(split), self.signals)
-                found = engine.evaluate(
-                    model, batches, nn.CrossEntropyLoss(), device=self.device, reduce=self.world.sum_
+                evaluated = epoch.evaluate(
+                    model,
+                    _checking(self._batches(split), self.signals),
+                    nn.CrossEntropyLoss(),
+                    device=self.device,
+                    reduce=self.world.sum_,
                 )
-                engine.check_finite(found["loss"])
-                record |= {f"{prefix}{name}_{key}": value for key, value in found.items()}
+                epoch.check_finite(evaluated["loss"])
+                record |= {f"{prefix}{name}_{key}": value for key, value in evaluated.items()}
         return record
 
     def _log(self, record: dict[str, Any]) -> None:
         """One line for each epoch; those of a run that was stopped later than its checkpoint are replaced."""
-        path = self.args.out / "metrics.jsonl"
-        earlier = [r for r in command.read_jsonl(path) if r["epoch"] < record["epoch"]]
+        path = self.options.out / "metrics.jsonl"
+        earlier = [r for r in read_jsonl(path) if r["epoch"] < record["epoch"]]
         lines = [json.dumps(r, allow_nan=False) + "\n" for r in [*earlier, record]]
-        command.write_atomic(path, "".join(lines).encode())
-        print(line(record, sharpness=self.args.sam_rho > 0), flush=True)
+        write_atomic(path, "".join(lines).encode())
+        print(line(record, sharpness=self.options.sam_rho > 0), flush=True)
 
 
 def line(record: dict[str, Any], *, sharpness: bool) -> str:
@@ -297,9 +286,9 @@ def line(record: dict[str, Any], *, sharpness: bool) -> str:
 
 def _seeded(batches: Iterable[Batch], seed: int, epoch: int, first: int, rank: int = 0) -> Iterator[Batch]:
     """Mixup, dropout and stochastic depth of a batch draw from the global generators, set anew for each."""
-    others = (rank,) if rank else ()
+    which = (rank,) if rank else ()
     for i, batch in enumerate(batches, start=first):
-        seed_all(derive(seed, "step", epoch, i, *others))
+        seed_all(derive(seed, "step", epoch, i, *which))
         yield batch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from benchmarks.command import InputError, one_line
-from benchmarks.train.order import derive, seed_here
-from benchmarks.train.ranks import ALONE, World
+from benchmarks.train.order import DEFAULT, Loading, derive, seed_here
 from sam_optim.core import random as rng
-
-FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError, KeyError)
+from sam_optim.vision.data import open_timm
 
 
 class Streamed(Dataset):
@@ -29,23 +27,15 @@ class Streamed(Dataset):
     def __len__(self) -> int:
         return self.num
 
-    def open(
-        self, *, train: bool = False, batch_size: int = 1, seed: int = 0, workers: int = 0, world: World = ALONE
-    ) -> Any:
+    def open(self, *, train: bool = False, batch_size: int = 1, loading: Loading = DEFAULT) -> Any:
         """timm's data set; without `train` the whole split, whatever the number of ranks."""
-        from timm.data import create_dataset
-
-        try:
-            found = create_dataset(
-                self.name, str(self.directory), self.split, is_training=train, batch_size=batch_size, seed=seed
-            )
-        except FAULTS as error:
-            raise InputError(f"timm cannot open {self.name} in {self.directory}: {one_line(error)}") from None
-        reader = getattr(found, "reader", None)
+        options = {"is_training": train, "batch_size": batch_size, "seed": loading.seed}
+        opened = open_timm(self.name, self.directory, self.split, **options)
+        reader = getattr(opened, "reader", None)
         if hasattr(reader, "dist_num_replicas"):
-            reader.dist_rank, reader.dist_num_replicas = (world.rank, world.size) if train else (0, 1)
-        found.set_loader_cfg(num_workers=workers)
-        return found
+            reader.dist_rank, reader.dist_num_replicas = (loading.world.rank, loading.world.size) if train else (0, 1)
+        opened.set_loader_cfg(num_workers=loading.workers)
+        return opened
 
 
 class StreamBatches:
@@ -55,26 +45,15 @@ class StreamBatches:
     reads again what it has seen, without handing it out. With `train` the order depends on `workers`.
 
     Args:
-        transform: of `images.split_transform`.
+        transform: what is done to each image, and what makes a batch of them, as from `batches.split_transform`.
     """
 
-    def __init__(
-        self,
-        stream: Streamed,
-        batch_size: int,
-        transform: tuple[Any, Any],
-        *,
-        train: bool = False,
-        seed: int = 0,
-        workers: int = 0,
-        pin_memory: bool = False,
-        world: World = ALONE,
-    ):
-        self.stream, self.batch_size, self.train = stream, batch_size, train
+    def __init__(self, stream: Streamed, batch_size: int, transform: tuple[Any, Any], *, train: bool, loading: Loading):
+        self.stream, self.batch_size, self.train, self.loading = stream, batch_size, train, loading
         self.transform, self.collate = transform
-        self.seed, self.workers, self.pin_memory, self.world = seed, workers, pin_memory, world
         self.epoch = self.first_batch = 0
-        self.num = self._count()
+        n = len(self._open())
+        self.num = n // batch_size if train else -(-n // batch_size)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         self.epoch, self.first_batch = epoch, first_batch
@@ -83,28 +62,22 @@ class StreamBatches:
         return self.num
 
     def _open(self) -> Any:
-        seed = derive(self.seed, "order", self.epoch) % 2**31
-        return self.stream.open(
-            train=self.train, batch_size=self.batch_size, seed=seed, workers=self.workers, world=self.world
-        )
-
-    def _count(self) -> int:
-        n = len(self._open())
-        return n // self.batch_size if self.train else -(-n // self.batch_size)
+        seed = derive(self.loading.seed, "order", self.epoch) % 2**31
+        return self.stream.open(train=self.train, batch_size=self.batch_size, loading=replace(self.loading, seed=seed))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        opened = self._open()
+        opened, loading = self._open(), self.loading
         if hasattr(opened, "set_epoch"):
             opened.set_epoch(self.epoch)
-        purpose = ("augment", self.epoch, self.world.rank if self.train else 0)
+        purpose = ("augment", self.epoch, loading.world.rank if self.train else 0)
         loader = DataLoader(
-            _Transformed(opened, self.transform, self.seed, purpose),
+            _Transformed(opened, self.transform, loading.seed, purpose),
             self.batch_size,
             collate_fn=self.collate,
-            num_workers=self.workers,
+            num_workers=loading.workers,
             drop_last=self.train,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator().manual_seed(derive(self.seed, "workers", self.epoch)),
+            pin_memory=loading.pin_memory,
+            generator=torch.Generator().manual_seed(derive(loading.seed, "workers", self.epoch)),
         )
         for i, batch in enumerate(loader):
             if i >= self.first_batch:

@@ -7,9 +7,7 @@ Finished runs are kept under --out and reused when their settings are the same, 
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +16,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command
 from benchmarks.demo.findings import mean, select, summary
 from benchmarks.demo.page import page
 from benchmarks.demo.plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
+from sam_optim.core.arguments import Parser, number
+from sam_optim.core.errors import EXIT_INTERRUPTED, InputError, run
+from sam_optim.core.files import read_json, write_json
 from sam_optim.report import write_page
 
 Job = Mapping[str, Any]
 Results = dict[str, dict[str, Any]]
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,32 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n")[0])
-    found.add_argument("--out", default="runs/demo", help="everything is written below it (default: runs/demo)")
-    found.add_argument("--workers", type=_count, default=2, help="processes of one thread each (default: 2)")
-    found.add_argument("--seeds", type=_positive, help="runs of each method (default: 5)")
-    found.add_argument("--epochs", type=_positive, help="epochs of one training (default: 30)")
-    found.add_argument(
-        "--quick", action="store_true", help="seconds instead of minutes, to see that it works; no result"
-    )
-    return found
+def parser() -> Parser:
+    p, count = Parser(prog="python -m benchmarks.demo", description=__doc__.split("\n")[0]), number(int, 1)
+    p.add_argument("--out", default="runs/demo", help="everything is written below it (default: runs/demo)")
+    p.add_argument("--workers", type=number(int, 0), default=2, help="processes of one thread each (default: 2)")
+    p.add_argument("--seeds", type=count, help="runs of each method (default: 5)")
+    p.add_argument("--epochs", type=count, help="epochs of one training (default: 30)")
+    p.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it works; no result")
+    return p
 
 
 def run_all(jobs: Mapping[str, Job], folder: Path, workers: int, title: str) -> Results:
     """The result of every job, from its file where it was run before with these settings."""
     paths = {name: folder / f"{name}-{fingerprint(job)}.json" for name, job in jobs.items()}
-    found = {name: command.read_json(path) for name, path in paths.items() if path.exists()}
-    if found:
-        print(f"{len(found)} of {len(jobs)} runs ({title}) have the same settings and code as before and are reused.")
-    left = {name: job for name, job in jobs.items() if name not in found}
-    with _progress(jobs, found, title) as bar:
+    results = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if results:
+        print(f"{len(results)} of {len(jobs)} runs ({title}) have the same settings and code as before and are reused.")
+    left = {name: job for name, job in jobs.items() if name not in results}
+    with _progress(jobs, results, title) as bar:
         for name, result in _execute(left, workers):
-            command.write_json(paths[name], result)
-            found[name] = result
+            write_json(paths[name], result)
+            results[name] = result
             bar.set_postfix_str(name, refresh=False)
             bar.update(_cost(jobs[name]))
-    return {name: found[name] for name in jobs}
+    return {name: results[name] for name in jobs}
 
 
 def choose(plan: Plan, tuning: Results) -> dict[str, float]:
@@ -88,10 +85,10 @@ def report(
     plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Results, out: Path, *, quick: bool, seconds: float
 ) -> None:
     """Write the page and the numbers, close with a table and the path."""
-    found = summary(plan, chosen, tuning, final) | {"quick": quick, "seconds": seconds}
-    command.write_json(out / "results.json", found)
-    path = write_page(out / "report.html", page(plan, found, final))
-    print(f"\n{found['terminal_table']}\n\n{found['headline']}")
+    results = summary(plan, chosen, tuning, final) | {"quick": quick, "seconds": seconds}
+    write_json(out / "results.json", results)
+    path = write_page(out / "report.html", page(plan, results, final))
+    print(f"\n{results['terminal_table']}\n\n{results['headline']}")
     if quick:
         print("(--quick: this shows that the demo works; its numbers mean nothing.)")
     print(f"\n{_duration(seconds)}. Open {path.resolve().as_uri()}")
@@ -99,7 +96,7 @@ def report(
 
 def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, result) as they finish; longest first, so that no worker is left alone with one at the end."""
-    from benchmarks.demo.runs import execute
+    from benchmarks.demo.runs import execute, ignore_interrupts
 
     names = sorted(jobs, key=lambda name: -_cost(jobs[name]))
     if not workers or len(jobs) <= 1:
@@ -107,7 +104,7 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
             yield name, execute(jobs[name])
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts)
     running = {}
     try:
         running = {pool.submit(execute, jobs[name]): name for name in names}
@@ -115,7 +112,7 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
-        raise command.InputError("a worker process died (out of memory?); start again with --workers 1") from None
+        raise InputError("a worker process died (out of memory?); start again with --workers 1") from None
     except KeyboardInterrupt:
         print("\nFinishing the runs in progress (seconds) ...", file=sys.stderr)
         for future in [f for f in running if not f.cancel()]:
@@ -125,17 +122,12 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; the parent decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _progress(jobs: Mapping[str, Job], found: Mapping[str, Any], title: str) -> Any:
+def _progress(jobs: Mapping[str, Job], results: Mapping[str, Any], title: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        raise command.InputError("the demo needs tqdm and scikit-learn: pip install 'sam_optim[bench]'") from None
-    done, total = (sum(_cost(jobs[name]) for name in names) for names in (found, jobs))
+        raise InputError("the demo needs tqdm and scikit-learn: pip install 'sam_optim[bench]'") from None
+    done, total = (sum(_cost(jobs[name]) for name in names) for names in (results, jobs))
     shape = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left  {postfix}"
     return tqdm(total=total, initial=done, desc=title, bar_format=shape, dynamic_ncols=True, leave=True)
 
@@ -151,19 +143,9 @@ def _prepare(out: Path) -> None:
     try:
         (out / "runs").mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise command.InputError(f"cannot create {str(out)!r} ({error}); choose another --out") from None
+        raise InputError(f"cannot create {str(out)!r} ({error}); choose another --out") from None
     if (out / "report.html").exists() and not (out / "results.json").exists():
-        raise command.InputError(f"{out / 'report.html'} is there already and not from this demo; choose another --out")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
+        raise InputError(f"{out / 'report.html'} is there already and not from this demo; choose another --out")
 
 
 def _duration(seconds: float) -> str:
@@ -171,4 +153,4 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
-from benchmarks.demo.plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan, plan_dict
+from benchmarks.demo.plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan
+from benchmarks.machine import versions
+from benchmarks.paired import Difference, difference
 from sam_optim.core.results import plain, provenance
-from sam_optim.report.charts import mean_and_std
-from sam_optim.report.tables import number, signed, spread, text_table
+from sam_optim.core.text import number, signed, spread, text_table
 from sam_optim.statistics.kendall import correlate
 
 NAN = float("nan")
@@ -24,22 +26,12 @@ CONTROL_NAMES = {
 CONTROLS = (("sgd_long", "last"), ("sgd_decay", "last"), ("sgd", "best"), ("sgd_decay", "best"))
 
 
-class Difference(NamedTuple):
-    """Mean difference over seeds with its 95 % t-interval, and in how many of n seeds it is positive."""
-
-    mean: float
-    low: float
-    high: float
-    wins: int
-    n: int
-
-
 def summary(plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Results) -> dict[str, Any]:
     """Everything that the page and the terminal say, as strict JSON."""
     accuracy = {
         m: {when: values(final, m, when, "test_accuracy", scale=100) for when in ("last", "best")} for m in METHODS
     }
-    found = {
+    results = {
         "accuracy": accuracy,
         "headline": headline(accuracy),
         "differences": differences(accuracy),
@@ -48,23 +40,23 @@ def summary(plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Res
         "chosen": dict(chosen),
         "tuning": tuning_table(plan, tuning),
         "terminal_table": text_table(*terminal_rows(final)),
-        "plan": plan_dict(plan),
-        "provenance": provenance() | versions(),
+        "plan": asdict(plan),
+        "provenance": provenance() | versions("scikit-learn", "scipy"),
         "cpu_s": sum(run["cpu_s"] for run in (*tuning.values(), *final.values())),
     }
-    return plain(found)
+    return plain(results)
 
 
 def values(final: Results, method: str, *path: str, scale: float = 1.0) -> list[float]:
     """One number for each seed; nan where the run failed."""
-    found = []
+    numbers = []
     for run in final.values():
         if run["job"]["method"] == method:
             value: Any = run
             for key in path:
                 value = value.get(key) if isinstance(value, Mapping) else None
-            found.append(NAN if value is None else scale * value)
-    return found
+            numbers.append(NAN if value is None else scale * value)
+    return numbers
 
 
 def select(tuning: Results, method: str, setting: str | None, value: float) -> list[float]:
@@ -83,30 +75,15 @@ def tuning_table(plan: Plan, tuning: Results) -> dict[str, list[dict[str, Any]]]
     }
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    pairs = [a - b for a, b in zip(ours, theirs, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    if not pairs:
-        return Difference(NAN, NAN, NAN, 0, 0)
-    center, std = mean_and_std(pairs)
-    wins = sum(d > 0 for d in pairs)
-    if len(pairs) < 2:
-        return Difference(center, NAN, NAN, wins, 1)
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(pairs) - 1)) * std / math.sqrt(len(pairs))
-    return Difference(center, center - half, center + half, wins, len(pairs))
-
-
 def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
     """SAM and ASAM against SGD and each control, at the same kind of epoch, in points (1 %) of test accuracy."""
     rows = []
     for ours in ("sam", "asam"):
         for theirs, when in (("sgd", "last"), *CONTROLS):
-            found = difference(accuracy[ours][when], accuracy[theirs][when])
-            name = f"{METHODS[ours].name} minus {CONTROL_NAMES[theirs]}" + (
-                ", both stopped early" if when == "best" else ""
-            )
-            rows.append({"name": name, "ours": ours, "theirs": theirs, "when": when} | found._asdict())
+            stopped = ", both stopped early" if when == "best" else ""
+            name = f"{METHODS[ours].name} minus {CONTROL_NAMES[theirs]}{stopped}"
+            numbers = difference(accuracy[ours][when], accuracy[theirs][when])._asdict()
+            rows.append({"name": name, "ours": ours, "theirs": theirs, "when": when} | numbers)
     return rows
 
 
@@ -168,16 +145,16 @@ def correlations(final: Results) -> list[dict[str, Any]]:
     ]
 
 
-def directions(found: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+def directions(taus: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
     """How many of these correlations say that flatter went with better, with worse, and how many leave it open."""
-    better, worse = (sum(_excludes_zero(c, side) for c in found) for side in (1, -1))
-    return better, worse, len(found) - better - worse
+    better, worse = (sum(_excludes_zero(c, side) for c in taus) for side in (1, -1))
+    return better, worse, len(taus) - better - worse
 
 
-def verdict(found: Sequence[Mapping[str, Any]]) -> str:
+def verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     """The answer of all sharpness measures on all data sets, and whether it holds where only chance differs."""
-    better, worse, unclear = directions(found)
-    n = len(found)
+    better, worse, unclear = directions(taus)
+    n = len(taus)
     if better == n:
         first = f"Here it did, by all {n} combinations of a sharpness measure and a data set."
     elif worse == n:
@@ -187,17 +164,17 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> str:
             f"It depends on what is measured where: of {n} combinations of a sharpness measure and a data set, in "
             f"{better} flatter went with better, in {worse} with worse, and in {unclear} the interval leaves it open."
         )
-    between, within = (_mean_tau(found, factor) for factor in ("method", "seed"))
+    between, within = (_mean_tau(taus, factor) for factor in ("method", "seed"))
     return (
         f"{first} Among the five methods of one seed τ averages {signed(between)} over these combinations; among the "
         f"seeds of one method, where only chance differs, {signed(within)}."
     )
 
 
-def flatter_went_with(found: Sequence[Mapping[str, Any]]) -> str:
+def flatter_went_with(taus: Sequence[Mapping[str, Any]]) -> str:
     names = ("flatter went with better", "flatter went with worse", "no clear direction")
-    parts = [(count, name) for count, name in zip(directions(found), names, strict=True) if count]
-    return "; ".join(f"{name} by {count} of {len(found)} measures" for count, name in parts)
+    parts = [(count, name) for count, name in zip(directions(taus), names, strict=True) if count]
+    return "; ".join(f"{name} by {count} of {len(taus)} measures" for count, name in parts)
 
 
 def interpolation_note(final: Results) -> str:
@@ -267,18 +244,9 @@ def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def versions() -> dict[str, str]:
-    import platform
-
-    import scipy
-    import sklearn
-
-    return {"python": platform.python_version(), "scikit-learn": sklearn.__version__, "scipy": scipy.__version__}
-
-
 def mean(numbers: Sequence[float]) -> float:
-    known = [v for v in numbers if math.isfinite(v)]
-    return math.fsum(known) / len(known) if known else NAN
+    finite = [v for v in numbers if math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else NAN
 
 
 def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
@@ -286,8 +254,8 @@ def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
     return all(end is not None and end * side > 0 for end in ends)
 
 
-def _mean_tau(found: Sequence[Mapping[str, Any]], factor: str) -> float:
-    return mean([NAN if (tau := c["by_factor"].get(factor)) is None else tau for c in found])
+def _mean_tau(taus: Sequence[Mapping[str, Any]], factor: str) -> float:
+    return mean([NAN if (tau := c["by_factor"].get(factor)) is None else tau for c in taus])
 
 
 def _or_low(value: float) -> float:

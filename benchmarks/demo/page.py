@@ -9,7 +9,6 @@ from benchmarks.demo import figures as draw
 from benchmarks.demo.findings import (
     SHARPNESS,
     Results,
-    difference,
     flatter_went_with,
     interpolation_note,
     mean,
@@ -19,9 +18,21 @@ from benchmarks.demo.findings import (
     verdict,
 )
 from benchmarks.demo.plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
-from sam_optim.report.markup import Child, Markup, join, tag
-from sam_optim.report.page import bullets, code_block, facts, html_page, paragraph, section
-from sam_optim.report.tables import html_table, signed, spread
+from benchmarks.paired import difference
+from sam_optim.core.text import signed, spread
+from sam_optim.report.page import (
+    Child,
+    Markup,
+    bullets,
+    code_block,
+    definitions,
+    element,
+    folded,
+    html_page,
+    html_table,
+    paragraph,
+    section,
+)
 
 YOUR_MODEL = """\
 import torch
@@ -52,68 +63,65 @@ write_page("report.html", results_page({
 """
 
 
-def page(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
+def page(plan: Plan, results: Mapping[str, Any], final: Results) -> Markup:
     return html_page(
         "SAM, ASAM and SGD on noisy digits",
-        _header(plan, found),
-        _accuracy(found, final),
+        _header(plan, results),
+        _accuracy(results, final),
         _training(final),
-        _sharpness(plan, found, final),
-        _flat_and_better(found, final),
+        _sharpness(plan, results, final),
+        _flat_and_better(results, final),
         _landscapes(final),
-        _caveats(plan, found),
-        _settings(plan, found),
+        _caveats(plan, results),
+        _settings(plan, results),
         _your_model(),
-        data=dict(found) | {"runs": list(final.values())},
+        data=dict(results) | {"runs": list(final.values())},
     )
 
 
-def _header(plan: Plan, found: Mapping[str, Any]) -> Markup:
-    gain, rest = found["differences"][0], _against_best_control(found)
-    tau = _tau(found, "sam_ball", NOISY)
-    warning = "A quick run, to see that everything works: the numbers mean nothing. " if found["quick"] else ""
+def _header(plan: Plan, results: Mapping[str, Any]) -> Markup:
+    gain, rest = results["differences"][0], _against_best_control(results)
+    tau = _tau(results, "sam_ball", NOISY)
+    warning = "A quick run, to see that everything works: the numbers mean nothing. " if results["quick"] else ""
     lead = (
         f"{warning}A small convolutional network, {100 * plan.label_noise:.0f} % of its training labels replaced at "
         f"random, clean test labels. {len(METHODS)} ways to train it from the same {plan.num_seeds} initialisations; "
         "settings chosen on a validation split, which shares no image with the test data."
     )
     items: list[tuple[Child, Child]] = [
+        (f"points of test accuracy: SAM minus SGD; {_support(gain)}", signed(gain["mean"], 1)),
+        (f"points: {rest['name']}; {_support(rest)}", signed(rest["mean"], 1)),
         (
-            signed(gain["mean"], 1),
-            f"points of test accuracy: SAM minus SGD; {_support(gain)}",
-        ),
-        (signed(rest["mean"], 1), f"points: {rest['name']}; {_support(rest)}"),
-        (
-            signed(tau["tau"]),
             f"Kendall's τ of sharpness in SAM's ball on the noisy training labels with test error, {tau['n']} runs; "
             f"95 % interval {_interval(tau)}",
+            signed(tau["tau"]),
         ),
     ]
-    return tag(
+    return element(
         "header",
-        paragraph("sam_optim demo", class_="overline"),
-        tag("h1", found["headline"]),
-        paragraph(lead, class_="lead"),
-        facts(items),
+        paragraph("sam_optim demo", kind="overline"),
+        element("h1", results["headline"]),
+        paragraph(lead, kind="lead"),
+        definitions(items, kind="facts"),
     )
 
 
-def _accuracy(found: Mapping[str, Any], final: Results) -> Markup:
+def _accuracy(results: Mapping[str, Any], final: Results) -> Markup:
     rows = [
-        [d["name"], signed(d["mean"], 1), _interval(d, 1), f"{d['wins']} of {d['n']}"] for d in found["differences"]
+        [d["name"], signed(d["mean"], 1), _interval(d, 1), f"{d['wins']} of {d['n']}"] for d in results["differences"]
     ]
     caption = "Differences by seed, in points of test accuracy, with the 95 % t-interval of their mean."
-    learned, kept = (mean(values(final, m, "memorised", scale=100)) for m in ("sgd", "sam"))
-    accuracy = found["accuracy"]
+    sgd_learned, sam_learned = (mean(values(final, m, "memorised", scale=100)) for m in ("sgd", "sam"))
+    accuracy = results["accuracy"]
     early, decay, both, stopped = (
         signed(difference(accuracy[method][when], accuracy["sgd"]["last"]).mean, 1)
         for method, when in (("sgd", "best"), ("sgd_decay", "last"), ("sgd_decay", "best"), ("sam", "best"))
     )
-    gain = found["differences"][0]["mean"] or 0.0
+    gain = results["differences"][0]["mean"] or 0.0
     return section(
         "Accuracy on clean test labels",
         paragraph(
-            f"SGD ends up saying {learned:.0f} % of the wrong labels it was shown, SAM {kept:.0f} %. "
+            f"SGD ends up saying {sgd_learned:.0f} % of the wrong labels it was shown, SAM {sam_learned:.0f} %. "
             f"Against SGD's last epoch, stopping SGD early is worth {early} points, tuned weight decay {decay}, both "
             f"together {both}; SAM {signed(gain, 1)}, stopped early {stopped}. Compare SAM with these controls, not "
             "with plain SGD: the table of differences does."
@@ -134,49 +142,44 @@ def _training(final: Results) -> Markup:
     )
 
 
-def _sharpness(plan: Plan, found: Mapping[str, Any], final: Results) -> Markup:
+def _sharpness(plan: Plan, results: Mapping[str, Any], final: Results) -> Markup:
     return section(
         "Sharpness, and on which data",
         paragraph(
             "Every network, SGD's too, is measured in the neighbourhoods that SAM and ASAM searched: the highest rise "
-            f"of the loss within SAM's ball (rho = {found['chosen']['sam']:g}) and within ASAM's (rho = "
-            f"{found['chosen']['asam']:g}, scaled by each weight), for batches of {plan.batch_size}. Beside them the "
+            f"of the loss within SAM's ball (rho = {results['chosen']['sam']:g}) and within ASAM's (rho = "
+            f"{results['chosen']['asam']:g}, scaled by each weight), for batches of {plan.batch_size}. Beside them the "
             "Hessian and the gradient regret, and the loss, without which none of these numbers can be read."
         ),
-        paragraph(interpolation_note(final), class_="aside"),
+        paragraph(interpolation_note(final), kind="aside"),
         *(draw.sharpness_table(final, data) for data in DATA),
         draw.sharpness_dots(final, NOISY),
-        tag(
-            "details",
-            tag("summary", "The same on clean labels and on test data"),
-            *(draw.sharpness_dots(final, d) for d in (CLEAN, TEST)),
-        ),
+        folded("The same on clean labels and on test data", *(draw.sharpness_dots(final, d) for d in (CLEAN, TEST))),
         identifier="sharpness",
     )
 
 
-def _flat_and_better(found: Mapping[str, Any], final: Results) -> Markup:
-    sharpness = [c for c in found["correlations"] if c["measure"] in SHARPNESS]
+def _flat_and_better(results: Mapping[str, Any], final: Results) -> Markup:
+    sharpness = [c for c in results["correlations"] if c["measure"] in SHARPNESS]
     groups = {data: [c for c in sharpness if c["data"] == data] for data in DATA}
-    tau = _tau(found, "sam_ball", NOISY)
+    tau = _tau(results, "sam_ball", NOISY)
     return section(
         "Did flatter go with better?",
-        paragraph(tag("strong", verdict(sharpness))),
+        paragraph(element("strong", verdict(sharpness))),
         paragraph(
             f"Over all {tau['n']} runs, counting a direction only where the 95 % interval of Kendall's τ leaves out 0:"
         ),
-        bullets([join(tag("strong", f"On {name}: "), flatter_went_with(group), ".") for name, group in groups.items()]),
+        bullets([f"On {name}: {flatter_went_with(group)}." for name, group in groups.items()]),
         paragraph(
-            f"The loss on the noisy training labels alone has {draw.tau_text(_tau(found, 'loss', NOISY))}, on the test "
-            f"data {draw.tau_text(_tau(found, 'loss', TEST))}. A sharpness measured on test data has seen the test "
-            "labels: it explains, it does not predict. And five methods are no random sample of networks: SAM and ASAM "
-            "lower these numbers by construction, so part of any such correlation is the choice of methods."
+            f"The loss on the noisy training labels alone has {draw.tau_text(_tau(results, 'loss', NOISY))}, on the "
+            f"test data {draw.tau_text(_tau(results, 'loss', TEST))}. A sharpness measured on test data has seen the "
+            "test labels: it explains, it does not predict. And five methods are no random sample of networks: SAM and "
+            "ASAM lower these numbers by construction, so part of any such correlation is the choice of methods."
         ),
         draw.key(),
-        draw.correlation_scatters(run_table(final), found["correlations"], "sam_ball"),
-        draw.correlation_scatters(run_table(final), found["correlations"], "lambda_max"),
-        draw.correlation_intervals(found["correlations"]),
-        folded("All correlations as numbers", draw.correlation_table(found["correlations"])),
+        draw.correlation_scatters(run_table(final), results["correlations"], "sam_ball"),
+        draw.correlation_scatters(run_table(final), results["correlations"], "lambda_max"),
+        draw.correlation_intervals(results["correlations"]),
         identifier="correlation",
     )
 
@@ -196,7 +199,7 @@ def _landscapes(final: Results) -> Markup:
     )
 
 
-def _caveats(plan: Plan, found: Mapping[str, Any]) -> Markup:
+def _caveats(plan: Plan, results: Mapping[str, Any]) -> Markup:
     budget = len(next(iter(plan.grids.values()))) * plan.num_tuning_seeds
     return section(
         "What this does not show",
@@ -220,10 +223,10 @@ def _caveats(plan: Plan, found: Mapping[str, Any]) -> Markup:
     )
 
 
-def _settings(plan: Plan, found: Mapping[str, Any]) -> Markup:
+def _settings(plan: Plan, results: Mapping[str, Any]) -> Markup:
     rows = []
-    for method, grid in found["tuning"].items():
-        chosen = found["chosen"][method]
+    for method, grid in results["tuning"].items():
+        chosen = results["chosen"][method]
         for row in grid:
             mark = "chosen" if row["value"] == chosen else ""
             accuracy = spread([100 * v for v in row["validation_accuracy"]], decimals=1)
@@ -239,14 +242,13 @@ def _settings(plan: Plan, found: Mapping[str, Any]) -> Markup:
         "sharpness": f"Auto-PGD, {plan.num_steps} steps from the weights, mean over batches of {plan.batch_size}",
         "trace": f"Hutchinson, {plan.num_probes} probes",
         "landscapes": f"{plan.points_1d} and {plan.points_2d} × {plan.points_2d} points; filter-normalised, no biases",
-        "computing": f"{found['cpu_s']:.0f} CPU seconds for all runs, one thread each",
+        "computing": f"{results['cpu_s']:.0f} CPU seconds for all runs, one thread each",
     }
-    known = [[name, value] for name, value in (settings | found["provenance"]).items()]
     caption = "Validation accuracy at the last epoch in %, over the tuning seeds."
     return section(
         "Settings and versions",
         html_table(["method", "setting", "value", "validation", ""], rows, caption, best=best),
-        tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in known), class_="pairs"),
+        definitions(list((settings | results["provenance"]).items()), kind="pairs"),
         identifier="settings",
     )
 
@@ -258,35 +260,27 @@ def _your_model() -> Markup:
         code_block(YOUR_MODEL),
         paragraph(
             "This page is the output of ",
-            tag("code", "make demo"),
+            element("code", "make demo"),
             "; the numbers behind it are in ",
-            tag("code", "results.json"),
+            element("code", "results.json"),
             " beside it.",
         ),
         identifier="your-model",
     )
 
 
-def folded(title: str, *content: Child) -> Markup:
-    return tag("details", tag("summary", title), *content)
+def _interval(row: Mapping[str, Any], decimals: int = 2) -> str:
+    return f"{signed(row['low'], decimals)} to {signed(row['high'], decimals)}"
 
 
-def code(content: str) -> Markup:
-    return tag("code", content)
+def _support(row: Mapping[str, Any]) -> str:
+    return f"95 % interval {_interval(row, 1)}, positive in {row['wins']} of {row['n']} seeds"
 
 
-def _interval(found: Mapping[str, Any], decimals: int = 2) -> str:
-    return f"{signed(found['low'], decimals)} to {signed(found['high'], decimals)}"
+def _against_best_control(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    control = list(results["best_control"])
+    return next(d for d in results["differences"] if d["ours"] == "sam" and [d["theirs"], d["when"]] == control)
 
 
-def _support(found: Mapping[str, Any]) -> str:
-    return f"95 % interval {_interval(found, 1)}, positive in {found['wins']} of {found['n']} seeds"
-
-
-def _against_best_control(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    control = list(found["best_control"])
-    return next(d for d in found["differences"] if d["ours"] == "sam" and [d["theirs"], d["when"]] == control)
-
-
-def _tau(found: Mapping[str, Any], measure: str, data: str) -> Mapping[str, Any]:
-    return next(c for c in found["correlations"] if c["measure"] == measure and c["data"] == data)
+def _tau(results: Mapping[str, Any], measure: str, data: str) -> Mapping[str, Any]:
+    return next(c for c in results["correlations"] if c["measure"] == measure and c["data"] == data)

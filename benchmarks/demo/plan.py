@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def final_jobs(plan: Plan, chosen: Mapping[str, float]) -> dict[str, dict[str, A
 
 
 def recipe(plan: Plan, method: str, value: float | None, seed: int) -> dict[str, Any]:
-    found = {
+    settings = {
         "method": method,
         "seed": seed,
         "epochs": plan.epochs * METHODS[method].epochs_factor,
@@ -139,7 +139,7 @@ def recipe(plan: Plan, method: str, value: float | None, seed: int) -> dict[str,
         "validation_fraction": plan.validation_fraction,
     }
     tuned = METHODS[method].tuned
-    return found | ({tuned: value} if tuned else {})
+    return settings | ({tuned: value} if tuned else {})
 
 
 def balls(chosen: Mapping[str, float]) -> dict[str, Ball]:
@@ -162,10 +162,6 @@ def fingerprint(job: Mapping[str, Any]) -> str:
 def _code() -> str:
     package, here = Path(sam_optim.__file__).parent, Path(__file__).resolve().parents[1]
     files = [p for p in sorted(package.rglob("*.py")) if "report" not in p.parts]
-    files += [here / "train" / f"{name}.py" for name in ("data", "models", "order", "pixels", "epoch")]
+    files += [here / "train" / f"{name}.py" for name in ("data", "batches", "order", "epoch")]
     files += [here / "demo" / "runs.py"]
     return hashlib.blake2b(b"".join(p.read_bytes() for p in files), digest_size=6).hexdigest()
-
-
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    return asdict(plan) | {"grids": {name: list(grid) for name, grid in plan.grids.items()}}

@@ -12,9 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import command
-from benchmarks.speed import cuda as cuda_cost
-from benchmarks.speed import device
+from benchmarks.speed import cuda, device
+from sam_optim.core.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 20
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes - ENDING
     passed, line = (True, "left out") if args.skip_tests else tests(TESTS)
     tables = {model: measures(model, MEASURES, args.json.parent) for model in MEASURED}
-    code = cuda_cost.main(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
+    code = cuda.measure_all(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
     for model, table in tables.items():
         print(f"measures of {model}:\n{table}")
     print(f"tests/gpu: {line}")
@@ -73,4 +72,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

@@ -2,8 +2,8 @@
 
 import sys
 
-from benchmarks import command
 from benchmarks.speed.whole_step import main
+from sam_optim.core.errors import run
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

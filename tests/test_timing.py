@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import command
-from benchmarks.speed import step as step_cost
 from benchmarks.speed import host, timing, whole_step
+from benchmarks.speed import step as step_cost
+from sam_optim.core import errors
 
 # a clock that only the runs advance
 
@@ -82,9 +82,7 @@ class Watched(nn.Module):
     def __init__(self):
         super().__init__()
         self.seen = []
-        self.inner = nn.Sequential(
-            nn.Flatten(), nn.Linear(3 * whole_step.SIZE**2, 4), nn.LayerNorm(4), nn.Linear(4, 10)
-        )
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64**2, 4), nn.LayerNorm(4), nn.Linear(4, 10))
 
     def forward(self, x):
         y = self.inner(x)
@@ -108,9 +106,10 @@ class Watched(nn.Module):
 )
 def test_every_way_runs_the_passes_that_it_names(way, passes, monkeypatch):
     model = Watched()
-    monkeypatch.setattr(whole_step, "build", lambda name: model)
+    monkeypatch.setattr(whole_step, "build", lambda name, size, classes: model)
     how = whole_step.WAYS.get(way)
-    step = whole_step.base_step("any", 16) if how is None else whole_step.sam_step("any", 16, **how)
+    setting = whole_step.Setting("any", 16)
+    step = whole_step.base_step(setting) if how is None else whole_step.sam_step(setting, **how)
     before = [p.detach().clone() for p in model.parameters()]
     step()
     assert [seen[:3] for seen in model.seen] == passes
@@ -157,7 +156,7 @@ def test_the_command_writes_a_table_and_strict_json(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(options, message, capsys):
-    assert command.run(whole_step.main, options) == command.EXIT_BAD_INPUT
+    assert errors.run(whole_step.main, options) == errors.EXIT_BAD_INPUT
     assert message in capsys.readouterr().err
 
 
@@ -167,7 +166,6 @@ def test_the_cost_of_a_step_is_measured_on_small_shapes(monkeypatch):
     found = step_cost.compare("any", 2)
     assert found["parameters"] == 5035
     assert set(found["peer / ours"]) == set(found["ours / floor"]) == {"SAM", "SAM, checked", "ASAM", "ASAM eta=0.01"}
-    assert found["allocated"]["SAM"]["largest"] < 5000 * 4
     assert "SAM" in step_cost.table([found])
 
 

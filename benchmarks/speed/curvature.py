@@ -25,10 +25,10 @@ TRACE_PRODUCTS, DENSITY_PROBES, DENSITY_STEPS = 60, 2, 15
 
 def rows(problem: Problem) -> list[Row]:
     """The peer of a row is None without PyHessian."""
-    found = importlib.util.find_spec("pyhessian") is not None
+    result = importlib.util.find_spec("pyhessian") is not None
 
     def peer(run: Callable[[Any], dict[str, Any]]) -> Callable[[], dict[str, Any]] | None:
-        return (lambda: _with_pyhessian(problem, run)) if found else None
+        return (lambda: _with_pyhessian(problem, run)) if result else None
 
     return [
         Row("lambda_max", lambda: _eigenvalues(problem, 1), peer(lambda h: _power_iteration(h, 1)), 0.75),
@@ -47,18 +47,22 @@ def _whole(problem: Problem) -> tuple[Any, Any]:
 
 
 def _eigenvalues(problem: Problem, num: int) -> dict[str, Any]:
-    found = hessian_eigenvalues(_loss(problem), num=num, tol=TOL, stop="value")
-    return {"values": found.eigenvalues.tolist(), "products": found.num_products, "converged": found.converged}
+    result = hessian_eigenvalues(_loss(problem), num=num, tol=TOL, stop="value")
+    return {"values": result.eigenvalues.tolist(), "products": result.num_products, "converged": result.converged}
 
 
 def _trace(problem: Problem) -> dict[str, Any]:
-    found = hessian_trace(_loss(problem), num_probes=TRACE_PRODUCTS)
-    return {"value": found.value, "stderr": found.stderr, "products": found.details["num_products"]}
+    result = hessian_trace(_loss(problem), num_probes=TRACE_PRODUCTS)
+    return {"value": result.value, "stderr": result.stderr, "products": result.details["num_products"]}
 
 
 def _density(problem: Problem) -> dict[str, Any]:
-    found = spectral_density(_loss(problem), num_probes=DENSITY_PROBES, num_lanczos=DENSITY_STEPS)
-    return {"stderr": float(found.stderr.max()), "largest": float(found.eigenvalues[0]), "products": found.num_products}
+    result = spectral_density(_loss(problem), num_probes=DENSITY_PROBES, num_lanczos=DENSITY_STEPS)
+    return {
+        "stderr": float(result.stderr.max()),
+        "largest": float(result.eigenvalues[0]),
+        "products": result.num_products,
+    }
 
 
 def _with_pyhessian(problem: Problem, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -68,10 +72,10 @@ def _with_pyhessian(problem: Problem, run: Callable[[Any], dict[str, Any]]) -> d
         warnings.simplefilter("ignore")  # backward() with create_graph leaks, which is this peer's own affair
         model = problem.make_model()
         h = hessian(model, problem.criterion, data=_whole(problem), cuda=next(model.parameters()).is_cuda)
-        found = run(h) | {"products": count[0]}
+        result = run(h) | {"products": count[0]}
         for p in model.parameters():
             p.grad = None
-    return found
+    return result
 
 
 def _power_iteration(h: Any, num: int) -> dict[str, Any]:

@@ -7,19 +7,15 @@ cache that other data has just been through.
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.command import InputError
-from sam_optim import __version__
+from benchmarks import machine
+from sam_optim.core.errors import InputError
 
 DEVICE = "cuda"
 WARM_UP = 3
@@ -144,32 +140,13 @@ def forget() -> None:
 
 def facts(rounds: int) -> dict[str, Any]:
     """Hardware, versions, the commit."""
-    versions = {}
-    for name in ("triton", "timm", "pytorch_optimizer"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     properties = torch.cuda.get_device_properties(0)
-    return {
+    return machine.versions("triton", "timm") | {
         "device": torch.cuda.get_device_name(),
         "memory_GiB": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "torch": torch.__version__,
-        **versions,
-        "sam_optim": __version__,
-        "commit": _first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
-        "python": platform.python_version(),
+        "driver": machine.first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "commit": machine.commit(),
         "rounds": rounds,
     }
-
-
-def _first_line(command: list[str]) -> str | None:
-    root = Path(__file__).resolve().parents[2]
-    try:
-        out = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip().splitlines()[0] if out.returncode == 0 and out.stdout.strip() else None

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import command
+from benchmarks.machine import facts
 from benchmarks.speed import timing
 from sam_optim import SAM
+from sam_optim.core.errors import run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "host_cpu.json"
 TENSORS = (6, 62, 161)  # a small network, a ResNet-18, a ResNet-50
@@ -165,16 +166,16 @@ def davda54_step(problem: Problem, *, adaptive: bool) -> Step:
 
 def ways() -> dict[str, tuple[bool, Callable[[Problem], Step]]]:
     """Name of a row -> (whether it is adaptive, what makes its step for a problem)."""
-    found: dict[str, tuple[bool, Callable[[Problem], Step]]] = {}
+    makers: dict[str, tuple[bool, Callable[[Problem], Step]]] = {}
     for adaptive, name in ((False, "SAM"), (True, "ASAM")):
-        found[f"foreach {name}"] = adaptive, lambda p, a=adaptive: foreach_step(p, adaptive=a)
-        found[f"davda54 {name}"] = adaptive, lambda p, a=adaptive: davda54_step(p, adaptive=a)
+        makers[f"foreach {name}"] = adaptive, lambda p, a=adaptive: foreach_step(p, adaptive=a)
+        makers[f"davda54 {name}"] = adaptive, lambda p, a=adaptive: davda54_step(p, adaptive=a)
         for module in (False, True):
             for two_phases in (False, True):
                 row = f"{name}, {'two phases' if two_phases else 'closure'}{', module' if module else ''}"
                 options = {"adaptive": adaptive, "module": module, "two_phases": two_phases}
-                found[row] = adaptive, lambda p, o=options: sam_step(p, **o)
-    return found
+                makers[row] = adaptive, lambda p, o=options: sam_step(p, **o)
+    return makers
 
 
 def measure(num_tensors: int, rounds: int) -> dict[str, Any]:
@@ -232,10 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [measure(n, args.rounds) for n in args.tensors]
     print(table(results))
     print(f"thread CPU time of a step minus that of the base, median [quartiles] of {args.rounds} rounds")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    command.write_json(args.json, {"facts": timing.facts(args.rounds), "results": results})
+    timing.write(args.json, {"facts": facts() | {"rounds": args.rounds}, "results": results})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

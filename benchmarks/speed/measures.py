@@ -15,14 +15,14 @@ On a device: a timm model on noise images of 224 pixels, wall time of synchronis
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import command
-from benchmarks.command import InputError, unknown
+from benchmarks.command import option, settings_of
 from benchmarks.examples import cifar_resnet
+from benchmarks.machine import ROOT, facts
 from benchmarks.speed import curvature, sharpness, timing
 from benchmarks.speed.rows import Problem, Row
+from sam_optim.core.arguments import number
+from sam_optim.core.errors import one_line, run, unknown
 
 SOURCES = (curvature, sharpness)  # modules with `rows(problem)`
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def digits(n: int, num_steps: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -57,55 +58,73 @@ def noise(n: int, size: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(classes, (n,), generator=generator)
 
 
-def problem_of(args: argparse.Namespace) -> Problem:
-    n = args.images
-    if args.model != "resnet20":
+@dataclass(frozen=True)
+class Settings:
+    rows: list[str] | None = option(None, "only these", nargs="+")
+    rounds: int = option(3, type=number(int, 1))
+    quick: bool = option(False, "64 images, one round, no processes for memory: a check", action="store_true")
+    pretrained: Path | None = option(None, "weights of ResNet-20, a state dict", type=Path)
+    device: str = option("cpu")
+    model: str = option("resnet20", "resnet20, or a timm model such as vit_base_patch16_224")
+    images: int = option(512, type=int)
+    batch_size: int = option(128, type=int)
+    json: Path | None = option(None, "also write the results to this file", type=Path)
+    contender: list[str] | None = option(None, argparse.SUPPRESS, nargs=2, metavar=("ROW", "SIDE"))
+
+    @property
+    def num_images(self) -> int:
+        return min(self.images, 64) if self.quick else self.images
+
+
+def problem_of(settings: Settings) -> Problem:
+    n = settings.num_images
+    if settings.model != "resnet20":
         import timm
 
-        if not timm.is_model(args.model):
-            raise unknown("model", args.model, timm.list_models())
+        if not timm.is_model(settings.model):
+            raise unknown("model", settings.model, timm.list_models())
         torch.manual_seed(0)
-        model = timm.create_model(args.model)
+        model = timm.create_model(settings.model)
         x, y = noise(n, model.pretrained_cfg["input_size"][-1], 1000)
-    elif args.pretrained:
-        model = cifar_resnet.pretrained(args.pretrained)
+    elif settings.pretrained:
+        model = cifar_resnet.pretrained(settings.pretrained)
         x, y = noise(n, 32, 10)
     else:
-        model, x, y = digits(n, 5 if args.quick else 100)
-    model, x, y = model.eval().to(args.device), x.to(args.device), y.to(args.device)
-    batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
+        model, x, y = digits(n, 5 if settings.quick else 100)
+    model, x, y = model.eval().to(settings.device), x.to(settings.device), y.to(settings.device)
+    batches = list(zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True))
     return Problem(lambda: model, nn.CrossEntropyLoss(), batches)
 
 
 def rows_of(problem: Problem, names: list[str] | None) -> list[Row]:
-    found = []
+    rows: list[Row] = []
     for source in SOURCES:
-        if names and set(names) <= {row.name for row in found}:
+        if names and set(names) <= {row.name for row in rows}:
             break  # the rows of the other are not free: some are measured to be made
-        found += source.rows(problem)
-    if missing := set(names or ()) - {row.name for row in found}:
-        raise unknown("row", missing.pop(), [row.name for row in found])
-    return [row for row in found if names is None or row.name in names]
+        rows += source.rows(problem)
+    if missing := set(names or ()) - {row.name for row in rows}:
+        raise unknown("row", missing.pop(), [row.name for row in rows])
+    return [row for row in rows if names is None or row.name in names]
 
 
 def seconds(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     """(thread CPU time, or wall time of a device, what it returned)."""
     if device == "cpu":
         start = time.thread_time()
-        found = run()
-        return time.thread_time() - start, found
+        result = run()
+        return time.thread_time() - start, result
     torch.cuda.synchronize()
     start = time.perf_counter()
-    found = run()
+    result = run()
     torch.cuda.synchronize()
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, result
 
 
 def compare(rows: list[Row], rounds: int, device: str) -> list[dict[str, Any]]:
     """Seconds of each side in each round, and what the last run found."""
     shuffle = random.Random(0).shuffle
     times: dict[str, dict[str, list[float]]] = {row.name: {"ours": [], "peer": []} for row in rows}
-    found: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
+    outcomes: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
     jobs = [(row, side) for row in rows for side in ("ours", "peer") if side == "ours" or row.peer]
     with tqdm(total=rounds * len(jobs), desc="rounds", disable=None) as bar:
         for _ in range(rounds):
@@ -116,9 +135,9 @@ def compare(rows: list[Row], rounds: int, device: str) -> list[dict[str, Any]]:
                     bar.set_postfix_str(f"{row.name}, {side}")
                     took, result = seconds(run, device)
                     times[row.name][side].append(took)
-                    found[row.name][side] = dict(result) if isinstance(result, Mapping) else str(result)
+                    outcomes[row.name][side] = dict(result) if isinstance(result, Mapping) else str(result)
                     bar.update()
-    return [{"row": r.name, "bar": r.bar, "seconds": times[r.name], "found": found[r.name]} for r in rows]
+    return [{"row": r.name, "bar": r.bar, "seconds": times[r.name], "found": outcomes[r.name]} for r in rows]
 
 
 def summarise(result: dict[str, Any]) -> None:
@@ -136,28 +155,30 @@ def summarise(result: dict[str, Any]) -> None:
         )
 
 
-def peak_memory(args: argparse.Namespace, name: str, side: str) -> float | None:
+def peak_memory(settings: Settings, name: str, side: str) -> float | None:
     """MB above what the process had before the run, in a process of its own."""
-    own = ["--contender", name, side, "--device", args.device, "--model", args.model, "--images", str(args.images)]
-    own += ["--batch-size", str(args.batch_size)] + (["--quick"] if args.quick else [])
-    own += ["--pretrained", str(args.pretrained)] if args.pretrained else []
+    argv = ["--contender", name, side]
+    for key in ("device", "model", "images", "batch_size", "pretrained"):
+        if (value := getattr(settings, key)) is not None:
+            argv += [f"--{key.replace('_', '-')}", str(value)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed.measures", *own], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "benchmarks.speed.measures", *argv], capture_output=True, text=True, cwd=ROOT
     )
     if done.returncode:
-        raise RuntimeError(f"{name}, {side}: {command.one_line(RuntimeError(done.stderr))}")
+        raise RuntimeError(f"{name}, {side}: {one_line(RuntimeError(done.stderr))}")
     return float(json.loads(done.stdout.splitlines()[-1])["megabytes"])
 
 
-def contender(args: argparse.Namespace) -> int:
+def contender(settings: Settings) -> int:
     """One run alone, in this process: prints its peak memory."""
-    name, side = args.contender
-    (row,) = rows_of(problem_of(args), [name])
-    run = row.ours if side == "ours" else row.peer
-    assert run is not None
-    before = _peak(args.device)
-    run()
-    print(json.dumps({"megabytes": _peak(args.device) - before}))
+    assert settings.contender is not None
+    name, side = settings.contender
+    (row,) = rows_of(problem_of(settings), [name])
+    contestant = row.ours if side == "ours" else row.peer
+    assert contestant is not None
+    before = _peak(settings.device)
+    contestant()
+    print(json.dumps({"megabytes": _peak(settings.device) - before}))
     return 0
 
 
@@ -185,48 +206,24 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or None
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.measures", description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", help="only these")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="64 images, one round, no processes for memory: a check")
-    parser.add_argument("--pretrained", type=Path, help="weights of ResNet-20, a state dict")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", default="resnet20", help="resnet20, or a timm model such as vit_base_patch16_224")
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--contender", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        raise InputError(f"--rounds must be >= 1, got {args.rounds}")
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = settings_of(Settings, "python -m benchmarks.speed.measures", __doc__, argv)
     torch.set_num_threads(1)
-    if args.quick:
-        args.images, args.rounds = min(args.images, 64), 1
-    if args.contender:
-        return contender(args)
-    problem = problem_of(args)
-    rows = rows_of(problem, args.rows)
-    results = compare(rows, args.rounds, args.device)
+    if settings.contender:
+        return contender(settings)
+    rows = rows_of(problem_of(settings), settings.rows)
+    results = compare(rows, 1 if settings.quick else settings.rounds, settings.device)
     for row, result in zip(rows, results, strict=True):
         summarise(result)
-        if not args.quick:
+        if not settings.quick:
             sides = ["ours", "peer"] if row.peer else ["ours"]
-            result["megabytes"] = {side: peak_memory(args, row.name, side) for side in sides}
+            result["megabytes"] = {side: peak_memory(settings, row.name, side) for side in sides}
     print(table(results))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        packages = [name for name in ("PyHessian",) if importlib.util.find_spec(name.lower())]
-        options = {"model": args.model, "images": args.images, "pretrained": bool(args.pretrained), "quick": args.quick}
-        facts = timing.facts(args.rounds, *packages) | options | {"device": args.device, "commit": _commit()}
-        command.write_json(args.json, {"facts": facts, "results": results})
+    about = {key: getattr(settings, key) for key in ("model", "quick", "device", "rounds")}
+    about |= {"images": settings.num_images, "pretrained": bool(settings.pretrained)}
+    timing.write(settings.json, {"facts": facts("PyHessian") | about, "results": results})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

@@ -33,15 +33,15 @@ def rows(problem: Problem) -> list[Row]:
 
     That row has as many draws as the variance of both in one run asks for; its bar is that of the measure.
     """
-    found = []
+    compared = []
     for name, (norm, rho) in WORST.items():
         ball = Ball(rho, norm=norm, adaptive=True, eta=0.0)
-        found.append(Row(f"worst case, {name}, {STEPS} steps", *_worst(problem, ball), BAR))
+        compared.append(Row(f"worst case, {name}, {STEPS} steps", *_worst(problem, ball), BAR))
     ball = Ball(AVERAGE_RHO, adaptive=True, eta=0.0)
-    found.append(Row(f"average case, {DRAWS} draws", *_average(problem, ball, DRAWS), None))
+    compared.append(Row(f"average case, {DRAWS} draws", *_average(problem, ball, DRAWS), None))
     num = draws_for_equal_error(problem, ball)
-    found.append(Row(f"average case, equal error: {num} draws for {DRAWS}", *_average(problem, ball, num), BAR))
-    return found
+    compared.append(Row(f"average case, equal error: {num} draws for {DRAWS}", *_average(problem, ball, num), BAR))
+    return compared
 
 
 def _worst(problem: Problem, ball: Ball) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -105,7 +105,7 @@ def published_worst_case(
         step = step_before = 2 * rho
         last, risen = 0, 0
         for i in range(num_steps):
-            kept = [a.clone() for a in d]
+            previous = [a.clone() for a in d]
             for p in params:
                 p.grad = None
             criterion(model(x), y).backward()
@@ -114,7 +114,7 @@ def published_worst_case(
                 d = [0.75 * a + 0.25 * b for a, b in zip(z, d_before, strict=True)]
                 for p, w, a in zip(params, clean, d, strict=True):
                     p.data = w + a
-            d_before = kept
+            d_before = previous
             value, _ = _loss_and_error(model, criterion, x, y)
             torch.cat([a.flatten() for a in d]).norm().item()  # reported with the result
             if value > best:
@@ -148,30 +148,30 @@ def _projected(d: Weights, scale: Weights, rho: float, norm: float) -> Weights:
     def length(d: Weights) -> Tensor:
         return sum((((a / s) ** 2).sum() for a, s in zip(d, scale, strict=True)), start=torch.zeros(())) ** 0.5
 
-    found, reached = d, length(d)
+    projected, reached = d, length(d)
     if not reached > rho:
-        return found
+        return projected
     multiplier, low, high, limit = 0.1, 0.0, 10.0, 10.0
     for _ in range(MOST_BISECTIONS):
         if (reached - rho).abs() <= 1e-5:
             break
-        found = [a / (1 + 2 * multiplier / s**2) for a, s in zip(d, scale, strict=True)]
-        reached = length(found)
+        projected = [a / (1 + 2 * multiplier / s**2) for a, s in zip(d, scale, strict=True)]
+        reached = length(projected)
         if reached > rho:
             multiplier, low = (multiplier + high) / 2, multiplier
         else:
             multiplier, high = (low + multiplier) / 2, multiplier
         if limit - high < 1e-2:
             limit, high = 2 * limit, 2 * high
-    return found
+    return projected
 
 
 def _schedule(num_steps: int) -> set[int]:
-    p, found = [0, 0.22], [0, math.ceil(0.22 * num_steps)]
-    while found[-1] < num_steps and found[-1] != found[-2]:
+    p, checkpoints = [0, 0.22], [0, math.ceil(0.22 * num_steps)]
+    while checkpoints[-1] < num_steps and checkpoints[-1] != checkpoints[-2]:
         p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
-        found.append(math.ceil(p[-1] * num_steps))
-    return set(found[1:])
+        checkpoints.append(math.ceil(p[-1] * num_steps))
+    return set(checkpoints[1:])
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ Runs are interleaved in random order; the ratio is that of thread CPU times side
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -23,30 +22,34 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import command
+from benchmarks.command import Parser
+from benchmarks.machine import facts
 from benchmarks.speed import timing
-from benchmarks.train import models, options, recipe
+from benchmarks.train import data
+from benchmarks.train.options import Options, parse
 from benchmarks.train.order import derive, seed_all
 from benchmarks.train.run import Training
 from sam_optim.core import random as rng
+from sam_optim.core.errors import run
+from sam_optim.vision import models
 
 
-def timm_epoch(args: argparse.Namespace, *, prefetcher: bool) -> Callable[[], float]:
+def timm_epoch(options: Options, *, prefetcher: bool) -> Callable[[], float]:
     """One epoch of timm's loop at a call; returns the mean loss."""
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import AverageMeter
 
-    seed_all(derive(args.seed, "model"))
-    size = (3, args.img_size, args.img_size)
-    dataset = create_dataset("", str(Path(args.data_dir) / "train"), search_split=False)
-    model = models.build(args.model, num_classes=len(dataset.reader.class_to_idx), image_size=size)
+    seed_all(derive(options.seed, "model"))
+    size = (3, options.img_size, options.img_size)
+    dataset = create_dataset("", str(Path(options.data_dir) / "train"), search_split=False)
+    model = models.build(options.model, num_classes=len(dataset.reader.class_to_idx), image_size=size)
     device = torch.device("cpu")
     loader = create_loader(
         dataset,
         size,
-        args.batch_size,
+        options.batch_size,
         is_training=True,
         no_aug=True,
         num_workers=0,
@@ -56,9 +59,11 @@ def timm_epoch(args: argparse.Namespace, *, prefetcher: bool) -> Callable[[], fl
         device=device,
         persistent_workers=False,
     )
-    optimizer = create_optimizer_v2(model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
+    optimizer = create_optimizer_v2(
+        model, options.opt, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum
+    )
     scheduler, _ = create_scheduler_v2(
-        optimizer, "cosine", args.epochs, step_on_epochs=False, updates_per_epoch=len(loader)
+        optimizer, "cosine", options.epochs, step_on_epochs=False, updates_per_epoch=len(loader)
     )
     criterion = nn.CrossEntropyLoss()
     updates = 0
@@ -87,9 +92,9 @@ def timm_epoch(args: argparse.Namespace, *, prefetcher: bool) -> Callable[[], fl
     return epoch
 
 
-def our_epoch(args: argparse.Namespace) -> Callable[[], float]:
+def our_epoch(options: Options) -> Callable[[], float]:
     """One epoch of `Training` at a call, as `benchmarks.train` runs it; returns the mean loss."""
-    training = Training(args, recipe.splits(args), torch.device("cpu"))  # as timm's side
+    training = Training(options, data.load(options), torch.device("cpu"))  # as timm's side
 
     def epoch() -> float:
         training.position.batch = 0
@@ -112,28 +117,28 @@ def picture_tree(root: Path, images: int, size: int, classes: int = 10) -> None:
             coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
 
 
-def compared(args: argparse.Namespace, rounds: int) -> dict[str, Any]:
+def compared(options: Options, rounds: int) -> dict[str, Any]:
     """Ratios of thread CPU time, ours to timm's, and images per second of CPU time."""
     with rng.kept():
-        ours = our_epoch(args)
-        controls = {"timm, prefetcher": timm_epoch(args, prefetcher=True)}
-        controls["timm, no prefetcher"] = timm_epoch(args, prefetcher=False)
-        images = len(recipe.splits(args).train) // args.batch_size * args.batch_size
+        ours = our_epoch(options)
+        controls = {"timm, prefetcher": timm_epoch(options, prefetcher=True)}
+        controls["timm, no prefetcher"] = timm_epoch(options, prefetcher=False)
+        images = len(data.load(options).train) // options.batch_size * options.batch_size
         times = timing.paired(ours, controls, rounds, "throughput")
-    found = {}
-    for name, (theirs, own) in times.items():
-        found[name] = {
-            "ratio": timing.ratio(own, theirs),
+    return {
+        name: {
+            "ratio": timing.ratio(ours, theirs),
             "images_per_cpu_s": {
                 "timm": images / sorted(theirs)[rounds // 2],
-                "ours": images / sorted(own)[rounds // 2],
+                "ours": images / sorted(ours)[rounds // 2],
             },
         }
-    return found
+        for name, (theirs, ours) in times.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = options.Parser(prog="python -m benchmarks.speed.throughput", description=__doc__)
+    p = Parser(prog="python -m benchmarks.speed.throughput", description=__doc__)
     p.add_argument("--model", nargs="+", default=["resnet18", "vit_tiny_patch16_224"])
     p.add_argument("--data-dir", help="a tree DIR/train/CLASS/*; default: random pictures")
     p.add_argument("--img-size", type=int, default=32)
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, help="JSON file")
     args = p.parse_args(argv)
     timing.check_rounds(args.rounds)
-    report: dict[str, Any] = {"facts": timing.facts(args.rounds, "timm", "torchvision"), "models": {}}
+    report: dict[str, Any] = {"facts": facts("timm", "torchvision") | {"rounds": args.rounds}, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         directory = args.data_dir or folder
         if not args.data_dir:
@@ -151,19 +156,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for model in args.model:
             fixed = ["--data", "folder", "--no-aug", "--sched", "cosine", "--epochs", "1000"]
             sizes = ["--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
-            run = options.parse([*fixed, *sizes, "--data-dir", str(directory), "--model", model])
-            report["models"][model] = found = compared(run, args.rounds)
-            for name, values in found.items():
+            options = parse([*fixed, *sizes, "--data-dir", str(directory), "--model", model])
+            report["models"][model] = results = compared(options, args.rounds)
+            for name, values in results.items():
                 r, speed = values["ratio"], values["images_per_cpu_s"]
                 print(
                     f"{model:24s} {name:20s} CPU time ours / timm {r['median']:.3f} ({r['q1']:.3f} to {r['q3']:.3f}, "
                     f"n = {r['n']})  images/s ours {speed['ours']:.0f} timm {speed['timm']:.0f}",
                     flush=True,
                 )
-    if args.out:
-        command.write_json(args.out, report)
+    timing.write(args.out, report)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

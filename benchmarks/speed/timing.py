@@ -1,21 +1,18 @@
-"""How benchmarks compare: interleaved runs of one process, paired ratios of thread CPU time, and what they ran on."""
+"""How benchmarks compare: interleaved runs of one process, and paired ratios of thread CPU time."""
 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
-import os
-import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.command import InputError
+from sam_optim.core.errors import InputError
+from sam_optim.core.files import write_json
 
 try:
     from tqdm import tqdm
@@ -30,25 +27,32 @@ WARM_UP = 3  # rounds that do not count
 Run = Callable[[], Any]
 
 
-def interleaved(runs: dict[str, tuple[Run, Run]], rounds: int, label: str) -> dict[str, list[float]]:
-    """Thread CPU seconds of every run, (what comes before the clock, what is timed), in every round."""
-    shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+@contextmanager
+def _rounds(rounds: int, label: str) -> Iterator[Any]:
+    """Numbers of rounds, the first `WARM_UP` below 0, without garbage collection in between."""
     gc.disable()
     try:
-        for i in tqdm(range(rounds + WARM_UP), desc=label, leave=False, disable=None):
-            shuffle(names)
+        yield tqdm(range(-WARM_UP, rounds), desc=label, leave=False, disable=None)
+    finally:
+        gc.enable()
+
+
+def interleaved(runs: dict[str, tuple[Run, Run]], rounds: int, label: str) -> dict[str, list[float]]:
+    """Thread CPU seconds of every run, (what comes before the clock, what is timed), in every round."""
+    draw = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    with _rounds(rounds, label) as numbers:
+        for i in numbers:
+            draw.shuffle(names)
             for name in names:
                 prepare, run = runs[name]
                 prepare()
                 start = time.thread_time()
                 run()
-                if i >= WARM_UP:
+                if i >= 0:
                     times[name].append(time.thread_time() - start)
             gc.collect()
-    finally:
-        gc.enable()
     return times
 
 
@@ -61,9 +65,8 @@ def paired(reference: Run, runs: dict[str, Run], rounds: int, label: str) -> dic
     draw = random.Random(0)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     names = list(runs)
-    gc.disable()
-    try:
-        for i in tqdm(range(rounds + WARM_UP), desc=label, leave=False, disable=None):
+    with _rounds(rounds, label) as numbers:
+        for i in numbers:
             draw.shuffle(names)
             for name in names:
                 pair = [(runs[name], times[name][0]), (reference, times[name][1])]
@@ -71,11 +74,9 @@ def paired(reference: Run, runs: dict[str, Run], rounds: int, label: str) -> dic
                 for run, seconds in pair:
                     start = time.thread_time()
                     run()
-                    if i >= WARM_UP:
+                    if i >= 0:
                         seconds.append(time.thread_time() - start)
             gc.collect()
-    finally:
-        gc.enable()
     return times
 
 
@@ -90,26 +91,8 @@ def check_rounds(rounds: int) -> None:
         raise InputError(f"--rounds must be >= 2, for quartiles, got {rounds}")
 
 
-def facts(rounds: int, *packages: str) -> dict[str, Any]:
-    """Hardware, settings, and the versions of this package, torch and `packages`."""
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "sam_optim": importlib.metadata.version("sam_optim"),
-        "torch": torch.__version__,
-        **found,
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def write(path: Path | None, results: dict[str, Any]) -> None:
+    """The results as JSON, if there is a path; its folder is made."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, results)

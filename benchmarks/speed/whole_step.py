@@ -20,91 +20,120 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import command
-from benchmarks.command import InputError, unknown
+from benchmarks.machine import facts
 from benchmarks.speed import timing
 from benchmarks.speed.timing import Run
 from sam_optim import SAM, norm_only_param_groups
+from sam_optim.core.errors import InputError, run, unknown
+from sam_optim.vision.models import small_stem_
 
-SIZE = 64  # pixels
 BATCHES = {"resnet18": 32, "vit_tiny_patch16_224": 24}  # others: 16
 TARGETS = {"SAM": 2.02, "SAM, 25 % ascent": 1.35, "SAM-ON, 25 % ascent": 1.25}
 SETTINGS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 RHO = 0.05
 
-LOSS = nn.CrossEntropyLoss()
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: a timm model on `batch` random images of size x size pixels.
+
+    small_stem: the stem that the field uses on CIFAR, in place of timm's. amp: bf16 autocast.
+    """
+
+    model: str
+    batch: int
+    size: int = 64
+    classes: int = 10
+    device: str = "cpu"
+    channels_last: bool = False
+    small_stem: bool = False
+    amp: bool = False
 
 
-def build(name: str) -> nn.Module:
-    """A timm model for small images with its own stem, the same weights at every call."""
+def build(name: str, size: int, classes: int) -> nn.Module:
+    """A timm model with its own stem, the same weights at every call."""
     import timm
 
     if not timm.is_model(name):
         raise unknown("model", name, timm.list_models())
     torch.manual_seed(0)
     try:
-        model = timm.create_model(name, num_classes=10, img_size=SIZE)
+        model = timm.create_model(name, num_classes=classes, img_size=size)
     except TypeError:  # convolutions take any size, and have no argument for it
-        model = timm.create_model(name, num_classes=10)
+        model = timm.create_model(name, num_classes=classes)
     return model.train()
 
 
-def images(number: int) -> tuple[Tensor, Tensor]:
+def problem(s: Setting) -> tuple[nn.Module, Tensor, Tensor]:
+    """(model, images, labels), the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(number, 3, SIZE, SIZE, generator=generator), torch.randint(10, (number,), generator=generator)
+    x = torch.randn(s.batch, 3, s.size, s.size, generator=generator).to(s.device)
+    y = torch.randint(s.classes, (s.batch,), generator=generator).to(s.device)
+    model = build(s.model, s.size, s.classes)
+    if s.small_stem:
+        small_stem_(model)
+    model = model.to(s.device)
+    if s.channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    return model, x, y
 
 
-def pass_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def pass_of(model: nn.Module, x: Tensor, y: Tensor, *, amp: bool = False) -> Callable[[], Tensor]:
     """A closure: clears the gradients, runs forward and backward."""
 
     def closure() -> Tensor:
         model.zero_grad()
-        loss = LOSS(model(x), y)
+        with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
+            loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
-        return loss
+        return loss.detach()
 
     return closure
 
 
-def base_step(name: str, batch: int) -> Run:
-    model = build(name)
-    optimizer, closure = torch.optim.SGD(model.parameters(), **SETTINGS), pass_of(model, *images(batch))
+def base_step(s: Setting, **flags: Any) -> Run:
+    """flags: of the base optimizer."""
+    model, x, y = problem(s)
+    optimizer, closure = torch.optim.SGD(model.parameters(), **SETTINGS, **flags), pass_of(model, x, y, amp=s.amp)
 
-    def run() -> None:
+    def step() -> None:
         closure()
         optimizer.step()
 
-    return run
+    return step
 
 
 def sam_step(
-    name: str, batch: int, *, share: float = 1.0, norm_only: bool = False, bf16: bool = False, parts: int = 1
+    s: Setting,
+    *,
+    share: float = 1.0,
+    norm_only: bool = False,
+    bf16: bool = False,
+    parts: int = 1,
+    fused: bool | None = None,
+    **flags: Any,
 ) -> Run:
-    """One step; `share` of the batch and `bf16` are of the ascent."""
-    model, (x, y) = build(name), images(batch)
-    groups = norm_only_param_groups(model) if norm_only else model.parameters()
-    optimizer = SAM(groups, torch.optim.SGD, rho=RHO, module=model, **SETTINGS)
+    """One step; `share` of the batch and `bf16` are of the ascent, `fused` is SAM's, flags are of the base."""
+    model, x, y = problem(s)
+    base = torch.optim.SGD(norm_only_param_groups(model) if norm_only else model.parameters(), **SETTINGS, **flags)
+    optimizer = SAM.wrap(base, rho=RHO, module=model, fused=fused)
     if parts > 1:
-        closures = [pass_of(model, *part) for part in zip(x.chunk(parts), y.chunk(parts), strict=True)]
+        chunks = zip(x.chunk(parts), y.chunk(parts), strict=True)
+        closures = [pass_of(model, *chunk, amp=s.amp) for chunk in chunks]
         return lambda: optimizer.step(closures)
-    descent = pass_of(model, x, y)
+    descent = pass_of(model, x, y, amp=s.amp)
     if share == 1 and not bf16:
         return lambda: optimizer.step(descent)
-    number = max(1, round(share * batch))
-    ascent = pass_of(model, x[:number], y[:number])
-    if bf16:
-        full = ascent
-
-        def ascent() -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return full()
-
+    number = max(1, round(share * s.batch))
+    ascent = pass_of(model, x[:number], y[:number], amp=s.amp or bf16)
     return lambda: optimizer.step(descent, ascent_closure=ascent)
 
 
@@ -121,15 +150,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def compare(model: str, rounds: int, *, batch: int | None = None) -> dict[str, Any]:
-    batch = BATCHES.get(model, 16) if batch is None else batch
-    steps = {"base, again": base_step(model, batch)} | {way: sam_step(model, batch, **how) for way, how in WAYS.items()}
-    times = timing.paired(base_step(model, batch), steps, rounds, model)
+    s = Setting(model, BATCHES.get(model, 16) if batch is None else batch)
+    steps = {"base, again": base_step(s)} | {way: sam_step(s, **how) for way, how in WAYS.items()}
+    times = timing.paired(base_step(s), steps, rounds, model)
     return {
         "model": model,
-        "batch": batch,
-        "pixels": SIZE,
-        "milliseconds": {way: 1e3 * statistics.median(own) for way, (own, _) in times.items()},
-        "step / base step": {way: timing.ratio(own, base) for way, (own, base) in times.items()},
+        "batch": s.batch,
+        "pixels": s.size,
+        "milliseconds": {way: 1e3 * statistics.median(seconds) for way, (seconds, _) in times.items()},
+        "step / base step": {way: timing.ratio(seconds, base) for way, (seconds, base) in times.items()},
     }
 
 
@@ -160,11 +189,9 @@ def main(argv: list[str] | None = None) -> int:
     results = [compare(model, args.rounds, batch=args.batch_size) for model in args.models]
     print(table(results))
     print("thread CPU time, medians of paired ratios [quartiles]")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        command.write_json(args.json, {"facts": timing.facts(args.rounds, "timm"), "results": results})
+    timing.write(args.json, {"facts": facts("timm") | {"rounds": args.rounds}, "results": results})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

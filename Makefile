@@ -18,7 +18,7 @@ help:
 	@echo "make demo       train SGD, SAM and ASAM on real digits, measure all, write runs/demo/report.html (5 minutes)"
 	@echo "make test       lint, types and tests (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes or need data that is not embedded"
-	@echo "make bench      cost of a SAM step against pytorch_optimizer's (CPU)"
+	@echo "make bench      cost of a SAM step against davda54/sam's algorithm, and on the host (CPU)"
 	@echo "make gpu        tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
 	@echo "make install    .venv with everything from pyproject.toml"
 
@@ -46,6 +46,7 @@ test-slow: install
 
 bench: install
 	$(BIN)/python -m benchmarks.speed.step
+	$(BIN)/python -m benchmarks.speed.host --json runs/speed/host_cpu.json
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu

@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow    the tests that take minutes or need data that is not embedded"
 	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-matrix  the tests as other processors, threads, orders and loads have them (hours; goes on where it was)"
-	@echo "make bench        cost of a SAM step against pytorch_optimizer's (CPU)"
+	@echo "make bench        cost of a SAM step against davda54/sam's algorithm, and on the host (CPU)"
 	@echo "make gpu          tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
 	@echo "make install      .venv with everything from pyproject.toml"
 
@@ -57,7 +57,8 @@ test-matrix: install
 	$(BIN)/python tests/matrix.py $(ARGS)
 
 bench: install
-	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.speed.step
+	$(BIN)/python -m benchmarks.speed.host --json runs/speed/host_cpu.json
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu

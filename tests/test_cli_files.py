@@ -18,6 +18,7 @@ from torch import nn
 
 from sam_optim import Loss
 from sam_optim.cli import options
+from sam_optim.core import errors
 from sam_optim.core.errors import InputError
 from sam_optim.sweep import problems
 from sam_optim.sweep.processes import started
@@ -630,7 +631,8 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
     """Normalisation, size and crop are those of the run: on the whole test set the loss is that of training's log."""
     from test_data import cifar_files, picture_tree
 
-    from benchmarks import command, train
+    from benchmarks.command import read_jsonl
+    from benchmarks.train import __main__ as train
 
     where, more, split = "digits", [], "test"
     if kind == "cifar10":
@@ -649,17 +651,17 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
         "none",
     ]
     argv += ["--epochs", 1, "--batch-size", 8, "--train-examples", 8, "--out", tmp_path / "run"]
-    assert command.run(train.main, [str(word) for word in argv]) == 0
-    logged = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["test_loss"]
+    assert errors.run(train.main, [str(word) for word in argv]) == 0
+    logged = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["test_loss"]
     argv = ["measure", tmp_path / "run", "--data", where, "--split", split, "--examples", 0, "--batch-size", 64]
     assert float(loss_of(argv).value()) == pytest.approx(logged, rel=1e-5)
 
 
 def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data(tmp_path):
-    from benchmarks import command, train
+    from benchmarks.train import __main__ as train
 
     argv = ["--train-examples", "64", "--label-noise", "0.2", "--epochs", "1", "--measures", "none"]
-    assert command.run(train.main, [*argv, "--out", str(tmp_path / "run")]) == 0
+    assert errors.run(train.main, [*argv, "--out", str(tmp_path / "run")]) == 0
     argv = ["measure", tmp_path / "run", "--measures", "gradient_regret", "--examples", 16, "--batch-size", 8, "--data"]
     code, _, err = run(*argv, "digits")
     assert code == 0

@@ -12,12 +12,13 @@ SPREAD = 0.05  # of a network after five epochs and its largest eigenvalue; 0.02
 
 def test_every_example_runs_and_prints_what_it_shows():
     pytest.importorskip("sklearn")
-    from benchmarks.data import digits
-    from benchmarks.models import build
+    from benchmarks.train.data import load
+    from benchmarks.train.options import Options
+    from sam_optim.vision.models import build
 
     torch.manual_seed(0)
-    splits = digits(label_noise=0.4, seed=0)
-    x, y = splits.train.tensors
+    splits = load(Options(label_noise=0.4, seed=0))
+    x, y = splits.train.x, splits.train.labels
     names = {
         "torch": torch,
         "model": build("cnn3", num_classes=10, image_size=splits.image_size),

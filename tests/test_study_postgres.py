@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from sam_optim.core.errors import InputError
+
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study]'")
 pytest.importorskip("psycopg", reason="needs psycopg: pip install 'sam_optim[study]'")
 
 from limits import PATIENCE
 from test_study import TINY, claim_all, ended, wait_for, worker
 
-from benchmarks.command import InputError
 from benchmarks.study import config, storage
 from benchmarks.study.queue import Queue
 

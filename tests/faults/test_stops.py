@@ -17,10 +17,12 @@ import pytest
 import torch
 from limits import PATIENCE
 
-from benchmarks import checkpoint, command, train
-from benchmarks.training import Training
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint
+from benchmarks.train.run import Training
 from faults import tally
 from faults.harness import bits
+from sam_optim.core import errors
 
 RUN = [
     "--device",
@@ -53,7 +55,7 @@ def digest(model: dict[str, torch.Tensor]) -> str:
 
 
 def run(*options: str) -> int:
-    return command.run(train.main, list(options))
+    return errors.run(train.main, list(options))
 
 
 def whole(out: Path, monkeypatch) -> dict[int, str]:
@@ -136,11 +138,12 @@ def test_two_hundred_signals_at_random_times_lose_nothing(tmp_path, monkeypatch,
 def test_a_second_signal_to_a_real_process_ends_it_at_once(tmp_path, signum):
     """The first is being answered by a write that takes long; the second does not wait for it."""
     slow_write = (
-        "import signal, time; from benchmarks import checkpoint, command, train;"
+        "import signal, time; from sam_optim.core import errors;"
+        "from benchmarks.train import checkpoint, __main__ as train;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # shells ignore it in the background
         "save = checkpoint.save;"
         "checkpoint.save = lambda *a: (print('saving', flush=True), time.sleep(3600));"
-        "raise SystemExit(command.run(train.main))"
+        "raise SystemExit(errors.run(train.main))"
     )
     arguments = [sys.executable, "-c", slow_write, *RUN, "--epochs", "500", "--out", str(tmp_path / "run")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sam_optim.core.arguments import number
 from torch.utils.data import Dataset
 
 from benchmarks.command import option, settings_of
+from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, one_line, run
 from sam_optim.core.files import write_json
 from sam_optim.core.results import provenance

@@ -57,8 +57,8 @@ def imports(module: str, *, on_import: bool = False) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: imports are absolute"
-            names.add(node.module)
-            names |= {f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in SOURCES}
+            inside = {f"{node.module}.{a.name}" for a in node.names} & set(SOURCES)
+            names |= inside if len(inside) == len(node.names) else inside | {node.module}
     return names
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.speed.step import shapes_of
+from benchmarks.speed.shapes import shapes_of
 from sam_optim import ASAM, SAM, GraphedStep, Perturbation
 
 VARIANTS = {

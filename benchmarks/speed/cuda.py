@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.speed import device, timing
 from benchmarks.speed.device import Run
 from benchmarks.speed.host import Davda54, foreach_ascend_
-from benchmarks.speed.step import RHO, NoStep, shapes_of
+from benchmarks.speed.shapes import RHO, NoStep, shapes_of
 from benchmarks.speed.whole_step import Setting, base_step, sam_step
 from sam_optim import Perturbation
 from sam_optim.core.errors import one_line

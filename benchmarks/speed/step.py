@@ -30,36 +30,13 @@ from torch import Tensor, nn
 from benchmarks.machine import facts
 from benchmarks.speed import timing
 from benchmarks.speed.host import Davda54
+from benchmarks.speed.shapes import RHO, NoStep, shapes_of
 from benchmarks.speed.timing import Run
 from sam_optim import SAM
-from sam_optim.core.errors import run, unknown
+from sam_optim.core.errors import run
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
-RHO = 0.05
 ROW = 65536  # entries of one float32 sum: a longer one is off by up to 1e-3
-
-
-class NoStep(torch.optim.Optimizer):
-    """A base whose update is nothing: what remains of a step is SAM's own part."""
-
-    def __init__(self, params: Any, lr: float = 0.1):
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        return None
-
-
-def shapes_of(model: str) -> list[torch.Size]:
-    """Those of the parameters of a timm model, made without memory, or of the WRN-28-10 of the SAM paper."""
-    import timm
-
-    from sam_optim.vision.wide_resnet import WideResNet
-
-    if model != "wide-resnet-28-10" and not timm.is_model(model):
-        raise unknown("model", model, timm.list_models())
-    with torch.device("meta"):
-        network = WideResNet(28, 10, num_classes=10) if model == "wide-resnet-28-10" else timm.create_model(model)
-    return [p.shape for p in network.parameters()]
 
 
 def problem(shapes: list[torch.Size]) -> tuple[list[nn.Parameter], list[Tensor]]:

@@ -40,8 +40,8 @@ def check_base(base: Any, keys: tuple[str, ...]) -> None:
         raise ValueError(f"{type(base).__name__} needs a closure for its own step, and cannot be the base of SAM")
     if getattr(base, "is_second_order", False):
         raise ValueError(
-            f"{type(base).__name__} differentiates its gradients (create_graph=True), and the weights move in between: it "
-            "cannot be the base of SAM"
+            f"{type(base).__name__} differentiates its gradients (create_graph=True), and the weights move in between: "
+            "it cannot be the base of SAM"
         )
     own = inspect.signature(type(base).__init__).parameters
     if clash := [k for k in keys if k in own and k in base.defaults]:

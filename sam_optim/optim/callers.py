@@ -16,7 +16,7 @@ _ADVICE = {
     "mmengine": "in MMEngine, override train_step of the model with the two passes",
     "fastai": "in fastai, use a callback that runs the second pass in after_backward",
     "stable_baselines3": "stable-baselines3 steps inside train(): override it with the two passes",
-    "deepspeed": "DeepSpeed's ZeRO stages 1 to 3 own the gradients, which SAM cannot come between: use stage 0 or FSDP2",
+    "deepspeed": "DeepSpeed's ZeRO stages 1 to 3 own the gradients, and SAM has no place there: use stage 0 or FSDP2",
     "opacus": "Opacus clips and counts every backward: SAM would spend the privacy budget twice, and is not supported",
 }
 

@@ -37,7 +37,7 @@ class LastStep:
 
 @dataclass(slots=True)
 class Record:
-    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference has a meaning."""
+    """What a step leaves behind. same_loss: both losses are of one function, so that they can be compared."""
 
     ascent: Ascent | None = None
     loss: Any = None

@@ -425,7 +425,7 @@ class Perturbation:
         """One bucket for each kind of weight and gradient; most models have one kind."""
         if self._ranks.is_sharded:
             return self._split_spread(group, params, grads)
-        if _are_alike(params) and _are_alike(grads):
+        if len({(p.dtype, p.device) for p in params}) == len({(g.dtype, g.layout, g.device) for g in grads}) == 1:
             return [self._bucket(group, params, params, grads)]
         kinds = [(_KIND(p), _KIND(g)) for p, g in zip(params, grads, strict=True)]
         by_kind: dict[Any, list[int]] = {}
@@ -522,7 +522,7 @@ class Perturbation:
         self._read_groups()
         if getattr(self._params[-1], "grad_sample", None) is not None:
             raise RuntimeError(
-                "the parameters have gradients of single examples (Opacus), which each backward adds to, clips and counts: "
+                "the parameters have gradients of single examples (Opacus), which every backward adds to and counts: "
                 "SAM would use every example twice, and the privacy budget would be wrong"
             )
         if ranks.may_lack_gradients or not self.ascends or any(p.grad is not None for p in self._params):
@@ -701,11 +701,6 @@ class _SecondPass:
         forked meanwhile they are not its own."""
         if getattr(self, "_is_open", False) and self._process == os.getpid():
             self.end()
-
-
-def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    layouts, dtypes, devices = {x.layout for x in tensors}, {x.dtype for x in tensors}, {x.device for x in tensors}
-    return len(layouts) == len(dtypes) == len(devices) == 1
 
 
 def distinct(groups: Sequence[dict[str, Any]]) -> list[Tensor]:

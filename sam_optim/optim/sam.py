@@ -419,7 +419,7 @@ class SAM(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `checkpoints`."""
+        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Or of another SAM."""
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: load a checkpoint when the perturbed pass has ended")
         self._follow_base()

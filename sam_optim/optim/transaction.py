@@ -133,7 +133,7 @@ def _roots(module: Any) -> list[nn.Module]:
             raise TypeError(f"module must be the model, a torch.nn.Module, or a list of them, got {type(m).__name__}")
         if isinstance(m, torch.jit.ScriptModule):
             raise TypeError(
-                "module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that was scripted"
+                "module is a ScriptModule, whose buffers are out of reach: pass the nn.Module that was scripted"
             )
     return roots
 

@@ -1,0 +1,34 @@
+"""What the costs of a step alone are measured on: the shapes of real models, and a base that does nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sam_optim.core.errors import unknown
+
+RHO = 0.05
+
+
+class NoStep(torch.optim.Optimizer):
+    """A base whose update is nothing: what remains of a step is SAM's own part."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        return None
+
+
+def shapes_of(model: str) -> list[torch.Size]:
+    """Those of the parameters of a timm model, made without memory, or of the WRN-28-10 of the SAM paper."""
+    import timm
+
+    from sam_optim.vision.wide_resnet import WideResNet
+
+    if model != "wide-resnet-28-10" and not timm.is_model(model):
+        raise unknown("model", model, timm.list_models())
+    with torch.device("meta"):
+        network = WideResNet(28, 10, num_classes=10) if model == "wide-resnet-28-10" else timm.create_model(model)
+    return [p.shape for p in network.parameters()]

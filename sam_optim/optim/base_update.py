@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from sam_optim.optim import kernels
 from sam_optim.optim.kernels import dtensor
 from sam_optim.optim.kernels.bucket import Groups
 
+_IS_CPU = operator.attrgetter("is_cpu")
 NONFINITE = (None, "skip", "raise", "ignore")
 
 
@@ -78,11 +80,12 @@ class BaseUpdate:
         together: process groups whose ranks must all update, or none of them.
         """
         params = [p for group in self.base.param_groups for p in group["params"]]
-        on_device = not all([p.is_cpu or p.is_meta for p in params])
+        grads = [g for p in params if (g := p.grad) is not None]
+        on_device = not all(map(_IS_CPU, grads)) and any([not (g.is_cpu or g.is_meta) for g in grads])
         cannot_skip = self.nonfinite is None and on_device and not takes_found_inf(self.base)
         if self.nonfinite == "ignore" or cannot_skip:
             return self._run()
-        is_finite = kernels.all_finite([p.grad for p in params if p.grad is not None])
+        is_finite = kernels.all_finite(grads)
         is_bad = not is_finite if isinstance(is_finite, bool) else ~is_finite
         if hasattr(self.base, "process_group"):
             together = together + dtensor.own_group(self.base)

@@ -425,12 +425,12 @@ class Perturbation:
         """One bucket for each kind of weight and gradient; most models have one kind."""
         if self._ranks.is_sharded:
             return self._split_spread(group, params, grads)
-        if len({(p.dtype, p.device) for p in params}) == len({(g.dtype, g.layout, g.device) for g in grads}) == 1:
+        kinds = {(p.dtype, p.is_cpu) for p in params}, {(g.dtype, g.layout, g.is_cpu) for g in grads}
+        if len(kinds[0]) == len(kinds[1]) == 1 and params[0].is_cpu:
             return [self._bucket(group, params, params, grads)]
-        kinds = [(_KIND(p), _KIND(g)) for p, g in zip(params, grads, strict=True)]
         by_kind: dict[Any, list[int]] = {}
-        for i, kind in enumerate(kinds):
-            by_kind.setdefault(kind, []).append(i)
+        for i, pair in enumerate(zip(params, grads, strict=True)):
+            by_kind.setdefault(tuple(map(_KIND, pair)), []).append(i)
         chosen = [([params[i] for i in same], [grads[i] for i in same]) for same in by_kind.values()]
         return [self._bucket(group, same, same, gradients) for same, gradients in chosen]
 

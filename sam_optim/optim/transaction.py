@@ -56,6 +56,8 @@ class ModelGuard:
         self.roots = _roots(module)
         self.modules: list[nn.Module] = []
         self.other_params: list[Tensor] = []  # in the modules, and not stepped
+        self._stepped: Sequence[Tensor] = ()
+        self._stepped_ids: set[int] = set()
         self._versions: dict[int, int] = {}
         self._before_step = Buffers()
         self._before_pass = Buffers()
@@ -119,7 +121,9 @@ class ModelGuard:
     def look(self, stepped: Sequence[Tensor]) -> list[nn.Module]:
         """All modules and parameters, as they are now."""
         self.modules = modules_of(*self.roots)
-        ids = set(map(id, stepped))
+        if stepped is not self._stepped:
+            self._stepped, self._stepped_ids = stepped, set(map(id, stepped))
+        ids = self._stepped_ids
         params = [p for m in self.modules if m._parameters for p in m._parameters.values()]
         self.other_params = [p for p in params if p is not None and id(p) not in ids]
         self._versions = {id(p): p._version for p in self.other_params}

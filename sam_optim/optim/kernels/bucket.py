@@ -18,6 +18,9 @@ Moved = list[tuple[list[Tensor], list[Tensor]]]  # weights that move, and the cl
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+_SHAPE = operator.attrgetter("shape")
+
+
 class Norms(NamedTuple):
     """dual: ||T g||_q, q dual to p. grad: ||g||_2. step: ||T^2 g||_2 (p = 2) or ||T sign(g)||_2 (p = inf)."""
 
@@ -80,7 +83,8 @@ class Storage:
     def __init__(self, b: Bucket):
         self._kind = b.dtype, b.device, b.body
         self._params = b.params
-        self._layouts = _layouts(b.weights)
+        self._shapes = list(map(_SHAPE, b.weights))
+        self.strides = list(map(Tensor.stride, b.weights))
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
@@ -92,7 +96,7 @@ class Storage:
 
     def fits(self, b: Bucket) -> bool:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
-        return same and self._kind == (b.dtype, b.device, b.body) and self._layouts == _layouts(b.weights)
+        return same and self._kind == (b.dtype, b.device, b.body) and self._shapes == list(map(_SHAPE, b.weights))
 
 
 class Backups:
@@ -112,11 +116,14 @@ class Backups:
         self._moved = [(b.weights, b.storage.copies) for b in buckets]  # type: ignore[union-attr]
         return self._moved
 
-    def storages_for(self, buckets: Sequence[Bucket]) -> list[Storage]:
-        """Where copies of all weights go; nothing is copied."""
+    def storages_for(self, buckets: Sequence[Bucket], *, same_strides: bool = False) -> list[Storage]:
+        """Where copies of all weights go; nothing is copied. same_strides: laid out as the weights are now."""
         storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
         for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
-            b.storage = storages[i] = storage if storage is not None and storage.fits(b) else Storage(b)
+            fits = storage is not None and storage.fits(b)
+            if fits and same_strides:
+                fits = storage.strides == list(map(Tensor.stride, b.weights))
+            b.storage = storages[i] = storage if fits else Storage(b)
         self._storages = storages  # type: ignore[assignment]
         return self._storages
 
@@ -173,10 +180,6 @@ class Backups:
             (p, copy) for storage in self._storages for p, copy in zip(storage._params, storage.copies, strict=True)
         ]
         return any(not torch.equal(_entries(p, copy), copy) for p, copy in pairs)
-
-
-def _layouts(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(x.shape, x.stride()) for x in tensors]
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

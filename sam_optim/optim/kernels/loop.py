@@ -29,7 +29,7 @@ class Batch:
     """Weights `start` to `end` of a bucket: several small ones, or one that is large.
 
     clean: where they are saved. moved: where small ones are computed, before they are copied to where they belong;
-    `views` are its parts in their shapes.
+    `views` are its parts in their shapes. step: their T^2 g / unit or T sign(g), from `measure`.
     """
 
     start: int
@@ -37,6 +37,7 @@ class Batch:
     clean: Tensor
     moved: Tensor | None = None
     views: Sequence[Tensor] = ()
+    step: Tensor | None = None
 
 
 def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
@@ -88,7 +89,15 @@ def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
     if b.is_plain and isinstance(b.unit, float) and b.dtype == b.grads[0].dtype and b.dtype not in LOW_PRECISION:
         torch._foreach_add_(b.weights, b.grads, alpha=factor)
         return None
-    retained = [_move_(b, *piece, factor) for batch in b.storage.batches for piece in _pieces(b, batch)]  # type: ignore[union-attr]
+    retained = []
+    for batch in b.storage.batches:  # type: ignore[union-attr]
+        if batch.step is None:
+            for clean, g, t, w, scatter in _pieces(b, batch):
+                retained.append(_move_(b, clean, step(scaled(g, b), t, b.p), w, scatter, factor))
+        else:
+            e, batch.step = batch.step, None
+            scatter = b.weights[batch.start : batch.end], batch.views
+            retained.append(_move_(b, batch.clean, e, batch.moved, scatter, factor))
     return retained_of(retained)
 
 
@@ -107,16 +116,19 @@ def _norms(b: Bucket) -> tuple[Tensor, Tensor, Tensor]:
             duals.append(torch.linalg.vector_norm(g if t is None else g * t, q))
             if b.is_plain:
                 continue
+            e = step(g, t, b.p)
             grads.append(torch.linalg.vector_norm(g))
-            steps.append(torch.linalg.vector_norm(step(g, t, b.p)))
+            steps.append(torch.linalg.vector_norm(e))
+            batch.step = None if batch.moved is None else e
     if not duals:
         return (torch.zeros((), dtype=torch.float64, device=b.device),) * 3
     dual = total(duals, q)
     return (dual,) * 3 if b.is_plain else (dual, total(grads, 2), total(steps, 2))
 
 
-def _move_(b: Bucket, clean: Tensor, g: Tensor, t: Tensor | None, target: Tensor, scatter: Any, factor: Scalar) -> Any:
-    e = step(scaled(g, b), t, b.p).mul_(factor)
+def _move_(b: Bucket, clean: Tensor, e: Tensor, target: Tensor, scatter: Any, factor: Scalar) -> Any:
+    """target <- clean + factor e, and from there to where `scatter` says."""
+    e = e.mul_(factor)
     if target.dtype not in LOW_PRECISION:
         torch.add(clean, e, out=target)
     else:

@@ -274,7 +274,7 @@ def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
     """As `kernels.ascend_`. The next ascent overwrites what this one returns."""
     for b in buckets:
         b.body = _SELF  # so that the copies are laid out as the weights
-    storages = backups.storages_for(buckets)
+    storages = backups.storages_for(buckets, same_strides=True)
     key = [_key(b) for b in buckets]
     launcher = backups.launcher
     if launcher is None or launcher.key != key:

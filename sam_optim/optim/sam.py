@@ -215,6 +215,7 @@ class SAM(Optimizer):
         self._follow_base()
         return self.perturbation.microbatch()
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it.
 
@@ -223,6 +224,7 @@ class SAM(Optimizer):
         self._follow_base()
         self.perturbation.enter()
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def second_step(self, zero_grad: bool = False) -> None:
         """w + e -> w, then the base update with the gradients in `p.grad`."""
         if not self.perturbation.active:

@@ -52,10 +52,9 @@ class SAM(Optimizer):
         foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
             part, which Triton's kernels do in three launches.
         rounding, replay_rng: see `Perturbation`.
-        nonfinite: what a gradient with an inf or NaN does. An ascent gradient gives e = 0 and counts in
-            `num_unperturbed`. A descent gradient: "skip" leaves weights and state as they are and counts in
-            `num_skipped`; "raise" raises; "ignore" lets the base have it. None: "skip" where that needs no host sync:
-            on the CPU, and on a device over a base with fused=True.
+        nonfinite: what a gradient with an inf or NaN does, at w (which makes w + e NaN) or at w + e. "skip" leaves
+            weights and state as they are and counts in `num_skipped`; "raise" raises; "ignore" lets the base have it.
+            None: "skip" where that needs no host sync: on the CPU, and on a device over a base with fused=True.
 
     Raises:
         ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
@@ -319,12 +318,12 @@ class SAM(Optimizer):
 
     @property
     def nonfinite(self) -> str | None:
-        """What a descent gradient that is not finite does."""
+        """What a gradient that is not finite does."""
         return self._base_update.nonfinite
 
     @property
     def num_skipped(self) -> int | Tensor:
-        """How many steps had a descent gradient that was not finite, and left everything as it was."""
+        """How many steps had a gradient that was not finite, and left weights and state as they were."""
         return self._base_update.num_skipped
 
     # torch.optim's book-keeping

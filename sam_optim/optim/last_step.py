@@ -55,8 +55,9 @@ class Record:
         dtype = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in params) else torch.float32
         loss, perturbed = _tensor(self.loss, dtype), _tensor(self.perturbed_loss, dtype)
         sharpness = None if loss is None or perturbed is None or not self.same_loss else perturbed - loss
-        if self.ascent is None:
-            return LastStep(loss, perturbed, sharpness)
+        if self.ascent is None:  # a step without an ascent has moved nothing
+            none = None if loss is None else torch.zeros_like(loss)
+            return LastStep(loss, perturbed, sharpness, radius=none, perturbation_norm=none)
         values = [_dual_norm(self.ascent), hypot([n.grad for n in self.ascent.norms]), *_lengths(self.ascent)]
         return LastStep(
             loss, perturbed, sharpness, *(_tensor(x, dtype) for x in values), _tensor(retained(self.ascent), dtype)

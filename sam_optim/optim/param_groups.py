@@ -69,8 +69,8 @@ def norm_only_param_groups(
 ) -> list[dict[str, Any]]:
     """The groups of SAM-ON: only the parameters of normalisation layers are perturbed; all are trained.
 
-    The others have rho = 0: they do not move in the second pass, are not in the norm, and `step(closure)` does not
-    compute their gradients in the first. Parameters that do not require a gradient are left out.
+    The others have rho = 0: they do not move in the second pass, and are not in the norm. Parameters that do not
+    require a gradient are left out.
 
     Args:
         model: whose normalisation layers are told by the type of the module, never by name.

@@ -231,6 +231,7 @@ class Perturbation:
                 if self._draws is not None:
                     self._draws.wait()
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
         """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
 

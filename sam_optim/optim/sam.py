@@ -56,10 +56,9 @@ class SAM(Optimizer):
         foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
             part, which Triton's kernels do in three launches.
         rounding, replay_rng: see `Perturbation`.
-        nonfinite: what a gradient with an inf or NaN does. An ascent gradient gives e = 0 and counts in
-            `num_unperturbed`. A descent gradient: "skip" leaves weights and state as they are and counts in
-            `num_skipped`; "raise" raises; "ignore" lets the base have it. None: "skip" where that needs no host sync:
-            on the CPU, and on a device over a base with fused=True.
+        nonfinite: what a gradient with an inf or NaN does, at w (which makes w + e NaN) or at w + e. "skip" leaves
+            weights and state as they are and counts in `num_skipped`; "raise" raises; "ignore" lets the base have it.
+            None: "skip" where that needs no host sync: on the CPU, and on a device over a base with fused=True.
 
     Raises:
         ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
@@ -227,6 +226,7 @@ class SAM(Optimizer):
         self._follow_base()
         return self.perturbation.microbatch()
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it.
 
@@ -236,6 +236,7 @@ class SAM(Optimizer):
         self._forget_scale()
         self.perturbation.enter()
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def second_step(self, zero_grad: bool = False) -> None:
         """w + e -> w, then the base update with the gradients in `p.grad`."""
         if not self.perturbation.active:
@@ -359,12 +360,12 @@ class SAM(Optimizer):
 
     @property
     def nonfinite(self) -> str | None:
-        """What a descent gradient that is not finite does."""
+        """What a gradient that is not finite does."""
         return self._base_update.nonfinite
 
     @property
     def num_skipped(self) -> int | Tensor:
-        """How many steps had a descent gradient that was not finite, and left everything as it was."""
+        """How many steps had a gradient that was not finite, and left weights and state as they were."""
         return self._base_update.num_skipped
 
     # what a variant changes

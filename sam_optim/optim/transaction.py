@@ -297,7 +297,7 @@ class EarlierGradients:
         """Ends the watch. What it has seen can be asked for afterwards."""
         watched, self._watched = self._watched, []
         if watched:
-            self.are_mixed = any([w.is_mixed for w in watched])
+            self.are_mixed = any([w.is_mixed and not w.was_replaced() for w in watched])
             self.are_untouched = all([w.is_untouched() for w in watched])
             self.are_left = self.are_untouched and any([has_values(w.p.grad) for w in watched])  # type: ignore[arg-type]
             for w in watched:
@@ -329,6 +329,12 @@ class _Watched:
 
     def is_there(self) -> bool:
         return self.p.grad is not None and self.p.grad is self._seen()
+
+    def was_replaced(self) -> bool:
+        """Whether somebody has assigned another gradient. A backward does that, too, but with a graph, and DDP with a
+        view of its bucket."""
+        g = self.p.grad
+        return g is not None and not self.is_there() and not g.requires_grad and not g._is_view()
 
     def is_untouched(self) -> bool:
         return not self.arrived and self.is_there() and self.p.grad._version == self._version  # type: ignore[union-attr]

@@ -30,6 +30,7 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
 
     backups: where the clean weights go. fused: the body that moves all of them in one go, if it can.
     """
+    buckets = [b for b in buckets if b.device.type != "meta"]  # without data there is nothing to move
     if fused is not None and fused.fits(buckets):
         return fused.ascend_(buckets, backups)
     backups.save(buckets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -52,10 +53,9 @@ class SAM(Optimizer):
         foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
             part, which Triton's kernels do in three launches.
         rounding, replay_rng: see `Perturbation`.
-        nonfinite: what a gradient with an inf or NaN does. An ascent gradient gives e = 0 and counts in
-            `num_unperturbed`. A descent gradient: "skip" leaves weights and state as they are and counts in
-            `num_skipped`; "raise" raises; "ignore" lets the base have it. None: "skip" where that needs no host sync:
-            on the CPU, and on a device over a base with fused=True.
+        nonfinite: what a gradient at w + e with an inf or NaN does; after one at w it always has them. "skip" leaves
+            weights and state as they are and counts in `num_skipped`; "raise" raises; "ignore" lets the base have it.
+            None: "skip" where that needs no host sync: on the CPU, and on a device over a base with fused=True.
 
     Raises:
         ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
@@ -191,6 +191,7 @@ class SAM(Optimizer):
                 "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
                 "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
             )
+        _refuse_to_lose_micro_batches()
         perturbation = self.perturbation
         with perturbation.transaction():
             if perturbation.active and callable(closure):  # first_step(), and a closure that is pass 2 or does nothing
@@ -408,6 +409,22 @@ class ASAM(SAM):
         **kwargs: Any,
     ):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
+
+
+def _refuse_to_lose_micro_batches() -> None:
+    """Accelerate passes on one closure in `gradient_accumulation_steps`, and leaves no trace of the others but its own
+    frame: looked for only where it accumulates."""
+    accelerate = sys.modules.get("accelerate.optimizer")
+    num = 1 if accelerate is None else accelerate.GradientState().num_steps
+    frame = sys._getframe() if num > 1 else None
+    while frame is not None:
+        if frame.f_code is accelerate.AcceleratedOptimizer.step.__code__:  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"gradient_accumulation_steps={num}: Accelerate runs the closure of one micro-batch in {num}, and the "
+                "data of the others would never be used: run the two backwards of each in `with "
+                "optimizer.optimizer.microbatch():` and `with optimizer.optimizer.perturbed():`, and step() without"
+            )
+        frame = frame.f_back
 
 
 def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:

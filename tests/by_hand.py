@@ -52,13 +52,13 @@ def moved(model, *, rho, eta=None, groups=None):
         t = [None if eta is None else p.abs() + eta for p in held]
         plan.append((held, t, [p.grad if s is None else s * p.grad for p, s in zip(held, t, strict=True)]))
     norms = [norm_of(scaled) for _, _, scaled in plan if scaled]
-    norm = norms[0] if len(norms) == 1 else math.sqrt(sum(n * n for n in norms))
+    norm = math.hypot(*norms)
     if norm > 0 or math.isnan(norm):
         factor = rho / norm if norm < math.inf else math.nan
         for held, t, scaled in plan:
             for p, s, g in zip(held, t, scaled, strict=True):
                 q = twin[id(p)]
-                q.add_(g, alpha=factor) if s is None else q.addcmul_(s, g, value=factor)
+                q.add_(g, alpha=factor) if s is None else q.add_((g * s).mul_(factor))
     for q in there.parameters():
         q.grad = None
     return there

@@ -145,7 +145,7 @@ def test_each_training_has_the_model_that_it_was_given(tmp_path):
     assert all(largest_difference(model, by_hand()[0]) == 0.0 for model in made[-2:])
 
 
-def test_a_fault_in_the_second_pass_leaves_weights_and_gradients_as_they_were(tmp_path):
+def test_a_fault_in_the_second_pass_leaves_the_weights_as_they_were(tmp_path):
     from sam_optim.integrations.transformers import SAMTrainer
 
     class Faulty(SAMTrainer):
@@ -159,17 +159,14 @@ def test_a_fault_in_the_second_pass_leaves_weights_and_gradients_as_they_were(tm
 
         def training_step(self, *args, **kwargs):
             if self.passes == 2:
-                self.before = [(p.detach().clone(), p.grad.clone()) for p in self.model.parameters()]
+                self.before = [p.detach().clone() for p in self.model.parameters()]
             return super().training_step(*args, **kwargs)
 
     model = bert()
     faulty = trainer(model, arguments(tmp_path, gradient_accumulation_steps=2), cls=Faulty, rho=0.1)
     with pytest.raises(ZeroDivisionError):
         faulty.train()
-    assert all(
-        torch.equal(p, w) and torch.equal(p.grad, g)
-        for p, (w, g) in zip(model.parameters(), faulty.before, strict=True)
-    )
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), faulty.before, strict=True))
 
 
 def test_a_stock_trainer_with_sam_would_train_its_base_and_says_so(tmp_path):

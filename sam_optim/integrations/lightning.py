@@ -135,7 +135,7 @@ class SAMCallback(Callback):
         self._arguments, self._before = (), None  # their memory
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """After a fault in the first backward, gradients, buffers and generators are as before it."""
+        """After a fault in the first backward, weights and buffers are as before the micro-batch."""
         trainer.strategy.__dict__.pop("training_step", None)
         micro_batch, self._micro_batch = self._micro_batch, None
         if micro_batch is not None:

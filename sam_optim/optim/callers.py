@@ -41,6 +41,22 @@ def refuse_inside_zero() -> None:
             )
 
 
+def refuse_to_lose_micro_batches() -> None:
+    """Accelerate passes on one closure in `gradient_accumulation_steps`, and leaves no trace of the others but its own
+    frame: looked for only where it accumulates."""
+    accelerate = sys.modules.get("accelerate.optimizer")
+    num = 1 if accelerate is None else accelerate.GradientState().num_steps
+    frame = sys._getframe() if num > 1 else None
+    while frame is not None:
+        if frame.f_code is accelerate.AcceleratedOptimizer.step.__code__:  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"gradient_accumulation_steps={num}: Accelerate runs the closure of one micro-batch in {num}, and the "
+                "data of the others would never be used: run the two backwards of each in `with "
+                "optimizer.optimizer.microbatch():` and `with optimizer.optimizer.perturbed():`, and step() without"
+            )
+        frame = frame.f_back
+
+
 def _callers(limit: int = 60) -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(2)
     for _ in range(limit):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
-from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero
+from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero, refuse_to_lose_micro_batches
 from sam_optim.optim.checkpoints import adapted
 from sam_optim.optim.kernels import dtensor
 from sam_optim.optim.last_step import LastStep
@@ -202,6 +202,7 @@ class SAM(Optimizer):
                 "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
                 "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
             )
+        refuse_to_lose_micro_batches()
         perturbation = self.perturbation
         with perturbation.transaction():
             if perturbation.active and callable(closure):  # first_step(), and a closure that is pass 2 or does nothing

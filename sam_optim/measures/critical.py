@@ -100,7 +100,7 @@ def _first_step(params: Sequence[Tensor], d: Sequence[Tensor]) -> float:
 
 
 def _next_step(t: float, rise: float, slope: float, low: float, high: float, tol: float) -> float:
-    """Where the parabola with this slope at 0 through (t, rise) is 0 again, or a little beyond; the middle of the bracket
+    """A little beyond where the parabola with this slope at 0 through (t, rise) is 0 again; the middle of the bracket
     where that is outside of it."""
     curvature = rise + slope * t  # times t^2
     guess = slope * t * t / curvature if curvature > 0 else math.inf

@@ -64,8 +64,8 @@ def worst_case_sharpness(
     the rise at SAM's own perturbation. The defaults take 160 gradients per batch; `num_steps=20, num_restarts=1` takes
     20, and in large balls may miss more than half of S.
 
-    At a stationary point of *every* batch, and so with one batch, 2 / rho^2 S -> lambda_max(T H T) for rho -> 0 (p = 2);
-    where the gradients of single batches do not vanish, S is rho E||T g_b|| to first order. S does not change under
+    Where every batch is stationary, as with one batch at its minimum, 2 / rho^2 S -> lambda_max(T H T) for rho -> 0
+    (p = 2); where the gradients of single batches do not vanish, S is rho E||T g_b|| to first order. S does not change under
     rescaling of single weights that leaves the function as it is if T = |w| (eta = 0), and only then.
 
     Args:

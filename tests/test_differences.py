@@ -6,7 +6,7 @@ from networks import NETWORKS, Dense, batches, flat, like, mlp, network
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sam_optim.loss import Loss
+from sam_optim.loss import MATRICES, Loss
 from sam_optim.measures import hessian_eigenvalues, hessian_trace
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -44,6 +44,18 @@ def test_a_model_without_double_backward_has_products_by_differences(dtype):
     assert 0 < found.settings["product_error"] < 1e-5
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
     assert hessian_trace(loss, num_probes=1000).value == pytest.approx(float(dense.trace()), rel=1e-4)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_every_matrix_of_a_model_without_double_backward(matrix):
+    x, y = batches(mlp, (9,))[0]
+    a = Dense(gated(False), cross_entropy, (x, y)).matrix(matrix)
+    loss = Loss(gated(True), cross_entropy, [(x[:5], y[:5]), (x[5:], y[5:])])
+    v = like(torch.linspace(-1, 1, len(a), dtype=torch.float64), loss.params)
+    with loss.curvature(matrix) as product:
+        for w in (v, [2 * part for part in v]):
+            torch.testing.assert_close(flat(product(w)), a @ flat(w), rtol=1e-6, atol=1e-7)
+    assert loss.settings()["products"] == "central differences"
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

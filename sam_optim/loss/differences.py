@@ -38,16 +38,15 @@ class Differences:
 
     def __init__(self, params: Vector, gradient_at: Callable[[Vector], Vector]):
         self._params, self._gradient_at = params, gradient_at
-        self._length = STEP * (_norm([p.detach() for p in params]) or 1.0)
         self.error: float | None = None
 
     def __call__(self, v: Vector) -> list[Tensor]:
-        size = _norm(v)
-        if not size or not math.isfinite(size):
-            return [torch.zeros_like(x) if not size else torch.full_like(x, math.nan) for x in v]
-        product = self._with_step(v, self._length / size)
+        if not math.isfinite(_norm(v)):
+            return [torch.full_like(x, math.nan) for x in v]
+        h = step(self._params, v)
+        product = self._with_step(v, h)
         if self.error is None:
-            half = self._with_step(v, self._length / size / 2)
+            half = self._with_step(v, h / 2)
             self.error = _distance(product, half) / (_norm(half) or 1.0)
         return product
 
@@ -55,6 +54,11 @@ class Differences:
         ahead = self._gradient_at([h * x for x in v])
         behind = self._gradient_at([-h * x for x in v])
         return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+
+
+def step(params: Vector, v: Vector) -> float:
+    """h with h ||v|| = 1e-6 ||w||."""
+    return STEP * (_norm([p.detach() for p in params]) or 1.0) / (_norm(v) or 1.0)
 
 
 def check(product: Callable[[Vector], Vector], differences: Differences, params: Vector) -> str | None:

@@ -6,7 +6,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -60,9 +60,9 @@ class Loss:
         batch_weights: W_b of each batch, or a function of a batch. None: seen from the criterion, its labels, and what
             it gives to a batch that is joined with a few examples of the first (see `loss.criterion.Weigher`).
 
-        differences: products with the Hessian by central differences of gradients, in a float64 copy of the model: for
-            models without double backward (hard sigmoids, fused kernels), or where it is wrong. None: where it is
-            missing; results say so, with an error that is estimated from two steps.
+        differences: products by central differences of gradients (of outputs, for J v of the other matrices), in a
+            float64 copy of the model: for models without double backward (hard sigmoids, fused kernels), or where it
+            is wrong. None: where it is missing; results say so, with the Hessian's error, estimated from two steps.
 
     Attributes:
         params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.
@@ -108,6 +108,7 @@ class Loss:
         self._given_weights = batch_weights
         self._weigher: criteria.Weigher | None = None
         self._second: dict[str, Any] = {"by differences": differences}  # shared with all losses made from this one
+        self._pushes = False  # J v by differences of outputs
         self._hold(batches, Sharding(distributed))
 
     def _hold(self, batches: Iterable[Any], sharding: Sharding) -> None:
@@ -188,8 +189,9 @@ class Loss:
         if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
         self._weigh()
-        if matrix == "hessian" and self._uses_differences():
-            yield self._by_differences()
+        if self._uses_differences():
+            with self._by_differences(matrix, seed) as product:
+                yield product
             return
         with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
             yield Curvature(
@@ -316,9 +318,12 @@ class Loss:
             "device": self.device.type,
             "data": data_id(self._fingerprints),
             "weights": self._rule(),
-        } | (
-            {"products": "central differences", "product_error": error} if (error := self._second.get("error")) else {}
-        )
+        } | self._second_order()
+
+    def _second_order(self) -> dict[str, Any]:
+        if not self._second["by differences"]:
+            return {}
+        return {"products": "central differences", "product_error": self._second.get("error")}
 
     def _weighted_batches(self) -> Iterator[tuple[float, int, Any]]:
         """(W_b / sum W, n_b, batch on the device) for each batch of this rank."""
@@ -486,20 +491,24 @@ class Loss:
 
         return by_differences.Differences(self.params, gradient_at)
 
-    def _by_differences(self) -> products.Product:
+    @contextmanager
+    def _by_differences(self, matrix: str, seed: int) -> Iterator[products.Product]:
+        """v -> M v where the graphs of the model have no derivative: of gradients, or J v of outputs."""
         try:
             wide = self._widened()
             wide.value()
         except (RuntimeError, TypeError):  # a device or a model without float64
-            wide = self
-        differences = wide._differences()
+            wide = self._copy(_second={"by differences": False})
+        wide._pushes = True
+        with nullcontext(wide._differences()) if matrix == "hessian" else wide.curvature(matrix, seed=seed) as compute:
 
-        def product(v: Sequence[Tensor]) -> list[Tensor]:
-            result = differences([x.to(w.dtype) for x, w in zip(v, wide.params, strict=True)])
-            self._second["error"] = differences.error
-            return [x.to(torch.promote_types(w.dtype, torch.float32)) for x, w in zip(result, self.params, strict=True)]
+            def product(v: Sequence[Tensor]) -> list[Tensor]:
+                result = compute([x.to(w.dtype) for x, w in zip(v, wide.params, strict=True)])
+                self._second["error"] = getattr(compute, "error", None)
+                dtypes = [torch.promote_types(w.dtype, torch.float32) for w in self.params]
+                return [x.to(dtype) for x, dtype in zip(result, dtypes, strict=True)]
 
-        return product
+            yield product
 
     def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
         with self.curvature(matrix, seed=seed) as product:
@@ -508,22 +517,52 @@ class Loss:
     def _piece_product(self, matrix: str, piece: Any, keep: bool) -> products.Product:
         """v -> M v of one batch, or of a piece of it; for "fisher_mc" of (piece, uniform draws)."""
         piece, uniforms = piece if matrix == "fisher_mc" else (piece, torch.empty(0))
+        if self._pushes:  # weights that move make a kept graph stale
+            return lambda v: self._product_of(matrix, piece, uniforms, False, self._pushed(matrix, piece, v))(v)
+        return self._product_of(matrix, piece, uniforms, keep, None)
+
+    def _product_of(
+        self, matrix: str, piece: Any, uniforms: Tensor, keep: bool, pushed: Tensor | None
+    ) -> products.Product:
+        """pushed: J v for the v that the product is for, where double backward is missing."""
         outputs, target = self._outputs(piece)
         if matrix == "hessian":
             return products.hessian(self.params, criteria.value(self.criterion, outputs, target), keep=keep)
         criteria.check_matrix(self.criterion, outputs, matrix)
+        how: dict[str, Any] = {"keep": keep, "push": None if pushed is None else lambda v: pushed}
         if matrix == "ggn":
             of_outputs = lambda o: criteria.value(self.criterion, o, target)  # noqa: E731
-            return products.gauss_newton(self.params, outputs, of_outputs, keep=keep)
+            return products.gauss_newton(self.params, outputs, of_outputs, **how)
         assert self._weigher is not None
         shares = self._weigher.of_examples(outputs, target)
         if matrix == "fisher":
-            return products.fisher(self.params, outputs, shares, keep=keep)
+            return products.fisher(self.params, outputs, shares, **how)
         if matrix == "fisher_mc":
-            return products.fisher_mc(self.params, outputs, shares, uniforms, keep=keep)
-        counted = shares.nonzero().flatten().tolist()  # the loss of a label that is ignored is nan
-        losses = [criteria.value(self.criterion, outputs[i : i + 1], target[i : i + 1]) for i in counted]
-        return products.empirical_fisher(self.params, torch.stack(losses), shares[counted], keep=keep)
+            return products.fisher_mc(self.params, outputs, shares, uniforms, **how)
+        counted = shares.nonzero().flatten()
+        return products.empirical_fisher(
+            self.params, self._losses_of_examples(outputs, target, counted), shares[counted], **how
+        )
+
+    def _losses_of_examples(self, outputs: Tensor, target: Any, counted: Tensor) -> Tensor:
+        """Of those that count: the loss of a label that is ignored is nan."""
+        alone = [(outputs[i : i + 1], target[i : i + 1]) for i in counted.tolist()]
+        return torch.stack([criteria.value(self.criterion, o, t) for o, t in alone])
+
+    @torch.no_grad()
+    def _pushed(self, matrix: str, piece: Any, v: Sequence[Tensor]) -> Tensor:
+        """J v of the outputs, or of the losses of single examples, by a central difference."""
+
+        def at(d: Sequence[Tensor]) -> Tensor:
+            with self.displaced(d):
+                outputs, target = self._outputs(piece)
+            if matrix != "empirical_fisher":
+                return outputs
+            assert self._weigher is not None
+            return self._losses_of_examples(outputs, target, self._weigher.of_examples(outputs, target).nonzero()[:, 0])
+
+        h = by_differences.step(self.params, v)
+        return (at([h * x for x in v]) - at([-h * x for x in v])) / (2 * h)
 
     @torch.no_grad()
     def _shares_of_pieces(self, matrix: str, batch: Any, n: int, size: int) -> list[float] | None:

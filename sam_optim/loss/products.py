@@ -2,12 +2,14 @@
 
 Reverse over reverse is as fast as forward over reverse, needs less memory, and every layer that trains supports it.
 (`torch.func.hessian` is silently wrong for affine LayerNorm, and `linearize` for models with in-place operations.)
-`keep` keeps the graph for further products; without it a product frees the graph as it goes.
+`keep` keeps the graph for further products; without it a product frees the graph as it goes. `push` computes v -> J v
+in another way, where there is no double backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,26 +24,26 @@ def hessian(params: Sequence[Tensor], loss: Tensor, *, keep: bool) -> Product:
 
 
 def gauss_newton(
-    params: Sequence[Tensor], outputs: Tensor, criterion: Callable[[Tensor], Tensor], *, keep: bool
+    params: Sequence[Tensor], outputs: Tensor, criterion: Callable[[Tensor], Tensor], **how: Any
 ) -> Product:
     """v -> J^T H_o J v, with J = d outputs / dw and H_o the Hessian of `criterion` with respect to the outputs."""
     o = outputs.detach().requires_grad_()
     gradient = torch.autograd.grad(criterion(o), o, create_graph=True, materialize_grads=True)
     output_hessian = _pullback(gradient, [o], keep=True)
-    return _sandwich(params, outputs, lambda x: output_hessian([x])[0], keep=keep)
+    return _sandwich(params, outputs, lambda x: output_hessian([x])[0], **how)
 
 
-def fisher(params: Sequence[Tensor], logits: Tensor, shares: Tensor, *, keep: bool) -> Product:
+def fisher(params: Sequence[Tensor], logits: Tensor, shares: Tensor, **how: Any) -> Product:
     """v -> sum_i s_i J_i^T (diag p_i - p_i p_i^T) J_i v, p = softmax(logits), (n, K), s: (n,): the Fisher matrix."""
     p = logits.detach().softmax(dim=1)
 
     def covariance(x: Tensor) -> Tensor:
         return (p * x - p * (p * x).sum(dim=1, keepdim=True)) * shares[:, None]
 
-    return _sandwich(params, logits, covariance, keep=keep)
+    return _sandwich(params, logits, covariance, **how)
 
 
-def fisher_mc(params: Sequence[Tensor], logits: Tensor, shares: Tensor, uniforms: Tensor, *, keep: bool) -> Product:
+def fisher_mc(params: Sequence[Tensor], logits: Tensor, shares: Tensor, uniforms: Tensor, **how: Any) -> Product:
     """v -> sum_i s_i g_i g_i^T v, g_i = J_i^T (p_i - e_y), with one label y ~ p_i = softmax(logits_i) for each example:
     that at which the cumulative probabilities pass uniforms_i, (n,), on [0, 1)."""
     p = logits.detach().softmax(dim=1)
@@ -49,21 +51,30 @@ def fisher_mc(params: Sequence[Tensor], logits: Tensor, shares: Tensor, uniforms
     draw = uniforms.to(p.device)[:, None] * cumulative[:, -1:]  # the last sum is 1 only to rounding
     labels = (cumulative <= draw).sum(dim=1).clamp(max=p.shape[1] - 1)
     r = p - torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
-    return _sandwich(params, logits, lambda x: r * (r * x).sum(dim=1, keepdim=True) * shares[:, None], keep=keep)
+    return _sandwich(params, logits, lambda x: r * (r * x).sum(dim=1, keepdim=True) * shares[:, None], **how)
 
 
-def empirical_fisher(params: Sequence[Tensor], losses: Tensor, shares: Tensor, *, keep: bool) -> Product:
+def empirical_fisher(params: Sequence[Tensor], losses: Tensor, shares: Tensor, **how: Any) -> Product:
     """v -> sum_i s_i g_i g_i^T v, g_i = d losses_i / dw, losses, s: (n,), one for each example."""
-    return _sandwich(params, losses, lambda x: x * shares, keep=keep)
+    return _sandwich(params, losses, lambda x: x * shares, **how)
 
 
-def _sandwich(params: Sequence[Tensor], f: Tensor, middle: Callable[[Tensor], Tensor], *, keep: bool) -> Product:
-    """v -> J^T M J v, J = df/dw. J v is the derivative of J^T u, which is linear in u, so u = 0 will do."""
+def _sandwich(
+    params: Sequence[Tensor],
+    f: Tensor,
+    middle: Callable[[Tensor], Tensor],
+    *,
+    keep: bool,
+    push: Callable[[Sequence[Tensor]], Tensor] | None = None,
+) -> Product:
+    """v -> J^T M J v, J = df/dw. J v is `push`(v), or the derivative of J^T u, which is linear in u: u = 0 will do."""
+    pull = _pullback([f], params, keep=keep)
+    if push is not None:
+        return lambda v: pull([middle(push(v))])
     u = torch.zeros_like(f, requires_grad=True)
     pulled = torch.autograd.grad(f, params, u, create_graph=True, materialize_grads=True)
-    push = _pullback(pulled, [u], keep=True)
-    pull = _pullback([f], params, keep=keep)
-    return lambda v: pull([middle(push(v)[0])])
+    derivative = _pullback(pulled, [u], keep=True)
+    return lambda v: pull([middle(derivative(v)[0])])
 
 
 def _pullback(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep: bool) -> Product:

@@ -1,6 +1,7 @@
 """Functions (Loss, ...) -> result: how sharp the minimum is, by every definition, with error bars."""
 
 from sam_optim.measures.contrast import contrastive_sharpness
+from sam_optim.measures.critical import critical_sharpness
 from sam_optim.measures.curvature import hessian_eigenvalues
 from sam_optim.measures.density import spectral_density
 from sam_optim.measures.gradients import gradient_coherence, gradient_noise_scale, gradient_regret
@@ -15,6 +16,7 @@ __all__ = [
     "average_sharpness",
     "by_layer",
     "contrastive_sharpness",
+    "critical_sharpness",
     "fisher_rao_norm",
     "flatness_bounds",
     "gradient_coherence",

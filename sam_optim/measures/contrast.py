@@ -24,9 +24,10 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
         C = sum_b n_b / N M(l_b) / M(L),   L = sum_b n_b / N l_b
 
     A mean of flat functions that look alike and a mean of sharp ones with scattered minima can be equally flat; C tells
-    them apart. It does not change with a reparametrization that multiplies M of every loss by one factor. A convex
-    measure, such as the largest eigenvalue or a norm of the Hessian or the gradient, has C >= 1. Of a linear one C is 1
-    for all losses and says nothing; it is refused.
+    them apart. It does not change with a reparametrization that multiplies M of every loss by one factor; rescaling
+    between layers with T = 1 is not of that kind, it weighs their directions anew. A convex measure, such as the
+    largest eigenvalue or a norm of the Hessian or the gradient, has C >= 1. Of a linear one C is 1 for all losses and
+    says nothing; it is refused.
 
     Args:
         measure: M(loss, **kwargs) -> Estimate, Spectrum (whose first eigenvalue counts), or a number. M(L) is that of

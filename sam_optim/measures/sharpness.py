@@ -64,6 +64,10 @@ def worst_case_sharpness(
     the rise at SAM's own perturbation. The defaults take 160 gradients per batch; `num_steps=20, num_restarts=1` takes
     20, and in large balls may miss more than half of S.
 
+    Where every batch is stationary, as with one batch at its minimum, 2 / rho^2 S -> lambda_max(T H T) for rho -> 0
+    (p = 2); where the gradients of single batches do not vanish, S is rho E||T g_b|| to first order. With T = |w|
+    (eta = 0) S does not change where single weights are rescaled and the function is not; with eta > 0 it does.
+
     Args:
         loss: L, at the weights w. Each of its batches has a maximum of its own (m-sharpness): S depends on their size.
         ball: rho, p and T; `optimizer.ball` is what SAM searched. A weight with T = 0 never moves. A sequence of balls

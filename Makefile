@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LOWEST := .venv-lowest
 
 # Threads that spin beside any other process cost 10 to 40 times: one each.
 export OMP_NUM_THREADS ?= 1
@@ -12,15 +13,17 @@ export PYTHONUNBUFFERED = 1
 # no installation: machines with a GPU often have their own torch, and no network
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help install demo test test-slow lint format bench gpu clean
+.PHONY: help install demo test test-slow test-lowest test-matrix lint format bench gpu clean
 
 help:
-	@echo "make demo       train SGD, SAM and ASAM on real digits, measure all, write runs/demo/report.html (5 minutes)"
-	@echo "make test       lint, types and tests (under 15 minutes on 2 cores)"
-	@echo "make test-slow  the tests that take minutes or need data that is not embedded"
-	@echo "make bench      cost of a SAM step against pytorch_optimizer's (CPU)"
-	@echo "make gpu        tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
-	@echo "make install    .venv with everything from pyproject.toml"
+	@echo "make demo         train SGD, SAM and ASAM on real digits, measure all, write runs/demo/report.html (5 minutes)"
+	@echo "make test         lint, types and tests (under 15 minutes on 2 cores)"
+	@echo "make test-slow    the tests that take minutes or need data that is not embedded"
+	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
+	@echo "make test-matrix  the tests as other processors, threads, orders and loads have them (hours; goes on where it was)"
+	@echo "make bench        cost of a SAM step against davda54/sam's algorithm, and on the host (CPU)"
+	@echo "make gpu          tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
+	@echo "make install      .venv with everything from pyproject.toml"
 
 install: $(STAMP)
 
@@ -44,8 +47,18 @@ test: lint
 test-slow: install
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
+test-lowest:
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/lowest.txt -e ".[dev]"
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+
+# ARGS="--python 2.8=PATH/bin/python --only order" and more: python tests/matrix.py --help
+test-matrix: install
+	$(BIN)/python tests/matrix.py $(ARGS)
+
 bench: install
-	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.speed.step
+	$(BIN)/python -m benchmarks.speed.host --json runs/speed/host_cpu.json
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu
@@ -55,4 +68,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) runs .mypy_cache .pytest_cache .ruff_cache

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command, options
-from benchmarks.command import InputError
+from benchmarks.train import options
+from sam_optim.core.errors import InputError, run
+from sam_optim.core.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "benchmarks" / "results" / "accuracies.json", ROOT / "docs" / "accuracies.md"
@@ -36,9 +37,9 @@ def page(text: str, rows: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options.Parser(prog="python -m benchmarks.accuracies", description=__doc__).parse_args(argv)
-    PAGE.write_text(page(PAGE.read_text(), command.read_json(DATA)))
+    PAGE.write_text(page(PAGE.read_text(), read_json(DATA)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

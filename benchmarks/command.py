@@ -1,51 +1,87 @@
-"""What the commands share: errors in one line and exit code 2, signals, strict JSON, files whole or absent."""
+"""What the commands share: options declared as the fields of a dataclass, signals, logs of JSON lines."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import torch
+from sam_optim.core.arguments import Parser as StrictParser
+from sam_optim.core.errors import InputError
 
-from sam_optim.core.errors import EXIT_BAD_INPUT, InputError, one_line, unknown
-from sam_optim.core.files import fsync_directory, read_json, write_atomic, write_json
-
-__all__ = [
-    "EXIT_BAD_INPUT",
-    "InputError",
-    "Interrupted",
-    "Signals",
-    "fsync_directory",
-    "one_line",
-    "read_json",
-    "read_jsonl",
-    "run",
-    "unknown",
-    "write_atomic",
-    "write_json",
-]
+Settings = TypeVar("Settings")
+SWITCH = argparse.BooleanOptionalAction  # --fsdp, and --no-fsdp against a --config that has it
 
 
-def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """The exit code of a command; what the user can mend becomes one line on stderr and exit code 2.
+class Parser(StrictParser):
+    """Names the options that a mistyped one may stand for."""
 
-    ValueError is what the library raises for users; its messages name the remedy.
-    """
-    try:
-        return main(argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {one_line(error)} Lower --batch-size, or set --amp bf16", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return EXIT_BAD_INPUT
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message}{self._nearest(message)}")
+
+    def _nearest(self, message: str) -> str:
+        head, _, rest = message.partition(": ")
+        if head != "unrecognized arguments":
+            return ""
+        names = [o[2:] for action in self._actions for o in action.option_strings if o.startswith("--")]
+        hints = []
+        for word in (w.partition("=")[0] for w in rest.split() if w.startswith("--")):
+            if near := get_close_matches(word[2:].replace("_", "-"), names, n=3):
+                hints.append(f"; {word}: did you mean {' or '.join('--' + name for name in near)}?")
+        return "".join(hints)
+
+
+def option(default: Any = dataclasses.MISSING, help: str | None = None, **about: Any) -> Any:
+    """A field of a dataclass of settings, with the arguments of `add_argument`. Without a default it is required."""
+    metadata = {"option": about | {"help": help}}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """`--some-name` for each field `some_name` that is an `option`, or its `flags`; without a dash it is positional."""
+    for field in dataclasses.fields(settings):
+        if "option" not in field.metadata:
+            continue
+        about = dict(field.metadata["option"])
+        flags = about.pop("flags", ["--" + field.name.replace("_", "-")])
+        if flags[0].startswith("-"):
+            about["dest"] = field.name
+        if field.default is not dataclasses.MISSING:
+            about["default"] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            about["default"] = field.default_factory()
+        elif flags[0].startswith("-"):
+            about["required"] = True
+        if "type" in about:
+            about["type"] = _explained(about["type"])
+        parser.add_argument(*flags, **about)
+
+
+def _explained(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """argparse shows the message of an ArgumentTypeError alone."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return converted
+
+
+def settings_of(settings: type[Settings], prog: str, description: str | None, argv: Sequence[str] | None) -> Settings:
+    """The command line as a `settings`."""
+    parser = Parser(prog=prog, description=(description or "").strip().splitlines()[0])
+    add_options(parser, settings)
+    return settings(**vars(parser.parse_args(argv)))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.command import InputError, one_line, unknown
-from benchmarks.order import derive
+from benchmarks.train.order import derive
+from sam_optim.core.errors import InputError, one_line, unknown
 
 Floats = NDArray[np.float32]  # (n, h, w, 3) in [0, 1]
 Draws = list[np.random.Generator]  # one for each image
@@ -103,10 +103,10 @@ class Published:
         Raises:
             InputError: the folder is of another data set, or its labels are not those of its images.
         """
-        found, num = self._read("labels"), len(labels)
-        if found.size and found.max() > labels.max():
-            wrong = f"has labels up to {found.max()}, and the test images up to {labels.max()}"
-        elif in_order and found.shape == (5 * num,) and (differing := (found.reshape(5, num) != labels).any(0)).any():
+        theirs, num = self._read("labels"), len(labels)
+        if theirs.size and theirs.max() > labels.max():
+            wrong = f"has labels up to {theirs.max()}, and the test images up to {labels.max()}"
+        elif in_order and theirs.shape == (5 * num,) and (differing := (theirs.reshape(5, num) != labels).any(0)).any():
             wrong = f"differs from the labels of {differing.sum()} of {num} test images"
         else:
             return
@@ -186,13 +186,13 @@ def zoom_blur(x: Floats, largest: float, draws: Draws) -> Floats:
 
 
 def snow(x: Floats, level: tuple[float, ...], draws: Draws) -> Floats:
-    mean, sigma, zoom, threshold, radius, length, kept = level
+    mean, sigma, zoom, threshold, radius, length, share = level
     noise = _each(draws, lambda draw: mean + sigma * draw.standard_normal((*x.shape[1:3], 1), np.float32))
     flakes = _zoomed(noise, zoom)
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1)
     flakes = _streaked(flakes, radius, length, _each(draws, lambda draw: draw.uniform(-135, -45)))
     bright = np.maximum(x, 1.5 * _grey(x) + 0.5)
-    return kept * x + (1 - kept) * bright + flakes + np.rot90(flakes, 2, axes=(1, 2))
+    return share * x + (1 - share) * bright + flakes + np.rot90(flakes, 2, axes=(1, 2))
 
 
 def frost(x: Floats, cover: float, draws: Draws) -> Floats:

@@ -10,24 +10,50 @@ are left out.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sam_optim.core.arguments import number
 from torch.utils.data import Dataset
 
-from benchmarks import command, options
-from benchmarks.command import InputError, one_line
+from benchmarks.command import option, settings_of
+from sam_optim.core.errors import InputError, one_line, run
+from sam_optim.core.files import write_json
 from sam_optim.core.results import provenance
 
 LABELS = ("entailment", "neutral", "contradiction")
 FIRST, SECOND, LABEL = ("sentence1", "premise", "question1"), ("sentence2", "hypothesis"), ("gold_label", "label")
 FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = option(help="of save_pretrained, with the tokenizer", metavar="DIR")
+    train: Path = option(type=Path, metavar="FILE")
+    validation: Path = option(type=Path, metavar="FILE")
+    out: Path = option(Path("runs/text"), type=Path)
+    sam_rho: float = option(0.0, "radius; 0 (default) is the base optimizer, AdamW", type=number(float, 0))
+    adaptive: bool = option(False, "ASAM, T = 1 for biases and normalisation parameters", action="store_true")
+    lr: float = option(2e-5, type=float)
+    weight_decay: float = option(0.0, type=float)
+    warmup_steps: int = option(0, type=int)
+    epochs: float = option(3.0, type=float)
+    max_steps: int = option(-1, "stop earlier", type=int)
+    batch_size: int = option(32, "of each process", type=int)
+    accumulate: int = option(1, "batches for one update, each with its own perturbation", type=int)
+    length: int = option(128, "tokens of a pair", type=int)
+    bf16: bool = option(False, action="store_true")
+    grad_checkpointing: bool = option(False, action="store_true")
+    scratch: bool = option(False, "random weights of the model's configuration", action="store_true")
+    save: bool = option(False, "the Trainer's checkpoints, after each epoch", action="store_true")
+    device: str = option("auto", choices=("auto", "cpu"))
+    seed: int = option(0, type=int)
 
 
 class Pair(NamedTuple):
@@ -91,98 +117,71 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trainer(args: argparse.Namespace) -> Any:
+def trainer_of(settings: Settings) -> Any:
     """The Trainer of these options: SAMTrainer where --sam-rho is not 0."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
     from sam_optim import asam_param_groups
     from sam_optim.integrations.transformers import SAMTrainer
 
-    files = {"train_dataset": read(args.train), "eval_dataset": read(args.validation)}
-    if not Path(args.model).is_dir():
+    files = {"train_dataset": read(settings.train), "eval_dataset": read(settings.validation)}
+    if not Path(settings.model).is_dir():
         raise InputError(
-            f"--model {args.model} is not a directory; give one with the model and tokenizer, nothing is loaded"
+            f"--model {settings.model} is not a directory; give one with the model and tokenizer, nothing is loaded"
         )
-    torch.manual_seed(args.seed)  # of a new head, or of all weights with --scratch
+    torch.manual_seed(settings.seed)  # of a new head, or of all weights with --scratch
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-        if args.scratch:
-            config = AutoConfig.from_pretrained(args.model, local_files_only=True, num_labels=len(LABELS))
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
+        if settings.scratch:
+            config = AutoConfig.from_pretrained(settings.model, local_files_only=True, num_labels=len(LABELS))
             model = AutoModelForSequenceClassification.from_config(config)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                args.model, local_files_only=True, num_labels=len(LABELS)
+                settings.model, local_files_only=True, num_labels=len(LABELS)
             )
     except FAULTS as error:
-        raise InputError(f"--model {args.model} holds no model with its tokenizer: {one_line(error)}") from None
-    if args.grad_checkpointing:
+        raise InputError(f"--model {settings.model} holds no model with its tokenizer: {one_line(error)}") from None
+    if settings.grad_checkpointing:
         model.gradient_checkpointing_enable()
     arguments = TrainingArguments(
-        str(args.out),
-        num_train_epochs=args.epochs,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=max(args.batch_size, 64),
-        gradient_accumulation_steps=args.accumulate,
-        learning_rate=args.lr,
-        weight_decay=args.weight_decay,
-        warmup_steps=args.warmup_steps,
-        bf16=args.bf16,
-        seed=args.seed,
-        use_cpu=args.device == "cpu",
-        save_strategy="epoch" if args.save else "no",
+        str(settings.out),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=max(settings.batch_size, 64),
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+        save_strategy="epoch" if settings.save else "no",
         report_to="none",
     )
     sam: dict[str, Any] = {}
-    if args.sam_rho:
-        sam = {"rho": args.sam_rho, "param_groups": asam_param_groups if args.adaptive else None}
-    data = {key: Tokens(pairs, tokenizer, args.length) for key, pairs in files.items()}
+    if settings.sam_rho:
+        sam = {"rho": settings.sam_rho, "param_groups": asam_param_groups if settings.adaptive else None}
+    data = {key: Tokens(pairs, tokenizer, settings.length) for key, pairs in files.items()}
     return (SAMTrainer if sam else Trainer)(model, arguments, **data, **sam, compute_metrics=accuracy)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = options.Parser(prog="python -m benchmarks.finetune_text", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--model", required=True, metavar="DIR", help="of save_pretrained, with the tokenizer")
-    p.add_argument("--train", type=Path, required=True, metavar="FILE")
-    p.add_argument("--validation", type=Path, required=True, metavar="FILE")
-    p.add_argument("--out", type=Path, default=Path("runs/text"))
-    p.add_argument("--sam-rho", type=float, default=0.0, help="radius; 0 (default) is the base optimizer, AdamW")
-    p.add_argument("--adaptive", action="store_true", help="ASAM, T = 1 for biases and normalisation parameters")
-    p.add_argument("--lr", type=float, default=2e-5)
-    p.add_argument("--weight-decay", type=float, default=0.0)
-    p.add_argument("--warmup-steps", type=int, default=0)
-    p.add_argument("--epochs", type=float, default=3.0)
-    p.add_argument("--max-steps", type=int, default=-1, help="stop earlier")
-    p.add_argument("--batch-size", type=int, default=32, help="of each process")
-    p.add_argument("--accumulate", type=int, default=1, help="batches for one update, each with its own perturbation")
-    p.add_argument("--length", type=int, default=128, help="tokens of a pair")
-    p.add_argument("--bf16", action="store_true")
-    p.add_argument("--grad-checkpointing", action="store_true")
-    p.add_argument("--scratch", action="store_true", help="random weights of the model's configuration")
-    p.add_argument("--save", action="store_true", help="the Trainer's checkpoints, after each epoch")
-    p.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    p.add_argument("--seed", type=int, default=0)
-    return p
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.sam_rho < 0:
-        raise InputError(f"--sam-rho is a radius and must be >= 0, got {args.sam_rho}")
-    if args.adaptive and not args.sam_rho:
+    settings = settings_of(Settings, "python -m benchmarks.finetune_text", __doc__, argv)
+    if settings.adaptive and not settings.sam_rho:
         raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
-    made = trainer(args)
-    trained = made.train()
-    found = made.evaluate()
-    if made.is_world_process_zero():
-        report = {"train_loss": trained.training_loss, "updates": made.state.global_step}
-        report |= {key: found[f"eval_{key}"] for key in ("loss", "accuracy")}
+    trainer = trainer_of(settings)
+    trained = trainer.train()
+    evaluated = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        report = {"train_loss": trained.training_loss, "updates": trainer.state.global_step}
+        report |= {key: evaluated[f"eval_{key}"] for key in ("loss", "accuracy")}
         print(f"validation loss {report['loss']:.4f}  accuracy {report['accuracy']:.4f}")
-        kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        args.out.mkdir(parents=True, exist_ok=True)
-        command.write_json(args.out / "result.json", {"options": kept, "provenance": provenance(), **report})
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_json(settings.out / "result.json", {"options": options, "provenance": provenance(), **report})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

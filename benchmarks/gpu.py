@@ -1,5 +1,5 @@
-"""All that needs a device, in one command: the tests in tests/gpu, `python -m benchmarks.step_cost --device cuda`, and
-two rows of `python -m benchmarks.measure_cost --device cuda`.
+"""All that needs a device, in one command: the tests in tests/gpu, `python -m benchmarks.speed.step --device cuda`, and
+two rows of `python -m benchmarks.speed.measures --device cuda`.
 
 python -m benchmarks.gpu [--minutes 8] [--json FILE] [--skip-tests]
 """
@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import command, cuda_cost, device
+from benchmarks.speed import cuda, device
+from sam_optim.core.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 20
@@ -39,7 +40,7 @@ def tests(seconds: float) -> tuple[bool, str]:
 
 def measures(model: str, seconds: float, folder: Path) -> str:
     """The table of `measure_cost` for this model, or why there is none."""
-    words = ["-m", "benchmarks.measure_cost", "--device", "cuda", "--model", model, "--quick", "--batch-size", "32"]
+    words = ["-m", "benchmarks.speed.measures", "--device", "cuda", "--model", model, "--quick", "--batch-size", "32"]
     words += ["--images", "32", "--rows", "lambda_max", "trace", "--json", str(folder / f"measure_cost_{model}.json")]
     try:
         out = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes - ENDING
     passed, line = (True, "left out") if args.skip_tests else tests(TESTS)
     tables = {model: measures(model, MEASURES, args.json.parent) for model in MEASURED}
-    code = cuda_cost.main(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
+    code = cuda.measure_all(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
     for model, table in tables.items():
         print(f"measures of {model}:\n{table}")
     print(f"tests/gpu: {line}")
@@ -71,4 +72,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

@@ -5,109 +5,97 @@ python -m benchmarks.measure RUN_DIR --measures worst,eigenvalue
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks import checkpoint, command, data, options, recipe
-from benchmarks.command import InputError, one_line
+from benchmarks.command import option, settings_of
+from benchmarks.train import data, trained
+from benchmarks.train.options import OfRun, Options
+from benchmarks.train.trained import TrainedRun
 from sam_optim import Perturbation, asam_param_groups
-from sam_optim.cli.options import number
-from sam_optim.core import random as rng
+from sam_optim.core.arguments import number
+from sam_optim.core.errors import EXIT_FAILED, InputError, one_line, run
+from sam_optim.core.files import write_json
 from sam_optim.core.geometry import ProductBall
 from sam_optim.core.results import plain, provenance
+from sam_optim.core.text import cell
 from sam_optim.loss import Loss
 from sam_optim.measures import registry
 from sam_optim.measures.registry import MEASURES, chosen
-from sam_optim.report.study import cell
 
 DEFAULT_RHO = 0.05
 BRIEF = {"num_samples": 30, "num_probes": 30}  # after every training run
+SPLITS = ("train", "validation", "test")
+GEOMETRIES = ("no", "elementwise", "filter", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What is measured of a run, on which examples, in which ball."""
+
+    names: list[str] = option(
+        ["worst", "average", "eigenvalue", "trace"], f"of {', '.join(MEASURES)}", type=chosen, flags=["--measures"]
+    )
+    split: str = option("train", choices=SPLITS)
+    examples: int = option(
+        512, "so many, evenly spaced in the split (of a stream the first); 0 for all", type=number(int, 0)
+    )
+    batch_size: int = option(128, "m of m-sharpness", type=number(int, 1))
+    rho: float | None = option(
+        None, f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}", type=number(float, 0, above=True)
+    )
+    adaptive: str | None = option(None, "default: as the optimizer's", choices=GEOMETRIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Measuring, OfRun):
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = options.Parser(prog="python -m benchmarks.measure", description="Measure a run of benchmarks.train.")
-    options.add_run(p)
-    p.add_argument("--measures", default="worst,average,eigenvalue,trace", help=f"of {', '.join(MEASURES)}")
-    p.add_argument("--split", choices=("train", "validation", "test"), default="train")
-    p.add_argument(
-        "--examples",
-        type=int,
-        default=512,
-        help="so many, evenly spaced in the split (of a stream the first); 0 for all",
-    )
-    p.add_argument("--batch-size", type=int, default=128, help="m of m-sharpness")
-    p.add_argument("--rho", type=float, help=f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}")
-    p.add_argument("--adaptive", choices=("no", "elementwise", "filter", "layer"), help="default: as the optimizer's")
-    p.add_argument("--ema", action="store_true", help="the averaged weights of --model-ema")
-    p.add_argument("--workers", type=number(int, 0), help="processes that decode images; default: as many as the run's")
-    args = p.parse_args(argv)
-    kept = options.of_run(args)
-    names = chosen(args.measures)
-    if not names:
+    command = settings_of(Command, "python -m benchmarks.measure", __doc__, argv)
+    if not command.names:
         raise InputError(f"--measures names none; choose from {', '.join(MEASURES)}")
-    choices = {k: getattr(args, k) for k in ("split", "examples", "batch_size", "rho", "adaptive", "ema")}
-    return run(args.run, names, kept, **choices)
+    return measure(trained.load(command.options(), ema=command.ema), command)
 
 
-def run(
-    directory: Path,
-    names: Iterable[str],
-    args: argparse.Namespace,
-    *,
-    split: str = "train",
-    examples: int = 512,
-    batch_size: int = 128,
-    rho: float | None = None,
-    adaptive: str | None = None,
-    ema: bool = False,
-) -> int:
+def measure(model_run: TrainedRun, measuring: Measuring) -> int:
     """Measures, prints a table, writes measures.json. Exit code 1 where a measure has no value."""
-    state = checkpoint.newest(directory / "checkpoints")
-    device = recipe.device(args)
-    with rng.kept():
-        splits = recipe.splits(args)
-        model = recipe.model(args, splits).to(device)
-    weights = state["ema"] if ema else state["model"]
-    if weights is None:
-        raise InputError(f"{directory} was trained without --model-ema: leave --ema out")
-    model.load_state_dict(weights)
-    loss = Loss(model, nn.CrossEntropyLoss(), _batches(splits, split, examples, batch_size, args), device=device)
-    ball = neighborhood(args, model, rho, adaptive)
+    options, examples = model_run.options, model_run.split(measuring.split)
+    batches = list(model_run.batches(examples, measuring.batch_size, measuring.examples))
+    loss = Loss(model_run.model, nn.CrossEntropyLoss(), batches, device=model_run.device)
+    ball = neighborhood(options, model_run.model, measuring)
     results = {}
-    for name in names:
+    for name in measuring.names:
         results[name] = _measured(name, loss, ball)
         print(f"{name:22s} {_line(results[name])}", flush=True)
     report = {
-        "split": split,
+        "split": measuring.split,
         "num_examples": loss.num_examples,
-        "which_examples": data.taken(getattr(splits, split), examples),
-        "batch_size": batch_size,
-        "weights": "ema" if ema else "model",
-        "updates": state["step"],
+        "which_examples": data.taken(examples, measuring.examples),
+        "batch_size": measuring.batch_size,
+        "weights": model_run.weights,
+        "updates": model_run.updates,
         "loss": float(loss.value()),
         "ball": ball.to_dict(),
         "measures": results,
-        "provenance": provenance(device=str(device)),
+        "provenance": provenance(device=str(model_run.device)),
     }
-    command.write_json(directory / "measures.json", plain(report))
-    return 0 if all(_has_value(result) for result in results.values()) else 1
+    write_json(options.out / "measures.json", plain(report))
+    return 0 if all(_has_value(result) for result in results.values()) else EXIT_FAILED
 
 
-def neighborhood(args: argparse.Namespace, model: nn.Module, rho: float | None, adaptive: str | None) -> ProductBall:
-    """The ball that the run's optimizer searched; for a plain one `DEFAULT_RHO` and T = 1. Options replace."""
-    if rho is not None and not (math.isfinite(rho) and rho > 0):
-        raise InputError(f"--rho is a radius in weight space and must be > 0, got {rho}")
-    adaptive = {None: args.adaptive, "no": None}.get(adaptive, adaptive)
+def neighborhood(options: Options, model: nn.Module, measuring: Measuring) -> ProductBall:
+    """The ball that the run's optimizer searched; for a plain one `DEFAULT_RHO` and T = 1. `measuring` replaces."""
+    adaptive = {None: options.adaptive, "no": None}.get(measuring.adaptive, measuring.adaptive)
     groups = asam_param_groups(model, adaptive=adaptive) if adaptive else model.parameters()
-    radius = rho or args.sam_rho or DEFAULT_RHO
-    return Perturbation(groups, rho=radius, eta=args.sam_eta, norm=float(args.sam_norm)).neighborhood
+    radius = measuring.rho or options.sam_rho or DEFAULT_RHO
+    return Perturbation(groups, rho=radius, eta=options.sam_eta, norm=float(options.sam_norm)).neighborhood
 
 
 def as_noise(ball: ProductBall, loss: Loss) -> ProductBall:
@@ -120,28 +108,9 @@ def as_noise(ball: ProductBall, loss: Loss) -> ProductBall:
     return ProductBall([(replace(b, rho=b.rho / num), params) for b, params in ball.groups])
 
 
-def _batches(
-    splits: data.Splits, split: str, examples: int, batch_size: int, args: argparse.Namespace
-) -> list[tuple[Tensor, Tensor]]:
-    """`examples` of them, as `data.some` takes them, without augmentation, with the labels that training saw."""
-    if examples < 0 or batch_size < 1:
-        raise InputError(f"--examples must be >= 0 and --batch-size >= 1, got {examples} and {batch_size}")
-    dataset = getattr(splits, split)
-    if dataset is None:
-        raise InputError("the run has no validation split: choose --split train or test")
-    dataset = data.some(dataset, examples)
-    found, left = [], examples or len(dataset)
-    for x, y in data.batches(dataset, min(batch_size, left), splits.image_size, workers=args.workers):
-        found.append((x[:left], y[:left]))
-        left -= len(y)
-        if left <= 0:
-            break
-    return found
-
-
 def _measured(name: str, loss: Loss, ball: ProductBall) -> dict[str, Any]:
     """The result as plain values; a measure that this model or data cannot have says why instead."""
-    brief = BRIEF | ({"tol": 1e-3} if name.startswith("eigenvalue") else {})
+    brief: dict[str, Any] = BRIEF | ({"tol": 1e-3} if name.startswith("eigenvalue") else {})
     if registry.needs_ball(name):
         brief |= {"ball": as_noise(ball, loss) if name == "average" else ball}
     try:
@@ -159,4 +128,4 @@ def _line(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

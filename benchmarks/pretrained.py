@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import math
 import os
 import pickle
@@ -24,36 +23,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import cifar_resnet, command, data, options
-from benchmarks.command import InputError, one_line
-from sam_optim import cli
-from sam_optim.cli import options as cli_options
-from sam_optim.cli.options import number as at_least
-from sam_optim.core.errors import EXIT_FAILED
+from benchmarks.command import Parser
+from benchmarks.examples import cifar_resnet
+from sam_optim.core.arguments import number as at_least
+from sam_optim.core.errors import InputError, one_line, run
+from sam_optim.core.files import write_atomic
+from sam_optim.core.text import MISSING, cell, csv_text, number
 from sam_optim.measures import registry
-from sam_optim.report.pictures import COLOURS, DASHES, styled
-from sam_optim.report.study import cell
-from sam_optim.report.tables import number
-from sam_optim.sweep import study
-from sam_optim.sweep.store import Entry
+from sam_optim.report.canvas import COLOURS, DASHES, styled
+from sam_optim.sweep import Entry, FunctionProblem, Measures, measure_checkpoints, write_report
 from sam_optim.vision.checkpoints import find
+from sam_optim.vision.data import open_split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TARGET = "benchmarks.cifar_resnet:problem"
 IN_A_BALL, IN_A_GEOMETRY = ("worst", "average"), ("worst", "average", "eigenvalue", "trace")
-# Options of `sam-optim measure`, and the measures that they are for: the ball of SAM, and that of ASAM, whose radius is
-# in units of |w| + eta.
-PLAIN = (("--rho 0.05", IN_A_BALL), ("--noise-rho 0.01", ("average",)))
-ADAPTIVE = (("--adaptive", IN_A_GEOMETRY), ("--rho 0.5", IN_A_BALL), ("--noise-rho 0.05", ("average",)))
-OWN = (
-    ("--num-probes 40", [name for name in registry.MEASURES if registry.takes(name, "num_probes")]),
-    ("--num-samples 40", [name for name in registry.MEASURES if registry.takes(name, "num_samples")]),
-    ("--set density.num_probes=2 --set density.num_lanczos=15", ("density",)),
-    ("--set regret_fisher.damping=10 --set regret_fisher.tol=0.01", ("regret_fisher",)),
-    ("--set regret_fisher.max_products=200 --set regret_fisher.num_probes=0", ("regret_fisher",)),
-)
+OPTIONS_OF = {
+    "density": {"num_probes": 2, "num_lanczos": 15},
+    "regret_fisher": {"damping": 10, "tol": 0.01, "max_products": 200, "num_probes": 0},
+}
 
 ROWS = (  # (measure, in the ball of ASAM, what it is called in the table)
     ("worst", False, "worst-case rise of the loss, rho 0.05"),
@@ -81,21 +70,40 @@ Results = Mapping[tuple[str, str, bool], Mapping[str, Any]]  # (checkpoint, meas
 
 
 def measure(
-    checkpoints: Sequence[str], out: Path, *, data_dir: Path, images: int, measures: Sequence[str]
+    checkpoints: Sequence[str], out: Path, *, data_dir: Path, images: int, names: Sequence[str]
 ) -> tuple[int, list[Entry]]:
-    """`sam-optim measure` in both geometries: the worse of its exit codes, and all that it found."""
+    """Every measure in the ball of SAM, and those of a geometry in that of ASAM, whose radius is in units of |w| + eta:
+    the worse exit code, and all entries."""
     os.environ |= {"SAM_OPTIM_CIFAR10": str(data_dir), "SAM_OPTIM_IMAGES": str(images)}
-    worst, found = 0, []
-    for names, ball in ((measures, PLAIN), ([name for name in measures if name in IN_A_GEOMETRY], ADAPTIVE)):
-        words = ["measure", *checkpoints, "--target", TARGET, "--json", str(out), "--measures", ",".join(names)]
-        words += [word for text, takers in ball + OWN if set(takers) & set(names) for word in text.split()]
-        if names:
-            code, entries = study.measured(cli_options.parse(words))
-            worst = max(worst, code)
-            found += entries.values()
-        if worst > EXIT_FAILED:
-            break
-    return worst, found
+    problem = FunctionProblem("benchmarks.examples.cifar_resnet:problem")
+    geometries = [
+        (names, {"rho": (0.05,), "noise_rho": (0.01,)}),
+        (
+            [name for name in names if name in IN_A_GEOMETRY],
+            {"rho": (0.5,), "noise_rho": (0.05,), "adaptive": "elementwise"},
+        ),
+    ]
+    code, entries = 0, []
+    for measured, ball in geometries:
+        if measured:
+            sweep = measure_checkpoints(checkpoints, problem, settings(measured, ball), json=out, quiet=False)
+            print(sweep.text())
+            code = max(code, sweep.exit_code)
+            entries += sweep.entries.values()
+    return code, entries
+
+
+def settings(names: Sequence[str], ball: Mapping[str, Any]) -> Measures:
+    """With the options that some of these measures have."""
+    options: dict[str, Any] = {
+        key: 40 for key in ("num_probes", "num_samples") if any(registry.takes(name, key) for name in names)
+    }
+    if not set(names) & set(IN_A_BALL):
+        ball = {key: value for key, value in ball.items() if key == "adaptive"}
+    elif "average" not in names:
+        ball = {key: value for key, value in ball.items() if key != "noise_rho"}
+    options_of = {name: chosen for name, chosen in OPTIONS_OF.items() if name in names}
+    return Measures(names, **ball, **options, options_of=options_of)
 
 
 @torch.no_grad()
@@ -114,18 +122,16 @@ def test_error(checkpoint: str, x: Tensor, y: Tensor) -> float:
 
 def errors(checkpoints: Sequence[str], path: Path, data_dir: Path) -> dict[str, float]:
     """Of each checkpoint on all test images; what the file has of the same weights and images is not counted again."""
-    images = data.load("cifar10", data_dir).test.tensors
-    seen = hashlib.sha256(b"".join(x.numpy().tobytes() for x in images)).hexdigest()[:16]
-    known = {(line["sha256"], line["data"]): float(line["test_error"]) for line in read_errors(path)}
-    found = {}
+    images = open_split("cifar10", data_dir, "test")
+    seen = hashlib.sha256(images.x.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
+    cached = {(line["sha256"], line["data"]): float(line["test_error"]) for line in read_errors(path)}
+    lines: list[tuple[str, str, str, float]] = []
     for checkpoint in find(checkpoints):
         key = (checkpoint.digest(), seen)
-        found[checkpoint.name] = (*key, known[key] if key in known else test_error(checkpoint.name, *images))
-        text = io.StringIO()
-        lines = [(name, *values) for name, values in found.items()]
-        csv.writer(text, lineterminator="\n").writerows([("checkpoint", "sha256", "data", "test_error"), *lines])
-        command.write_atomic(path, text.getvalue().encode())
-    return {name: error for name, (*_, error) in found.items()}
+        error = cached[key] if key in cached else test_error(checkpoint.name, images.x, images.labels)
+        lines.append((checkpoint.name, *key, error))
+        write_atomic(path, csv_text(("checkpoint", "sha256", "data", "test_error"), lines).encode())
+    return {name: error for name, *_, error in lines}
 
 
 def read_errors(path: Path) -> list[dict[str, str]]:
@@ -137,28 +143,28 @@ def read_errors(path: Path) -> list[dict[str, str]]:
 
 def results(entries: Iterable[Entry]) -> Results:
     """By measure and geometry; of one command, for it keeps only the last of several settings."""
-    found = {}
+    by_measure = {}
     for entry in entries:
         if "result" in entry:
             ball = entry["identity"]["options"].get("ball")
-            found[entry["checkpoint"], entry["measure"], bool(ball and ball["adaptive"])] = entry["result"]
-    return found
+            by_measure[entry["checkpoint"], entry["measure"], bool(ball and ball["adaptive"])] = entry["result"]
+    return by_measure
 
 
-def table(found: Results, errors: Mapping[str, float]) -> str:
+def table(by_measure: Results, errors: Mapping[str, float]) -> str:
     """Markdown: a column for each checkpoint, a row for each measure that some have; a dash for what is not there."""
     names = list(errors)
-    any_of = {name: next((r["settings"] for (n, *_), r in found.items() if n == name), {}) for name in names}
+    any_of = {name: next((r["settings"] for (n, *_), r in by_measure.items() if n == name), {}) for name in names}
     rows = [
         ["", *(Path(name).stem.partition("-")[0] for name in names)],
         ["---", *("---:" for _ in names)],
         ["parameters", *(f"{any_of[name].get('num_parameters', 0):,}" for name in names)],
         ["test error, %", *(f"{errors[name]:.2f}" for name in names)],
-        ["loss on the measured images", *(number(base_loss(found.get((name, "worst", False)))) for name in names)],
+        ["loss on the measured images", *(number(base_loss(by_measure.get((name, "worst", False)))) for name in names)],
     ]
     for measure, adaptive, title in ROWS:
-        if any((name, measure, adaptive) in found for name in names):
-            rows.append([title, *(shown(measure, found.get((name, measure, adaptive))) for name in names)])
+        if any((name, measure, adaptive) in by_measure for name in names):
+            rows.append([title, *(shown(measure, by_measure.get((name, measure, adaptive))) for name in names)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -173,19 +179,19 @@ def base_loss(worst: Mapping[str, Any] | None) -> float | None:
 
 def shown(measure: str, result: Mapping[str, Any] | None) -> str:
     if result is None:
-        return "–"
+        return MISSING
     if measure == "density":
-        known = "" if result["converged"] else " (not converged)"
-        return number(min(min(nodes) for nodes in result["details"]["nodes"])) + known
+        note = "" if result["converged"] else " (not converged)"
+        return number(min(min(nodes) for nodes in result["details"]["nodes"])) + note
     if measure == "eigenvalues":
         return ", ".join(number(value) for value in result["eigenvalues"][1:])
     return cell(result)
 
 
-def spectra(found: Results) -> Figure:
+def spectra(by_measure: Results) -> Figure:
     """The spectral densities of all checkpoints, one above the other's line."""
-    densities = {name: r for (name, measure, _), r in found.items() if measure == "density"}
-    with styled(7.2, 4.2) as figure:
+    densities = {name: r for (name, measure, _), r in by_measure.items() if measure == "density"}
+    with styled((7.2, 4.2)) as figure:
         axes = figure.add_subplot()
         for i, (name, r) in enumerate(densities.items()):
             label = Path(name).stem.partition("-")[0]
@@ -198,7 +204,7 @@ def spectra(found: Results) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = options.Parser(prog="python -m benchmarks.pretrained", description=__doc__)
+    p = Parser(prog="python -m benchmarks.pretrained", description=__doc__)
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of a ResNet for CIFAR without projections")
     p.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="holds cifar-10-batches-py")
     p.add_argument("--images", type=at_least(int, 1), default=512, help="training images, evenly spaced (default: 512)")
@@ -209,20 +215,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{missing[0]} is not a file; give the checkpoints themselves")
     counted = errors(args.checkpoints, args.out / "errors.csv", args.data_dir)
     path = args.out / "measures.json"
-    code, entries = measure(args.checkpoints, path, data_dir=args.data_dir, images=args.images, measures=args.measures)
-    if code > EXIT_FAILED:
-        return code
-    found = results(entries)
-    page = ["report", str(path), "--targets", str(args.out / "errors.csv"), "--target", "test_error"]
+    code, entries = measure(args.checkpoints, path, data_dir=args.data_dir, images=args.images, names=args.measures)
+    by_measure = results(entries)
     title = f"{len(counted)} trained ResNets on CIFAR-10"
-    code = max(code, cli.main([*page, "-o", str(args.out / "report.html"), "--title", title]))
-    if any(measure == "density" for _, measure, _ in found):
-        spectra(found).savefig(args.out / "spectra.png", dpi=160)
-    text = table(found, counted)
-    command.write_atomic(args.out / "table.md", f"{text}\n".encode())
+    targets = {"targets": args.out / "errors.csv", "target": "test_error"}
+    print(write_report([path], args.out / "report.html", **targets, title=title))
+    if any(measure == "density" for _, measure, _ in by_measure):
+        spectra(by_measure).savefig(args.out / "spectra.png", dpi=160)
+    text = table(by_measure, counted)
+    write_atomic(args.out / "table.md", f"{text}\n".encode())
     print(text)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

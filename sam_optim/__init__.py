@@ -1,21 +1,58 @@
 """Sharpness-Aware Minimization for PyTorch, and the means to check that it worked."""
 
-from __future__ import annotations
+from sam_optim._version import __version__
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.results import Diagonal, Estimate, Landscape, Spectrum
+from sam_optim.landscape import (
+    Trajectory,
+    eigenvector_direction,
+    gradient_direction,
+    interpolate,
+    random_direction,
+    slice_1d,
+    slice_2d,
+    trajectory_directions,
+)
+from sam_optim.loss import Loss
+from sam_optim.measures import (
+    average_sharpness,
+    by_layer,
+    contrastive_sharpness,
+    fisher_rao_norm,
+    flatness_bounds,
+    gradient_coherence,
+    gradient_noise_scale,
+    gradient_regret,
+    hessian_diagonal,
+    hessian_eigenvalues,
+    hessian_frobenius_norm,
+    hessian_trace,
+    pac_bayes_sigma,
+    relative_flatness,
+    sharpness_alpha,
+    spectral_density,
+    standard_measures,
+    worst_case_sharpness,
+)
+from sam_optim.optim.cuda_graph import GraphedStep
+from sam_optim.optim.last_step import LastStep
+from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups
+from sam_optim.optim.perturbation import Perturbation
+from sam_optim.optim.sam import ASAM, SAM
+from sam_optim.optim.variants import GSAM, FriendlySAM
+from sam_optim.statistics.kendall import Correlation, correlate
+from sam_optim.symmetries import Audit, NoSymmetry, audit, permute, rescale, rescale_normalized
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sam_optim.public import *  # noqa: F403
-
-__all__ = [  # noqa: F405
+__all__ = [
     "ASAM",
+    "GSAM",
     "SAM",
     "Audit",
     "Ball",
     "Correlation",
     "Diagonal",
     "Estimate",
+    "FriendlySAM",
     "GraphedStep",
     "Landscape",
     "LastStep",
@@ -59,24 +96,3 @@ __all__ = [  # noqa: F405
     "trajectory_directions",
     "worst_case_sharpness",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """The public names, all at once with the first that is asked for: importing torch takes seconds, and
-    `sam-optim --help` does without it. Modules are imported when they are asked for."""
-    if name in __all__:
-        public = importlib.import_module("sam_optim.public")
-        globals().update({public_name: getattr(public, public_name) for public_name in __all__})
-        return globals()[name]
-    full = f"{__name__}.{name}"
-    try:
-        if not name.startswith("__"):
-            return importlib.import_module(full)
-    except ModuleNotFoundError as error:
-        if error.name != full:
-            raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -38,7 +38,8 @@ def norm_of(grads):
 
 @torch.no_grad()
 def moved(model, *, rho, eta=None, groups=None):
-    """A copy of the model at w + e, e = rho T^2 g / ||T g||_2, T = |w| + eta in groups where that is given.
+    """A copy of the model at w + e, e = rho T^2 g / ||T g||_2, T = |w| + eta in groups where that is given; NaN where
+    the norm is not finite.
 
     groups: lists of (parameters, eta); one norm runs over them all. Parameters without a gradient stay.
     """
@@ -52,11 +53,12 @@ def moved(model, *, rho, eta=None, groups=None):
         plan.append((held, t, [p.grad if s is None else s * p.grad for p, s in zip(held, t, strict=True)]))
     norms = [norm_of(scaled) for _, _, scaled in plan if scaled]
     norm = norms[0] if len(norms) == 1 else math.sqrt(sum(n * n for n in norms))
-    if 0 < norm < math.inf:
+    if norm > 0 or math.isnan(norm):
+        factor = rho / norm if norm < math.inf else math.nan
         for held, t, scaled in plan:
             for p, s, g in zip(held, t, scaled, strict=True):
                 q = twin[id(p)]
-                q.add_(g, alpha=rho / norm) if s is None else q.addcmul_(s, g, value=rho / norm)
+                q.add_(g, alpha=factor) if s is None else q.addcmul_(s, g, value=factor)
     for q in there.parameters():
         q.grad = None
     return there

@@ -7,6 +7,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from limits import PATIENCE
 
 WORLD = 2
 
@@ -16,7 +17,12 @@ def _main(rank, world, folder, worker, args, timeout):
     import warnings
 
     warnings.simplefilter("error")
-    for message in ("FSDP2-wrapped module .* returned a view", "The `NO_SHARD` sharding strategy is deprecated"):
+    for message in (
+        "FSDP2-wrapped module .* returned a view",
+        "The `NO_SHARD` sharding strategy is deprecated",
+        "Deallocating Tensor that still has live PyObject references",  # FSDP1's own in torch 2.8
+        "TypedStorage is deprecated",  # torch.distributed.checkpoint's own in torch 2.8
+    ):
         warnings.filterwarnings("ignore", message)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -42,7 +48,7 @@ def leave():
     os._exit(0)
 
 
-def spawn(worker, *args, world=WORLD, timeout=120):
+def spawn(worker, *args, world=WORLD, timeout=PATIENCE):
     """What worker(rank, *args) returned on each rank; plain Python, for it is pickled."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_main, (world, folder, worker, args, timeout), nprocs=world)

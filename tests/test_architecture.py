@@ -1,4 +1,4 @@
-"""Who may import whom, how large files may be, and what `import sam_optim` costs."""
+"""Who may import whom, and what `import sam_optim` costs."""
 
 import ast
 import subprocess
@@ -8,94 +8,103 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# a room imports only from rooms in the rows above its own; nobody imports `cli`
 ROWS = [
     {"_version"},
-    {"rng", "batchnorm", "results", "outside"},
-    {"geometry", "kernels", "loss", "guards", "precision"},
-    {"groups", "ranks", "diagnostics", "foreign"},
-    {"passes", "plan", "base"},
-    {"perturbation", "measures", "landscape", "reparametrize", "correlation"},
-    {"optimizers", "report", "standard"},
-    {"cli", "integrations", "graphs"},
-    {"benchmarks"},
+    {"core"},
+    {"optim", "loss", "vision", "statistics"},
+    {"measures", "landscape", "symmetries", "report", "integrations"},
+    {"sweep"},
+    {"cli", "benchmarks"},
+    {"__main__"},
 ]
-# modules of one part: they may import each other, and stand in the row of that part
-PARTS = dict.fromkeys(("batches", "chunks", "convolutions", "products", "shares"), "loss") | {"__main__": "cli"}
-PARTS |= {"closures": "perturbation", "conditional": "correlation"}
-HARD = {"torch", "sam_optim"} | set(sys.stdlib_module_names)
-# what only those import who have it: a class of a framework's needs that framework's class to stand on
-OWN = {
+# what those modules import that are of no use without it
+FRAMEWORKS = {
     "sam_optim.integrations.lightning": {"lightning", "pytorch_lightning", "torchmetrics"},
     "sam_optim.integrations.transformers": {"transformers"},
     "sam_optim.optim.kernels.triton": {"triton"},
-    "sam_optim.optim.kernels.triton_ascent": {"triton"},
-    "sam_optim.optim.kernels.triton_descent": {"triton"},
-    "sam_optim.optim.kernels.triton_update": {"triton"},
 }
-
-
-def part(module: str) -> str:
-    """The unit that has a row: sam_optim.optim.kernels.swap -> kernels, benchmarks.train -> benchmarks."""
-    names = module.split(".")
-    name = names[0] if names[0] == "benchmarks" else (names[1] if len(names) > 1 else "")
-    return PARTS.get(name, name)
-
-
-def row(name: str) -> int:
-    return next(i for i, names in enumerate(ROWS) if name in names)
-
-
-def sources() -> list[Path]:
-    return sorted([*(ROOT / "sam_optim").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+ALWAYS_THERE = {"torch", "numpy", "sam_optim"} | set(sys.stdlib_module_names)
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(tree: ast.AST, *, top_level: bool) -> set[str]:
-    found = set()
-    for node in run_on_import(tree) if top_level else ast.walk(tree):
+SOURCES = {module_of(p): p for folder in ("sam_optim", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def room(module: str) -> str:
+    """sam_optim.optim.kernels -> optim, benchmarks.train -> benchmarks; "" for the package itself."""
+    names = module.split(".")
+    return names[0] if names[0] != "sam_optim" else names[1] if len(names) > 1 else ""
+
+
+def row(module: str) -> int:
+    return next(i for i, rooms in enumerate(ROWS) if room(module) in rooms)
+
+
+def imports(module: str, *, on_import: bool = False) -> set[str]:
+    """The modules that a file imports anywhere, or only when it is imported itself."""
+    names = set()
+    todo: list[ast.AST] = [ast.parse(SOURCES[module].read_text())]
+    for node in todo:
+        inner = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not (on_import and (inner or typing_only)):
+            todo += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            found.add(node.module)
-            if node.module in ("sam_optim", "benchmarks"):
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, f"{module}: imports are absolute"
+            names.add(node.module)
+            names |= {f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in SOURCES}
+    return names
 
 
-def run_on_import(tree: ast.AST) -> list[ast.AST]:
-    """All but what stands in functions: also in `try`, `if` and classes."""
-    inside = [
-        node
-        for child in ast.iter_child_nodes(tree)
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for node in run_on_import(child)
-    ]
-    return [tree, *inside]
+def ours(module: str, **which: bool) -> set[str]:
+    return {name for name in imports(module, **which) if name in SOURCES and name != module}
 
 
-PUBLIC = [ROOT / "sam_optim" / name for name in ("__init__.py", "public.py")]
+@pytest.mark.parametrize("module", [m for m in SOURCES if room(m)])
+def test_a_room_imports_only_from_rooms_above_it(module):
+    assert any(room(module) in rooms for rooms in ROWS), f"{module} is in no room"
+    for name in ours(module):
+        if room(name) != room(module):
+            assert room(name) or room(module) == "benchmarks", f"{module} imports the package: import from the room"
+            assert not room(name) or row(name) < row(module), (
+                f"{module} (row {row(module)}) imports {name} (row {row(name)})"
+            )
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if p not in PUBLIC], ids=module_of)
-def test_a_module_imports_only_from_rows_above_it(path):
-    own = part(module_of(path))
-    for name in imports(ast.parse(path.read_text()), top_level=False):
-        if not name.startswith(("sam_optim.", "benchmarks.")):
-            continue
-        other = part(name)
-        is_module = any(other in names for names in ROWS)
-        if is_module and other != own:
-            assert row(other) < row(own), f"{module_of(path)} (row {row(own)}) imports {name} (row {row(other)})"
+def test_there_is_no_circle_of_imports():
+    """Also none through imports inside functions, or for types alone."""
+    done: set[str] = set()
+
+    def follow(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"a circle: {' -> '.join((*way[way.index(module) :], module))}"
+        if module not in done:
+            for name in sorted(ours(module)):
+                if not module.startswith(f"{name}."):  # a package that its own module is in
+                    follow(name, (*way, module))
+            done.add(module)
+
+    for module in SOURCES:
+        follow(module, ())
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if "sam_optim" in p.parts], ids=module_of)
-def test_the_package_needs_only_torch_to_be_imported(path):
-    top = {name.split(".")[0] for name in imports(ast.parse(path.read_text()), top_level=True)}
-    assert top <= HARD | OWN.get(module_of(path), set())
+def test_nothing_imports_the_command_line():
+    for module in SOURCES:
+        if room(module) != "cli" and module != "sam_optim.__main__":
+            assert not any(name == "sam_optim.cli" or name.startswith("sam_optim.cli.") for name in imports(module)), (
+                module
+            )
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("sam_optim")])
+def test_the_package_needs_only_torch_to_be_imported(module):
+    names = {name.split(".")[0] for name in imports(module, on_import=True)}
+    assert names <= ALWAYS_THERE | FRAMEWORKS.get(module, set())
 
 
 def test_importing_the_package_imports_torch_and_nothing_heavier():
@@ -107,7 +116,7 @@ def test_importing_the_package_imports_torch_and_nothing_heavier():
     assert set(out.stdout.split()) - set(sys.stdlib_module_names) <= {"sam_optim", "torch"}
 
 
-def test_every_public_name_of_the_package_can_be_imported():
+def test_every_public_name_can_be_imported_and_explains_itself():
     import sam_optim
 
     for name in sam_optim.__all__:
@@ -115,16 +124,46 @@ def test_every_public_name_of_the_package_can_be_imported():
         assert name == "__version__" or getattr(sam_optim, name).__doc__
 
 
-@pytest.mark.parametrize("path", sources(), ids=module_of)
-def test_files_can_be_read_at_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 420
-
-
 def test_nothing_is_loaded_that_could_run_code():
     """Checkpoints come from anywhere: torch.load only with weights_only=True, no pickle, no eval."""
-    for path in sources():
+    for module, path in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
-            if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in ("pickle.load", "pickle.loads", "yaml.load", "eval", "exec"), path
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), module
+            assert called not in ("pickle.load", "pickle.loads", "yaml.load", "eval", "exec"), module
+
+
+def test_a_step_is_short():
+    """One step(closure) with module= of a small network runs through few functions, and few files."""
+    import torch
+    from torch import nn
+
+    from sam_optim import SAM
+
+    model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 3))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, module=model)
+    x, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    calls = []
+
+    def note(frame, event, arg):
+        if event == "call" and f"sam_optim{'/'}" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_filename)
+
+    optimizer.step(closure)
+    sys.setprofile(note)
+    try:
+        optimizer.step(closure)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= 120
+    assert len(set(calls)) <= 8

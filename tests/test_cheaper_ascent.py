@@ -143,7 +143,7 @@ def test_a_loss_that_hangs_on_nothing_that_moves_is_computed_again():
     optimizer.step(closure)
     assert torch.equal(drawn[0], drawn[1])  # the first pass, twice
     assert not torch.equal(drawn[1], drawn[2])
-    assert optimizer.last_step.perturbation_norm is None  # no gradient to follow
+    assert optimizer.last_step.radius is None  # no gradient to follow
 
 
 def test_an_error_of_the_users_own_is_not_tried_again():
@@ -230,7 +230,7 @@ def test_reentrant_checkpoints_lose_gradients_in_one_step_at_most():
 
         for _ in range(3):
             optimizer.step(closure)
-            grad_norms.append(float(optimizer.last_step.grad_norm))
+            grad_norms.append(float(optimizer.last_step.dual_norm))
         return grad_norms
 
     import warnings

@@ -9,7 +9,7 @@ from quadratic import mean
 from torch import nn
 
 from sam_optim.loss import MATRICES, Loss
-from sam_optim.loss import curvature as chunks
+from sam_optim.loss import curvature as curvature_module
 from sam_optim.measures import by_layer, hessian_eigenvalues, hessian_trace
 
 ULPS = 1e3 * torch.finfo(torch.float64).eps
@@ -30,14 +30,14 @@ def product_of(loss, matrix="hessian", **arguments):
 
 def pieces_of(loss, matrix="hessian"):
     with loss.curvature(matrix) as product:
-        return [round(weight * loss.num_examples) for weight, _, _ in product._pieces()]
+        return [size for _, size, _ in product.pieces()]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("kept_bytes", [0, 10**4, 2**29], ids=["streamed", "some kept", "all kept"])
 def test_pieces_give_the_same_product(kind, matrix, kept_bytes, monkeypatch):
-    monkeypatch.setattr(chunks, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(curvature_module, "KEPT_BYTES", kept_bytes)
     model, data = network(kind), batches(kind, (10, 7))
     expected = product_of(Loss(model, cross_entropy, data), matrix)
     loss = Loss(model, cross_entropy, data, chunk_size=4)
@@ -48,13 +48,13 @@ def test_pieces_give_the_same_product(kind, matrix, kept_bytes, monkeypatch):
 
 
 def test_a_piece_is_as_large_as_memory_allows(monkeypatch):
-    model, data = network(cnn), batches(cnn, (64,))
+    model, data = network(cnn).eval(), batches(cnn, (64,))
     assert pieces_of(Loss(model, cross_entropy, data)) == [64]
-    saved = chunks.Saved(Loss(model, cross_entropy, data).params)
     loss = Loss(model, cross_entropy, [(data[0][0][:16], data[0][1][:16])])
-    with saved.counting(), loss.curvature() as product:
-        product._product(loss._batches._batches[0], torch.empty(16), keep=True)
-    monkeypatch.setattr(chunks, "GRAPH_BYTES", saved.bytes)
+    saved = curvature_module.SavedBytes(loss.params)
+    with saved.counting(), torch.enable_grad():
+        torch.autograd.grad(cross_entropy(model(data[0][0][:16]), data[0][1][:16]), loss.params, create_graph=True)
+    monkeypatch.setattr(curvature_module, "GRAPH_BYTES", saved.count)
     assert 8 <= max(pieces_of(Loss(model, cross_entropy, data))) <= 18  # weighed by 8 examples, buffers included
 
 
@@ -88,19 +88,26 @@ def test_weights_that_change_while_graphs_are_kept_are_an_error(matrix):
             product(v)
 
 
+def test_a_batch_stays_whole_where_the_loss_is_no_mean_over_examples():
+    model, data, criterion = network(mlp), batches(mlp, (12,)), lambda o, y: (o @ o.T).square().mean()
+    loss = Loss(model, criterion, data, chunk_size=4)
+    assert pieces_of(loss) == [12]
+    torch.testing.assert_close(product_of(loss), product_of(Loss(model, criterion, data)), rtol=0, atol=0)
+
+
 CRITERIA = {
     "class weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)),
     "ignored labels": nn.CrossEntropyLoss(ignore_index=0),
-    "pairs": lambda o, y: (o @ o.T).square().mean(),
 }
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_a_batch_stays_whole_where_the_loss_is_no_mean_over_examples(name):
+def test_pieces_have_the_weights_of_their_labels(name):
     model, data = network(mlp), batches(mlp, (12,))
     loss = Loss(model, CRITERIA[name], data, chunk_size=4)
-    assert pieces_of(loss) == [12]
-    torch.testing.assert_close(product_of(loss), product_of(Loss(model, CRITERIA[name], data)), rtol=0, atol=0)
+    assert pieces_of(loss) == [4, 4, 4]
+    whole = product_of(Loss(model, CRITERIA[name], data))
+    torch.testing.assert_close(product_of(loss), whole, rtol=1e-9, atol=1e-10)
 
 
 def test_a_batch_stays_whole_where_examples_act_on_each_other():
@@ -132,7 +139,7 @@ def test_sampled_fisher_is_unbiased_and_depends_on_the_contents_of_batches_alone
     assert torch.equal(flat(loss.fisher_mc_product([torch.ones_like(p) for p in loss.params], seed=3)),
                        flat(loss.fisher_mc_product([torch.ones_like(p) for p in loss.params], seed=3)))  # fmt: skip
     with pytest.raises(ValueError, match="softmax"):
-        Loss(model, nn.MSELoss(), data).fisher_mc_product(loss.params)
+        Loss(model, nn.MSELoss(), [(x, x[:, :3]) for x, _ in data]).fisher_mc_product(loss.params)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

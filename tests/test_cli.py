@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import entries, images, network, run, small, study
+from limits import PATIENCE
 from ranks import spawn
 from torch import nn
 
@@ -20,7 +21,8 @@ import sam_optim
 from sam_optim import Ball, Loss, average_sharpness, hessian_eigenvalues, hessian_trace, worst_case_sharpness
 from sam_optim.cli import options
 from sam_optim.measures import registry
-from sam_optim.sweep import columns, progress, store
+from sam_optim.sweep import progress, store
+from sam_optim.sweep.processes import started
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and trace
@@ -159,7 +161,7 @@ class TestResuming:
         second = run("measure", *names, *self.common[:-1], "--json", "o.json")  # without --quiet
         assert len(calls) == 6
         assert first[:2] == second[:2]
-        assert "6 of 6 numbers were in o.json already" in second[2]
+        assert "6 of 6 numbers were there already" in second[2]
         assert (here / "o.json").read_bytes() == before
 
     @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ class TestResuming:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sam_optim", *argv], env=environment, stdout=subprocess.DEVNULL
             )
-            limit = time.monotonic() + 120
+            limit = time.monotonic() + PATIENCE
             while not (here / "o.json").exists() or (here / "o.json").read_bytes().count(b"\n") < least:
                 assert process.poll() is None, "it ended before it could be killed"
                 assert time.monotonic() < limit
@@ -266,14 +268,20 @@ class TestResuming:
             assert err.startswith("error: o.json")
             assert (here / "o.json").read_text() == content
 
-    def test_two_commands_on_one_file_do_not_overwrite_each_other(self, here):
-        first = store.Store(here / "o.json")
-        first.put({"checkpoint": "a", "key": "1", "result": {}})
-        second = store.Store(here / "o.json")
-        second.put({"checkpoint": "b", "key": "1", "result": {}})
-        with pytest.raises(store.Unwritable, match="changed by another process"):
-            first.put({"checkpoint": "c", "key": "1", "result": {}})
-        assert len(store.read(here / "o.json")) == 2
+    def test_a_second_command_on_one_file_says_who_writes_it_and_nothing_is_lost(self, here):
+        study(here)
+        before = None
+        with started("cpu") as alone, store.opened(here / "o.json", alone) as first:
+            first.put({"checkpoint": "a", "key": "1", "result": {}})
+            before = (here / "o.json").read_bytes()
+            code, _, err = self.measure("c0.pt", "--json", "o.json")
+            assert (code, err) == (
+                2, f"error: o.json is being written by process {os.getpid()}; wait for it, or choose another --json\n"
+            )  # fmt: skip
+            assert (here / "o.json").read_bytes() == before
+        assert self.measure("c0.pt", "--json", "o.json")[0] == 0
+        assert len(store.read(here / "o.json")) == 3
+        assert not list(here.glob(".*lock"))
 
 
 class TestFailures:
@@ -305,9 +313,10 @@ class TestFailures:
 
     def test_a_number_that_is_not_finite_is_exit_code_1(self, here):
         study(here)
-        state = {k: v * 1e30 for k, v in small(0).state_dict().items()}
-        state["2.weight"] *= 1e20
-        torch.save({k: v.clamp(-3e38, 3e38) for k, v in state.items()}, "c0.pt")
+        steep = "lambda outputs, target: nn.functional.cross_entropy(outputs**5, target)"
+        text = (here / "study_problem.py").read_text().replace("nn.CrossEntropyLoss()", steep)
+        (here / "study_problem.py").write_text(text)
+        torch.save({k: v * 1e9 for k, v in small(0).state_dict().items()}, "c0.pt")
         code, out, err = run("measure", "c0.pt", "c1.pt", *TestResuming.common, "--json", "o.json")
         assert code == 1
         assert "no number" in out
@@ -402,7 +411,7 @@ class TestOptions:
     def test_every_measure_of_the_registry_can_be_called_with_its_defaults(self, here):
         study(here, count=1)
         args = options.parse(["measure", "c0.pt", "--target", "a:b", "--measures", ",".join(registry.MEASURES)])
-        found = columns.columns(args)
+        found = options.measures(args).columns()
         assert [c.measure for c in found] == list(registry.MEASURES)
         torch.manual_seed(0)
         batches = [(torch.randn(4, 4), torch.randint(3, (4,))) for _ in range(3)]
@@ -424,22 +433,6 @@ class TestOptions:
         loss = Loss(small(0), nn.CrossEntropyLoss(), [(torch.ones(2, 4), torch.tensor([0, 1]))])
         expected = hessian_eigenvalues(loss, num=2, seed=3, tol=0.5)
         assert registry.call("contrast", loss, found).to_dict() == expected.to_dict()
-
-    def test_help_answers_without_torch(self):
-        code = "import sys; from sam_optim.cli import main\ntry: main(['measure', '--help'])\nfinally: "
-        code += "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'heavy'"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        assert "worst" in done.stdout
-
-    def test_every_public_name_is_listed_once_and_importable(self):
-        from sam_optim import public
-
-        assert sorted(sam_optim.__all__) == sorted(set(sam_optim.__all__))
-        assert all(hasattr(public, name) for name in sam_optim.__all__)
-        assert set(sam_optim.__all__) <= set(dir(sam_optim))
-        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-            sam_optim.nonsense  # noqa: B018
 
 
 def _on_a_rank(rank, folder):

@@ -2,6 +2,8 @@
 
 import argparse
 import gzip
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -16,9 +18,12 @@ from torch import nn
 
 from sam_optim import Loss
 from sam_optim.cli import options
+from sam_optim.core import errors
 from sam_optim.core.errors import InputError
 from sam_optim.sweep import problems
-from sam_optim.vision import checkpoints, data, weights
+from sam_optim.sweep.processes import started
+from sam_optim.vision import checkpoints, data, models, tensor_files, weights
+from sam_optim.vision.preprocessing import Preprocessing
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
@@ -48,11 +53,12 @@ def saved(form, path, model, other):
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         return path
     if form == "run of the benchmarks":
-        from benchmarks import checkpoint
-
         (path / "config.json").write_text(json.dumps({"options": {"model": "cnn3"}}))
-        checkpoint.save(path / "checkpoints", {"step": 1, "model": ema, "ema": None})
-        checkpoint.save(path / "checkpoints", {"step": 12, "model": own, "ema": ema})
+        (path / "checkpoints").mkdir()
+        for state in ({"step": 1, "model": ema, "ema": None}, {"step": 12, "model": own, "ema": ema}):
+            torch.save(state, buffer := io.BytesIO())
+            name = f"checkpoint-{state['step']:09d}-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.pt"
+            (path / "checkpoints" / name).write_bytes(buffer.getvalue())
         return path
     timm_own = {"state_dict": own, "state_dict_ema": ema, "epoch": 1, "arch": "x", "optimizer": {"state": {}}}
     content = {
@@ -106,7 +112,7 @@ def test_averaged_weights_that_are_not_there_are_an_error(tmp_path):
 def test_two_models_in_one_file_are_an_error_and_neither_is_taken(tmp_path):
     student, teacher = network(0).state_dict(), network(1).state_dict()
     both = {f"student.{k}": w for k, w in student.items()} | {f"teacher.{k}": w for k, w in teacher.items()}
-    with pytest.raises(InputError, match=r"2 times, under student\., teacher\.: save one alone"):
+    with pytest.raises(InputError, match=r"2 times, under student\., teacher\.: choose one with --key"):
         weights.load_(network(2), both, "c.pt")
 
 
@@ -116,7 +122,7 @@ def test_two_models_in_one_file_are_an_error_and_neither_is_taken(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_said_in_words(content, says, tmp_path):
     (tmp_path / "c.pt").write_bytes(content)
     with pytest.raises(InputError, match=says):
-        checkpoints.read_file(tmp_path / "c.pt")
+        tensor_files.read_file(tmp_path / "c.pt")
 
 
 class Harmful:
@@ -235,8 +241,6 @@ class TestFit:
         g = torch.Generator().manual_seed(0)
         x, y = torch.randn(4, 3, 32, 32, generator=g), torch.arange(4)
         np.savez(tmp_path / "d.npz", x=x, y=y)
-        from benchmarks import models
-
         vit = timm.create_model("test_vit", img_size=32, num_classes=5)
         stem = models.build("test_resnet", num_classes=5, image_size=(3, 32, 32))
         wide = models.build("wrn10_1", num_classes=5, image_size=(3, 32, 32))
@@ -244,29 +248,25 @@ class TestFit:
         for name, model, flags in cases:
             torch.save(model.state_dict(), tmp_path / "c.pt")
             argv = ["measure", str(tmp_path / "c.pt"), "--model", name, "--data", str(tmp_path / "d.npz"), *flags]
-            args = options.parse(argv)
-            found = checkpoints.find(args.checkpoints)
-            made = problems.Images(args, FIRST, found)
             expected = Loss(model, nn.CrossEntropyLoss(), [(x, y)]).value()
-            assert torch.equal(made.loss(found[0]).value(), expected)
+            assert torch.equal(loss_of(argv).value(), expected)
 
 
-class _First:
-    device, count, rank, is_first = torch.device("cpu"), 1, 0, True
-
-    @staticmethod
-    def share(batches):
-        return batches
-
-
-FIRST = _First()
-CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 0.875}
-CONFIG |= {"interpolation": "bicubic"}
+def loss_of(argv):
+    """The loss of the first checkpoint of a command."""
+    args = options.parse([str(word) for word in argv])
+    found = checkpoints.find(args.checkpoints)
+    with started("cpu") as here:
+        return options.problem(args).open(here, found).loss(found[0])
 
 
-def load(where, *flags, config=CONFIG, dtype=torch.float32):
-    args = options.parse(["measure", "c", "--model", "x", "--data", str(where), *map(str, flags)])
-    return data.load(args, config, dtype)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+CONFIG = Preprocessing((3, 32, 32), MEAN, STD, interpolation="bicubic")
+
+
+def load(where, *flags, config=CONFIG, dtype="float32"):
+    args = options.parse(["measure", "c", "--model", "x", "--data", str(where), "--dtype", dtype, *map(str, flags)])
+    return problems.load_examples(options.problem(args), config)
 
 
 def inputs(found):
@@ -310,7 +310,7 @@ class TestArrays:
             from safetensors.torch import save_file
 
             save_file({"x": x, "y": y}, path)
-        found = load(path, "--examples", 7, "--batch-size", 3, dtype=torch.float64)
+        found = load(path, "--examples", 7, "--batch-size", 3, dtype="float64")
         assert [len(b[1]) for b in found.batches] == [3, 3, 1]
         assert torch.equal(inputs(found)[0], x[:7].double())
         assert torch.equal(inputs(found)[1], y[:7])
@@ -320,7 +320,7 @@ class TestArrays:
         x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
         np.savez(tmp_path / "d.npz", x=x, y=np.arange(6))
         found = inputs(load(tmp_path / "d.npz"))[0]
-        mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         expected = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - mean) / std
         assert torch.equal(found, expected)
         own = inputs(load(tmp_path / "d.npz", "--mean", "0.1", "--std", "0.5"))[0]
@@ -376,19 +376,17 @@ class TestImages:
         model = timm.create_model("test_vit")
         config = resolve_model_data_config(model)
         flags = ["--image-size", size] if size else []
-        found, labels = inputs(load(tree, *flags, config=config))
+        found, labels = inputs(load(tree, *flags, config=Preprocessing.of_model("test_vit", image_size=size)))
         shape = (3, size, size) if size else config["input_size"]
         transform = create_transform(**config | {"input_size": shape}, is_training=False)
-        files = [tree / "train" / c / f"{i}.png" for c in ("c2", "c10") for i in range(3)]
+        files = [tree / "train" / c / f"{i}.png" for c in ("c10", "c2") for i in range(3)]
         assert torch.equal(found, torch.stack([transform(Image.open(f).convert("RGB")) for f in files]))
         assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_small_images_are_not_cropped(self, tree):
         found, _ = inputs(load(tree))
-        transform = create_transform(
-            (3, 32, 32), mean=CONFIG["mean"], std=CONFIG["std"], crop_pct=1.0, interpolation="bicubic"
-        )
-        assert torch.equal(found[0], transform(Image.open(tree / "train" / "c2" / "0.png")))
+        transform = create_transform((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic")
+        assert torch.equal(found[0], transform(Image.open(tree / "train" / "c10" / "0.png")))
 
     @pytest.mark.parametrize(
         ("split", "folder"), [(None, "train"), ("train", "train"), ("validation", "val"), ("val", "val")]
@@ -416,11 +414,11 @@ class TestImages:
         assert load(tmp_path, "--split", "test").about["examples"] == 6
 
     def test_small_images_that_are_enlarged_are_noted(self, tree):
-        large = CONFIG | {"input_size": (3, 224, 224)}
-        (note,) = load(tree, config=large).notes
-        assert "images of 50 pixels are enlarged to the" in note
+        large = CONFIG.replaced(image_size=224)
+        note = load(tree, config=large).notes[1]
+        assert "images of 50 pixels are enlarged to 224" in note
         assert "--image-size 50" in note
-        assert not load(tree, "--image-size", 50, config=large).notes
+        assert len(load(tree, "--image-size", 50, config=large).notes) == 1
 
     def test_the_first_of_a_sorted_folder_are_noted_and_mixed_ones_are_of_all_classes(self, tree):
         first, mixed = load(tree, "--examples", 3), load(tree, "--examples", 3, "--order", "mixed")
@@ -441,6 +439,80 @@ class TestImages:
         assert torch.equal(*values)
         assert [len(y) for _, y in streamed.batches[1::2]] == [2]
 
+    def test_classes_are_numbered_as_torchvision_does_or_as_a_file_says(self, tmp_path):
+        from torchvision.datasets import ImageFolder
+
+        names = ["1", "10", "2", "Zebra", "ant"]
+        for name in names:
+            (tmp_path / "data" / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+        split = data.open_split(tmp_path / "data")
+        assert split.classes == tuple(ImageFolder(tmp_path / "data").classes)
+        assert split.labels.tolist() == ImageFolder(tmp_path / "data").targets
+        note = load(tmp_path / "data").notes[0]
+        assert note == "5 classes, numbered 0 1, 1 10, 2 2, ...; 5 of 5 images"
+        numbers = {"1": 0, "2": 1, "10": 2, "ant": 7, "Zebra": 4}
+        (tmp_path / "numbers.json").write_text(json.dumps(numbers))
+        examples = load(tmp_path / "data", "--class-to-idx", tmp_path / "numbers.json")
+        assert inputs(examples)[1].tolist() == [numbers[name] for name in names]
+        assert examples.num_classes == 8
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[]", "must hold one JSON object"),
+            ('{"c2": 0}', "class folder .*c10 has no number"),
+            ('{"c2": 0, "c10": 0}', "each once"),
+            ('{"c2": 0, "c10": "1"}', "each once"),
+            ('{"c2": 0, "c10": -1}', "each once"),
+            ("{", "is not valid JSON"),
+        ],
+    )
+    def test_wrong_numbers_of_classes(self, tree, tmp_path, content, message):
+        (tmp_path / "n.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            load(tree, "--class-to-idx", tmp_path / "n.json")
+
+    def test_the_folder_above_the_class_folders_is_named(self, tree, tmp_path):
+        (tmp_path / "images").symlink_to(tree / "train")
+        with pytest.raises(InputError, match=r"has the single folder images, and the classes are in it: give .*images"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+    def test_pixels_of_16_bits_are_scaled_and_not_clipped(self, tmp_path, suffix):
+        values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+        (tmp_path / "d" / "a").mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / "d" / "a" / f"x.{suffix}")
+        picture = data.open_split(tmp_path / "d").picture(0, "L")
+        assert np.array_equal(np.asarray(picture), np.round(values / 65535 * 255).astype(np.uint8))
+
+    @pytest.mark.parametrize("suffix", ["gif", "webp", "bmp", "JPG", "Tiff"])
+    def test_formats_that_timm_leaves_out_are_read(self, tmp_path, suffix):
+        (tmp_path / "a").mkdir()
+        image = Image.new("RGB", (8, 8), (200, 100, 50))
+        image.save(tmp_path / "a" / f"x.{suffix}")
+        (tmp_path / "a" / "notes.txt").write_text("no image")
+        os.mkfifo(tmp_path / "a" / "y.png")
+        split = data.open_split(tmp_path)
+        assert len(split) == 1
+        assert np.abs(np.asarray(split.picture(0, "RGB")).astype(int) - np.asarray(image)).max() <= 3
+        assert load(tmp_path).notes[0].endswith("1 of 1 images; 1 files are no images and were left out")
+
+    @pytest.mark.parametrize("kind", ["animation", "float", "32 bits", "eps"])
+    def test_images_whose_meaning_is_not_known_are_refused(self, tmp_path, kind):
+        (tmp_path / "a").mkdir()
+        path = tmp_path / "a" / ("x.gif" if kind == "animation" else "x.tif")
+        if kind == "animation":
+            frames = [Image.new("L", (8, 8), i) for i in (0, 200)]
+            frames[0].save(path, save_all=True, append_images=frames[1:])
+        elif kind == "eps":
+            Image.new("RGB", (8, 8)).save(path, format="EPS")
+        else:
+            Image.fromarray(np.full((8, 8), 70000, np.float32 if kind == "float" else np.int32)).save(path)
+        says = {"animation": "2 frames", "float": "floating-point", "32 bits": "32 bits", "eps": "cannot identify"}
+        with pytest.raises(InputError, match=rf"cannot read image .*x\.(gif|tif).*{says[kind]}"):
+            load(tmp_path)
+
     def test_an_image_that_cannot_be_read_is_named(self, tree, tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "x.png").write_bytes(b"no image")
@@ -459,9 +531,9 @@ class TestImages:
     def test_names_of_timm_need_a_directory_and_an_unknown_one_is_an_error(self, tmp_path):
         with pytest.raises(InputError, match="needs --data-dir"):
             load("torch/cifar10")
-        with pytest.raises(InputError, match="timm cannot open 'torch/cifar10'"):
+        with pytest.raises(InputError, match="timm cannot open data set 'torch/cifar10'"):
             load("torch/cifar10", "--data-dir", tmp_path)
-        with pytest.raises(InputError, match="timm cannot open 'torch/nothing'"):
+        with pytest.raises(InputError, match="timm cannot open data set 'torch/nothing'"):
             load("torch/nothing", "--data-dir", tmp_path)
 
     def test_a_folder_by_timms_name_is_never_the_whole_tree(self, tree):
@@ -486,7 +558,7 @@ def mnist(raw, *, packed=False, num=4):
                 path.write_bytes(content)
 
 
-GREY = CONFIG | {"input_size": (1, 28, 28), "crop_pct": 1.0}
+GREY = Preprocessing((1, 28, 28), MEAN, STD)
 
 
 class TestPublished:
@@ -495,7 +567,7 @@ class TestPublished:
         mnist(tmp_path / "MNIST" / "raw", packed=packed)
         train, test = load(tmp_path, config=GREY), load(tmp_path, "--split", "test", config=GREY)
         assert (train.about["source"], train.about["split"], test.about["split"]) == ("mnist", "train", "test")
-        mean, std = sum(CONFIG["mean"]) / 3, sum(CONFIG["std"]) / 3
+        mean, std = sum(MEAN) / 3, sum(STD) / 3
         for found, first in ((train, 0), (test, 100)):
             x, y = inputs(found)
             assert x.shape == (4, 1, 28, 28)
@@ -504,8 +576,8 @@ class TestPublished:
 
     def test_a_model_of_three_channels_sees_grey_images_three_times(self, tmp_path):
         mnist(tmp_path / "raw")
-        x, _ = inputs(load(tmp_path, config=CONFIG | {"input_size": (3, 28, 28)}))
-        back = x * torch.tensor(CONFIG["std"]).view(3, 1, 1) + torch.tensor(CONFIG["mean"]).view(3, 1, 1)
+        x, _ = inputs(load(tmp_path, config=CONFIG.replaced(image_size=28)))
+        back = x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         torch.testing.assert_close(back[:, 0], back[:, 2])
 
     def test_several_data_sets_in_one_directory_are_an_error(self, tmp_path):
@@ -533,7 +605,7 @@ class TestPublished:
             assert inputs(train)[1].tolist() == [0, 1, 2, 3, 4]
             x, y = inputs(test)
             assert y.tolist() == [5]
-            mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
             expected = (torch.from_numpy(pixels[5].reshape(3, 32, 32)).float() / 255 - mean) / std
             torch.testing.assert_close(x[0], expected)
         with pytest.raises(InputError, match="has the splits train and test, got --split extra"):
@@ -559,7 +631,8 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
     """Normalisation, size and crop are those of the run: on the whole test set the loss is that of training's log."""
     from test_data import cifar_files, picture_tree
 
-    from benchmarks import command, train
+    from benchmarks.command import read_jsonl
+    from benchmarks.train import __main__ as train
 
     where, more, split = "digits", [], "test"
     if kind == "cifar10":
@@ -578,20 +651,17 @@ def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kin
         "none",
     ]
     argv += ["--epochs", 1, "--batch-size", 8, "--train-examples", 8, "--out", tmp_path / "run"]
-    assert command.run(train.main, [str(word) for word in argv]) == 0
-    logged = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["test_loss"]
+    assert errors.run(train.main, [str(word) for word in argv]) == 0
+    logged = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["test_loss"]
     argv = ["measure", tmp_path / "run", "--data", where, "--split", split, "--examples", 0, "--batch-size", 64]
-    args = options.parse([str(word) for word in argv])
-    found = checkpoints.find([str(tmp_path / "run")])
-    loss = problems.Images(args, FIRST, found).loss(found[0])
-    assert float(loss.value()) == pytest.approx(logged, rel=1e-5)
+    assert float(loss_of(argv).value()) == pytest.approx(logged, rel=1e-5)
 
 
 def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data(tmp_path):
-    from benchmarks import command, train
+    from benchmarks.train import __main__ as train
 
     argv = ["--train-examples", "64", "--label-noise", "0.2", "--epochs", "1", "--measures", "none"]
-    assert command.run(train.main, [*argv, "--out", str(tmp_path / "run")]) == 0
+    assert errors.run(train.main, [*argv, "--out", str(tmp_path / "run")]) == 0
     argv = ["measure", tmp_path / "run", "--measures", "gradient_regret", "--examples", 16, "--batch-size", 8, "--data"]
     code, _, err = run(*argv, "digits")
     assert code == 0
@@ -605,6 +675,5 @@ def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data
 
 
 def test_runs_that_do_not_say_how_they_see_pixels_need_a_word():
-    assert data.of_run({"image_size": [3, 32, 32]}) is None  # of an older version
-    assert data.of_run({"image_size": [1, 8, 8], "preprocessing": {}}) is None  # digits
-    assert data.of_run(None) is None
+    assert Preprocessing.of_run({"image_size": [3, 32, 32]}) is None  # of an older version
+    assert Preprocessing.of_run({"image_size": [1, 8, 8], "preprocessing": {}}) is None  # digits

@@ -12,9 +12,10 @@ from test_report import HOSTILE, read
 from torch import nn
 
 from sam_optim import Loss, correlate, hessian_eigenvalues, interpolate, slice_1d, slice_2d
+from sam_optim.core.text import cell
 from sam_optim.landscape import random_direction
-from sam_optim.report.study import cell, is_finite, study_page, table
-from sam_optim.report.tables import with_error
+from sam_optim.report.study import study_page
+from sam_optim.statistics.table import table
 from sam_optim.sweep import store
 
 
@@ -79,31 +80,6 @@ class TestTable:
         assert found.rows == ["c0.pt"]
         assert found.failures == {"bad.pt": "it is damaged"}
 
-    @pytest.mark.parametrize(
-        ("value", "error", "text"),
-        [
-            (1.23456, 0.0123, "1.235 ± 0.012"),
-            (123.456, 12.3, "123 ± 12"),
-            (0.0, 0.5, "0.00 ± 0.50"),
-            (1.23456e-9, 2e-11, "1.235e-09 ± 2.0e-11"),
-            (1.23456789, 1e-9, "1.23457 ± 1.0e-09"),
-            (1.5, None, "1.500"),
-            (1.5, 0.0, "1.500"),
-            (None, 1.0, "–"),
-        ],
-    )
-    def test_numbers_have_the_digits_that_their_errors_leave(self, value, error, text):
-        assert with_error(value, error) == text
-
-    def test_what_is_not_finite_or_not_converged_is_said(self):
-        assert cell({"value": None, "reason": "x"}) == "no number"
-        assert cell({"eigenvalues": [1.0, None]}) == "no number"
-        assert not is_finite({"density": [1.0, None]})
-        assert cell({"value": 1.0, "stderr": 0.1, "converged": False}) == "1.00 ± 0.10 (not converged)"
-        assert cell({"eigenvalues": [2.0, 1.0], "residuals": [0.1, 0.1]}) == "2.000, 1.000"
-        assert cell({"eigenvalues": [2.0], "residuals": [0.1]}) == "2.00 ± 0.10"
-        assert cell({"eigenvalues": [2.0], "density": [0.1, 0.2]}) == "density at 2 points"
-
 
 class TestReport:
     def test_the_page_holds_every_number_and_nothing_from_outside(self, here):
@@ -129,8 +105,8 @@ class TestReport:
         failed = [{"checkpoint": name, "key": "loading", "column": None, "error": name} for name in HOSTILE]
         rows = table(entries + failed)
         targets = {name: {row: float(i) for i, row in enumerate(rows.rows)} for name in HOSTILE[:2]}
-        page = str(study_page(rows, targets=targets, factors={HOSTILE[0]: dict.fromkeys(rows.rows, HOSTILE[1])},
-                              title=HOSTILE[0]))  # fmt: skip
+        factors = {HOSTILE[0]: dict.fromkeys(rows.rows, HOSTILE[1])}
+        page = study_page(rows, targets=targets, correlations=rows.correlations(targets, factors), title=HOSTILE[0])
         seen = read(page)
         assert seen.tags.count("script") == 1
         assert "img" not in seen.tags
@@ -193,9 +169,11 @@ class TestReport:
         assert not (here / "r.html").exists()
 
     def test_a_hundred_checkpoints_share_a_line(self):
-        page = str(study_page(table([made(f"c{i}", value=1.0 + i) for i in range(100)])))
-        assert page.count('class="dot') == 100
-        assert "100 checkpoints" in page
+        few, many = (study_page(table([made(f"c{i}", value=1.0 + i) for i in range(n)])) for n in (30, 100))
+        assert "100 checkpoints, 1 measure." in many
+        drawn = [page[page.index("<svg ") : page.index("</svg>")] for page in (few, many)]
+        assert ["c29" in svg for svg in drawn] == [True, False]
+        assert drawn[1].count("<use ") > 100  # a marker for each, and ticks
 
 
 class TestLandscape:

@@ -152,7 +152,7 @@ def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(way, base, cls):
         for _ in range(4):
             step()
     assert counter.frame_count == compiled
-    assert optimizer.last_step.perturbation_norm.item() == pytest.approx(0.1)
+    assert optimizer.last_step.radius.item() == pytest.approx(0.1)
     for p, q in zip((*model.parameters(), *model.buffers()), (*truth.parameters(), *truth.buffers()), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 

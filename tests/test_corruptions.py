@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import poisson
-from test_data import cifar_files, picture_tree
+from test_data import cifar_files, load, picture_tree
 
-from benchmarks import command, corruptions, data, evaluate, train
-from benchmarks.command import InputError
+from benchmarks import command, corruptions, evaluate
 from benchmarks.corruptions import KINDS, NAMES, SEVERITIES, STANDARD, Published, corrupted
-from benchmarks.images import Pictures
+from benchmarks.train import __main__ as train
+from benchmarks.train import options, trained
+from benchmarks.train.data import Examples
+from sam_optim.core import errors, files
+from sam_optim.core.errors import InputError
+from sam_optim.vision.data import Split
 
 BLURS = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate", "gaussian_blur")
 
@@ -193,39 +197,40 @@ class TestPublished:
     def test_labels_are_those_of_the_test_images(self, tmp_path):
         """Files of another data set have labels without an output; in another order they would only look bad."""
         root = cifar_files(tmp_path / "data")[0]
-        split = data.load("cifar10", root).test
-        labels = split.tensors[1].numpy()
+        splits = load("cifar10", root)
+        split, shown = splits.test, splits.preprocessing
+        labels = split.labels.numpy()
         self.folder(tmp_path / "c", n=len(labels))
         published = Published(tmp_path / "c")
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
         choices = {"names": ["fog"], "severities": [1], "published": published}
         np.save(tmp_path / "c" / "labels.npy", np.tile(labels, 5))
-        assert evaluate.on_corruptions(model, split, (3, 32, 32), **choices)["mean"]["loss"] > 0
+        assert evaluate.on_corruptions(model, split, shown, **choices)["mean"]["loss"] > 0
         np.save(tmp_path / "c" / "labels.npy", np.tile(labels, 5) + 90)
         with pytest.raises(InputError, match=rf"{tmp_path}/c/labels.npy has labels up to 99, .* up to 9: give"):
-            evaluate.on_corruptions(model, split, (3, 32, 32), **choices)
+            evaluate.on_corruptions(model, split, shown, **choices)
         np.save(tmp_path / "c" / "labels.npy", np.tile(labels[::-1], 5))
         num = int((labels != labels[::-1]).sum())
         with pytest.raises(InputError, match=f"labels.npy differs from the labels of {num} of 20 test images: give"):
-            evaluate.on_corruptions(model, split, (3, 32, 32), **choices)
+            evaluate.on_corruptions(model, split, shown, **choices)
         evaluate.check_labels(
-            published, Pictures(None, None, split.tensors[1], "RGB")
+            published, Examples(Split("folder", "test", split.labels, source=[]), "RGB")
         )  # folders have an order of their own
 
 
-def trained(tmp_path, *options) -> None:
+def train_one(tmp_path, *options) -> None:
     argv = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16", "--measures", "none", *options]
-    assert command.run(train.main, [str(o) for o in [*argv, "--out", tmp_path / "run"]]) == 0
+    assert errors.run(train.main, [str(o) for o in [*argv, "--out", tmp_path / "run"]]) == 0
 
 
 class TestCommand:
     def test_in_memory_images(self, tmp_path, capsys):
         cifar_files(tmp_path / "data")
-        trained(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data", "--model-ema", "0.9")
+        train_one(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data", "--model-ema", "0.9")
         logged = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
         options = ["--corruptions", "gaussian_noise,fog", "--severities", "1,5"]
-        assert command.run(evaluate.main, [str(tmp_path / "run"), *options]) == 0
-        report = command.read_json(tmp_path / "run" / "corrupted.json")
+        assert errors.run(evaluate.main, [str(tmp_path / "run"), *options]) == 0
+        report = files.read_json(tmp_path / "run" / "corrupted.json")
         assert report["clean"]["accuracy"] == logged["test_accuracy"]
         assert report["clean"]["loss"] == pytest.approx(logged["test_loss"], rel=1e-6)
         assert list(report["corrupted"]) == ["fog", "gaussian_noise"]  # sorted in the file
@@ -233,21 +238,18 @@ class TestCommand:
         assert len(cells) == 4
         assert report["mean"]["loss"] == pytest.approx(sum(cells) / 4)
         assert "gaussian_noise" in capsys.readouterr().out
-        assert command.run(evaluate.main, [str(tmp_path / "run"), *options, "--ema"]) == 0
-        assert (
-            command.read_json(tmp_path / "run" / "corrupted.json")["clean"]["accuracy"] == logged["ema_test_accuracy"]
-        )
+        assert errors.run(evaluate.main, [str(tmp_path / "run"), *options, "--ema"]) == 0
+        assert files.read_json(tmp_path / "run" / "corrupted.json")["clean"]["accuracy"] == logged["ema_test_accuracy"]
 
-    def test_the_accuracy_is_that_of_the_damaged_images(self, tmp_path):
+    def test_the_accuracy_is_that_of_the_damaged_images(self, tmp_path, monkeypatch):
         """Counted by hand, in one batch, with the normalisation written out."""
-        from benchmarks import options, recipe
-
         cifar_files(tmp_path / "data")
-        trained(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")
-        args = options.restored(command.read_json(tmp_path / "run" / "config.json")["options"], out=tmp_path / "run")
-        model, split, image_size, _ = evaluate.loaded(args)
-        found = evaluate.on_corruptions(model, split, image_size, names=["snow"], severities=[4], batch_size=7)
-        pixels, labels = recipe.splits(args).test.tensors
+        train_one(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")
+        run = trained.load(options.of_run(tmp_path / "run"))
+        model, split = run.model, run.splits.test
+        monkeypatch.setattr(evaluate, "PASS", 7)
+        found = evaluate.on_corruptions(model, split, run.splits.preprocessing, names=["snow"], severities=[4])
+        pixels, labels = split.x, split.labels
         damaged = corrupted(pixels.permute(0, 2, 3, 1).numpy(), "snow", 4)
         mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
         x = ((torch.tensor(damaged) / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -259,20 +261,20 @@ class TestCommand:
 
     def test_image_folders(self, tmp_path):
         tree = picture_tree(tmp_path / "data", n=8, size=(40, 36))
-        trained(tmp_path, "--data", "folder", "--data-dir", tree, "--img-size", "32")
+        train_one(tmp_path, "--data", "folder", "--data-dir", tree, "--img-size", "32")
         logged = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
-        assert command.run(evaluate.main, [str(tmp_path / "run"), "--corruptions", "pixelate", "--examples", "0"]) == 0
-        report = command.read_json(tmp_path / "run" / "corrupted.json")
+        assert errors.run(evaluate.main, [str(tmp_path / "run"), "--corruptions", "pixelate", "--examples", "0"]) == 0
+        report = files.read_json(tmp_path / "run" / "corrupted.json")
         assert report["clean"]["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
         assert list(report["corrupted"]["pixelate"]) == ["1", "2", "3", "4", "5"]
 
     def test_a_published_folder(self, tmp_path, capsys):
         cifar_files(tmp_path / "data")
-        trained(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")
+        train_one(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")
         TestPublished().folder(tmp_path / "c")
         options = ["--cifar-c", str(tmp_path / "c"), "--corruptions", "all"]
-        assert command.run(evaluate.main, [str(tmp_path / "run"), *options]) == 0
-        report = command.read_json(tmp_path / "run" / "corrupted.json")
+        assert errors.run(evaluate.main, [str(tmp_path / "run"), *options]) == 0
+        report = files.read_json(tmp_path / "run" / "corrupted.json")
         assert list(report["corrupted"]) == ["fog"]
         assert report["source"] == f"files of {tmp_path / 'c'}"
         words = (
@@ -286,7 +288,7 @@ class TestCommand:
             (["--corruptions", "rain"], "unknown corruption 'rain'"),
             (["--corruptions", ","], "names none"),
             (["--severities", "0"], "a severity is"),
-            (["--severities", "high"], "--severities are numbers"),
+            (["--severities", "high"], "--severities: must be numbers from 1 to 5"),
             (["--split", "validation"], "no validation split"),
             (["--ema"], "without --model-ema"),
             (["--examples", "-1"], "must be >= 0"),
@@ -298,19 +300,19 @@ class TestCommand:
         run = tmp_path / "run"
         monkeypatch.chdir(tmp_path)
         TestPublished().folder(tmp_path / "c")
-        assert command.run(train.main, ["--epochs", "1", "--measures", "none", "--out", str(run)]) == 0
-        assert command.run(evaluate.main, [str(run), *options]) == 2
+        assert errors.run(train.main, ["--epochs", "1", "--measures", "none", "--out", str(run)]) == 0
+        assert errors.run(evaluate.main, [str(run), *options]) == 2
         assert message in capsys.readouterr().err
         assert not (run / "corrupted.json").exists()
 
     def test_digits_are_refused(self, tmp_path, capsys):
         run = tmp_path / "run"
-        assert command.run(train.main, ["--epochs", "1", "--measures", "none", "--out", str(run)]) == 0
-        assert command.run(evaluate.main, [str(run)]) == 2
+        assert errors.run(train.main, ["--epochs", "1", "--measures", "none", "--out", str(run)]) == 0
+        assert errors.run(evaluate.main, [str(run)]) == 2
         assert "corruptions are for colour images" in capsys.readouterr().err
 
     def test_no_run(self, tmp_path, capsys):
-        assert command.run(evaluate.main, [str(tmp_path)]) == 2
+        assert errors.run(evaluate.main, [str(tmp_path)]) == 2
         assert "is not a run directory" in capsys.readouterr().err
 
 

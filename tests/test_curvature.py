@@ -22,7 +22,7 @@ from sam_optim.measures import (
 EPS = torch.finfo(torch.float64).eps
 cross_entropy = nn.CrossEntropyLoss()
 MEASURES = [hessian_eigenvalues, hessian_trace, hessian_diagonal, hessian_frobenius_norm, spectral_density]
-MEASURES += [partial(hessian_trace, method="hutch++", num_probes=30), partial(hessian_trace, num_probes=30)]
+MEASURES += [partial(hessian_trace, method="hutchinson", num_probes=30), partial(hessian_trace, num_probes=30)]
 MEASURES += [partial(hessian_trace, matrix="fisher_mc")]
 
 

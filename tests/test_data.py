@@ -17,13 +17,25 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import cifar, command, data, evaluate, measure, models, options, recipe, train
-from benchmarks.command import InputError
-from benchmarks.images import Augment
-from benchmarks.pixels import Batches, shift_and_mirror
+from benchmarks import evaluate, measure
+from benchmarks.train import __main__ as train
+from benchmarks.train import data, options, recipe, trained
+from benchmarks.train.batches import Augment, MemoryBatches, batches, shift_and_mirror
+from benchmarks.train.options import Options
+from benchmarks.train.order import Loading, Order
+from sam_optim.core import errors, files
+from sam_optim.core.errors import InputError
 from sam_optim.core.random import Stream
+from sam_optim.vision import cifar, models
+from sam_optim.vision.data import Split
+from sam_optim.vision.preprocessing import Preprocessing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def load(name: str, directory: Path | None = None, **options: object) -> data.Splits:
+    """The splits of a run with these options."""
+    return data.load(Options(data=name, data_dir=None if directory is None else str(directory), **options))
 
 
 def picture_tree(root: Path, *, classes=("cat", "dog"), splits=("train", "val"), n=4, size=(16, 16)) -> Path:
@@ -55,19 +67,19 @@ class TestOtherLabels:
     @staticmethod
     def load(root, **arrays):
         np.savez(root / "labels.npz", **arrays)
-        return data.load("cifar10", root, train_labels=f"{root / 'labels.npz'}:human", num_train=60, seed=1)
+        return load("cifar10", root, train_labels=f"{root / 'labels.npz'}:human", train_examples=60, seed=1)
 
     def test_training_sees_them_and_nothing_else_does(self, tmp_path):
         root, _ = cifar_files(tmp_path)
-        plain = data.load("cifar10", root)
-        clean = plain.train.tensors[1]
+        plain = load("cifar10", root)
+        clean = plain.train.labels
         human = (clean + 1) % 10
         found = self.load(root, human=human.numpy().astype(np.uint8), clean_label=clean.numpy())
-        usual = data.load("cifar10", root, num_train=60, seed=1)
-        assert torch.equal(found.train.tensors[0], usual.train.tensors[0])
-        assert torch.equal(found.train.tensors[1], (usual.train.tensors[1] + 1) % 10)
-        assert torch.equal(found.clean_train_labels, usual.train.tensors[1])
-        assert torch.equal(found.test.tensors[1], usual.test.tensors[1])
+        usual = load("cifar10", root, train_examples=60, seed=1)
+        assert torch.equal(found.train.x, usual.train.x)
+        assert torch.equal(found.train.labels, (usual.train.labels + 1) % 10)
+        assert torch.equal(found.clean_train_labels, usual.train.labels)
+        assert torch.equal(found.test.labels, usual.test.labels)
 
     @pytest.mark.parametrize(
         ("arrays", "message"),
@@ -87,30 +99,30 @@ class TestOtherLabels:
     def test_wrong_words_are_refused(self, tmp_path):
         root, _ = cifar_files(tmp_path)
         with pytest.raises(InputError, match=r"FILE\.npz:ARRAY, got 'human'"):
-            data.load("cifar10", root, train_labels="human")
+            load("cifar10", root, train_labels="human")
         with pytest.raises(InputError, match=r"none\.npz"):
-            data.load("cifar10", root, train_labels=f"{root}/none.npz:human")
+            load("cifar10", root, train_labels=f"{root}/none.npz:human")
         (root / "bad.npz").write_bytes(b"no archive")
         with pytest.raises(InputError, match=r"is not an \.npz file of labels"):
-            data.load("cifar10", root, train_labels=f"{root}/bad.npz:human")
+            load("cifar10", root, train_labels=f"{root}/bad.npz:human")
         with pytest.raises(InputError, match="must be left out"):
-            data.load("cifar10", root, train_labels="x.npz:y", label_noise=0.1)
+            load("cifar10", root, train_labels="x.npz:y", label_noise=0.1)
         with pytest.raises(InputError, match="cifar10 or cifar100"):
-            data.load("digits", train_labels="x.npz:y")
+            load("digits", train_labels="x.npz:y")
 
 
 class TestDigits:
     def test_the_split_is_scikit_learns_example(self):
         from sklearn.datasets import load_digits
 
-        splits = data.digits()
+        splits = load("digits")
         assert splits.image_size == (1, 8, 8)
         assert splits.num_classes == 10
         assert splits.validation is None
         target = torch.tensor(load_digits().target)
-        assert torch.equal(splits.train.tensors[1], target[:898])
-        assert torch.equal(splits.test.tensors[1], target[898:])
-        x = splits.train.tensors[0]
+        assert torch.equal(splits.train.labels, target[:898])
+        assert torch.equal(splits.test.labels, target[898:])
+        x = splits.train.x
         assert x.shape == (898, 1, 8, 8)
         assert x.dtype == torch.float32
         assert abs(x.mean().item()) < 1e-5
@@ -118,24 +130,24 @@ class TestDigits:
 
     @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.4, 1.0])
     def test_exactly_that_fraction_is_drawn_anew_and_only_in_training(self, fraction):
-        splits = data.digits(label_noise=fraction, seed=3, validation_fraction=0.1)
-        clean = data.digits(seed=3, validation_fraction=0.1)
+        splits = load("digits", label_noise=fraction, seed=3, validation_fraction=0.1)
+        clean = load("digits", seed=3, validation_fraction=0.1)
         assert len(splits.train) == 808
         assert len(splits.validation) == 90
-        assert torch.equal(splits.test.tensors[1], clean.test.tensors[1])
-        assert torch.equal(splits.validation.tensors[1], clean.validation.tensors[1])
-        assert torch.equal(splits.clean_train_labels, clean.train.tensors[1])
-        wrong = int((splits.train.tensors[1] != splits.clean_train_labels).sum())
+        assert torch.equal(splits.test.labels, clean.test.labels)
+        assert torch.equal(splits.validation.labels, clean.validation.labels)
+        assert torch.equal(splits.clean_train_labels, clean.train.labels)
+        wrong = int((splits.train.labels != splits.clean_train_labels).sum())
         drawn = round(fraction * 808)
         assert wrong <= drawn
         four_sd = 4 * (0.9 * 0.1 * drawn) ** 0.5  # a uniform draw hits the old label 1 time in 10
         assert abs(wrong - 0.9 * drawn) <= four_sd
 
     def test_the_draw_depends_on_the_seed_alone(self):
-        one = data.digits(label_noise=0.4, seed=1).train.tensors[1]
+        one = load("digits", label_noise=0.4, seed=1).train.labels
         torch.manual_seed(5)
-        assert torch.equal(one, data.digits(label_noise=0.4, seed=1).train.tensors[1])
-        assert not torch.equal(one, data.digits(label_noise=0.4, seed=2).train.tensors[1])
+        assert torch.equal(one, load("digits", label_noise=0.4, seed=1).train.labels)
+        assert not torch.equal(one, load("digits", label_noise=0.4, seed=2).train.labels)
 
     def test_noise_replaces_exactly_the_chosen(self):
         labels = torch.full((1000,), -1)
@@ -144,25 +156,30 @@ class TestDigits:
     @pytest.mark.parametrize("options", [{"label_noise": 1.2}, {"validation_fraction": 1.0}])
     def test_bad_fractions(self, options):
         with pytest.raises(InputError, match="must be in"):
-            data.digits(**options)
+            load("digits", **options)
 
 
 class TestBatches:
     def test_every_example_once_in_an_order_of_seed_and_epoch(self):
-        dataset = torch.utils.data.TensorDataset(torch.arange(10.0), torch.arange(10))
-        batches = Batches(dataset, 4, shuffle=True, seed=1)
-        first = torch.cat([y for _, y in batches])
+        numbers = torch.arange(10)
+        examples = data.Examples(Split("arrays", None, numbers, numbers[:, None, None, None].float()), "L")
+        shuffled = MemoryBatches(
+            examples, Order(10, 4, shuffle=True, loading=Loading(seed=1)), Preprocessing((1, 1, 1))
+        )
+        first = torch.cat([y for _, y in shuffled])
         assert sorted(first.tolist()) == list(range(10))
-        assert len(batches) == 3
-        batches.set_epoch(1)
-        second = torch.cat([y for _, y in batches])
+        assert len(shuffled) == 3
+        shuffled.set_epoch(1)
+        second = torch.cat([y for _, y in shuffled])
         assert not torch.equal(first, second)
-        batches.set_epoch(1, first_batch=1)
-        assert torch.equal(torch.cat([y for _, y in batches]), second[4:])
+        shuffled.set_epoch(1, first_batch=1)
+        assert torch.equal(torch.cat([y for _, y in shuffled]), second[4:])
+        assert all(torch.equal(x.flatten(), y.float()) for x, y in shuffled)
 
     def test_the_global_generator_is_left_alone(self):
         before = torch.get_rng_state()
-        list(Batches(data.digits(label_noise=0.5).train, 64, shuffle=True))
+        splits = load("digits", label_noise=0.5)
+        list(batches(splits.train, 64, splits.preprocessing, train=True))
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_shift_is_a_crop_of_the_padded_image(self):
@@ -183,17 +200,19 @@ class TestBatches:
 class TestCifar:
     def test_torchvisions_layout(self, tmp_path):
         root, pixels = cifar_files(tmp_path)
-        splits = data.load("cifar10", root)
+        splits = load("cifar10", root)
         assert (len(splits.train), len(splits.test), splits.image_size) == (100, 20, (3, 32, 32))
-        x, _ = splits.train[3]
+        image, _ = splits.train[3]
+        assert np.array_equal(np.asarray(image), pixels[3].reshape(3, 32, 32).transpose(1, 2, 0))
+        x = next(iter(batches(splits.train, 10, splits.preprocessing)))[0][3]
         mean, std = (torch.tensor(s).view(3, 1, 1) for s in cifar.STATISTICS["cifar10"])
         expected = (torch.from_numpy(pixels[3].reshape(3, 32, 32)).float() / 255 - mean) / std
         torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
-        assert "not the files of the published archive" in data.source("cifar10", root)
+        assert "not the files of the published archive" in data.source(Options(data="cifar10", data_dir=str(root)))
 
     def test_the_folder_itself_may_be_given(self, tmp_path):
         root, _ = cifar_files(tmp_path)
-        assert len(data.load("cifar10", root / "cifar-10-batches-py").train) == 100
+        assert len(load("cifar10", root / "cifar-10-batches-py").train) == 100
 
     def test_a_hostile_pickle_runs_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -205,7 +224,7 @@ class TestCifar:
 
         (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps(Malice()))
         with pytest.raises(InputError, match=r"data_batch_2 is not a CIFAR file .*mkdir"):
-            data.load("cifar10", root)
+            load("cifar10", root)
         assert not (tmp_path / "harmed").exists()
 
     @pytest.mark.parametrize("damage", ["missing", "cut", "text", "shape"])
@@ -221,19 +240,21 @@ class TestCifar:
         else:
             path.write_bytes(pickle.dumps({"data": np.zeros((3, 7), np.uint8), "labels": [0, 1, 2]}))
         with pytest.raises(InputError, match=r"data_batch_1.*unpack the archive again"):
-            data.load("cifar10", root)
+            load("cifar10", root)
 
     def test_absent_says_what_to_do(self, tmp_path):
         with pytest.raises(InputError, match=r"has no cifar-10-batches-py/: unpack"):
-            data.load("cifar10", tmp_path)
+            load("cifar10", tmp_path)
 
 
 class TestCifarAsPictures:
     """In memory, through PIL: what --aa, --color-jitter and --reprob need."""
 
     def batches(self, tmp_path, augment, epoch=0, first=0, **options):
-        splits = data.load("cifar10", tmp_path)
-        made = data.batches(splits.train, 10, splits.image_size, train=True, augment=augment, seed=3, **options)
+        splits = load("cifar10", tmp_path)
+        made = batches(
+            splits.train, 10, splits.preprocessing, train=True, augment=augment, loading=Loading(3, **options)
+        )
         made.set_epoch(epoch, first)
         return list(made)
 
@@ -244,7 +265,7 @@ class TestCifarAsPictures:
         mean, std = (torch.tensor(s).view(3, 1, 1) for s in cifar.STATISTICS["cifar10"])
         shown = ((x * std + mean) * 255).round().to(torch.uint8)
         padded = torch.nn.functional.pad(torch.from_numpy(pixels).view(-1, 3, 32, 32), (4,) * 4)
-        every = data.load("cifar10", tmp_path).train.tensors[1]
+        every = load("cifar10", tmp_path).train.labels
         for image, label in zip(shown[:3], labels[:3], strict=True):
             places = [(n, i, j) for n in range(100) for i in range(9) for j in range(9)]
             found = [n for n, i, j in places if torch.equal(padded[n, :, i : i + 32, j : j + 32], image)]
@@ -273,15 +294,16 @@ class TestCifarAsPictures:
 
     def test_without_augmentation_they_stay_in_memory(self, tmp_path):
         cifar_files(tmp_path)
-        splits = data.load("cifar10", tmp_path)
-        off = Augment(auto_augment="rand-m10-n2", off=True)
-        for chosen in ({"train": True, "augment": off}, {"augment": Augment(auto_augment="rand-m10-n2")}):
-            assert isinstance(data.batches(splits.train, 10, splits.image_size, **chosen), Batches)
+        splits = load("cifar10", tmp_path)
+        for chosen in ({"train": True}, {"augment": Augment(auto_augment="rand-m10-n2")}):
+            assert isinstance(batches(splits.train, 10, splits.preprocessing, **chosen), MemoryBatches)
+        off = recipe.augmentation(Options(data="cifar10", aa="rand-m10-n2", no_aug=True))
+        assert off is None
 
 
 class TestFolders:
     def test_classes_sizes_and_labels(self, tmp_path):
-        splits = data.load("folder", picture_tree(tmp_path, size=(24, 16)))
+        splits = load("folder", picture_tree(tmp_path, size=(24, 16)))
         assert splits.num_classes == 2
         assert splits.image_size == (3, 16, 24)
         assert splits.clean_train_labels.tolist() == [0] * 4 + [1] * 4
@@ -289,25 +311,24 @@ class TestFolders:
         assert splits.validation is None
 
     def test_val_and_test_are_validation_and_test(self, tmp_path):
-        splits = data.load("folder", picture_tree(tmp_path, splits=("train", "val", "test")))
+        splits = load("folder", picture_tree(tmp_path, splits=("train", "val", "test")))
         assert len(splits.validation) == len(splits.test) == 8
 
     def test_large_images_get_the_models_size(self, tmp_path):
         root = picture_tree(tmp_path, size=(80, 80), n=1)
-        assert data.load("folder", root, default_size=(96, 96)).image_size == (3, 96, 96)
-        assert data.load("folder", root, image_size=48).image_size == (3, 48, 48)
+        assert load("folder", root, model="test_resnet").image_size == (3, 160, 160)
+        assert load("folder", root, img_size=48).image_size == (3, 48, 48)
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_augmentation_depends_on_seed_and_epoch_only(self, tmp_path, workers):
-        splits = data.load("folder", picture_tree(tmp_path))
+        splits = load("folder", picture_tree(tmp_path))
 
         def epoch(number: int, workers: int) -> torch.Tensor:
             augment = Augment(auto_augment="rand-m9-mstd0.5", erase=0.5)
-            batches = data.batches(
-                splits.train, 4, splits.image_size, train=True, augment=augment, seed=3, workers=workers
-            )
-            batches.set_epoch(number)
-            return torch.cat([x for x, _ in batches])
+            options = {"train": True, "augment": augment, "loading": Loading(3, workers)}
+            pictures = batches(splits.train, 4, splits.preprocessing, **options)
+            pictures.set_epoch(number)
+            return torch.cat([x for x, _ in pictures])
 
         state = torch.get_rng_state()
         first = epoch(1, workers)
@@ -340,28 +361,28 @@ class TestFolders:
             (tmp_path / "train").rename(tmp_path / "old")
             (tmp_path / "train").mkdir()
         with pytest.raises(InputError, match=message):
-            data.load("folder", tmp_path)
+            load("folder", tmp_path)
 
     @pytest.mark.parametrize(("fault", "workers"), [("cut", 0), ("empty", 0), ("text", 0), ("huge", 0), ("cut", 1)])
     def test_unreadable_images_are_named_never_replaced(self, tmp_path, monkeypatch, fault, workers):
-        splits = data.load("folder", picture_tree(tmp_path))
+        splits = load("folder", picture_tree(tmp_path))
         bad = tmp_path / "train" / "dog" / "2.png"
         if fault == "huge":
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
         else:
             bad.write_bytes({"cut": bad.read_bytes()[:300], "empty": b"", "text": b"not an image"}[fault])
         with pytest.raises(InputError, match=r"cannot read image .*(cat/0|dog/2)\.png.*replace or remove it"):
-            list(data.batches(splits.train, 4, splits.image_size, workers=workers))
+            list(batches(splits.train, 4, splits.preprocessing, workers=workers))
 
     @pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA", "1"])
     def test_other_modes_are_converted(self, tmp_path, mode):
-        splits = data.load("folder", picture_tree(tmp_path))
+        splits = load("folder", picture_tree(tmp_path))
         suffix = "tif" if mode == "CMYK" else "png"
         (tmp_path / "train" / "cat" / "0.png").unlink()
         Image.new(mode, (16, 16)).save(
             tmp_path / "train" / "cat" / "0.png", format="TIFF" if suffix == "tif" else "PNG"
         )
-        x, _ = next(iter(data.batches(splits.train, 4, splits.image_size)))
+        x, _ = next(iter(batches(splits.train, 4, splits.preprocessing)))
         assert x.shape == (4, 3, 16, 16)
 
 
@@ -369,7 +390,7 @@ def test_timms_torchvision_data_sets(tmp_path):
     """torchvision checks the md5 sums of CIFAR, so that random files are refused, in one line."""
     cifar_files(tmp_path)
     with pytest.raises(InputError, match=r"timm cannot open data set 'torch/cifar10'"):
-        data.load("torch/cifar10", tmp_path)
+        load("torch/cifar10", tmp_path)
 
 
 def shards(root: Path, *, num: int = 4, each: int = 6, splits=("train", "validation")) -> Path:
@@ -416,30 +437,30 @@ class TestStreams:
 
     def splits(self, root):
         pytest.importorskip("webdataset")
-        return data.load("wds/pictures", shards(root), num_classes=2, image_size=16)
+        return load("wds/pictures", shards(root), num_classes=2, img_size=16)
 
     def test_evaluation_sees_every_example_once_with_its_label(self, tmp_path):
         splits = self.splits(tmp_path / "d")
         assert len(splits.test) == 24
-        batches = list(data.batches(splits.test, 5, splits.image_size))
-        assert self.numbers(batches) == list(range(24))
-        assert torch.cat([y for _, y in batches]).tolist() == [k % 2 for k in range(24)]
+        seen = list(batches(splits.test, 5, splits.preprocessing))
+        assert self.numbers(seen) == list(range(24))
+        assert torch.cat([y for _, y in seen]).tolist() == [k % 2 for k in range(24)]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_an_epoch_is_a_function_of_the_seed_and_can_be_resumed(self, tmp_path, workers):
         splits = self.splits(tmp_path / "d")
-        options = {"train": True, "augment": Augment(), "workers": workers}
-        batches = data.batches(splits.train, 4, splits.image_size, seed=3, **options)
+        options = {"train": True, "augment": Augment(), "loading": Loading(3, workers)}
+        stream = batches(splits.train, 4, splits.preprocessing, **options)
         epochs = []
         for epoch in (0, 1, 0):
-            batches.set_epoch(epoch)
-            epochs.append(list(batches))
-            assert len(epochs[-1]) == len(batches) == 6
+            stream.set_epoch(epoch)
+            epochs.append(list(stream))
+            assert len(epochs[-1]) == len(stream) == 6
         for (a, _), (b, _) in zip(epochs[0], epochs[2], strict=True):
             assert torch.equal(a, b)
         assert any(not torch.equal(a, b) for (a, _), (b, _) in zip(epochs[0], epochs[1], strict=True))
-        batches.set_epoch(1, first_batch=4)
-        rest = list(batches)
+        stream.set_epoch(1, first_batch=4)
+        rest = list(stream)
         assert len(rest) == 2
         for (a, x), (b, y) in zip(rest, epochs[1][4:], strict=True):
             assert torch.equal(a, b)
@@ -464,9 +485,9 @@ class TestStreams:
         pytest.importorskip("webdataset")
         root = shards(tmp_path / "d")
         with pytest.raises(InputError, match="give --num-classes"):
-            data.load("wds/pictures", root)
+            load("wds/pictures", root)
         with pytest.raises(InputError, match="a stream has no numbers"):
-            data.load("wds/pictures", root, num_classes=2, label_noise=0.1)
+            load("wds/pictures", root, num_classes=2, label_noise=0.1)
 
 
 @pytest.mark.slow
@@ -478,10 +499,10 @@ def test_mnist_by_timms_name(tmp_path):
     raw.mkdir(parents=True)
     for path in archive.glob("*.gz"):
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    splits = data.load("torch/mnist", tmp_path, label_noise=0.1)
+    splits = load("torch/mnist", tmp_path, label_noise=0.1)
     assert (len(splits.train), len(splits.test)) == (60_000, 10_000)
     assert splits.image_size == (1, 28, 28)
-    x, _ = next(iter(data.batches(splits.train, 8, splits.image_size, train=True, augment=Augment(hflip=0))))
+    x, _ = next(iter(batches(splits.train, 8, splits.preprocessing, train=True, augment=Augment(hflip=0))))
     assert x.shape == (8, 1, 28, 28)
 
 
@@ -492,16 +513,16 @@ def test_cifar_files_made_from_the_jpegs(tmp_path):
         pytest.skip(f"{SHARED / 'unpack.py'} is not there")
     for layout in (["--layout", "batches"], ["--subset", "1,1", "--test-name", "test"]):
         subprocess.run([sys.executable, SHARED / "unpack.py", "cifar10", tmp_path, *layout], check=True)
-    splits = data.load("cifar10", tmp_path)
-    assert splits.train.tensors[1].bincount().tolist() == [5000] * 10
+    splits = load("cifar10", tmp_path)
+    assert splits.train.labels.bincount().tolist() == [5000] * 10
     image = np.asarray(Image.open(tmp_path / "test" / "airplane" / "0000.jpg")).transpose(2, 0, 1)
-    assert np.array_equal(splits.test.tensors[0][0].numpy(), image)
+    assert np.array_equal(splits.test.x[0].numpy(), image)
 
 
 @pytest.mark.parametrize("name", ["cifar11", "imagnet"])
 def test_unknown_data_sets_list_the_choices(tmp_path, name):
     with pytest.raises(InputError, match=r"unknown data set .*digits.*folder"):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
 
 
 class TestModels:
@@ -562,14 +583,14 @@ class TestSome:
         cifar_files(tmp_path / "cifar")
         tree = picture_tree(tmp_path / "tree", n=6)
         for found in (
-            data.load("digits"),
-            data.load("cifar10", tmp_path / "cifar"),
-            data.load("folder", tree),
+            load("digits"),
+            load("cifar10", tmp_path / "cifar"),
+            load("folder", tree),
         ):
             split = found.test
             some, rows = data.some(split, 4), data.spaced(len(split), 4)
             (x, y), (whole, labels) = (
-                [torch.cat(parts) for parts in zip(*data.batches(s, 16, found.image_size), strict=True)]
+                [torch.cat(parts) for parts in zip(*batches(s, 16, found.preprocessing), strict=True)]
                 for s in (some, split)
             )
             assert torch.equal(x, whole[rows])
@@ -583,48 +604,50 @@ class TestSome:
             )
 
     def test_a_stream_has_no_numbers(self, tmp_path):
-        found = data.load("wds/", shards(tmp_path / "shards"), num_classes=2)
+        found = load("wds/", shards(tmp_path / "shards"), num_classes=2)
         assert data.some(found.train, 3) is found.train
         assert data.taken(found.train, 3) == "the first of the stream"
 
     def test_a_run_on_a_folder_is_measured_and_evaluated_on_all_classes(self, tmp_path, capsys):
         tree, out = picture_tree(tmp_path / "data", n=8), tmp_path / "run"
         argv = ["--data", "folder", "--data-dir", tree, "--epochs", 1, "--batch-size", 8, "--measures", "none"]
-        assert command.run(train.main, [str(o) for o in [*argv, "--out", out]]) == 0
+        assert errors.run(train.main, [str(o) for o in [*argv, "--out", out]]) == 0
         capsys.readouterr()
         argv = [str(out), "--examples", "6", "--batch-size", "4", "--measures", "worst"]
-        assert command.run(measure.main, argv) == 0
-        report = command.read_json(out / "measures.json")
+        assert errors.run(measure.main, argv) == 0
+        report = files.read_json(out / "measures.json")
         assert (report["num_examples"], report["which_examples"]) == (6, "evenly spaced")
-        args = options.restored(command.read_json(out / "config.json")["options"], out=out)
-        splits = recipe.splits(args)
-        batches = measure._batches(splits, "train", 6, 4, args)
-        assert [len(y) for _, y in batches] == [4, 2]
-        assert torch.cat([y for _, y in batches]).bincount().tolist() == [3, 3]
+        run = trained.load(options.of_run(out))
+        chosen = data.some(run.splits.train, 6)
+        assert chosen.labels.bincount().tolist() == [3, 3]
+        with torch.no_grad():
+            x, y = next(iter(run.batches(chosen, 6)))
+            loss = torch.nn.functional.cross_entropy(run.model.eval()(x), y)
+        assert report["loss"] == pytest.approx(float(loss), rel=1e-6)
         capsys.readouterr()
         argv = [str(out), "--corruptions", "fog", "--severities", "1", "--examples", "6"]
-        assert command.run(evaluate.main, argv) == 0
+        assert errors.run(evaluate.main, argv) == 0
         first = capsys.readouterr().out.splitlines()[0]
         assert first == ("Accuracy in per cent on 6 test images, evenly spaced; the damaged images are made here")
-        labels = [y for _, _, part in evaluate.Clean(splits.test, splits.image_size, 6).parts() for y in part.tolist()]
-        assert labels == [0, 0, 0, 1, 1, 1]
-        report = command.read_json(out / "corrupted.json")
+        clean = evaluate.Clean(data.some(run.splits.test, 6), run.splits.preprocessing)
+        assert [y for _, _, part in clean.parts() for y in part.tolist()] == [0, 0, 0, 1, 1, 1]
+        report = files.read_json(out / "corrupted.json")
         assert (report["num_examples"], report["which_examples"]) == (6, "evenly spaced")
 
     def test_a_run_whose_data_moved_is_measured_and_evaluated_where_they_are_now(self, tmp_path, monkeypatch, capsys):
         tree, out = picture_tree(tmp_path / "data", n=8), tmp_path / "run"
         argv = ["--data", "folder", "--data-dir", tree, "--epochs", 1, "--batch-size", 8, "--measures", "none"]
-        assert command.run(train.main, [str(o) for o in [*argv, "--workers", 1, "--out", out]]) == 0
+        assert errors.run(train.main, [str(o) for o in [*argv, "--workers", 1, "--out", out]]) == 0
         config = (out / "config.json").read_bytes()
         moved = tree.rename(tmp_path / "moved")
         seen = []
-        monkeypatch.setattr(data, "batches", lambda *a, of=data.batches, **k: seen.append(k["workers"]) or of(*a, **k))
+        monkeypatch.setattr(trained, "batches", lambda *a, **k: seen.append(k["loading"].workers) or batches(*a, **k))
         for main, more in (
             (measure.main, ["--examples", "6", "--measures", "worst", "--workers", "0"]),
             (evaluate.main, ["--examples", "6", "--corruptions", "fog", "--severities", "1"]),
         ):
-            assert command.run(main, [str(out), *more]) == 2
+            assert errors.run(main, [str(out), *more]) == 2
             assert f"--data-dir {tree} is not a directory" in capsys.readouterr().err
-            assert command.run(main, [str(out), *more, "--data-dir", str(moved)]) == 0
+            assert errors.run(main, [str(out), *more, "--data-dir", str(moved)]) == 0
         assert seen == [0]
         assert (out / "config.json").read_bytes() == config

@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from limits import PATIENCE
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -411,7 +412,7 @@ def test_when_a_rank_dies_the_others_raise_with_their_weights_restored(tmp_path,
     start = time.monotonic()
     mp.spawn(_start_and_die, (str(file), str(tmp_path), point), nprocs=2)
     assert torch.load(tmp_path / "0.pt", weights_only=True) == {"outcome": "raised", "restored": True}
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < PATIENCE  # and not the half hour of the process group
 
 
 def _start_and_die(rank, file, folder, point):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from benchmarks.diagonal_network import FEATURES, TARGETS, correlations, data, half_squared_error, main, minimum, runs
+from benchmarks.examples.diagonal_network import (
+    FEATURES,
+    TARGETS,
+    correlations,
+    data,
+    half_squared_error,
+    main,
+    minimum,
+    runs,
+)
 from sam_optim import Ball, Loss, hessian_trace
 
 
@@ -55,8 +64,8 @@ def test_the_measure_that_tells_depends_on_the_data():
 
 def test_the_command_prints_a_table_and_draws(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("benchmarks.diagonal_network.SCALES", (0.1, 1.0))
-    monkeypatch.setattr("benchmarks.diagonal_network.runs", lambda n: runs(n, scales=(0.1, 1.0)))
+    monkeypatch.setattr("benchmarks.examples.diagonal_network.SCALES", (0.1, 1.0))
+    monkeypatch.setattr("benchmarks.examples.diagonal_network.runs", lambda n: runs(n, scales=(0.1, 1.0)))
     assert main(["--num-sets", "1", "--out", str(tmp_path / "picture.png")]) == 0
     out = capsys.readouterr().out
     assert "sparse target" in out

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import examples
 import pytest
 import torch
-from test_docs import run
-from test_readme import NUMBER
+from test_docs import TRAINED
 
-from benchmarks import accuracies, command, options
+from benchmarks import accuracies
+from benchmarks.train import options
+from sam_optim.core import errors, files
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {p.stem for p in (ROOT / "benchmarks" / "recipes").glob("*.yaml")}
@@ -19,12 +21,8 @@ RECIPES = {p.stem for p in (ROOT / "benchmarks" / "recipes").glob("*.yaml")}
 def test_the_example_prints_what_it_shows():
     pytest.importorskip("sklearn")
     with torch.random.fork_rng(devices=[]):
-        pairs = run(ROOT / "docs" / "training.md")
-    ((printed, shown),) = pairs
-    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
-    (updates, accuracy), (said, about) = (map(float, NUMBER.findall(text)) for text in (printed, shown))
-    assert updates == said
-    assert accuracy == pytest.approx(about, abs=0.05)  # 899 images, another processor
+        pairs = examples.run(ROOT / "docs" / "training.md")
+    examples.check(pairs, spread=TRAINED)
 
 
 def test_every_option_that_a_page_names_exists():
@@ -45,7 +43,7 @@ def test_every_option_that_a_page_names_exists():
 
 
 def test_the_table_of_accuracies_is_that_of_its_file():
-    rows = command.read_json(accuracies.DATA)
+    rows = files.read_json(accuracies.DATA)
     text = accuracies.PAGE.read_text()
     assert accuracies.page(text, rows) == text
     assert [row["recipe"] for row in rows] == list(dict.fromkeys(row["recipe"] for row in rows))
@@ -60,11 +58,11 @@ def test_published_accuracies_are_100_minus_the_errors_of_the_sam_paper():
     """Tables 1 and 2 of arXiv:2010.01412, errors in %."""
     errors = {"cifar10_wrn28_10_sgd": 3.5, "cifar10_wrn28_10_sam": 2.7, "cifar100_wrn28_10_sgd": 18.8}
     errors |= {"cifar100_wrn28_10_sam": 16.5, "imagenet_resnet50_sgd": 22.9, "imagenet_resnet50_sam": 22.5}
-    rows = {row["recipe"]: row["published"] for row in command.read_json(accuracies.DATA)}
+    rows = {row["recipe"]: row["published"] for row in files.read_json(accuracies.DATA)}
     for recipe, error in errors.items():
         assert float(rows[recipe].split()[0]) == pytest.approx(100 - error)
 
 
 def test_a_page_without_its_marks_is_refused():
-    with pytest.raises(command.InputError, match="has lost the marks"):
+    with pytest.raises(errors.InputError, match="has lost the marks"):
         accuracies.page("# Accuracies", [])

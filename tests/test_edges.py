@@ -37,7 +37,7 @@ def test_two_norms_and_a_group_whose_gradient_is_zero(foreach):
     optimizer.step(squares(optimizer, a, b))
     assert torch.equal(a, torch.zeros(2))
     torch.testing.assert_close(b.detach(), torch.full((2,), 1 - 0.1 * 2 * 1.05))
-    assert optimizer.last_step.perturbation_norm.item() == pytest.approx(0.05)
+    assert optimizer.last_step.radius.item() == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("foreach", [None, True])
@@ -231,12 +231,12 @@ def test_last_step_forgets_what_it_no_longer_knows():
     w = parameter(1.0)
     optimizer = SAM([w], lr=0.1, rho=0.05)
     optimizer.step(squares(optimizer, w))
-    assert optimizer.last_step.perturbation_norm.item() == pytest.approx(0.05)
+    assert optimizer.last_step.radius.item() == pytest.approx(0.05)
     assert not optimizer.last_step.loss.requires_grad
     optimizer.param_groups[0]["rho"] = 0.0
     optimizer.step(squares(optimizer, w))
-    assert optimizer.last_step.perturbation_norm == 0
-    assert optimizer.last_step.grad_norm is None
+    assert optimizer.last_step.radius == 0
+    assert optimizer.last_step.dual_norm is None
     assert optimizer.last_step.sharpness == 0
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import step_cost
+from benchmarks.speed import step as step_cost
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-@pytest.mark.parametrize("words", [["benchmarks.gpu"], ["benchmarks.step_cost", "--device", "cuda"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["benchmarks.gpu"], ["benchmarks.speed.step", "--device", "cuda"]], ids=" ".join)
 def test_without_a_device_it_is_one_line(words):
     out = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 2

@@ -18,7 +18,7 @@ from sam_optim.loss import Loss
 from sam_optim.measures import gradient_coherence, gradient_noise_scale, gradient_regret
 from sam_optim.measures import gradients as gradients_module
 from sam_optim.measures import gram as gram_module
-from sam_optim.measures.conjugate import damped_share
+from sam_optim.measures.conjugate_gradient import damped_share
 
 EPS = torch.finfo(torch.float64).eps
 SIZES = (5, 5, 2, 3)

@@ -70,7 +70,7 @@ def test_sam_on_is_sam_by_hand_over_the_normalisation_layers(way, how, adaptive)
                 assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == NORMAL
                 closure()
             optimizer.step()
-        assert float(optimizer.last_step.grad_norm) == pytest.approx(float(norm), rel=1e-12)
+        assert float(optimizer.last_step.dual_norm) == pytest.approx(float(norm), rel=1e-12)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[n], rtol=1e-11, atol=1e-13)
 

@@ -348,12 +348,13 @@ def test_directions_that_are_none_are_refused():
 
 @needs_golden
 def test_golden_directions_are_those_of_the_peer_code():
-    loss = golden_loss(mlp(dtype=torch.float32))
+    """Each vector width has its own logarithm and cosine behind `torch.randn`, which differ by ulps of the factors."""
+    loss, ulps = golden_loss(mlp(dtype=torch.float32)), 4 * torch.finfo(torch.float32).eps
     for ignore, biases in (("biasbn", False), ("none", True)):
         for seed in (0, 1):
             expected = golden_direction(loss, f"direction_ignore={ignore}_seed{seed}")
             for d, e in zip(random_direction(loss, seed=seed, biases=biases), expected, strict=True):
-                torch.testing.assert_close(d.double(), e, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(d.double(), e, rtol=0, atol=ulps * float(e.abs().max()))
 
 
 @needs_golden

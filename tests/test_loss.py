@@ -4,7 +4,9 @@ import itertools
 import json
 import random
 import sys
+from collections import UserDict
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from networks import NETWORKS, SHAPES, Attention, Dense, batches, cnn, flat, like, mlp, network
 from quadratic import mean
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sam_optim.loss import MATRICES, Loss
@@ -452,3 +455,91 @@ def test_split_is_the_same_loss_in_smaller_batches():
     )
     with pytest.raises(ValueError, match="cannot be split"):
         odd.split(1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh())
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh())
+        self.head = nn.Linear(4, 5)
+        self.recompute = False
+
+    def forward(self, x):
+        x = self.first(x)
+        x = checkpoint(self.second, x, use_reentrant=False) if self.recompute else self.second(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_activation_checkpoints(matrix):
+    torch.manual_seed(5)
+    model = Checkpointed().double().eval()
+    batch = (torch.randn(6, 3, 5, 5, dtype=torch.float64), torch.randint(5, (6,)))
+    loss = Loss(model, cross_entropy, [batch])
+    v = [torch.randn_like(p) for p in loss.params]
+    products = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        with loss.curvature(matrix) as product:
+            products.append(product(v))
+    for a, b in zip(*products, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Encoding(UserDict):
+    """A mapping that is no dict, as Hugging Face's BatchEncoding."""
+
+
+class Named(NamedTuple):
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+
+class Rows(list):
+    """A list of a class of the user's."""
+
+
+@pytest.mark.parametrize("form", [Encoding, dict, Named, Rows], ids=lambda form: form.__name__)
+def test_batches_of_every_form_are_moved_divided_and_compared(form):
+    data = batches(mlp)
+    if form is Named:
+        formed = [Named(x, y) for x, y in data]
+    elif form is Rows:
+        formed = [Rows([x, y]) for x, y in data]
+    else:
+        formed = [form(pixels=x, labels=y, note="as it is") for x, y in data]
+
+    def forward(model, batch):
+        assert isinstance(batch, Named if form is Named else Rows if form is Rows else dict)
+        pixels, labels = batch[:2] if form in (Named, Rows) else (batch["pixels"], batch["labels"])
+        return model(pixels), labels
+
+    expected = Loss(network(mlp), cross_entropy, data)
+    loss = Loss(network(mlp), cross_entropy, formed, forward=forward, chunk_size=2)
+    assert loss.batch_sizes == expected.batch_sizes
+    assert_equal_to_rounding(loss.value(), expected.value())
+    assert_equal_to_rounding(loss.split(2).value(), expected.value())
+    v = [torch.ones_like(p) for p in loss.params]
+    assert_equal_to_rounding(flat(loss.hessian_product(v)), flat(expected.hessian_product(v)))
+    assert (
+        Loss(network(mlp), cross_entropy, formed[::-1], forward=forward).settings()["data"] != loss.settings()["data"]
+    )
+
+
+@pytest.mark.parametrize("column", range(0, 96, 7))
+def test_a_change_anywhere_in_a_batch_is_seen(column):
+    """Random erasing of one column of 64 images of 8 channels; a checksum of some entries missed most of them."""
+
+    class Erased:
+        passes = 0
+
+        def __iter__(self):
+            x = torch.ones(64, 8, 4, 96)
+            x[:, :, :, column] *= 1 - 1e-3 * self.passes
+            self.passes += 1
+            yield x, torch.zeros(64, dtype=torch.long)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 4 * 96, 2))
+    with pytest.raises(ValueError, match="not that of the first pass"):
+        Loss(model, cross_entropy, Erased()).value()

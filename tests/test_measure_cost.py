@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cost_curvature, cost_sharpness, measure_cost
-from benchmarks.command import InputError
-from benchmarks.cost_rows import Problem
+from benchmarks.speed import curvature as cost_curvature
+from benchmarks.speed import measures as measure_cost
+from benchmarks.speed import sharpness as cost_sharpness
+from benchmarks.speed.rows import Problem
+from sam_optim.core.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_the_command_writes_what_it_found(problem, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--rows", "lambda"], "lambda"), (["--rounds", "0"], "rounds must be >= 1")]
+    ("arguments", "message"), [(["--rows", "lambda"], "lambda"), (["--rounds", "0"], "--rounds: must be >= 1, got 0")]
 )
 def test_what_it_refuses(arguments, message, problem, monkeypatch):
     monkeypatch.setattr(measure_cost, "problem_of", lambda args: problem)

@@ -119,8 +119,10 @@ def test_one_step_on_a_quadratic_is_its_closed_form(kwargs):
     torch.testing.assert_close(step.sharpness, after - before)
     torch.testing.assert_close(step.loss, before)
     dual = (t * g).abs().sum() if "norm" in kwargs else (t * g).norm()
-    assert step.grad_norm.item() == pytest.approx(dual.item(), rel=1e-6)
-    assert step.perturbation_norm.item() == pytest.approx(0.2, rel=1e-6)
+    assert step.dual_norm.item() == pytest.approx(dual.item(), rel=1e-12)
+    assert step.grad_norm.item() == pytest.approx(g.norm().item(), rel=1e-12)
+    assert step.radius.item() == pytest.approx(0.2, rel=1e-12)
+    assert step.perturbation_norm.item() == pytest.approx(e.norm().item(), rel=1e-12)
 
 
 def by_closure(model, optimizer, i):
@@ -592,12 +594,12 @@ def test_grad_scaler_in_two_phases(two_phase, overflow):
         backward(2)
     scaler.step(optimizer)
     scaler.update()
-    if overflow == 2:
+    if overflow is not None:  # one rule for both passes: w + e, and with it the gradient there, is not finite either
         assert equal(model.parameters(), before)
         assert scaler.get_scale() == 512
         return
     assert scaler.get_scale() == 1024
-    reference = SAM(twin.parameters(), torch.optim.SGD, lr=0.1, rho=0.1 if overflow is None else 0.0)
+    reference = SAM(twin.parameters(), torch.optim.SGD, lr=0.1, rho=0.1)
     by_contexts(twin, reference, 0)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
@@ -609,8 +611,7 @@ def test_a_fault_anywhere_in_a_step_is_all_or_nothing(when):
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, module=model)
     train(model, optimizer, range(2))
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    grads = [p.grad is None for p in model.parameters()]
-    drawn, calls = torch.get_rng_state(), []
+    calls = []
     inner = closure_of(model, optimizer, 5)
 
     def closure():
@@ -627,8 +628,6 @@ def test_a_fault_anywhere_in_a_step_is_all_or_nothing(when):
     if when == "base":
         optimizer.param_groups[0]["lr"] = 0.1
     assert all(torch.equal(v, state[0][k]) for k, v in model.state_dict().items())
-    assert [p.grad is None for p in model.parameters()] == grads
-    assert torch.equal(torch.get_rng_state(), drawn)
     if when != "base":
         found = optimizer.state_dict()
         assert found["param_groups"] == state[1]["param_groups"]
@@ -653,24 +652,28 @@ def test_a_loss_of_exactly_zero_does_not_skip_the_step():
     assert w.item() == 0.5
 
 
-def test_a_gradient_that_is_nan_in_the_first_pass_does_not_reach_the_weights():
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_in_the_first_pass_leaves_the_step_out(bad, norm):
     w = nn.Parameter(torch.ones(4))
-    optimizer = SAM([w], torch.optim.SGD, lr=0.1, rho=0.1)
+    optimizer = SAM([w], torch.optim.SGD, lr=0.1, rho=0.1, norm=norm)
     calls = []
 
     def closure():
         optimizer.zero_grad()
         loss = w.square().sum()
         loss.backward()
-        calls.append(w.detach().clone())
+        calls.append(1)
         if len(calls) == 1:
-            w.grad[1] = math.nan
+            w.grad[1] = bad
         return loss
 
+    with pytest.warns(UserWarning, match="left out"):
+        optimizer.step(closure)
+    assert torch.equal(w.detach(), torch.ones(4))
+    assert optimizer.num_skipped == 1
     optimizer.step(closure)
-    assert torch.equal(calls[0], calls[1])
-    torch.testing.assert_close(w.detach(), torch.full((4,), 0.8))
-    assert optimizer.num_unperturbed == 1
+    assert not torch.equal(w.detach(), torch.ones(4))
 
 
 def test_schedule_free_and_other_attributes_of_the_base_are_reached():
@@ -705,6 +708,7 @@ def test_a_closure_through_grad_scaler_is_refused_also_over_a_fused_base(passed,
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore:a gradient at w")
 def test_a_descent_gradient_that_is_not_finite_skips_the_step(fused):
     model, control = network(), network()
     optimizers = [SAM(m.parameters(), torch.optim.AdamW, lr=0.1, fused=fused) for m in (model, control)]
@@ -726,6 +730,7 @@ def test_a_descent_gradient_that_is_not_finite_skips_the_step(fused):
     assert [int(o.num_skipped) for o in optimizers] == [1, 0]
 
 
+@pytest.mark.filterwarnings("ignore:a gradient at w")
 def test_what_a_gradient_that_is_not_finite_does_can_be_chosen():
     w = nn.Parameter(torch.ones(3))
 

@@ -130,8 +130,8 @@ def check(spec, norm, seed):
                     assert p.stride() == place[1]
         assert all(torch.equal(p, w) for p, w in zip(params, clean, strict=True))
         assert [(p.data_ptr(), p.stride()) for p in params] == places
-        if sam.last_step.grad_norm is not None:
-            assert sam.last_step.grad_norm.item() == pytest.approx(length, rel=1e-5)
+        if sam.last_step.dual_norm is not None:
+            assert sam.last_step.dual_norm.item() == pytest.approx(length, rel=1e-5)
     for g, p in zip(grads, params, strict=True):
         p.grad = g
 

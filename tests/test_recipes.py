@@ -10,15 +10,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_data import cifar_files, picture_tree
+from test_data import cifar_files, load, picture_tree
 from test_train import PICTURES, run
 from timm.data import create_transform, resolve_model_data_config
 
-from benchmarks import cifar, command, data, evaluate, finetune_text, measure, models, options, recipe
-from benchmarks.command import InputError
-from benchmarks.images import Augment
-from benchmarks.preprocessing import Preprocessing
-from sam_optim.vision import wide_resnet
+from benchmarks import command, evaluate, finetune_text, measure
+from benchmarks.train import data, options
+from benchmarks.train.batches import Augment, batches
+from sam_optim.core import errors, files
+from sam_optim.core.errors import InputError
+from sam_optim.vision import cifar, models, wide_resnet
+from sam_optim.vision.preprocessing import Preprocessing
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml"))
 TINY = {"resnet18": "test_resnet", "resnet50": "test_resnet", "wrn28_10": "wrn10_1", "cnn": "cnn3"}
@@ -69,7 +71,7 @@ def test_a_recipe_runs(path, tmp_path):
     if path.stem in FINE_TUNED:
         more += ["--initial-checkpoint", TestInitialCheckpoint().saved(tmp_path)[1]]
     assert run("--config", path, *more, "--out", tmp_path / "run") == 0
-    config = command.read_json(tmp_path / "run" / "config.json")
+    config = files.read_json(tmp_path / "run" / "config.json")
     for key in ("lr", "weight_decay", "sam_rho", "adaptive", "opt", "clip_grad", "smoothing", "mixup", "aa"):
         assert config["options"][key] == getattr(args, key)
     record = command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
@@ -106,7 +108,7 @@ def test_the_vit_recipes_run_on_torchvisions_layout(tmp_path, name):
     path = next(p for p in RECIPES if p.stem == name)
     more = ["--model", "test_vit", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "50", "--workers", "0"]
     assert run("--config", path, "--data-dir", tmp_path / "data", *more, "--out", tmp_path / "run") == 0
-    config = command.read_json(tmp_path / "run" / "config.json")
+    config = files.read_json(tmp_path / "run" / "config.json")
     assert (config["options"]["data"], config["options"]["aa"]) == ("cifar10", "rand-m10-n2")
     assert config["data"]["preprocessing"]["mean"] == list(cifar.STATISTICS["cifar10"][0])
     assert command.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
@@ -132,7 +134,7 @@ class TestConfig:
         path.write_text("lr: 1e-3\nno_aug: true\nopt-kwargs: {betas: '(0.8, 0.9)'}\nopt: adamw\nchannels-last: false\n")
         args = options.parse(["--config", str(path), "--opt", "lion"])
         assert (args.lr, args.no_aug, args.opt, args.channels_last) == (1e-3, True, "lion", False)
-        assert args.opt_kwargs == [("betas", (0.8, 0.9))]
+        assert args.opt_kwargs == {"betas": (0.8, 0.9)}
 
     def test_the_command_line_takes_back_switches_and_what_is_unset_by_default(self, tmp_path):
         path = tmp_path / "a.yaml"
@@ -220,7 +222,7 @@ class TestInitialCheckpoint:
         _, path = self.saved(tmp_path)
         options = [*PICTURES, "--model", "test_vit", "--data-dir", tree, "--out", tmp_path / "run", "--epochs", "1"]
         assert run(*options, "--initial-checkpoint", path, "--grad-checkpointing") == 0
-        assert command.read_json(tmp_path / "run" / "config.json")["initial_checkpoint_sha256"]
+        assert files.read_json(tmp_path / "run" / "config.json")["initial_checkpoint_sha256"]
         path.unlink()
         assert run("--out", tmp_path / "run", "--resume") == 0
 
@@ -246,36 +248,35 @@ class TestPreprocessing:
         return tmp_path / "run"
 
     def kept(self, out):
-        return options.restored(command.read_json(out / "config.json")["options"], out=out)
+        return options.of_run(out)
 
     def test_it_is_that_of_the_model_and_of_every_command_that_follows(self, tmp_path, capsys):
         """test_vit: mean and std 0.5, bicubic, crop_pct 0.95; the first test image is made here by timm alone."""
         out = self.fine_tuned(tmp_path)
-        config = command.read_json(out / "config.json")
+        config = files.read_json(out / "config.json")
         timms = resolve_model_data_config(timm.create_model("test_vit"))
         for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode"):
             expected = list(timms[key]) if key in ("mean", "std") else timms[key]
             assert config["data"]["preprocessing"][key] == config["options"][key] == expected
-        splits = recipe.splits(self.kept(out))
-        first = next(iter(data.batches(splits.test, 1, splits.image_size)))[0][0]
+        splits = data.load(self.kept(out))
+        first = next(iter(batches(splits.test, 1, splits.preprocessing)))[0][0]
         with Image.open(tmp_path / "data" / "val" / "cat" / "0.png") as image:
             torch.testing.assert_close(first, create_transform(**timms)(image), rtol=1e-5, atol=1e-5)
         logged = command.read_jsonl(out / "metrics.jsonl")[-1]
-        assert command.run(measure.main, [str(out), "--measures", "worst", "--split", "test"]) == 0
-        assert command.read_json(out / "measures.json")["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+        assert errors.run(measure.main, [str(out), "--measures", "worst", "--split", "test"]) == 0
+        assert files.read_json(out / "measures.json")["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
         argv = [str(out), "--corruptions", "contrast", "--severities", "1"]
-        assert command.run(evaluate.main, argv) == 0
-        found = command.read_json(out / "corrupted.json")["clean"]
+        assert errors.run(evaluate.main, argv) == 0
+        found = files.read_json(out / "corrupted.json")["clean"]
         assert found["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
 
     def test_options_and_the_training_images(self, tmp_path):
         """Without augmentation a training image is one of evaluation; --mean given for all channels at once."""
         more = ["--mean", "0.25", "--std", "0.5", "0.25", "0.125", "--interpolation", "nearest", "--crop-pct", "1"]
         out = self.fine_tuned(tmp_path, *more, "--crop-mode", "squash", "--img-size", "80", "--no-aug")
-        splits = recipe.splits(self.kept(out))
-        train = {"train": True, "augment": Augment(off=True)}
-        batches = list(data.batches(splits.train, 4, splits.image_size, **train))
-        seen = torch.cat([x for x, _ in batches]) * torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1) + 0.25
+        splits = data.load(self.kept(out))
+        shown = torch.cat([x for x, _ in batches(splits.train, 4, splits.preprocessing, train=True)])
+        seen = shown * torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1) + 0.25
         with Image.open(tmp_path / "data" / "train" / "dog" / "3.png") as image:
             expected = image.resize((80, 80), Image.Resampling.NEAREST)
         expected = torch.from_numpy(np.array(expected)).movedim(-1, 0) / 255
@@ -286,21 +287,20 @@ class TestPreprocessing:
         tree = picture_tree(tmp_path / "data", n=4, size=(70, 90))
         for path in (tree / "train").glob("*/*.png"):
             Image.new("RGB", (70, 90)).save(path)
-        shown = Preprocessing(mean=(0.5, 0.25, 0.75), std=(0.5, 0.25, 0.25))
-        splits = data.load("folder", tree, image_size=80, preprocessing=shown)
-        x = next(iter(data.batches(splits.train, 8, splits.image_size, train=True, augment=Augment())))[0]
+        splits = load("folder", tree, img_size=80, mean=[0.5, 0.25, 0.75], std=[0.5, 0.25, 0.25])
+        x = next(iter(batches(splits.train, 8, splits.preprocessing, train=True, augment=Augment())))[0]
         assert torch.equal(x, torch.tensor([-1.0, -1.0, -3.0]).view(3, 1, 1).expand(8, 3, 80, 80))
 
     def test_a_run_without_these_options_stays_as_it_was(self, tmp_path):
         """Runs from before had ImageNet's statistics, also with --initial-checkpoint."""
         out = self.fine_tuned(tmp_path)
-        config = command.read_json(out / "config.json")
+        config = files.read_json(out / "config.json")
         for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode"):
             del config["options"][key]
-        command.write_json(out / "config.json", config)
-        shown = recipe.splits(self.kept(out)).image_size.preprocessing.arguments((3, 160, 160))
-        assert shown["mean"] == (0.485, 0.456, 0.406)
-        assert (shown["crop_pct"], shown["interpolation"]) == (0.875, "bilinear")
+        files.write_json(out / "config.json", config)
+        shown = data.load(self.kept(out)).preprocessing
+        assert (shown.image_size, shown.mean) == ((3, 160, 160), (0.485, 0.456, 0.406))
+        assert (shown.crop_pct, shown.interpolation) == (0.875, "bilinear")
         assert run("--out", out, "--resume") == 0
 
     def test_cifar_in_memory_has_its_own_unless_given(self, tmp_path):
@@ -309,10 +309,12 @@ class TestPreprocessing:
         argv = ["--data", "cifar10", "--data-dir", str(tmp_path / "cifar"), "--model", "test_vit"]
         args = options.parse([*argv, "--initial-checkpoint", str(path)])
         mean, std = cifar.STATISTICS["cifar10"]
-        assert data.shown_as(recipe.splits(args)) == {"mean": list(mean), "std": list(std)}
+        shown = data.load(args).shown_as()
+        assert (shown["mean"], shown["std"], shown["crop_pct"]) == (list(mean), list(std), 1.0)
         args = options.parse([*argv, "--mean", "0.5", "--std", "0.25"])
-        x, _ = recipe.splits(args).test[0]
-        pixels = recipe.splits(args).test.tensors[0][0]
+        splits = data.load(args)
+        x = next(iter(batches(splits.test, 1, splits.preprocessing)))[0][0]
+        pixels = splits.test.x[0]
         torch.testing.assert_close(x, (pixels / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(
@@ -331,14 +333,14 @@ class TestPreprocessing:
     def test_two_numbers_for_three_channels(self, tmp_path, capsys):
         tree = picture_tree(tmp_path / "data", n=8)
         assert run(*PICTURES, "--data-dir", tree, "--out", tmp_path / "run", "--mean", "0.1", "0.2") == 2
-        assert "--mean takes one number or 3" in capsys.readouterr().err
+        assert "--mean needs 1 or 3 numbers" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
     def test_a_grey_image_takes_the_mean_of_the_colours(self):
-        shown = Preprocessing(mean=(0.2, 0.4, 0.9), std=(0.1, 0.2, 0.3)).arguments((1, 28, 28))
-        assert shown["mean"] == pytest.approx((0.5,))
-        assert shown["std"] == pytest.approx((0.2,))
-        assert Preprocessing().arguments((1, 28, 28))["mean"] == (0.5,)
+        shown = Preprocessing((1, 28, 28), mean=(0.2, 0.4, 0.9), std=(0.1, 0.2, 0.3))
+        assert shown.mean == pytest.approx((0.5,))
+        assert shown.std == pytest.approx((0.2,))
+        assert Preprocessing((1, 28, 28)).mean == (0.5,)
 
     def test_a_list_in_a_recipe(self, tmp_path):
         path = tmp_path / "a.yaml"
@@ -381,8 +383,8 @@ class TestText:
         tsv, jsonl = self.files(tmp_path)
         argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
         argv += ["--scratch", "--max-steps", "2", "--batch-size", "4", "--length", "16", "--device", "cpu"]
-        assert command.run(finetune_text.main, [*argv, *options]) == 0
-        found = command.read_json(tmp_path / "out" / "result.json")
+        assert errors.run(finetune_text.main, [*argv, *options]) == 0
+        found = files.read_json(tmp_path / "out" / "result.json")
         assert found["updates"] == 2
         assert 0 <= found["accuracy"] <= 1
         assert found["loss"] == pytest.approx(1.1, abs=0.3)  # log 3, of a model that has learnt nothing yet
@@ -390,12 +392,12 @@ class TestText:
     def test_bad_input(self, tmp_path, model, capsys):
         tsv, jsonl = self.files(tmp_path)
         argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
-        assert command.run(finetune_text.main, [*argv, "--adaptive"]) == 2
+        assert errors.run(finetune_text.main, [*argv, "--adaptive"]) == 2
         jsonl.write_text('{"premise": "a", "hypothesis": "b", "label": "maybe"}')
-        assert command.run(finetune_text.main, argv) == 2
+        assert errors.run(finetune_text.main, argv) == 2
         jsonl.write_text('{"premise": "a"}')
-        assert command.run(finetune_text.main, argv) == 2
-        assert command.run(finetune_text.main, [*argv[:3], str(tmp_path / "none.tsv"), *argv[4:]]) == 2
+        assert errors.run(finetune_text.main, argv) == 2
+        assert errors.run(finetune_text.main, [*argv[:3], str(tmp_path / "none.tsv"), *argv[4:]]) == 2
         err = capsys.readouterr().err.splitlines()
         assert "label 'maybe' is none of" in err[1]
         assert "has no sentence2 or hypothesis" in err[2]

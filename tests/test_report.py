@@ -1,23 +1,24 @@
-"""The page: nothing unescaped, nothing from outside, strict JSON. The figures: contours and scales that are known."""
+"""The page: nothing unescaped, nothing from outside, strict JSON, and no script but the one that sorts."""
 
+import base64
+import hashlib
+import html
 import json
 import math
 import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 import torch
+from chromium import BINARY, REASON, Browser
 
 from sam_optim.core.results import Estimate, Landscape, Spectrum
 from sam_optim.report import results_page, write_page
-from sam_optim.report.axes import Scale, linear_ticks, log_ticks, scale_over, short
-from sam_optim.report.charts import Curves, Group, Interval, curves, intervals, mean_and_std, scatter, strip
-from sam_optim.report.heatmap import Levels, contour, contour_map
-from sam_optim.report.markup import Markup, join, json_script, tag
-from sam_optim.report.page import POLICY, html_page
-from sam_optim.report.tables import html_table, number, spread, text_table
+from sam_optim.report.page import POLICY, definitions, element, folded, html_page, html_table, paragraph, section
 from sam_optim.statistics.kendall import Correlation
+from sam_optim.symmetries import Audit, AuditRow
+
+pytest.importorskip("matplotlib")
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -31,6 +32,8 @@ HOSTILE = [
     "\u202etxt.exe\u202c",
     "\x00\x07\x1b[31m\ud800",
     "</style><style>*{display:none}",
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{1}{0}$ \\$ 深",
     "x" * 10_000,
 ]
 
@@ -45,13 +48,13 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        self._inside = tag
+        self._inside = attrs if tag == "script" else None
 
     def handle_data(self, data):
-        if self._inside == "script":
-            self.data += data
-        else:
+        if self._inside is None:
             self.words.append(data)
+        elif ("type", "application/json") in self._inside:
+            self.data += data
 
     def handle_endtag(self, tag):
         self._inside = None
@@ -74,14 +77,20 @@ def results(name="worst case"):
         ),
         f"{name} line": Landscape((torch.linspace(-1, 1, 5),), torch.tensor([2.0, 1, 0.5, 1, math.inf])),
         f"{name} plane": Landscape(
-            (torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 4)), torch.rand(5, 4, dtype=torch.float64) + 0.1
+            (torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 4)), torch.arange(20.0).view(5, 4).square() + 0.1
         ),
         f"{name} tau": Correlation(0.5, 0.1, 0.8, 0.01, 25, by_factor={name: 0.2}),
         f"{name} no tau": Correlation(math.nan, reason=f"{name} is the same in all 25 runs"),
+        f"{name} audit": Audit((AuditRow(name, name, 1.0, 2.0, 2.0, 0.0, True),), {name: 0.0}),
     }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.fixture(scope="module")
+def page():
+    return results_page(results())
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_name_is_text_everywhere(name):
     page = results_page(results(name), title=name)
     reader = read(page)
@@ -89,37 +98,53 @@ def test_a_hostile_name_is_text_everywhere(name):
     assert ("type", "application/json") in reader.attributes
     assert not {"img", "iframe", "object", "embed", "form", "link", "base"} & set(reader.tags)
     assert not [key for key, _ in reader.attributes if key.startswith("on")]
-    assert page.count("<style>") == 1
+    assert reader.tags.count("style") == 1
     assert not re.search("[\x00-\x08\x0b\x0e-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page)
     shown = re.sub("[\x00-\x1f\u202a-\u202e\ud800-\udfff]", "\ufffd", name)
     assert shown in "".join(reader.words)
     assert name in json.loads(reader.data)
 
 
-def test_the_page_needs_nothing_from_outside():
-    page = results_page(results())
+def test_figures_carry_names_as_text_that_is_cut_where_it_is_long():
+    words = [w for w in read(results_page({"x" * 500: results()["worst case plane"]})).words if w.startswith("…")]
+    assert words
+    assert max(map(len, words)) <= 60
+
+
+def test_the_page_needs_nothing_from_outside(page):
     reader = read(page)
     assert ("content", POLICY) in reader.attributes
     assert "default-src 'none'" in POLICY
     addresses = [
         value for key, value in reader.attributes if key in ("src", "href", "srcset", "data", "action", "xlink:href")
     ]
-    assert all(value.startswith(("data:image/png;base64,", "#")) for value in addresses)
-    assert not re.findall(r"https?://|@import|url\(|//cdn", page)
+    assert all(value.startswith("#") for value in addresses)
+    assert not re.findall(r"https?://|@import|//cdn", page)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert len(re.findall(r"<svg ", page)) == 4  # the density, the line, the plane, and tau
 
 
-def test_the_data_in_the_page_are_strict_json_and_complete():
-    given = results()
-    data = read(results_page(given)).data
+def test_the_data_in_the_page_are_strict_json_and_complete(page):
+    data = read(page).data
     assert "<" not in data
-    found = json.loads(data, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
-    assert found == {name: result.to_dict() for name, result in given.items()}
-    assert found["worst case nan"]["value"] is None
+    parsed = json.loads(data, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    assert parsed == {name: result.to_dict() for name, result in results().items()}
+    assert parsed["worst case nan"]["value"] is None
 
 
-def test_results_read_back_from_json_give_the_same_page():
-    given = results()
-    assert results_page(json.loads(json.dumps({n: r.to_dict() for n, r in given.items()}))) == results_page(given)
+def test_results_read_back_from_json_give_the_same_page(page):
+    assert results_page(json.loads(json.dumps({n: r.to_dict() for n, r in results().items()}))) == page
+
+
+def test_landscapes_read_back_with_gaps_are_drawn():
+    infinite = torch.full((3, 3), math.inf)
+    losses = torch.tensor([[1.0, math.inf, 2.0], [3.0, 2.0, 1.0]])
+    band = Landscape((torch.linspace(-1, 1, 3),), losses.mean(0), {"losses": losses, "norms": [math.nan]})
+    way = Landscape((torch.linspace(0, 1, 3),), losses[0], {"kind": "interpolation", "barrier": math.inf})
+    given = {"band": band, "way": way, "lost": Landscape((torch.arange(3.0), torch.arange(3.0)), infinite)}
+    page = results_page(json.loads(json.dumps({n: r.to_dict() for n, r in given.items()}, allow_nan=False)))
+    assert page.count("<svg ") == 2
+    assert "lost: no loss is finite." in page
 
 
 def test_something_else_is_refused():
@@ -131,118 +156,86 @@ def test_a_page_is_whole_or_absent(tmp_path):
     path = tmp_path / "deep" / "report.html"
     assert write_page(path, html_page("one")) == path
     with pytest.raises(UnicodeEncodeError):
-        write_page(path, Markup("\ud800"))
+        write_page(path, "\ud800")
     assert "<title>one</title>" in path.read_text(encoding="utf-8")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 
-def test_markup_escapes_what_is_not_markup():
-    assert tag("p", "<b>", tag("i", 'a"b'), class_="x<y") == '<p class="x&lt;y">&lt;b&gt;<i>a&quot;b</i></p>'
-    assert tag("br") == "<br>"
-    assert join("a", None, 3, separator=", ") == "a, , 3"
-    assert tag("circle", cx=1.0, r=2.346, stroke_width=None) == '<circle cx="1" r="2.35"></circle>'
-    assert json.loads(json_script({"a": "</script>&"}, "d").split(">", 1)[1].rsplit("<", 1)[0]) == {"a": "</script>&"}
-
-
-def all_figures():
-    groups = [Group("SGD", [80.0, 82.0, math.nan], 0), Group("SAM <", [91.0], 3), Group("failed", [math.nan], 4)]
-    lines = [Curves("SGD", [1, 2, 3], [[3.0, 2.0, 1.0], [3.5, math.nan, 1.5]], 0)]
-    yield strip("strip", groups, x_label="accuracy")
-    yield curves("curves", lines, x_label="epoch", y_label="loss", log=True, limit=3.0)
-    yield scatter("scatter", [(groups[0], [1.0, 2.0, 3.0])], x_label="sharpness", y_label="error", note="tau = 0.3")
-    yield intervals(
-        "intervals", [Interval("a", 0.5, 0.1, 0.8), Interval("b", math.nan, math.nan, math.nan)], x_label="tau"
+def test_only_what_the_page_makes_is_markup():
+    assert element("p", "<b>", element("i", 'a"b'), kind="x<y") == '<p class="x&lt;y">&lt;b&gt;<i>a&#34;b</i></p>'
+    assert paragraph("a", None, 3) == "<p>a3</p>"
+    assert "<b>" not in section("<b>", "<b>", identifier='"<b>') + folded("<b>", "<b>") + definitions(
+        [("<b>", "<b>")], kind="pairs"
     )
-    yield contour_map("map", [-1, 0, 1], [-1, 0, 1], [[1, 2, 3], [2, math.inf, 4], [3, 4, 9]], Levels.geometric(1, 9))
 
 
-@pytest.mark.parametrize("drawn", list(all_figures()), ids=lambda d: re.search("<title>(.*?)</title>", d)[1])
-def test_every_figure_is_valid_and_says_what_it_shows(drawn):
-    root = ElementTree.fromstring(drawn)
-    assert root.find("title").text
-    assert len(root.find("desc").text) > 10
-    assert root.get("role") == "img"
-    numbers = re.findall(r'(?:x|y|x1|x2|y1|y2|cx|cy|d|points)="([^"]*)"', drawn)
-    assert not [n for n in numbers if "nan" in n or "inf" in n]
-
-
-def test_figures_of_runs_that_all_failed_are_still_drawn():
-    nothing = [Group("SGD", [math.nan, math.nan], 0)]
-    for drawn in (
-        strip("s", nothing, x_label="x"),
-        scatter("p", [(nothing[0], [math.nan, math.nan])], x_label="x", y_label="y"),
-        curves("c", [Curves("SGD", [1, 2], [[math.nan, math.nan]], 0)], x_label="x", y_label="y"),
-    ):
-        assert "nan" not in drawn.split("</desc>")[1]
-
-
-def test_the_contour_of_a_plane_is_a_straight_line_at_its_level():
-    plane = [[i + 2.0 * j for j in range(6)] for i in range(5)]
-    segments = contour(plane, 4.5)
-    assert segments
-    for (i0, j0), (i1, j1) in segments:
-        assert i0 + 2 * j0 == pytest.approx(4.5)
-        assert i1 + 2 * j1 == pytest.approx(4.5)
-
-
-def test_the_contour_of_a_cone_has_the_length_of_its_circle():
-    n, radius = 41, 12.3
-    cone = [[math.hypot(i - 20, j - 20) for j in range(n)] for i in range(n)]
-    length = sum(math.dist(*segment) for segment in contour(cone, radius))
-    assert length == pytest.approx(2 * math.pi * radius, rel=2e-3)
-
-
-def test_a_saddle_is_cut_on_the_side_of_its_middle():
-    low, high = contour([[1, 0], [0, 1]], 0.4), contour([[1, 0], [0, 1]], 0.6)  # the middle is 0.5
-    ends = {tuple(sorted(segment)) for segment in low}
-    assert ends == {((0, 0.6), (0.4, 1)), ((0.6, 0), (1, 0.4))}  # above 0.4: the ones are joined, the zeros cut off
-    assert {tuple(sorted(segment)) for segment in high} == {((0, 0.4), (0.4, 0)), ((0.6, 1), (1, 0.6))}
-
-
-def test_levels_and_colours():
-    levels = Levels.geometric(0.1, 10, 5)
-    assert levels.values == pytest.approx((0.1, 0.1 * 10**0.5, 1, 10**0.5, 10))
-    assert [levels.band(v) for v in (0.05, 0.1, 1.5, 10, math.inf, math.nan)] == [0, 1, 3, 5, 5, 5]
-    assert (levels.colours()[0], levels.colours()[-1]) == ("#440154", "#fde725")
-
-
-def test_scales_and_ticks():
-    assert Scale(0, 10, 100, 200)(5) == 150
-    assert Scale(1, 100, 0, 2, log=True)(10) == pytest.approx(1)
-    assert linear_ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert linear_ticks(-0.31, 0.3, 3) == [-0.2, 0, 0.2]
-    assert log_ticks(0.5, 2000, 5) == [1, 10, 100, 1000]
-    assert log_ticks(2, 9, 5) == [2, 4, 6, 8]
-    assert log_ticks(1.04, 1.9, 5) == [1.2, 1.4, 1.6, 1.8]
-    assert log_ticks(210, 290, 5) == [220, 240, 260, 280]
-    found = scale_over([3.0, 3.0, math.nan], 0, 1)
-    assert found.low < 3 < found.high
-    assert [short(v) for v in (0, 0.05, 1500, 25000, 1e-5, 3e7)] == ["0", "0.05", "1500", "25k", "1e-5", "3e7"]
-
-
-def test_numbers_with_their_spread():
-    assert mean_and_std([1, 2, 3]) == (2, 1)
-    assert spread([81.72, 80.0, 83.0]) == "81.6 ± 1.5"
-    assert spread([0.0123, 0.0150]) == "0.0136 ± 0.0019"
-    assert spread([5.0, None, math.nan]) == "5.00"
-    assert spread([]) == "–"
-    assert [number(v) for v in (None, math.nan, 0, 1234567, 0.00001234, 12.345)] == [
-        "–",
-        "–",
-        "0",
-        "1.23e+06",
-        "1.23e-05",
-        "12.3",
-    ]
-
-
-def test_tables_for_a_page_and_for_a_terminal():
-    table = html_table(["name", "value"], [["<a>", "1"], ["b", "2"]], "caption", best=[1])
+def test_columns_of_numbers_and_of_words():
+    rows = [["<a>", "1", "yes"], ["b", "–", "no"], ["c", element("strong", "−0.5 (−1 to 0)"), None]]
+    table = html_table(["name", "value", "said"], rows, "caption", best=[1])
     assert "&lt;a&gt;" in table
-    assert '<tr class="best">' in table
-    assert text_table(["name", "v"], [["a", "10"], ["long name", "2"]]).splitlines() == [
-        "name        v",
-        "---------  --",
-        "a          10",
-        "long name   2",
-    ]
+    assert '<tr class="best"><th scope="row">b</th>' in table
+    assert re.findall(r"<th scope=\"col\"([^>]*)>", table) == [' class="words"', "", ' class="words"']
+
+
+def test_the_policy_names_the_script_that_sorts_by_its_hash():
+    page = html_page("t", html_table(["a"], [["1"]], "c", sortable=True), sortable=True)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"; script-src 'sha256-{digest}'" in html.unescape(page)
+    assert "script-src" not in html_page("t")
+
+
+SORTED = '[...document.querySelectorAll("tbody tr")].map((row) => row.cells[{}].textContent)'
+
+
+@pytest.mark.skipif(BINARY is None, reason=REASON)
+class TestBrowser:
+    @pytest.fixture
+    def path(self, tmp_path):
+        values = ["0.5", "–", "−2.0 (−3 to −1)", "1.5e-3", "< 0.001", "10 ± 3"]
+        rows = [[str(i + 1), value, f"{c} name"] for i, (value, c) in enumerate(zip(values, "bdacfe", strict=True))]
+        table = html_table(["", "value", "word"], rows, "caption", sortable=True)
+        return write_page(tmp_path / "t.html", html_page("t", section("s", table), sortable=True))
+
+    def test_tables_sort_by_numbers_and_back_with_what_is_missing_at_the_end(self, path, tmp_path):
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(path)
+            click = 'document.querySelectorAll("th button")[{}].click()'
+            browser.run(click.format(1))
+            rising = ["−2.0 (−3 to −1)", "< 0.001", "1.5e-3", "0.5", "10 ± 3", "–"]
+            assert browser.run(SORTED.format(1)) == rising
+            assert browser.run('document.querySelectorAll("th[scope=col]")[1].ariaSort') == "ascending"
+            browser.run(click.format(1))
+            assert browser.run(SORTED.format(1)) == [*rising[-2::-1], "–"]
+            browser.run(click.format(2))
+            assert [word[0] for word in browser.run(SORTED.format(2))] == list("abcdef")
+            assert browser.requests == [path.resolve().as_uri()]
+            assert browser.problems == []
+
+    def test_without_javascript_the_tables_are_whole(self, path, tmp_path):
+        with Browser(tmp_path / "profile", javascript=False) as browser:
+            browser.open(path)
+            assert browser.run('document.querySelectorAll("th button").length') == 0
+            assert browser.run(SORTED.format(0)) == list("123456")
+
+    def test_the_policy_lets_no_other_script_run(self, path, tmp_path):
+        changed = tmp_path / "changed.html"
+        changed.write_text(path.read_text().replace("</main>", "<script>document.title = 'changed'</script></main>"))
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(changed)
+            assert browser.run("document.title") != "changed"
+
+    @pytest.mark.parametrize("width", [390, 1200])
+    def test_a_page_of_results_is_quiet_and_does_not_scroll_sideways(self, page, tmp_path, width):
+        hostile = results_page({f"{name}{k}": r for name in HOSTILE for k, r in results().items()}, title=HOSTILE[-1])
+        with Browser(tmp_path / "profile") as browser:
+            browser.ask(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            )
+            for text in (page, hostile):
+                path = write_page(tmp_path / "page.html", text)
+                browser.open(path)
+                assert browser.run("document.documentElement.scrollWidth") <= width
+                assert browser.run('document.querySelectorAll("img, [onload], [onmouseover], [onfocus]").length') == 0
+                assert browser.requests == [path.resolve().as_uri()]
+                assert browser.problems == []

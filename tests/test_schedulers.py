@@ -113,7 +113,7 @@ def test_a_radius_may_follow_a_schedule_too():
     for rho in (0.1, 0.05, torch.tensor(0.02), 0.0):
         optimizer.param_groups[0]["rho"] = rho
         step(model, optimizer)
-        assert optimizer.last_step.perturbation_norm.item() == pytest.approx(float(rho))
+        assert optimizer.last_step.radius.item() == pytest.approx(float(rho))
 
 
 def test_averages_of_the_weights_hold_no_perturbation_and_batchnorm_can_be_renewed():

@@ -63,7 +63,7 @@ def train(model, optimizer, inputs, steps=range(STEPS)):
 def single(options, base=BASE):
     model = network()
     optimizer = train(model, SAM(model.parameters(), base, **options), both)
-    return flat(model).tolist(), float(optimizer.last_step.grad_norm), float(optimizer.last_step.perturbation_norm)
+    return flat(model).tolist(), float(optimizer.last_step.dual_norm), float(optimizer.last_step.radius)
 
 
 def close(found, truth):
@@ -128,7 +128,7 @@ def tensor_parallel(rank):
         model = parallel(network(), mesh)
         optimizer = SAM(model.parameters(), functools.partial(BASE, foreach=False), module=model, **options)
         train(model, optimizer, both)
-        found[name] = full(model).tolist(), float(optimizer.last_step.grad_norm)
+        found[name] = full(model).tolist(), float(optimizer.last_step.dual_norm)
     return found
 
 
@@ -186,7 +186,7 @@ def fsdp1(rank):
                 train(model, optimizer, lambda i: batch(i, rank))
                 with FullyShardedDataParallel.summon_full_params(model):
                     weights = flat(model).tolist()
-                found[str(strategy), original, name] = weights, float(optimizer.last_step.grad_norm)
+                found[str(strategy), original, name] = weights, float(optimizer.last_step.dual_norm)
     try:
         SAM(model.parameters(), BASE, rho=0.2)
         found["refused"] = None

@@ -133,7 +133,7 @@ def test_the_points_tried_are_in_the_ball_and_the_best_one_counts(norm, adaptive
     assert len(tried) == 3 * 10  # one forward and backward for each step, and the last needs no gradient
     assert max(length for length, _ in tried) <= 0.5 * (1 + 1e3 * EPS)
     assert found.value >= max(value for _, value in tried) - tried[0][1]
-    assert found.value >= worst_case_sharpness(loss, ball, num_steps=10).value > 0
+    assert found.value >= worst_case_sharpness(loss, ball, num_steps=10, num_restarts=1).value > 0
 
 
 def test_a_maximum_at_the_weights_is_zero():
@@ -301,12 +301,12 @@ def test_a_grid_of_radii_never_falls_and_shares_the_gradient_at_the_weights(monk
     real, calls = Loss.value_and_gradient, []
     monkeypatch.setattr(Loss, "value_and_gradient", lambda self: calls.append(0) or real(self))
     rhos = (2.0, 0.1, 0.5)
-    grid = worst_case_sharpness(loss, [Ball(rho) for rho in rhos], num_steps=10)
+    grid = worst_case_sharpness(loss, [Ball(rho) for rho in rhos], num_steps=10, num_restarts=1)
     assert len(calls) == 3 * (1 + 3 * 9)  # batches, and balls with 9 gradients away from the weights
     assert [g.settings["ball"]["rho"] for g in grid] == list(rhos)
     ascending = [grid[k].details["batch_values"] for k in (1, 2, 0)]
     assert all(a <= b <= c for a, b, c in zip(*ascending, strict=True))
-    assert grid[1].value == worst_case_sharpness(loss, Ball(0.1), num_steps=10).value
+    assert grid[1].value == worst_case_sharpness(loss, Ball(0.1), num_steps=10, num_restarts=1).value
     assert max(grid[0].details["lengths"]) <= 2.0 * (1 + 1e3 * EPS)
 
 
@@ -414,3 +414,55 @@ class ViewsRows(nn.Module):
 def test_a_model_in_place_of_a_loss_is_told_what_to_pass(measure):
     with pytest.raises(TypeError, match=r"pass Loss\(model, criterion, batches\), got Linear"):
         measure(torch.nn.Linear(2, 2), Ball(0.1))
+
+
+def test_searches_that_disagree_are_said():
+    """A loss with a low hill along the gradient and a high one elsewhere, which only some random points lead to."""
+
+    class Hills(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, x):
+            low = torch.exp(-8 * (self.w - torch.tensor([0.9, 0.0])).square().sum())
+            high = 3 * torch.exp(-30 * (self.w - torch.tensor([-0.7, 0.7])).square().sum())
+            return (low + high).expand(len(x))
+
+    loss = Loss(Hills(), mean, [(torch.zeros(2, 1), torch.zeros(2))])
+    with torch.no_grad():
+        angles = torch.linspace(0, 2 * math.pi, 2000, dtype=torch.float64)
+        radii = torch.linspace(0, 1, 400, dtype=torch.float64)[:, None]
+        grid = torch.stack([(radii * angles.cos()).flatten(), (radii * angles.sin()).flatten()], dim=1)
+        low = torch.exp(-8 * (grid - torch.tensor([0.9, 0.0])).square().sum(1))
+        high = 3 * torch.exp(-30 * (grid - torch.tensor([-0.7, 0.7])).square().sum(1))
+        highest = float((low + high).max() - loss.value())
+    results = [worst_case_sharpness(loss, Ball(1.0), num_steps=20, num_restarts=8, seed=seed) for seed in range(10)]
+    assert max(r.value for r in results) == pytest.approx(highest, rel=1e-3)
+    for r in results:
+        values = sorted(r.details["restart_values"][0])
+        assert len(values) == 8
+        assert values[-1] == r.value
+        assert r.details["spread"][0] == pytest.approx(1 - values[-2] / values[-1])
+        assert r.converged == (r.details["spread"][0] <= 0.05)
+        assert r.converged or "differ by" in r.reason
+    single = worst_case_sharpness(loss, Ball(1.0), num_restarts=1)
+    assert not single.converged
+    assert "single search" in single.reason
+    assert single.value < 0.5 * highest
+
+
+FITTED = [(mlp, Ball(0.5)), (mlp, Ball(0.1, norm=math.inf)), (Attention, Ball(0.3)), (cnn, Ball(1.0, adaptive=True))]
+
+
+@pytest.mark.parametrize(("kind", "ball"), FITTED, ids=str)
+def test_the_default_reaches_the_best_of_many_long_searches(kind, ball):
+    model, data = network(kind), batches(kind, (16,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        cross_entropy(model.eval()(data[0][0]), data[0][1]).backward()
+        optimizer.step()
+    loss = Loss(model, cross_entropy, data)
+    best = worst_case_sharpness(loss, ball, num_steps=60, num_restarts=12, seed=7).value
+    assert worst_case_sharpness(loss, ball).value >= 0.95 * best

@@ -18,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 
+from sam_optim.core import errors, files
+from sam_optim.core.errors import InputError
+
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study]'")
 
+from limits import PATIENCE
 from test_corruptions import TestPublished as Published
-from test_data import cifar_files, picture_tree
+from test_data import cifar_files, load, picture_tree
 
-from benchmarks import command, data, evaluate
-from benchmarks.command import InputError
+from benchmarks import evaluate
 from benchmarks.study import __main__ as study
 from benchmarks.study import config, report, storage, trial
 from benchmarks.study.queue import DEATHS, Queue, difference, duration
@@ -50,6 +53,12 @@ examples = 64
 batch_size = 32
 rho = 0.05
 """
+
+
+def normalised(images):
+    """CIFAR-10's pixels as a model sees them, (n, h, w, 3) -> (n, 3, h, w)."""
+    mean, std = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+    return ((torch.from_numpy(images) / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
 
 
 def settings(**tables):
@@ -84,14 +93,14 @@ def worker(folder, *options, heartbeat=1, file="tiny.toml"):
     )
 
 
-def ended(process, code=0, timeout=300):
-    out, error = process.communicate(timeout=timeout)
+def ended(process, code=0):
+    out, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, error
     return out, error
 
 
-def wait_for(condition, timeout=120):
-    deadline = time.monotonic() + timeout
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
@@ -176,7 +185,7 @@ class TestConfig:
     def test_what_may_be_said_of_measures(self):
         for adaptive in ("no", False, True, None, "filter"):
             block = {"split": "validation", "adaptive": adaptive, "rho": 1, "examples": 0}
-            assert settings(fixed={"validation_fraction": 0.1}, measures=[block]).measures[0]["rho"] == 1
+            assert settings(fixed={"validation_fraction": 0.1}, measures=[block]).measures[0].rho == 1
 
     def test_files_that_are_not_settings(self, tmp_path):
         for name, text in (("a.toml", "= ="), ("b.yaml", "- 1"), ("c.yaml", "a: [")):
@@ -202,7 +211,7 @@ class TestStorage:
             storage.open_storage(f"sqlite:///{tmp_path / 'study.db'}", heartbeat=2, grace=3)
         (tmp_path / "tiny.toml").write_text(TINY)
         argv = ["run", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--grace", "60"]
-        assert command.run(study.main, argv) == command.EXIT_BAD_INPUT
+        assert errors.run(study.main, argv) == errors.EXIT_BAD_INPUT
         assert "--grace 60 is less than two heartbeats (--heartbeat 60)" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
@@ -214,10 +223,12 @@ class TestStorage:
             assert again
 
     def test_a_run_directory_in_use_is_left_alone(self, tmp_path):
-        with run_directory(tmp_path, "a") as first, run_directory(tmp_path, "a") as second:
-            assert (first.name, second.name) == ("a", "a-2")
-        with run_directory(tmp_path, "a") as again:
-            assert again.name == "a"
+        arguments = (tmp_path, settings(), {"lr": 0.1, "seed": 0})
+        name = config.identifier({"lr": 0.1, "seed": 0})
+        with run_directory(*arguments) as first, run_directory(*arguments) as second:
+            assert (first.name, second.name) == (name, f"{name}-2")
+        with run_directory(*arguments) as again:
+            assert again.name == name
 
 
 def claim_all(url, numbers):
@@ -242,9 +253,9 @@ class TestQueue:
         processes = [context.Process(target=claim_all, args=(url, numbers)) for _ in range(4)]
         for p in processes:
             p.start()
-        found = [numbers.get(timeout=120) for _ in range(20)]
+        found = [numbers.get(timeout=PATIENCE) for _ in range(20)]
         for p in processes:
-            p.join(60)
+            p.join(PATIENCE)
         assert [p.exitcode for p in processes] == [0] * 4
         assert numbers.empty()
         assert sorted(found) == [i / 100 for i in range(1, 21)]
@@ -277,7 +288,6 @@ class TestQueue:
     def test_a_silent_worker_loses_its_trial_and_its_result(self, url):
         queue = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=2)
         silent = queue.claim()
-        assert queue.claim() is None
         time.sleep(3.2)  # the database's clock has whole seconds
         other = Queue(settings(grid={"lr": [0.1]}), url, heartbeat=1, grace=2)
         taken = other.claim()
@@ -293,6 +303,7 @@ class TestQueue:
         found = settings(grid={"lr": [0.1]})
         slow = Queue(found, url, heartbeat=60)
         claim = slow.claim()
+        assert slow.claim() is None
         time.sleep(3.2)
         assert Queue(found, url, heartbeat=1, grace=2).claim() is None
         assert slow.finish(claim, record(claim), value=1.0)
@@ -356,13 +367,12 @@ class TestQueue:
         with pytest.raises(InputError, match="another program"):
             Queue(settings(), url)
 
-    def test_the_time_left_counts_two_passes_for_sam(self, url):
+    def test_the_time_left_is_that_of_a_model_so_far(self, url):
         queue = Queue(settings(grid={"sam_rho": [0, 0.1], "seed": [0, 1]}), url)
         claim = queue.claim()
-        assert claim.levels["sam_rho"] == 0
         queue.finish(claim, record(claim, seconds=10.0), value=1.0)
-        assert queue.tally(own=1).seconds_left == pytest.approx(10 + 20 + 20)
-        assert "1 of 4 done, 0 running, 0 failed; about 50 s left with 1 worker" in str(queue.tally(own=1))
+        assert queue.tally(idle_workers=1).seconds_left == pytest.approx(10 + 10 + 10)
+        assert "1 of 4 done, 0 running, 0 failed; about 30 s left with 1 worker" in str(queue.tally(idle_workers=1))
         assert [duration(s) for s in (89, 600, 7300)] == ["89 s", "10 min", "2 h 1 min"]
 
     def test_a_sampler_draws_from_ranges_until_it_has_enough(self, url):
@@ -434,24 +444,24 @@ class TestRuns:
         folder, _ = finished
         before = {p: p.stat().st_mtime_ns for p in (folder / "out" / "runs").rglob("*") if p.is_file()}
         argv = [str(folder / "tiny.toml"), "--out", str(folder / "out")]
-        assert command.run(study.main, ["run", *argv]) == 0
-        assert command.run(study.main, ["status", *argv]) == 0
+        assert errors.run(study.main, ["run", *argv]) == 0
+        assert errors.run(study.main, ["status", *argv]) == 0
         assert "8 of 8 done" in capsys.readouterr().out
         assert before == {p: p.stat().st_mtime_ns for p in (folder / "out" / "runs").rglob("*") if p.is_file()}
 
     def test_the_levels_of_a_factor_side_by_side(self, finished, capsys):
         folder, _ = finished
         argv = ["compare", str(folder / "tiny.toml"), "--out", str(folder / "out"), "--by", "sam_rho"]
-        assert command.run(study.main, [*argv, "--targets", "test_accuracy,validation_error"]) == 0
+        assert errors.run(study.main, [*argv, "--targets", "test_accuracy,validation_error"]) == 0
         said = capsys.readouterr().out
         assert "Test accuracy, learning rate 0.02" in said
         assert "Held-out error, learning rate 0.1" in said
-        found = command.read_json(folder / "out" / "compare.json")["comparisons"]
+        found = files.read_json(folder / "out" / "compare.json")["comparisons"]
         assert [one["setting"] for one in found] == [{"lr": "0.02"}, {"lr": "0.1"}] * 2
         kept = Queue(config.load(folder / "tiny.toml"), storage.url_of(None, folder / "out")).records()
-        errors = [r["targets"]["test_error"] for r in kept if (r["levels"]["lr"], r["levels"]["sam_rho"]) == (0.02, 0)]
-        assert found[0]["rows"][0]["mean"] == pytest.approx(100 - sum(errors) / 2)
-        assert command.run(study.main, [*argv, "--baseline", "0.1"]) == 0
+        by_hand = [r["targets"]["test_error"] for r in kept if (r["levels"]["lr"], r["levels"]["sam_rho"]) == (0.02, 0)]
+        assert found[0]["rows"][0]["mean"] == pytest.approx(100 - sum(by_hand) / 2)
+        assert errors.run(study.main, [*argv, "--baseline", "0.1"]) == 0
         assert "minus 0.1" in capsys.readouterr().out
         for wrong, words in (
             (["--targets", "test_eror"], "test_error"),
@@ -461,20 +471,21 @@ class TestRuns:
             (["--targets", ","], "names no column"),
             (["--targets", "seed"], "unknown target"),
         ):
-            assert command.run(study.main, [*argv, *wrong]) == command.EXIT_BAD_INPUT
+            assert errors.run(study.main, [*argv, *wrong]) == errors.EXIT_BAD_INPUT
             assert words in capsys.readouterr().err
 
     def test_models_are_joined_with_other_measures_by_their_folders(self, finished, tmp_path, capsys):
         from sam_optim import cli
 
         folder, _ = finished
-        assert command.run(study.main, ["report", str(folder / "tiny.toml"), "--out", str(folder / "out")]) == 0
+        assert errors.run(study.main, ["report", str(folder / "tiny.toml"), "--out", str(folder / "out")]) == 0
         rows = list(csv.DictReader((folder / "out" / "models.csv").read_text().splitlines()))
         runs = sorted(p.name for p in (folder / "out" / "runs").iterdir() if p.is_dir())
         assert sorted(row["checkpoint"] for row in rows) == runs
-        found = command.read_json(folder / "out" / "results.json")
+        found = files.read_json(folder / "out" / "results.json")
         assert "checkpoint" not in {row[k] for row in found["comparisons"] for k in ("measure", "target")}
-        x, y = data.digits().train[:32]
+        digits = load("digits").train
+        x, y = digits.x[:32], digits.labels[:32]
         np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
         argv = ["measure", str(folder / "out" / "runs" / "*"), "--data", str(tmp_path / "d.npz"), "--quiet"]
         argv += ["--batch-size", "16"]
@@ -605,7 +616,7 @@ class TestRuns:
     def test_what_cannot_run_here_writes_nothing(self, tmp_path, capsys, text, options, words):
         (tmp_path / "tiny.toml").write_text(text)
         argv = ["run", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), *options]
-        assert command.run(study.main, argv) == command.EXIT_BAD_INPUT
+        assert errors.run(study.main, argv) == errors.EXIT_BAD_INPUT
         assert words in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
@@ -613,7 +624,7 @@ class TestRuns:
         (tmp_path / "tiny.toml").write_text(TINY)
         argv = [str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out")]
         for words in (["status"], ["report"], ["compare", "--by", "lr"]):
-            assert command.run(study.main, [*words, *argv]) == command.EXIT_BAD_INPUT
+            assert errors.run(study.main, [*words, *argv]) == errors.EXIT_BAD_INPUT
             assert "there is no study 'tiny'" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
         url = storage.url_of(None, tmp_path / "out")
@@ -634,9 +645,7 @@ class TestRuns:
         assert work(queue, here) == 0
         (kept,) = queue.records()
         assert kept["checkpoint"] == config.identifier(levels) + "-2"
-        options = [
-            command.read_json(path)["options"]["weight_decay"] for path in sorted(here.runs.glob("*/config.json"))
-        ]
+        options = [files.read_json(path)["options"]["weight_decay"] for path in sorted(here.runs.glob("*/config.json"))]
         assert options[0] == 0.5
         assert options[1] != 0.5
 
@@ -671,8 +680,8 @@ class TestEvaluation:
         trial.check(found, here)
         kept = trial.execute(found, {"lr": 0.1}, tmp_path / "runs" / "a", here)
         argv = [str(tmp_path / "runs" / "a"), "--corruptions", "fog", "--severities", "3", "--examples", "6"]
-        assert command.run(evaluate.main, [*argv, "--seed", "2"]) == 0
-        report = command.read_json(tmp_path / "runs" / "a" / "corrupted.json")
+        assert errors.run(evaluate.main, [*argv, "--seed", "2"]) == 0
+        report = files.read_json(tmp_path / "runs" / "a" / "corrupted.json")
         assert kept["corrupted"] == {"fog, 3": pytest.approx(100 * (1 - report["mean"]["accuracy"]))}
         assert kept["targets"]["ood_error"] == kept["corrupted"]["fog, 3"]
         assert kept["checkpoint"] == "a"
@@ -692,42 +701,32 @@ class TestEvaluation:
         with pytest.raises(InputError, match="has labels up to 9"):
             trial.check(found, here)
         np.save(tmp_path / "c" / "labels.npy", labels)
-        splits = data.load("cifar10", root)
+        splits = load("cifar10", root)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
-        files = trial.published(found, here)
-        errors = trial.corrupted_errors(model, splits, found.corruptions, torch.device("cpu"), files)
-        outputs = model(splits.test.normalise(torch.from_numpy(images[4:8]).permute(0, 3, 1, 2)))
-        assert errors == {
+        published = trial.published(found, here)
+        found_errors = trial.corrupted_errors(model, splits, found.corruptions, torch.device("cpu"), published)
+        outputs = model(normalised(images[4:8]))
+        assert found_errors == {
             "fog, 2": pytest.approx(100 * float((outputs.argmax(1) != torch.from_numpy(labels[4:8])).double().mean()))
         }
-
-    @pytest.mark.parametrize(("limit", "number"), [(10, 10), (33, 33), (99, 99), (0, 100), (100, 100), (500, 100)])
-    def test_fewer_examples_are_spread_over_files_that_are_sorted_by_class(self, limit, number):
-        labels = torch.arange(100) // 10
-        batches = [(labels[i : i + 7, None], labels[i : i + 7]) for i in range(0, 100, 7)]
-        found = list(trial._spread(batches, limit, 100))
-        counts = torch.cat([y for _, y in found]).bincount(minlength=10)
-        assert int(counts.sum()) == number
-        assert int(counts.max() - counts.min()) <= 1
-        assert all(torch.equal(x[:, 0], y) for x, y in found)
 
     def test_the_corruptions_are_those_of_the_benchmarks(self, tmp_path):
         """The number is that of the same pixels, corrupted here one severity at a time."""
         from benchmarks.corruptions import corrupted
 
         root, _ = cifar_files(tmp_path)
-        splits = data.load("cifar10", root)
+        splits = load("cifar10", root)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
-        images, labels = splits.test.tensors
-        chosen = {"names": ["gaussian_noise", "contrast"], "severities": [1, 5], "examples": 0, "seed": 3}
+        images, labels = splits.test.x, splits.test.labels
+        chosen = config.Corruptions(["gaussian_noise", "contrast"], severities=[1, 5], examples=0, seed=3)
         found = trial.corrupted_errors(model, splits, chosen, torch.device("cpu"))
         assert len(found) == 4
         for key, error in found.items():
             name, severity = key.split(", ")
             bad = corrupted(images.permute(0, 2, 3, 1).contiguous().numpy(), name, int(severity), seed=3)
-            wrong = model(splits.test.normalise(torch.from_numpy(bad).permute(0, 3, 1, 2))).argmax(1) != labels
+            wrong = model(normalised(bad)).argmax(1) != labels
             assert error == pytest.approx(100 * float(wrong.double().mean()))
 
     def test_a_measure_that_did_not_converge_has_no_number(self):

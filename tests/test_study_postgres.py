@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from sam_optim.core.errors import InputError
+
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study]'")
 pytest.importorskip("psycopg", reason="needs psycopg: pip install 'sam_optim[study]'")
 
+from limits import PATIENCE
 from test_study import TINY, claim_all, ended, wait_for, worker
 
-from benchmarks.command import InputError
 from benchmarks.study import config, storage
 from benchmarks.study.queue import Queue
 
@@ -46,7 +48,7 @@ def server():
 
     def call(program, *options):
         subprocess.run(
-            [programs / program, *options], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=120, **user
+            [programs / program, *options], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=PATIENCE, **user
         )
 
     data, log = str(folder / "data"), str(folder / "log")
@@ -62,11 +64,11 @@ def server():
 
 def test_two_workers_one_killed_nothing_lost_nothing_twice(server, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY.replace("epochs = 2", "epochs = 12").replace("128", "400"))
-    options = ("--storage", server, "--grace", "3")
+    options = ("--storage", server, "--grace", "10")  # beside other work a heartbeat comes late
     survivor, victim = worker(tmp_path, *options), worker(tmp_path, *options)
     found = config.load(tmp_path / "tiny.toml")
     url = storage.url_of(server, tmp_path)
-    queue = Queue(found, url, heartbeat=1, grace=3)
+    queue = Queue(found, url, heartbeat=1, grace=10)
 
     def of(process):
         trials = queue.study.get_trials()
@@ -75,7 +77,7 @@ def test_two_workers_one_killed_nothing_lost_nothing_twice(server, tmp_path):
     wait_for(lambda: any(t.state.name == "RUNNING" for t in of(victim)) and of(survivor))
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
-    out, error = ended(survivor, timeout=500)
+    out, error = ended(survivor)
     assert "finished: 8 of 8 done, 0 running, 0 failed" in out, error
     trials = queue.study.get_trials()
     complete = [t for t in trials if t.state.name == "COMPLETE"]
@@ -96,9 +98,9 @@ def test_workers_that_start_at_the_same_time_run_nothing_twice(server, tmp_path)
     processes = [context.Process(target=claim_all, args=(url, numbers)) for _ in range(4)]
     for p in processes:
         p.start()
-    found = [numbers.get(timeout=120) for _ in range(20)]
+    found = [numbers.get(timeout=PATIENCE) for _ in range(20)]
     for p in processes:
-        p.join(60)
+        p.join(PATIENCE)
     assert [p.exitcode for p in processes] == [0] * 4
     assert sorted(found) == [i / 100 for i in range(1, 21)]
 

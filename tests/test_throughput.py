@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import command, options, throughput
+from benchmarks.speed import throughput
+from benchmarks.train import options
+from sam_optim.core import errors, files
 from sam_optim.core import random as rng
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its images open
@@ -30,8 +32,8 @@ def test_losses_of_three_updates_are_equal(tmp_path, prefetcher):
 
 def test_the_command(tmp_path, capsys):
     argv = ["--model", "test_vit", "--images", "20", "--batch-size", "10", "--rounds", "2"]
-    assert command.run(throughput.main, [*argv, "--out", str(tmp_path / "t.json")]) == 0
-    report = command.read_json(tmp_path / "t.json")
+    assert errors.run(throughput.main, [*argv, "--out", str(tmp_path / "t.json")]) == 0
+    report = files.read_json(tmp_path / "t.json")
     assert report["models"]["test_vit"]["timm, prefetcher"]["ratio"]["n"] == 2
     assert "CPU time ours / timm" in capsys.readouterr().out
-    assert command.run(throughput.main, [*argv[:-1], "1"]) == 2
+    assert errors.run(throughput.main, [*argv[:-1], "1"]) == 2

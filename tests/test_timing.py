@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import command, step_cost, timing, whole_step
+from benchmarks.speed import host, timing, whole_step
+from benchmarks.speed import step as step_cost
+from sam_optim.core import errors
 
 # a clock that only the runs advance
 
@@ -80,9 +82,7 @@ class Watched(nn.Module):
     def __init__(self):
         super().__init__()
         self.seen = []
-        self.inner = nn.Sequential(
-            nn.Flatten(), nn.Linear(3 * whole_step.SIZE**2, 4), nn.LayerNorm(4), nn.Linear(4, 10)
-        )
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64**2, 4), nn.LayerNorm(4), nn.Linear(4, 10))
 
     def forward(self, x):
         y = self.inner(x)
@@ -106,9 +106,10 @@ class Watched(nn.Module):
 )
 def test_every_way_runs_the_passes_that_it_names(way, passes, monkeypatch):
     model = Watched()
-    monkeypatch.setattr(whole_step, "build", lambda name: model)
+    monkeypatch.setattr(whole_step, "build", lambda name, size, classes: model)
     how = whole_step.WAYS.get(way)
-    step = whole_step.base_step("any", 16) if how is None else whole_step.sam_step("any", 16, **how)
+    setting = whole_step.Setting("any", 16)
+    step = whole_step.base_step(setting) if how is None else whole_step.sam_step(setting, **how)
     before = [p.detach().clone() for p in model.parameters()]
     step()
     assert [seen[:3] for seen in model.seen] == passes
@@ -155,7 +156,7 @@ def test_the_command_writes_a_table_and_strict_json(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(options, message, capsys):
-    assert command.run(whole_step.main, options) == command.EXIT_BAD_INPUT
+    assert errors.run(whole_step.main, options) == errors.EXIT_BAD_INPUT
     assert message in capsys.readouterr().err
 
 
@@ -165,5 +166,89 @@ def test_the_cost_of_a_step_is_measured_on_small_shapes(monkeypatch):
     found = step_cost.compare("any", 2)
     assert found["parameters"] == 5035
     assert set(found["peer / ours"]) == set(found["ours / floor"]) == {"SAM", "SAM, checked", "ASAM", "ASAM eta=0.01"}
-    assert found["allocated"]["SAM"]["largest"] < 5000 * 4
     assert "SAM" in step_cost.table([found])
+
+
+# the host time of a step
+
+
+def one_step(make, num_tensors=3):
+    """(weights before, at the second call of the closure, after the step) of a step whose base hardly moves."""
+    problem = host.Problem(num_tensors)
+    before, seen = [p.detach().clone() for p in problem.params], []
+    backward = problem.backward
+
+    def watched():
+        seen.append([p.detach().clone() for p in problem.params])
+        backward()
+
+    problem.backward = watched
+    make(problem)()
+    assert len(seen) == 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], before, strict=True))
+    return before, seen[1], [p.detach() for p in problem.params]
+
+
+@pytest.mark.parametrize("row", host.ways())
+def test_every_row_of_the_host_time_is_a_step_of_sam(row):
+    """Against the formula in float64, on one vector: ours and foreach have T = |w| + eta, davda54 T = |w|."""
+    adaptive, make = host.ways()[row]
+    before, moved, after = one_step(make)
+    w, g = (torch.cat(x).double() for x in (before, host.Problem(3).grads))
+    t = (w.abs() + (0 if "davda54" in row else host.ETA)) if adaptive else torch.ones(())
+    expected = w + host.RHO * t**2 * g / (t * g).norm()
+    torch.testing.assert_close(torch.cat(moved).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(after), torch.cat(before) - 1e-9 * torch.cat(host.Problem(3).grads))
+
+
+def test_a_row_is_judged_by_both_programs():
+    assert host.judged(0.19, 0.06, 0.2) == {"bar": pytest.approx(0.196), "meets_bar": True, "below_davda54": True}
+    assert host.judged(0.2, 0.06, 0.2) == {"bar": pytest.approx(0.196), "meets_bar": False, "below_davda54": False}
+
+
+def test_the_host_time_is_that_of_a_step_without_the_base(clock, monkeypatch):
+    """The closure costs 1 s, a step of the base 2, moving the weights 3 and 4: own time is 7 s."""
+
+    class Clocked(host.Problem):
+        def backward(self):
+            clock[0] += 1
+            super().backward()
+
+        def base(self):
+            base, advance = super().base(), lambda *_: clock.__setitem__(0, clock[0] + 2)
+            base.register_step_post_hook(advance)
+            return base
+
+    def slow(problem):
+        step = host.base_step(problem)
+
+        def run():
+            clock[0] += 7
+            step()
+
+        return run
+
+    monkeypatch.setattr(host, "Problem", Clocked)
+    names = ["foreach SAM", "davda54 SAM", "SAM, closure"]
+    monkeypatch.setattr(host, "ways", lambda: dict.fromkeys(names, (False, slow)))
+    result = host.measure(2, 4)
+    assert result["base_ms"] == 4000
+    assert [row["median"] for row in result["rows"].values()] == [7000.0] * 3
+    assert result["rows"]["SAM, closure"]["meets_bar"]
+    assert not result["rows"]["SAM, closure"]["below_davda54"]
+
+
+def test_the_host_time_is_printed_and_written(tmp_path, capsys):
+    file = tmp_path / "new" / "host.json"
+    threads = torch.get_num_threads()
+    try:
+        assert host.main(["--tensors", "2", "3", "--rounds", "2", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert [result["tensors"] for result in found["results"]] == [2, 3]
+    for result in found["results"]:
+        assert set(result["rows"]) == set(host.ways())
+        assert sum("bar" in row for row in result["rows"].values()) == 8
+    out = capsys.readouterr().out
+    assert all(row in out for row in host.ways())

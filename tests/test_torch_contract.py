@@ -408,7 +408,7 @@ def test_one_group_of_many_dtypes_has_one_norm(info, flag):
     for w, e, s, g in zip(start, seen[1], t, grads, strict=True):
         expected = w.double() + rho * s * s * g.double() / norm
         torch.testing.assert_close(e.double(), expected, rtol=torch.finfo(w.dtype).eps, atol=1e-7)
-    assert optimizer.last_step.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert optimizer.last_step.dual_norm.item() == pytest.approx(norm.item(), rel=1e-6)
 
 
 @every
@@ -543,7 +543,7 @@ def test_gradients_that_a_closure_leaves_alone_are_those_at_both_points(info):
             plain.step()
         assert equal(params, twins)
         assert optimizer.num_unperturbed == 3
-        assert optimizer.last_step.perturbation_norm == 0
+        assert optimizer.last_step.radius == 0
         assert all(len(state) > 0 for state in optimizer.state.values())
         if info.optim_cls.base is torch.optim.AdamW:
             assert len(optimizer.state) == 2

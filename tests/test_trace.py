@@ -1,11 +1,10 @@
 """Trace, diagonal and Frobenius norm: free of bias, with honest errors, against dense matrices and known spectra."""
 
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
-from networks import NETWORKS, Dense, batches, flat, mlp, network
+from networks import NETWORKS, Dense, OfMatrix, batches, flat, mlp, network
 from quadratic import Quadratic, symmetric, unshifted
 from torch import nn
 
@@ -13,7 +12,6 @@ from sam_optim.core.geometry import Ball
 from sam_optim.loss import MATRICES, Loss
 from sam_optim.measures import deflation as deflation_module
 from sam_optim.measures import hessian_diagonal, hessian_eigenvalues, hessian_frobenius_norm, hessian_trace
-from sam_optim.measures import trace as trace_module
 
 EPS = torch.finfo(torch.float64).eps
 cross_entropy = nn.CrossEntropyLoss()
@@ -34,17 +32,7 @@ def whole(data):
 
 def of_spectrum(name):
     a = symmetric(SPECTRA[name])
-    return a, unshifted(Quadratic(a), num=1)
-
-
-@pytest.fixture
-def direct(monkeypatch):
-    """Products with a given matrix in place of those of a loss of that matrix: thousands of them in a second."""
-
-    def use(a):
-        monkeypatch.setattr(trace_module, "flat_product", lambda *args, **kwargs: nullcontext(lambda v: a @ v))
-
-    return use
+    return a, OfMatrix(a)
 
 
 def of_diagonal(*values):
@@ -87,30 +75,23 @@ def test_exact_with_as_many_probes_as_parameters(kind, matrix, adaptive):
     assert not flat(diagonal.stderr).any()
 
 
-SLOW = [(kind, method, 200) for kind in NETWORKS for method in ("deflated", "hutch++")]
-
-
 @pytest.mark.parametrize(
-    ("kind", "method", "num_seeds"),
-    [(mlp, "deflated", 40), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ("kind", "num_seeds"), [(mlp, 40), *(pytest.param(kind, 200, marks=pytest.mark.slow) for kind in NETWORKS)]
 )
-def test_errors_over_seeds_of_a_network(kind, method, num_seeds):
+def test_errors_over_seeds_of_a_network(kind, num_seeds):
     """Errors in units of the standard error: mean square about 1, none beyond 4, no bias."""
     model, data = network(kind).eval(), batches(kind, (12,))
     loss = Loss(model, cross_entropy, data)
     exact = float(Dense(model, cross_entropy, whole(data)).matrix("hessian").trace())
-    check_calibration(
-        [hessian_trace(loss, num_probes=36, seed=seed, method=method) for seed in range(num_seeds)], exact
-    )
+    check_calibration([hessian_trace(loss, num_probes=36, seed=seed) for seed in range(num_seeds)], exact)
 
 
 @pytest.mark.parametrize("measure", [hessian_trace, hessian_frobenius_norm])
 @pytest.mark.parametrize(
     "name", ["outliers", "flat", *(pytest.param(n, marks=pytest.mark.slow) for n in ("power", "both signs"))]
 )
-def test_200_seeds_of_known_spectra(name, measure, direct):
+def test_200_seeds_of_known_spectra(name, measure):
     a, loss = of_spectrum(name)
-    direct(a)
     exact = float(a.trace() if measure is hessian_trace else a.norm())
     check_calibration([measure(loss, num_probes=60, seed=seed) for seed in range(200)], exact)
 
@@ -125,19 +106,15 @@ def check_calibration(found, exact):
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_products_at_equal_standard_error(name, direct):
-    """A tenth of Hutchinson's where few eigenvalues stand out; where none does, the same estimator, bit for bit."""
+def test_products_at_equal_standard_error(name):
+    """A tenth of Hutchinson's where few eigenvalues stand out; where none does, a basis of a few vectors is lost."""
     a, loss = of_spectrum(name)
-    direct(a)
+    found = [hessian_trace(loss, seed=seed) for seed in range(100)]
     if name in ("flat", "both signs"):
-        for seed in range(20):
-            found, plain = (hessian_trace(loss, seed=seed, method=m) for m in ("deflated", "hutchinson"))
-            assert found.details["num_deflated"] == 0
-            assert (found.value, found.stderr) == (plain.value, plain.stderr)
-        return
-    errors = [hessian_trace(loss, seed=seed).value - float(a.trace()) for seed in range(100)]
+        assert sum(f.details["num_deflated"] for f in found) / 100 < 10
+    errors = [f.value - float(a.trace()) for f in found]
     ratio = one_probe(a) ** 2 / 100 / (sum(e * e for e in errors) / 100)
-    assert ratio > {"outliers": 100, "power": 10}[name]
+    assert ratio > {"outliers": 100, "power": 10}.get(name, 0.65)  # known to 14 %
 
 
 def middling(num, *, low=10.0, step=1.0):
@@ -145,46 +122,36 @@ def middling(num, *, low=10.0, step=1.0):
     return [low + step * i for i in range(num)] + [low * math.cos(i) / 20 for i in range(DIMENSION - num)]
 
 
-@pytest.mark.parametrize("num_probes", [22, 30, *(pytest.param(n, marks=pytest.mark.slow) for n in (60, 100))])
-@pytest.mark.parametrize(
-    "spectrum",
-    [
-        middling(6),
-        middling(20),
-        middling(30, low=1.0, step=0.02),
+DOUBTFUL = {  # a spectrum, and by budget the bound of the squared error in units of Hutchinson's
+    "6": (middling(6), {22: 0.3, 30: 0.2, 60: 0.1, 100: 0.1}),
+    "20": (middling(20), {22: 1.8, 30: 1.8, 60: 0.05, 100: 0.05}),
+    "30": (middling(30, low=1.0, step=0.02), {22: 2.5, 30: 2.5, 60: 1.6, 100: 0.1}),
+    "one beside a bulk": (
         [2.2] + [math.cos(math.pi * i / 199) * 0.5 for i in range(199)],
+        dict.fromkeys((22, 30), 1.5),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_probes"),
+    [
+        pytest.param(name, n, marks=pytest.mark.slow if n == 100 else ())
+        for name, (_, bounds) in DOUBTFUL.items()
+        for n in bounds
     ],
-    ids=["6", "20", "30", "one beside a bulk"],
 )
-def test_where_it_is_doubtful_whether_anything_stands_out_there_is_no_bias(spectrum, num_probes, direct):
-    """Some of the first probes are corrected and others are not; no decision about a probe depends on it."""
+def test_where_it_is_doubtful_whether_anything_stands_out_there_is_no_bias(name, num_probes):
+    """Half of few products on a basis of no use cost a factor of 2 at most; a basis that is of use gains far more."""
+    spectrum, bounds = DOUBTFUL[name]
     a = symmetric(spectrum)
-    direct(a)
-    loss, exact = unshifted(Quadratic(a), num=1), float(a.trace())
+    loss, exact = OfMatrix(a), float(a.trace())
     found = [hessian_trace(loss, num_probes=num_probes, seed=seed) for seed in range(200)]
     check_calibration(found, exact)
-    plain = [hessian_trace(loss, num_probes=num_probes, seed=seed, method="hutchinson") for seed in range(200)]
-    squares, theirs = (sum((f.value - exact) ** 2 for f in them) for them in (found, plain))
-    assert squares < 1.1 * theirs
+    one_product = one_probe(a) ** 2
+    assert sum((f.value - exact) ** 2 for f in found) / 200 < bounds[num_probes] * one_product / num_probes
     for one in found:
-        assert math.fsum(one.details["weights"]) == pytest.approx(1, rel=1e-12)
-        assert one.value == pytest.approx(
-            math.fsum(v * x for v, x in zip(one.details["weights"], one.details["probes"], strict=True)), rel=1e-12
-        )
-
-
-def test_what_a_probe_says_has_no_part_in_the_decision_about_it():
-    torch.manual_seed(0)
-    a = symmetric(SPECTRA["outliers"])
-    z = torch.randint(0, 2, (6, DIMENSION)).mul(2).sub(1).to(a)
-    probes = [(x, a @ x) for x in z]
-    before = deflation_module.stand_out(probes, 100)
-    for i in range(6):
-        changed = [*probes[:i], (z[i], 1e6 * torch.randn(DIMENSION, dtype=a.dtype)), *probes[i + 1 :]]
-        assert deflation_module.stand_out(changed, 100)[i] == before[i]
-    flat = symmetric(SPECTRA["flat"])
-    assert deflation_module.stand_out(probes, 100) == [True] * 6
-    assert deflation_module.stand_out([(x, flat @ x) for x in z], 100) == [False] * 6
+        assert one.value == pytest.approx(math.fsum(one.details["probes"]) / one.num_samples, rel=1e-12)
 
 
 def test_the_trace_of_a_diagonal_matrix_is_exact():
@@ -208,8 +175,8 @@ def test_of_low_rank_the_trace_is_exact_to_rounding():
 
 
 @pytest.mark.parametrize("bad", [1, 4, 10, 13, 30])
-def test_what_is_not_finite_ends_the_trace_at_once(bad, direct, monkeypatch):
-    a, loss = of_spectrum("outliers")
+def test_what_is_not_finite_ends_the_trace_at_once(bad):
+    a, _ = of_spectrum("outliers")
     count = 0
 
     def product(v):
@@ -217,7 +184,7 @@ def test_what_is_not_finite_ends_the_trace_at_once(bad, direct, monkeypatch):
         count += 1
         return a @ v * (math.nan if count == bad else 1.0)
 
-    monkeypatch.setattr(trace_module, "flat_product", lambda *args, **kwargs: nullcontext(product))
+    loss = OfMatrix(product, dimension=DIMENSION)
     for tol in (None, 1e-9):
         count = 0
         found = hessian_trace(loss, tol=tol)
@@ -228,10 +195,10 @@ def test_what_is_not_finite_ends_the_trace_at_once(bad, direct, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_multiple_of_the_identity_needs_no_basis(value, direct):
-    direct(value * torch.eye(DIMENSION, dtype=torch.float64))
-    found = hessian_trace(of_spectrum("flat")[1])
-    assert (found.value, found.details["num_deflated"]) == (value * DIMENSION, 0)
+def test_a_multiple_of_the_identity_needs_one_vector(value):
+    found = hessian_trace(OfMatrix(value * torch.eye(DIMENSION, dtype=torch.float64)))
+    assert found.value == value * DIMENSION
+    assert found.details["num_deflated"] <= 1
 
 
 def test_trace_stops_on_the_standard_error():
@@ -258,9 +225,8 @@ def test_the_basis_stays_within_its_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_every_entry_of_the_diagonal_has_an_honest_error(name, direct):
+def test_every_entry_of_the_diagonal_has_an_honest_error(name):
     a, loss = of_spectrum(name)
-    direct(a)
     found = [hessian_diagonal(loss, num_probes=60, seed=seed) for seed in range(20)]
     z = torch.stack([(flat(f.values) - a.diagonal()) / flat(f.stderr) for f in found])
     assert 0.8 < float(z.square().mean()) < 1.4

@@ -13,11 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import SHARED, cifar_files, picture_tree
+from test_data import SHARED, cifar_files, load, picture_tree
 
-from benchmarks import checkpoint, command, engine, measure, ranks, train, training
-from benchmarks.pixels import Batches
-from benchmarks.training import Training
+from benchmarks import command, measure
+from benchmarks.train import __main__ as train
+from benchmarks.train import checkpoint, ranks
+from benchmarks.train import epoch as engine
+from benchmarks.train import run as training
+from benchmarks.train.batches import MemoryBatches
+from benchmarks.train.options import Options
+from benchmarks.train.order import Order
+from benchmarks.train.run import Training
+from sam_optim.core import errors, files
 
 TIMES = ("seconds", "images_per_s")
 DIGITS = ["--label-noise", "0.4", "--sam-rho", "0.1", "--measures", "none"]
@@ -35,7 +42,7 @@ def one_thread():
 
 def run(*options: object) -> int:
     """On the CPU, where bits are compared."""
-    return command.run(train.main, ["--device", "cpu", *(str(o) for o in options)])
+    return errors.run(train.main, ["--device", "cpu", *(str(o) for o in options)])
 
 
 def final(out: Path) -> dict:
@@ -202,7 +209,7 @@ class TestResume:
         out, whole = tmp_path / "a", tmp_path / "b"
         assert run(*DIGITS, "--epochs", 3, "--out", whole) == 0
         assert run(*DIGITS, "--epochs", 3, "--out", out) == 0
-        newest = checkpoint.found(out / "checkpoints")[0]
+        newest = checkpoint.newest_first(out / "checkpoints")[0]
         newest.write_bytes(newest.read_bytes()[:-100])
         assert run("--out", out, "--resume") == 0
         assert f"{newest.name} is damaged" in capsys.readouterr().err
@@ -221,7 +228,7 @@ class TestResume:
         assert run(*argv, "--out", tmp_path) == 0
         assert "is complete" in capsys.readouterr().out
         assert run("--out", tmp_path, "--resume", "--opt-kwargs", "betas=(0.8, 0.95)") == 2
-        assert "[['betas', [0.8, 0.95]]] differs from the run's [['betas', [0.8, 0.9]]]" in capsys.readouterr().err
+        assert "{'betas': [0.8, 0.95]} differs from the run's {'betas': [0.8, 0.9]}" in capsys.readouterr().err
 
     def test_resume_without_a_run_starts_one(self, tmp_path):
         assert run(*DIGITS, "--epochs", 1, "--out", tmp_path / "new", "--resume") == 0
@@ -295,7 +302,7 @@ class TestOptions:
         cifar_files(tmp_path / "data")
         options = ["--data", "cifar10", "--data-dir", tmp_path / "data", "--model", "test_resnet", "--measures", "none"]
         assert run(*options, "--epochs", 1, "--batch-size", 32, "--sam-rho", 0.1, "--out", tmp_path / "out") == 0
-        facts = command.read_json(tmp_path / "out" / "config.json")
+        facts = files.read_json(tmp_path / "out" / "config.json")
         assert facts["data"]["source"] == "cifar10, not the files of the published archive"
 
     def test_fp16_scales_and_still_learns(self, tmp_path):
@@ -308,15 +315,16 @@ class TestOptions:
         """Against a plain torch loop, written out."""
         from torch import nn
 
-        from benchmarks import data, models
-        from benchmarks.order import derive
+        from benchmarks.train.order import derive
+        from sam_optim.vision import models
 
         assert run("--epochs", 2, "--sam-rho", 0, "--weight-decay", 0, "--sched", "none", "--measures", "none",
                    "--label-noise", 0.2, "--out", tmp_path) == 0  # fmt: skip
         torch.manual_seed(derive(0, "model"))
         model = models.build("cnn3", num_classes=10, image_size=(1, 8, 8))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)  # timm's "sgd"
-        batches = Batches(data.digits(label_noise=0.2).train, 64, shuffle=True, drop_last=True)
+        splits = load("digits", label_noise=0.2)
+        batches = MemoryBatches(splits.train, Order(898, 64, shuffle=True, drop_last=True), splits.preprocessing)
         for epoch in range(2):
             batches.set_epoch(epoch)
             for x, y in batches:
@@ -328,15 +336,16 @@ class TestOptions:
     def test_sam_in_the_engine_is_step_with_a_closure_bit_for_bit(self):
         from torch import nn
 
-        from benchmarks import data, models
         from sam_optim import SAM
+        from sam_optim.vision import models
 
         weights = []
         for closure_loop in (False, True):
             torch.manual_seed(0)
             model = models.build("cnn3", num_classes=10, image_size=(1, 8, 8))
             optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9)
-            batches = Batches(data.digits().train, 64)
+            splits = load("digits")
+            batches = MemoryBatches(splits.train, Order(898, 64), splits.preprocessing)
             if closure_loop:
                 for x, y in batches:
 
@@ -355,11 +364,12 @@ class TestOptions:
         assert_same_bits(dict(weights[0]), dict(weights[1]))
 
     def test_asam_scales_weights_and_not_biases_in_timms_groups(self):
-        from benchmarks import models, options, recipe
+        from benchmarks.train import recipe
+        from sam_optim.vision import models
 
-        args = options.parse(["--sam-rho", "0.5", "--adaptive", "--layer-decay", "0.7", "--opt", "adamw"])
+        options = Options(sam_rho=0.5, adaptive="elementwise", layer_decay=0.7, opt="adamw")
         model = models.build("test_vit", num_classes=10, image_size=(3, 32, 32))
-        optimizer = recipe.optimizer(args, model)
+        optimizer = recipe.optimizer(options, model)
         for group in optimizer.param_groups:
             assert "lr_scale" in group
             assert all((p.ndim > 1) == bool(group["adaptive"]) for p in group["params"] if p.ndim != 3)
@@ -377,7 +387,7 @@ class TestOptions:
 
     def test_the_noise_is_recorded(self, tmp_path):
         assert run(*DIGITS, "--epochs", 1, "--out", tmp_path) == 0
-        facts = command.read_json(tmp_path / "config.json")
+        facts = files.read_json(tmp_path / "config.json")
         assert facts["label_noise"]["num_drawn"] == round(0.4 * 898)
         assert len(facts["label_noise"]["labels_sha256"]) == 64
         assert facts["options"]["seed"] == 0
@@ -391,11 +401,11 @@ class TestDevice:
 
     def test_auto_is_what_torch_sees_and_is_said_and_recorded(self, tmp_path, capsys):
         expected = "cuda" if torch.cuda.is_available() else "cpu"
-        assert command.run(train.main, [*self.DEFAULTS, "--out", str(tmp_path)]) == 0
+        assert errors.run(train.main, [*self.DEFAULTS, "--out", str(tmp_path)]) == 0
         first = capsys.readouterr().out.splitlines()[0]
         assert first.startswith(f"training on {expected} (")
         assert first.endswith(", 1 process")
-        facts = command.read_json(tmp_path / "config.json")
+        facts = files.read_json(tmp_path / "config.json")
         assert (facts["device"], facts["options"]["device"]) == (expected, "auto")
 
     @pytest.mark.parametrize(("seen", "expected"), [(True, "cuda"), (False, "cpu")])
@@ -407,10 +417,10 @@ class TestDevice:
     def test_an_older_run_goes_on_on_its_cpu(self, tmp_path, monkeypatch):
         """A config.json that says "cpu", where torch now says that it sees CUDA."""
         assert run(*self.DEFAULTS, "--epochs", 2, "--out", tmp_path) == 0
-        for path in checkpoint.found(tmp_path / "checkpoints")[:1]:
+        for path in checkpoint.newest_first(tmp_path / "checkpoints")[:1]:
             path.unlink()  # the last: the second epoch is trained again
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert command.run(train.main, ["--out", str(tmp_path), "--resume"]) == 0
+        assert errors.run(train.main, ["--out", str(tmp_path), "--resume"]) == 0
         assert final(tmp_path)["position"]["epoch"] == 2
 
 
@@ -427,7 +437,7 @@ class TestComplete:
 
     def test_one_that_is_not_goes_on(self, tmp_path, capsys):
         assert run(*DIGITS, "--epochs", 2, "--out", tmp_path) == 0
-        checkpoint.found(tmp_path / "checkpoints")[0].unlink()
+        checkpoint.newest_first(tmp_path / "checkpoints")[0].unlink()
         capsys.readouterr()
         assert run("--out", tmp_path, "--resume") == 0
         first, second, third = capsys.readouterr().out.splitlines()
@@ -546,7 +556,7 @@ class TestBadInput:
 
     def test_all_checkpoints_damaged(self, tmp_path, capsys):
         assert run(*DIGITS, "--epochs", 2, "--out", tmp_path) == 0
-        for path in checkpoint.found(tmp_path / "checkpoints"):
+        for path in checkpoint.newest_first(tmp_path / "checkpoints"):
             path.write_bytes(b"")
         before = snapshot(tmp_path)
         assert run("--out", tmp_path, "--resume") == 2
@@ -575,7 +585,7 @@ class TestBadInput:
         err = capsys.readouterr().err
         assert "the loss is nan: training diverged; lower --lr" in err
         assert err.count("\n") == 1
-        last = checkpoint.found(tmp_path / "checkpoints")
+        last = checkpoint.newest_first(tmp_path / "checkpoints")
         assert str(last[0]) in err
         assert len(last) == 1
         assert final(tmp_path)["position"] == {"epoch": 1, "batch": 0, "updates": 14}
@@ -605,13 +615,13 @@ class TestMeasure:
     def test_a_run_is_measured_after_its_last_epoch_and_again_from_its_files(self, tmp_path, capsys):
         options = ["--label-noise", "0.4", "--sam-rho", "0.1", "--epochs", "1", "--measures", "worst,eigenvalue"]
         assert run(*options, "--out", tmp_path) == 0
-        report = command.read_json(tmp_path / "measures.json")
+        report = files.read_json(tmp_path / "measures.json")
         assert report["measures"].keys() == {"worst", "eigenvalue"}
         assert report["measures"]["worst"]["value"] > 0
         assert report["split"] == "train"
         (tmp_path / "measures.json").unlink()
-        assert command.run(measure.main, [str(tmp_path), "--measures", "worst,eigenvalue"]) == 0
-        again = command.read_json(tmp_path / "measures.json")
+        assert errors.run(measure.main, [str(tmp_path), "--measures", "worst,eigenvalue"]) == 0
+        again = files.read_json(tmp_path / "measures.json")
         assert json.dumps(again, sort_keys=True) == json.dumps(report, sort_keys=True)
         assert "worst" in capsys.readouterr().out
 
@@ -620,8 +630,8 @@ class TestMeasure:
         [
             (["--measures", "flat"], "unknown measure 'flat'; choose from average"),
             (["--measures", "none"], "names none"),
-            (["--rho", "-1"], "--rho is a radius"),
-            (["--examples", "-1"], "--examples must be >= 0"),
+            (["--rho", "-1"], "--rho: must be > 0, got -1"),
+            (["--examples", "-1"], "--examples: must be >= 0, got -1"),
             (["--split", "validation"], "no validation split"),
             (["--ema"], "without --model-ema"),
         ],
@@ -630,12 +640,12 @@ class TestMeasure:
         out = tmp_path_factory.mktemp("run")
         assert run("--epochs", 1, "--measures", "none", "--out", out) == 0
         before = snapshot(out)
-        assert command.run(measure.main, [str(out), *options]) == 2
+        assert errors.run(measure.main, [str(out), *options]) == 2
         assert message in capsys.readouterr().err
         assert snapshot(out) == before
 
     def test_not_a_run(self, tmp_path, capsys):
-        assert command.run(measure.main, [str(tmp_path)]) == 2
+        assert errors.run(measure.main, [str(tmp_path)]) == 2
         assert "is not a run directory" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from test_kernels import close_to, make, t_of
 from torch import nn
 
 from sam_optim import Perturbation
@@ -23,38 +24,12 @@ pytestmark = [
 ]
 
 
-def make(shapes, dtype=torch.float32, grad_dtype=None, seed=0):
-    """Parameters with gradients; the second and later tensors are 10 and 100 times larger, so that scale matters."""
-    generator = torch.Generator().manual_seed(seed)
-    params = []
-    for i, shape in enumerate(shapes):
-        w = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** (i % 3 - 2)
-        p = nn.Parameter(w.to(dtype))
-        if grad_dtype is not None:
-            p.grad_dtype = None
-        p.grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(grad_dtype or dtype)
-        params.append(p)
-    return params
-
-
-def t_of(w, adaptive, eta=0.01):
-    """T in float64: |w| + eta; the norm of a filter + eta, elementwise below two dimensions."""
-    if not adaptive:
-        return torch.ones_like(w)
-    if adaptive == "layer":
-        return torch.full_like(w, w.norm() + eta)
-    if adaptive == "filter" and w.ndim >= 2:
-        norms = w.reshape(w.shape[0], -1).norm(dim=1) + eta
-        return norms.reshape(-1, *[1] * (w.ndim - 1)).expand_as(w)
-    return w.abs() + eta
-
-
 class Truth:
     """The formula on one flat float64 vector: weights at w + e, and the norms of `last_step`."""
 
     def __init__(self, params, rho=0.1, adaptive=False, norm=2):
         ws = [p.detach().double() for p in params]
-        w, t = (torch.cat([x.flatten() for x in some]) for some in (ws, [t_of(w, adaptive) for w in ws]))
+        w, t = (torch.cat([x.flatten() for x in some]) for some in (ws, [t_of(w, adaptive, 0.01) for w in ws]))
         g = torch.cat([p.grad.double().flatten() for p in params])
         self.dual_norm = (t * g).abs().sum() if norm == math.inf else (t * g).norm()
         self.grad_norm = g.norm()
@@ -62,17 +37,6 @@ class Truth:
         self.perturbation_norm, self.radius = e.norm(), torch.tensor(rho)
         parts = (w + e).split([p.numel() for p in params])
         self.weights = [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
-
-
-def check_close(weights, truth, dtype):
-    """Within 2 ulps of the weights, and 16 float32 ulps of the largest, for the rounding of the norm.
-
-    The interpreter cuts bfloat16 off where a device rounds.
-    """
-    ulp, arithmetic = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    for p, w in zip(weights, truth, strict=True):
-        if w.numel():
-            torch.testing.assert_close(p.double(), w, rtol=2 * ulp, atol=16 * arithmetic * float(w.abs().max()))
 
 
 def moved(sam, params, grads=None):
@@ -116,7 +80,7 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(adaptive, norm,
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, norm=norm, fused=True)
     grads = [p.grad for p in params]
     first, second = moved(sam, params, grads), moved(sam, params, grads)
-    check_close(first, truth.weights, dtype)
+    close_to(first, truth.weights, dtype)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert launches == THREE * 2
     for name in ("dual_norm", "grad_norm", "radius", "perturbation_norm"):
@@ -150,7 +114,7 @@ def test_unaligned_gradients_need_no_other_launch(adaptive, launches):
     unaligned = views(grads)
     assert any(v.data_ptr() % 16 for v in unaligned)
     for some in (grads, unaligned, grads):  # other addresses in every step
-        check_close(moved(sam, params, some), truth, torch.float32)
+        close_to(moved(sam, params, some), truth, torch.float32)
     assert launches == THREE * 3
 
 
@@ -162,7 +126,7 @@ def test_layouts_that_weights_and_gradients_share(adaptive, launches):
     params[2].data, params[2].grad = (x.t().contiguous().t() for x in (params[2].data, params[2].grad))
     truth, strides = Truth(params, 0.1, adaptive), [p.stride() for p in params]
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, fused=True)
-    check_close(moved(sam, params), truth.weights, torch.float32)
+    close_to(moved(sam, params), truth.weights, torch.float32)
     assert [p.stride() for p in params] == strides
     assert launches == THREE
 
@@ -176,7 +140,7 @@ def test_weights_that_are_laid_out_anew_come_back(launches):
         for p, q in zip(params, make(shapes), strict=True):
             p.data, p.grad = q.data, q.grad
         params[0].data, params[0].grad = (x.to(memory_format=layout) for x in (params[0].data, params[0].grad))
-        check_close(moved(sam, params), Truth(params_with_gradients(params)).weights, torch.float32)
+        close_to(moved(sam, params), Truth(params_with_gradients(params)).weights, torch.float32)
     assert launches == THREE * 3
 
 
@@ -247,7 +211,7 @@ def test_complex_weights_are_pairs_of_real_ones(launches):
     p.grad, real.grad = torch.view_as_complex(grad.clone()), grad
     truth = Truth([real], 0.1, True).weights
     weights = moved(Perturbation([p], rho=0.1, adaptive=True, fused=True), [p])
-    check_close([torch.view_as_real(weights[0])], truth, torch.float32)
+    close_to([torch.view_as_real(weights[0])], truth, torch.float32)
     assert launches == THREE
 
 
@@ -257,7 +221,7 @@ def test_complex_weights_are_pairs_of_real_ones(launches):
 def test_gradients_of_another_dtype(adaptive, types, launches):
     params = make([(40, 3), (9,)], *types)
     truth = Truth(params, 0.1, adaptive).weights
-    check_close(moved(Perturbation(params, rho=0.1, adaptive=adaptive, fused=True), params), truth, torch.float32)
+    close_to(moved(Perturbation(params, rho=0.1, adaptive=adaptive, fused=True), params), truth, torch.float32)
     assert launches == THREE
 
 
@@ -337,7 +301,7 @@ def test_settings_that_change_between_steps():
             p.grad = grads[i] if i in present else None
             p.data = p.data.clone()
         chosen = [params[i] for i in present]
-        check_close(
+        close_to(
             moved(sam, chosen), Truth(with_grads(chosen, grads, present), 0.1, adaptive, norm).weights, torch.float32
         )
 
@@ -379,10 +343,10 @@ def test_a_finite_gradient_moves_by_rho_whatever_its_size(adaptive, size):
         p.data.fill_(0.0) if not adaptive else p.data.mul_(1e-2)
         p.grad.mul_(size)
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, fused=True)
-    truth, ts = Truth(params, 0.1, adaptive), [t_of(p.detach().double(), adaptive) for p in params]
+    truth, ts = Truth(params, 0.1, adaptive), [t_of(p.detach().double(), adaptive, 0.01) for p in params]
     before = [p.detach().double() for p in params]
     weights = moved(sam, params)
-    check_close(weights, truth.weights, torch.float32)
+    close_to(weights, truth.weights, torch.float32)
     if not adaptive:  # w = 0, so that e is not rounded to w
         e = torch.cat([((a.double() - b) / t).flatten() for a, b, t in zip(weights, before, ts, strict=True)])
         assert float(e.norm()) == pytest.approx(0.1, rel=1e-5)
@@ -398,7 +362,7 @@ def test_one_norm_over_gradients_of_very_different_sizes():
         p.grad.mul_(size)
     truth = Truth(params)
     sam = Perturbation(params, rho=0.1, fused=True)
-    check_close(moved(sam, params), truth.weights, torch.float32)
+    close_to(moved(sam, params), truth.weights, torch.float32)
     assert float(sam.last_step.dual_norm) == pytest.approx(float(truth.dual_norm), rel=1e-6)
 
 
@@ -522,7 +486,7 @@ def test_an_interrupt_at_any_line_brings_the_weights_back(dtypes):
         if not reached:
             break
         assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True)), line
-        check_close(moved(sam, params, grads), Truth(with_grads(params, grads, range(2)), 0.5).weights, dtypes[1])
+        close_to(moved(sam, params, grads), Truth(with_grads(params, grads, range(2)), 0.5).weights, dtypes[1])
     assert line > 40
 
 

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import command, options
-from benchmarks.command import InputError
+from benchmarks.command import Parser
 from benchmarks.study import config, storage
+from sam_optim.core.arguments import number
+from sam_optim.core.errors import InputError, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,22 +25,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return args.function(args)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = options.Parser(
+def parser() -> Parser:
+    count, natural = number(int, 1), number(int, 0)
+    p = Parser(
         prog="python -m benchmarks.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = p.add_subparsers(required=True, metavar="COMMAND", parser_class=options.Parser)
+    commands = p.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="work on a study; any number of processes on any number of machines may")
     run.set_defaults(function=_run)
     run.add_argument("--data-dir", metavar="DIR", help="on this machine")
     run.add_argument("--cifar-c", metavar="DIR", help="on this machine, for published = true of [corruptions]")
     run.add_argument("--device", default="auto", help="default: CUDA where torch sees it, else the CPU")
-    run.add_argument("--decoders", type=_natural, default=0, metavar="N", help="processes that decode images")
-    run.add_argument("--heartbeat", type=_positive, default=60, metavar="SECONDS", help="between signs of life")
-    run.add_argument("--grace", type=_positive, metavar="SECONDS", help="without one: dead (default: three heartbeats)")
-    run.add_argument("--limit", type=_positive, metavar="N", help="run at most so many, then leave")
+    run.add_argument("--decoders", type=natural, default=0, metavar="N", help="processes that decode images")
+    run.add_argument("--heartbeat", type=count, default=60, metavar="SECONDS", help="between signs of life")
+    run.add_argument("--grace", type=count, metavar="SECONDS", help="without one: dead (default: three heartbeats)")
+    run.add_argument("--limit", type=count, metavar="N", help="run at most so many, then leave")
     run.add_argument("--no-wait", action="store_true", help="leave while other workers run the last ones")
     status = commands.add_parser("status", help="how far a study is")
     status.set_defaults(function=_status)
@@ -66,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--targets", type=_names, help="its columns; for a study: only these")
     report.add_argument("--factors", type=_names, default=[], help="its columns that were varied")
     report.add_argument("--given", metavar="FACTOR", help="the factor to hold fixed; default: lr, else the first")
-    report.add_argument("--resamples", type=_positive, default=2000, help="of the bootstrap")
-    report.add_argument("--seed", type=_natural, default=0, help="of the bootstrap")
+    report.add_argument("--resamples", type=count, default=2000, help="of the bootstrap")
+    report.add_argument("--seed", type=natural, default=0, help="of the bootstrap")
     return p
 
 
@@ -76,19 +78,19 @@ def _run(args: argparse.Namespace) -> int:
     from benchmarks.study.trial import Here, check
     from benchmarks.study.worker import work
 
-    found, out, url = _found(args)
+    study, out, url = _study(args)
     here = Here(out / "runs", args.data_dir, args.device, args.decoders, args.cifar_c)
-    check(found, here)  # before anything is written
-    queue = Queue(found, url, heartbeat=args.heartbeat, grace=args.grace, replace=True)
-    print(f"study {found.name}, {found.total} models, in {storage.shown(url)}", flush=True)
+    check(study, here)  # before anything is written
+    queue = Queue(study, url, heartbeat=args.heartbeat, grace=args.grace, replace=True)
+    print(f"study {study.name}, {study.total} models, in {storage.shown(url)}", flush=True)
     return work(queue, here, limit=args.limit, wait=not args.no_wait)
 
 
 def _status(args: argparse.Namespace) -> int:
     from benchmarks.study.queue import Queue
 
-    found, _, url = _started(args)
-    print(Queue(found, url).tally())
+    study, _, url = _started(args)
+    print(Queue(study, url).tally())
     return 0
 
 
@@ -101,48 +103,38 @@ def _report(args: argparse.Namespace) -> int:
         table = report.from_csv(args.csv, args.measures, args.targets, args.factors, given=args.given)
         out = args.out or Path("runs") / f"study-{args.csv.stem}"
     else:
-        found, out, url = _started(args)
-        table = report.from_study(found, url, args.measures, args.targets, given=args.given)
+        study, out, url = _started(args)
+        table = report.from_study(study, url, args.measures, args.targets, given=args.given)
     return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
 
 
 def _compare(args: argparse.Namespace) -> int:
     from benchmarks.study import compare
 
-    found, out, url = _started(args)
-    runs = compare.runs_of(found, url)
-    options = {"over": args.over, "baseline": args.baseline, "targets": args.targets}
-    return compare.write(compare.compare(runs, args.by, **options), out, runs)
+    study, out, url = _started(args)
+    runs = compare.runs_of(study, url)
+    compared = compare.compare(runs, args.by, over=args.over, baseline=args.baseline, targets=args.targets)
+    return compare.write(compared, out, runs)
 
 
-def _found(args: argparse.Namespace) -> tuple[config.Config, Path, str]:
-    found = config.load(args.config)
-    out = args.out or Path("runs") / f"study-{found.name}"
-    return found, out, storage.url_of(args.storage, out)
+def _study(args: argparse.Namespace) -> tuple[config.Config, Path, str]:
+    study = config.load(args.config)
+    out = args.out or Path("runs") / f"study-{study.name}"
+    return study, out, storage.url_of(args.storage, out)
 
 
 def _started(args: argparse.Namespace) -> tuple[config.Config, Path, str]:
-    """As `_found`; looking at a study makes none."""
-    found, out, url = _found(args)
-    if not storage.has_study(url, found.name):
-        where = f"there is no study {found.name!r} in {storage.shown(url)} yet"
+    """As `_study`; looking at a study makes none."""
+    study, out, url = _study(args)
+    if not storage.has_study(url, study.name):
+        where = f"there is no study {study.name!r} in {storage.shown(url)} yet"
         raise InputError(f"{where}; start it: python -m benchmarks.study run {args.config}")
-    return found, out, url
+    return study, out, url
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(run(main))

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.paired import LEVEL
 from sam_optim.statistics.kendall import correlate
 from sam_optim.statistics.partial import conditional, holm
 
-LEVEL = 0.95
 NAMES = {
     "test_error": "test error",
     "gap": "generalization gap",
@@ -58,7 +58,7 @@ def analyse(table: Table, *, num_resamples: int = 2000, seed: int = 0, level: fl
     with `given` held fixed. The chance of even one false finding on the page is then at most 1 - level.
     """
     options = {"level": level, "num_resamples": num_resamples, "seed": seed}
-    found = []
+    comparisons = []
     for target in table.targets:
         for measure in table.measures:
             overall = correlate(table.rows, measure, target, factors=table.factors, **options)
@@ -66,23 +66,23 @@ def analyse(table: Table, *, num_resamples: int = 2000, seed: int = 0, level: fl
             if table.given:
                 fixed = conditional(table.rows, measure, target, table.given, **options).to_dict()
                 row["fixed"] = {k: v for k, v in fixed.items() if k not in ("type", "settings", "provenance")}
-            found.append(row)
+            comparisons.append(row)
     follows = [followed(table, measure, options) for measure in table.measures] if table.given else []
-    _correct(found)
-    for row in found:
+    _correct(comparisons)
+    for row in comparisons:
         row["verdict"] = verdict(row, table.given, level)
     return {
-        "comparisons": found,
+        "comparisons": comparisons,
         "num_models": len(table.rows),
-        "num_tests": sum(1 for row in found for p in _p_values(row) if p is not None),
+        "num_tests": sum(1 for row in comparisons for p in _p_values(row) if p is not None),
         "correction": "Holm (1979)",
         "given": table.given,
         "follows": follows,
         "level": level,
         "num_resamples": num_resamples,
         "seed": seed,
-        "headline": headline(found, table, level),
-        "conclusions": [conclusion(found, table, target, level, follows) for target in table.targets],
+        "headline": headline(comparisons, table, level),
+        "conclusions": [conclusion(comparisons, table, target, level, follows) for target in table.targets],
     }
 
 
@@ -98,19 +98,19 @@ def followed(table: Table, measure: str, options: Mapping[str, Any]) -> dict[str
 
 
 def _picked(overall: Any) -> dict[str, Any]:
-    kept = ("tau", "low", "high", "p", "n", "num_dropped", "by_factor", "granulated", "reason")
-    return {k: v for k, v in overall.to_dict().items() if k in kept}
+    keys = ("tau", "low", "high", "p", "n", "num_dropped", "by_factor", "granulated", "reason")
+    return {k: v for k, v in overall.to_dict().items() if k in keys}
 
 
 def _p_values(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return row.get("p"), row.get("fixed", {}).get("within_p")
 
 
-def _correct(found: Sequence[dict[str, Any]]) -> None:
+def _correct(comparisons: Sequence[dict[str, Any]]) -> None:
     """Adds p_adjusted, over all tests of all comparisons together."""
-    flat = [math.nan if p is None else p for row in found for p in _p_values(row)]
+    flat = [math.nan if p is None else p for row in comparisons for p in _p_values(row)]
     adjusted = [None if math.isnan(p) else p for p in holm(flat)]
-    for i, row in enumerate(found):
+    for i, row in enumerate(comparisons):
         row["p_adjusted"] = adjusted[2 * i]
         if "fixed" in row:
             row["fixed"]["within_p_adjusted"] = adjusted[2 * i + 1]
@@ -159,18 +159,18 @@ def _almost(row: Mapping[str, Any]) -> bool:
     return any(a is not None and b is not None and a * b > 0 for a, b in ends)
 
 
-def headline(found: Sequence[Mapping[str, Any]], table: Table, level: float = LEVEL) -> str:
+def headline(comparisons: Sequence[Mapping[str, Any]], table: Table, level: float = LEVEL) -> str:
     """What the first target's comparisons come to, in one or two sentences."""
     target = table.targets[0]
-    rows = [row for row in found if row["target"] == target and row["tau"] is not None]
+    rows = [row for row in comparisons if row["target"] == target and row["tau"] is not None]
     if not rows:
         return f"No measure could be compared with {name(target)}."
     rising, falling, unclear = _counts([directions(row, level)[0] for row in rows])
     n, goal = len(rows), name(target)
     if n == 1:
         first = {
-            1: f"{_cap(rows[0]['measure'])} rises with {goal}",
-            -1: f"{_cap(rows[0]['measure'])} falls with {goal}",
+            1: f"{capitalised(rows[0]['measure'])} rises with {goal}",
+            -1: f"{capitalised(rows[0]['measure'])} falls with {goal}",
         }
         text = first.get(rising - falling, f"No evidence that {rows[0]['measure']} goes with {goal}")
     elif unclear == n:
@@ -207,32 +207,32 @@ def _parts(rising: int, falling: int, unclear: int, goal: str) -> str:
 
 
 def conclusion(
-    found: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
     table: Table,
     target: str,
     level: float = LEVEL,
     follows: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """One target in words: which measures, in which direction, and whether the factor held fixed explains more."""
-    rows = [row for row in found if row["target"] == target]
-    known = [row for row in rows if row["tau"] is not None]
-    if not known:
-        return f"{_cap(name(target))}: not computed ({rows[0].get('reason') if rows else 'no measures'})."
+    rows = [row for row in comparisons if row["target"] == target]
+    computed = [row for row in rows if row["tau"] is not None]
+    if not computed:
+        return f"{capitalised(name(target))}: not computed ({rows[0].get('reason') if rows else 'no measures'})."
     groups: dict[str, list[str]] = {}
-    for row in known:
+    for row in computed:
         groups.setdefault(verdict(row, table.given, level), []).append(str(row["measure"]))
-    text = "; ".join(f"{said} for {_list(measures)}" for said, measures in groups.items())
-    taus = {row["measure"]: abs(row["tau"]) for row in known}
+    text = "; ".join(f"{said} for {listed(measures)}" for said, measures in groups.items())
+    taus = {row["measure"]: abs(row["tau"]) for row in computed}
     closer = [
         str(row["measure"])
         for row in follows
         if row["low"] is not None and row["low"] * row["high"] > 0 and abs(row["tau"]) > taus.get(row["measure"], 1.0)
     ]
     if closer:
-        who = "every measure" if len(closer) == len(known) else _list(closer)
-        verb = "follow" if len(closer) > 1 and len(closer) < len(known) else "follows"
-        text += f". {_cap(who)} {verb} the {name(table.given)} more closely"
-    return f"{_cap(name(target))}: {text}."
+        who = "every measure" if len(closer) == len(computed) else listed(closer)
+        verb = "follow" if len(closer) > 1 and len(closer) < len(computed) else "follows"
+        text += f". {capitalised(who)} {verb} the {name(table.given)} more closely"
+    return f"{capitalised(name(target))}: {text}."
 
 
 def table_size(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -253,9 +253,10 @@ def _counts(signs: Sequence[int]) -> tuple[int, int, int]:
     return sum(s > 0 for s in signs), sum(s < 0 for s in signs), sum(s == 0 for s in signs)
 
 
-def _list(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _cap(text: str) -> str:
+def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]

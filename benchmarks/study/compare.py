@@ -9,20 +9,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command
-from benchmarks.command import InputError, unknown
-from benchmarks.study.analysis import LEVEL, UNITS, labelled, name
+from benchmarks import paired
+from benchmarks.paired import LEVEL
+from benchmarks.study.analysis import UNITS, capitalised, labelled, name
 from benchmarks.study.config import Config, Range
-from sam_optim.report import write_page
-from sam_optim.report.charts import Group, mean_and_std, panels, strip
-from sam_optim.report.markup import Markup, tag
-from sam_optim.report.page import bullets, code_block, html_page, paragraph, section
-from sam_optim.report.tables import html_table, number, signed, spread, text_table
+from sam_optim.core.errors import InputError, unknown
+from sam_optim.core.files import write_json
+from sam_optim.core.text import MISSING, mean_and_std, number, signed, spread, text_table
+from sam_optim.report.figures import Group, strip
+from sam_optim.report.page import (
+    Markup,
+    bullets,
+    code_block,
+    element,
+    html_page,
+    html_table,
+    panels,
+    paragraph,
+    section,
+    write_page,
+)
 from sam_optim.statistics.partial import holm
 
 HIGHER = "_accuracy"  # columns of which more is better; of all others less is
-NUM_STYLES = 6  # colours and markers that a page tells apart
-ROUNDING = 1e-9  # relative: differences that are one number, but for their last digits, have no spread to judge by
 Row = dict[str, Any]
 
 
@@ -41,8 +50,8 @@ class Runs:
     @property
     def numbers(self) -> list[str]:
         """The columns that can be compared."""
-        found = dict.fromkeys(key for row in self.rows for key, value in row.items() if _is_number(value))
-        return [key for key in found if key not in (*self.levels, "failed")]
+        columns = dict.fromkeys(key for row in self.rows for key, value in row.items() if _is_number(value))
+        return [key for key in columns if key not in (*self.levels, "failed")]
 
 
 def runs_of(config: Config, url: str) -> Runs:
@@ -59,7 +68,11 @@ def runs_of(config: Config, url: str) -> Runs:
         row |= {"failed": bool(record["failed"])} | record["targets"] | record["measures"]
         errors = [key for key in record["targets"] if key.endswith("_error")]
         rows.append(row | {key.replace("_error", HIGHER): 100 - row[key] for key in errors})
-    levels = {factor: _levels(factor, found, rows) for factor, found in config.factors.items()}
+    levels = {
+        # those that a sampler drew from a range in the order of their values, others in that of the settings
+        factor: sorted({row[factor] for row in rows}, key=float) if isinstance(given, Range) else [*map(text, given)]
+        for factor, given in config.factors.items()
+    }
     tally = queue.tally()
     about = {"config": config.to_dict(), "tally": str(tally), "complete": tally.left == 0}
     return Runs(config.name, rows, levels, about)
@@ -95,83 +108,72 @@ def compare(
             raise unknown("target", target, runs.numbers)
     reference = _baseline(runs.levels[by], baseline, by)
     others = [f for f in runs.levels if f not in (by, over)]
-    settings = {tuple(row[f] for f in others): {f: row[f] for f in others} for row in _ordered(runs)}
-    found = []
+    ordered = sorted(runs.rows, key=lambda row: [list(levels).index(row[f]) for f, levels in runs.levels.items()])
+    settings = {tuple(row[f] for f in others): {f: row[f] for f in others} for row in ordered}
+    comparisons = []
     for target in targets:
         for fixed in settings.values():
             cells = {a: _cell(runs.rows, fixed | {by: a}, over, target) for a in runs.levels[by]}
-            rows = [
-                {"level": a, **cell, "difference": None}
-                | (
-                    {}
-                    if a == reference
-                    else {"difference": difference(cell["values"], cells[reference]["values"], level)}
-                )
-                for a, cell in cells.items()
-            ]
-            found.append(
-                {"target": target, "setting": fixed, "by": by, "over": over, "baseline": reference, "rows": rows}
-            )
-    differences = [row["difference"] for one in found for row in one["rows"] if row["difference"]]
+            for a, cell in cells.items():
+                same = a == reference
+                cell["difference"] = None if same else difference(cell["values"], cells[reference]["values"], level)
+            rows = [{"level": a} | cell for a, cell in cells.items()]
+            about = {"target": target, "setting": fixed, "by": by, "over": over, "baseline": reference}
+            comparisons.append(about | {"rows": rows})
+    differences = [row["difference"] for one in comparisons for row in one["rows"] if row["difference"]]
     adjusted = holm([math.nan if d["p"] is None else d["p"] for d in differences])
     for d, p in zip(differences, adjusted, strict=True):
         d["p_adjusted"] = p if math.isfinite(p) else None
-    return found
+    return comparisons
 
 
 def difference(a: Mapping[str, float], b: Mapping[str, float], level: float = LEVEL) -> Row:
-    """a - b over their common keys: mean, interval and p of Student's paired t; None where there are too few."""
-    from scipy import stats
-
+    """`paired.difference` over their common keys; None where there are too few."""
     keys = [key for key in a if key in b]
-    pairs = [a[key] - b[key] for key in keys]
-    mean, std = mean_and_std(pairs)
-    found = {"mean": mean if pairs else None, "low": None, "high": None, "p": None, "n": len(pairs)}
-    if len(pairs) < 2 or std <= ROUNDING * max(abs(x) for key in keys for x in (a[key], b[key])):
-        return found
-    error, freedom = std / math.sqrt(len(pairs)), len(pairs) - 1
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
-    return found | {"low": mean - half, "high": mean + half, "p": float(2 * stats.t.sf(abs(mean) / error, freedom))}
+    numbers = paired.difference([a[key] for key in keys], [b[key] for key in keys], level)._asdict()
+    return {key: None if math.isnan(value) else value for key, value in numbers.items() if key != "wins"}
 
 
-def write(found: Sequence[Row], out: Path, runs: Runs) -> int:
+def write(comparisons: Sequence[Row], out: Path, runs: Runs) -> int:
     """compare.html and compare.json; the same tables in the terminal."""
     out.mkdir(parents=True, exist_ok=True)
-    command.write_json(out / "compare.json", {"comparisons": list(found), "about": runs.about})
-    for one in found:
-        print(f"\n{_title(one)}")
-        print(text_table(_head(one), _body(one)))
+    write_json(out / "compare.json", {"comparisons": list(comparisons), "about": runs.about})
+    for one in comparisons:
+        title = ", ".join(filter(None, [capitalised(name(one["target"])), _setting(one)]))
+        print(f"\n{title}\n{text_table(_head(one), _body(one))}")
     if not runs.about.get("complete", True):
         print(f"\nThe study is not complete: {runs.about['tally']}.")
-    path = write_page(out / "compare.html", page(found, runs))
+    path = write_page(out / "compare.html", page(comparisons, runs))
     print(f"\nOpen {path.resolve().as_uri()}")
     return 0
 
 
-def page(found: Sequence[Row], runs: Runs) -> Markup:
-    by, over, finished = found[0]["by"], found[0]["over"], sum(not row["failed"] for row in runs.rows)
+def page(comparisons: Sequence[Row], runs: Runs) -> Markup:
+    by, over = (comparisons[0][key] for key in ("by", "over"))
+    finished = sum(not row["failed"] for row in runs.rows)
+    complete = runs.about.get("complete", True)
     parts = [
-        tag(
+        element(
             "header",
-            paragraph(f"Study {runs.title}", class_="overline"),
-            tag("h1", f"{finished} models by {name(by)}"),
-            None if runs.about.get("complete", True) else paragraph(f"Not complete: {runs.about['tally']}."),
+            paragraph(f"Study {runs.title}", kind="overline"),
+            element("h1", f"{finished} models by {name(by)}"),
+            None if complete else paragraph(f"Not complete: {runs.about['tally']}."),
         )
     ]
-    for target in dict.fromkeys(one["target"] for one in found):
-        ones = [one for one in found if one["target"] == target]
+    for target in dict.fromkeys(one["target"] for one in comparisons):
+        ones = [one for one in comparisons if one["target"] == target]
         strips = [strip(_setting(one) or "all", _groups(one), x_label=labelled(target)) for one in ones]
         tables = [html_table(_head(one), _body(one), _setting(one) or "all", best=_best(one)) for one in ones]
-        parts.append(section(_cap(name(target)), panels(*strips), *tables))
+        parts.append(section(capitalised(name(target)), panels(*strips), *tables))
     notes = (
-        "A dot is a run; the bar is the mean with one standard deviation (n - 1) to both sides. "
+        "A marker is a run; the bar is the mean with one standard deviation (n - 1) to both sides. "
         "The best mean is set bold.",
         f"Differences are paired by {name(over)}, with Student's 95 % interval.",
         "p is that of the paired t-test, by Holm's correction for all differences of this page together.",
     )
     config = json.dumps(runs.about.get("config"), indent=1)
-    parts.append(section("How to read this", bullets(notes), tag("h3", "Settings"), code_block(config)))
-    return html_page(f"{runs.title}: {name(by)}", *parts, data={"comparisons": list(found)})
+    parts.append(section("How to read this", bullets(notes), element("h3", "Settings"), code_block(config)))
+    return html_page(f"{runs.title}: {name(by)}", *parts, data={"comparisons": list(comparisons)})
 
 
 def text(level: Any) -> str:
@@ -179,23 +181,16 @@ def text(level: Any) -> str:
     return level if isinstance(level, str) else json.dumps(level)
 
 
-def _levels(factor: str, found: Any, rows: Sequence[Row]) -> list[str]:
-    """In the order of the settings; those that a sampler drew from a range in that of their values."""
-    if isinstance(found, Range):
-        return sorted({row[factor] for row in rows}, key=float)
-    return [text(level) for level in found]
-
-
 def _baseline(levels: Sequence[str], given: str | None, by: str) -> str:
     if given is None:
         return levels[0]
     for level in levels:
-        if level == given or (_number(level) is not None and _number(level) == _number(given)):
+        if level == given or (_as_number(level) is not None and _as_number(level) == _as_number(given)):
             return level
     raise unknown(f"level of {by}", given, levels)
 
 
-def _number(text: str) -> float | None:
+def _as_number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
@@ -206,16 +201,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _ordered(runs: Runs) -> list[Row]:
-    return sorted(runs.rows, key=lambda row: [list(levels).index(row[f]) for f, levels in runs.levels.items()])
-
-
 def _cell(rows: Sequence[Row], levels: Mapping[str, str], over: str, target: str) -> Row:
     chosen = [row for row in rows if all(row[factor] == value for factor, value in levels.items())]
     values = {row[over]: float(row[target]) for row in chosen if _is_number(row.get(target))}
     mean, std = mean_and_std(list(values.values()))
-    found: Row = {"n": len(values), "num_failed": sum(row["failed"] for row in chosen), "values": values}
-    return found | {"mean": mean if values else None, "std": std if len(values) > 1 else None}
+    cell: Row = {"n": len(values), "num_failed": sum(row["failed"] for row in chosen), "values": values}
+    return cell | {"mean": mean if values else None, "std": std if len(values) > 1 else None}
 
 
 def _best(one: Row) -> list[int]:
@@ -236,35 +227,27 @@ def _body(one: Row) -> list[list[str]]:
             row["level"],
             f"{row['n']}, {row['num_failed']} diverged" if row["num_failed"] else str(row["n"]),
             spread(list(row["values"].values()), decimals=2 if percent else None),
-            _said(row["difference"], percent),
+            _with_interval(row["difference"], percent),
             number((row["difference"] or {}).get("p_adjusted"), 2),
         ]
         for row in one["rows"]
     ]
 
 
-def _said(found: Row | None, percent: bool) -> str:
-    if not found or found["mean"] is None:
-        return "–"
-    known = found["low"] is not None
-    size = found["high"] - found["low"] if known else abs(found["mean"])
+def _with_interval(difference: Row | None, percent: bool) -> str:
+    if not difference or difference["mean"] is None:
+        return MISSING
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    size = abs(mean) if low is None else high - low
     decimals = 2 if percent or not size else max(0, 2 - math.floor(math.log10(size)))
-    if not known:
-        return signed(found["mean"], decimals)
-    return f"{signed(found['mean'], decimals)} ({signed(found['low'], decimals)} to {signed(found['high'], decimals)})"
+    if low is None:
+        return signed(mean, decimals)
+    return f"{signed(mean, decimals)} ({signed(low, decimals)} to {signed(high, decimals)})"
 
 
 def _groups(one: Row) -> list[Group]:
-    return [Group(row["level"], list(row["values"].values()), i % NUM_STYLES) for i, row in enumerate(one["rows"])]
+    return [Group(row["level"], list(row["values"].values()), i) for i, row in enumerate(one["rows"])]
 
 
 def _setting(one: Row) -> str:
     return ", ".join(f"{name(f)} {v}" for f, v in one["setting"].items())
-
-
-def _title(one: Row) -> str:
-    return f"{_cap(name(one['target']))}{', ' if one['setting'] else ''}{_setting(one)}"
-
-
-def _cap(text: str) -> str:
-    return text[:1].upper() + text[1:]

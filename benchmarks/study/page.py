@@ -4,116 +4,112 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.study.analysis import Table, directions, labelled, name, table_size
-from sam_optim.report.charts import Group, Interval, figure, intervals, legend, panels, scatter
-from sam_optim.report.markup import Child, Markup, join, tag
-from sam_optim.report.matrix import Square, matrix
-from sam_optim.report.page import bullets, facts, html_page, paragraph, section
-from sam_optim.report.sortable import SCRIPT, Cell, sortable_table
-from sam_optim.report.tables import html_table, number, signed
+from benchmarks.study.analysis import Row, Table, capitalised, directions, labelled, listed, name, table_size
+from sam_optim.core.text import MISSING, number, signed
+from sam_optim.report.figures import Group, Interval, heat_map, intervals, legend, scatter
+from sam_optim.report.page import (
+    Child,
+    Markup,
+    bullets,
+    definitions,
+    drawing,
+    element,
+    figure,
+    html_page,
+    html_table,
+    panels,
+    paragraph,
+    section,
+)
 
 LEVELS = 6  # colours of a factor; with more values than that, neighbours share one
+SHORT = {"gap": "gap", "ood_error": "corrupted error"}
+OVERALL, FIXED = ("tau", "low", "high"), ("within", "within_low", "within_high")
 
-Found = Mapping[str, Any]
 
-
-def page(table: Table, found: Found) -> Markup:
+def page(table: Table, results: Row) -> Markup:
     return html_page(
         f"{table.title}: does flatness go with generalization?",
-        _header(table, found),
-        _map(table, found),
-        _given(table, found),
-        _comparisons(table, found),
-        _scatters(table, found),
+        _header(table, results),
+        _map(table, results),
+        _given(table, results),
+        _comparisons(table, results),
+        _scatters(table, results),
         _models(table),
-        _reading(table, found),
-        _settings(table),
-        data=dict(found) | {"models": [dict(row) for row in table.rows]},
-        script=SCRIPT,
+        _reading(table, results),
+        section("Settings and versions", definitions(_pairs(table.about), kind="pairs"), identifier="settings"),
+        data=dict(results) | {"models": [dict(row) for row in table.rows]},
+        sortable=True,
     )
 
 
-def _header(table: Table, found: Found) -> Markup:
-    rows = [row for row in found["comparisons"] if row["tau"] is not None]
-    counts = [directions(row, found["level"]) for row in rows]
-    items: list[tuple[Child, Child]] = [
-        (str(found["num_models"]), "models, which differ in " + _words(table.factors)),
+def _header(table: Table, results: Row) -> Markup:
+    rows = [row for row in results["comparisons"] if row["tau"] is not None]
+    signs = [directions(row, results["level"]) for row in rows]
+    tests = f"corrected for {results['num_tests']} tests"
+    differing = f", which differ in {listed([name(f) for f in table.factors])}" if table.factors else ""
+    facts = [
+        (f"models{differing}", str(results["num_models"])),
         (
-            f"{sum(d[0] != 0 for d in counts)} of {len(rows)}",
-            f"comparisons of a measure with a target in which tau is not 0, corrected for {found['num_tests']} tests",
+            f"comparisons of a measure with a target in which tau is not 0, {tests}",
+            f"{sum(overall != 0 for overall, _ in signs)} of {len(rows)}",
         ),
     ]
     if table.given:
-        fixed = [d[1] for d in counts if d[1] is not None]
-        items.append(
-            (f"{sum(d != 0 for d in fixed)} of {len(fixed)}", f"of them with the {name(table.given)} held fixed")
-        )
-    unfinished = None if table.about.get("complete", True) else f"The study is not complete: {table.about['tally']}."
-    if not table.factors:
-        items[0] = (str(found["num_models"]), "models")
-    return tag(
+        fixed = [sign for _, sign in signs if sign is not None]
+        counted = f"{sum(sign != 0 for sign in fixed)} of {len(fixed)}"
+        facts.append((f"of them with the {name(table.given)} held fixed", counted))
+    return element(
         "header",
-        paragraph(f"Study {table.title}", class_="overline"),
-        tag("h1", found["headline"]),
-        paragraph(unfinished, class_="lead") if unfinished else None,
+        paragraph(f"Study {table.title}", kind="overline"),
+        element("h1", results["headline"]),
+        None
+        if table.about.get("complete", True)
+        else paragraph(f"The study is not complete: {table.about['tally']}.", kind="lead"),
         paragraph("If flatter models generalized better, measures of sharpness would rise with the errors."),
-        bullets(found["conclusions"]),
-        facts(items),
+        bullets(results["conclusions"]),
+        definitions(facts, kind="facts"),
     )
 
 
-def _map(table: Table, found: Found) -> Markup:
-    level = found["level"]
+def _map(table: Table, results: Row) -> Markup:
+    def drawn(title: str, keys: Sequence[str], index: int) -> Any:
+        rows = [[_row(results, measure, target) for target in table.targets] for measure in table.measures]
+        values = [[_numbers(row, keys)[0] for row in line] for line in rows]
+        firm = [[bool(directions(row, results["level"])[index]) for row in line] for line in rows]
+        columns = [SHORT.get(target, name(target)) for target in table.targets]
+        return heat_map(title, table.measures, columns, values, firm=firm)
 
-    def squares(value: str, index: int) -> list[list[Square]]:
-        def square(row: Found) -> Square:
-            numbers = row if value == "tau" else row.get("fixed") or {}
-            ends = ("low", "high") if value == "tau" else (f"{value}_low", f"{value}_high")
-            interval = f"{signed(_float(numbers.get(ends[0])))} to {signed(_float(numbers.get(ends[1])))}"
-            about = f"{row['measure']} and {name(row['target'])}: {signed(_float(numbers.get(value)))} ({interval})"
-            return Square(_float(numbers.get(value)), bool(directions(row, level)[index]), about)
-
-        return [[square(_row(found, m, t)) for t in table.targets] for m in table.measures]
-
-    columns = [_short(t) for t in table.targets]
-    maps = [matrix("Kendall's tau over all models", table.measures, columns, squares("tau", 0))]
+    maps = [drawn("All models", OVERALL, 0)]
     if table.given:
-        title = f"Kendall's tau among models with the same {name(table.given)}"
-        maps.append(matrix(title, table.measures, columns, squares("within", 1)))
+        maps.append(drawn(f"Models with the same {name(table.given)}", FIXED, 1))
     caption = (
         "Red: a larger measure goes with a larger target (for measures of sharpness: flatter goes with better). Blue: "
         "with a smaller one. Framed and bold: the interval excludes 0 and so does the test, corrected for the number "
         "of tests on this page."
     )
-    return section("All correlations", figure(tag("div", *maps, class_="matrices"), caption), identifier="map")
+    return section("All correlations", figure(panels(*maps), caption), identifier="map")
 
 
-def _given(table: Table, found: Found) -> Markup | None:
+def _given(table: Table, results: Row) -> Markup | None:
     if not table.given:
         return None
-    drawn = []
+    given, goal = name(table.given), table.targets[0]
+    plots = []
     for target in table.targets:
         rows = []
         for measure in table.measures:
-            row = _row(found, measure, target)
-            rows.append(Interval(measure, *(_float(row.get(k)) for k in ("tau", "low", "high")), 3))
-            keys = ("within", "within_low", "within_high")
-            rows.append(Interval("", *(_float(row["fixed"].get(k)) for k in keys), 0))
-        drawn.append(intervals(_cap(name(target)), rows, x_label="tau", span=(-1.0, 1.0)))
-    goal, given = table.targets[0], name(table.given)
-    closer = [
-        [row["measure"], signed(_float(row["fixed"].get("measure_given"))), signed(_float(row["tau"]))]
-        for m in table.measures
-        if (row := _row(found, m, goal))
-    ]
-    follows = html_table(
-        ["measure", f"tau with {given}", f"tau with {name(goal)}"],
-        closer,
-        f"Does a measure say more than the {given}? {_cap(name(goal))} itself has tau "
-        f"{signed(_float(_row(found, table.measures[0], goal)['fixed'].get('target_given')))} with the {given}.",
+            row = _row(results, measure, target)
+            rows += [Interval(measure, *_numbers(row, OVERALL), 3), Interval("", *_numbers(row, FIXED), 0)]
+        plots.append(intervals(capitalised(name(target)), rows, x_label="tau", span=(-1.0, 1.0)))
+    of_goal = [_row(results, measure, goal) for measure in table.measures]
+    lines = [[row["measure"], signed(row["fixed"].get("measure_given")), signed(row["tau"])] for row in of_goal]
+    caption = (
+        f"Does a measure say more than the {given}? {capitalised(name(goal))} itself has tau "
+        f"{signed(of_goal[0]['fixed'].get('target_given'))} with the {given}."
     )
     return section(
         f"Is it the measure, or the {given} behind it?",
@@ -121,106 +117,102 @@ def _given(table: Table, found: Found) -> Markup | None:
             f"A {given} that moves both numbers gives a correlation even if flatness itself does nothing. So tau is "
             f"also taken over pairs of models with the same {given}."
         ),
-        legend([("all models", 3), (f"same {given}", 0)]),
+        drawing(legend([("all models", 3), (f"same {given}", 0)])),
         figure(
-            panels(*drawn), f"Intervals of {100 * found['level']:g} % by bootstrap, not corrected for their number."
+            panels(*plots), f"Intervals of {100 * results['level']:g} % by bootstrap, not corrected for their number."
         ),
-        follows if table.targets else None,
+        html_table(["measure", f"tau with {given}", f"tau with {name(goal)}"], lines, caption),
         identifier="given",
     )
 
 
-def _comparisons(table: Table, found: Found) -> Markup:
+def _comparisons(table: Table, results: Row) -> Markup:
     given = name(table.given) if table.given else None
-    head: list[Child] = ["measure", "target", "in words", "n", "tau, interval", "p"]
-    head += [f"tau at fixed {given}, interval", "p at fixed"] if given else []
-    head += ["granulated tau", *(["partial tau, interval"] if given else [])]
+    head = ["measure", "target", "in words", "n", "tau, interval", "p", "uncorrected", "granulated tau"]
+    if given:
+        head += [f"tau at fixed {given}, interval", "p at fixed", "uncorrected", "partial tau, interval"]
     rows = []
-    for row in found["comparisons"]:
-        fixed = row.get("fixed") or {}
-        cells: list[Cell | Child] = [
-            Cell(row["measure"], str(row["measure"])),
-            Cell(name(row["target"]), name(row["target"])),
-            Cell(row["verdict"], row["verdict"]),
-            Cell(row["n"], row["n"]),
-            _tau(row, "tau", "low", "high"),
-            _p(row.get("p_adjusted"), row.get("p")),
-        ]
+    for row in results["comparisons"]:
+        cells: list[Child] = [row["measure"], name(row["target"]), row["verdict"], row["n"]]
+        cells += [_tau(row, OVERALL), _p(row.get("p_adjusted")), _p(row.get("p")), signed(row.get("granulated"))]
         if given:
-            cells.append(_tau(fixed, "within", "within_low", "within_high"))
-            cells.append(_p(fixed.get("within_p_adjusted"), fixed.get("within_p")))
-        cells.append(_granulated(row))
-        if given:
-            cells.append(_tau(fixed, "partial", "partial_low", "partial_high"))
+            fixed, partial = row["fixed"], ("partial", "partial_low", "partial_high")
+            cells += [_tau(row, FIXED), _p(fixed.get("within_p_adjusted")), _p(fixed.get("within_p"))]
+            cells.append(_tau(row, partial))
         rows.append(cells)
     caption = (
-        f"Kendall's tau-b; intervals of {100 * found['level']:g} % from {found['num_resamples']:,} bootstrap samples; "
-        f"p-values corrected by Holm's method over all {found['num_tests']} tests, which keeps the chance of even one "
-        "false finding on this page below 5 %; uncorrected when pointed at. Granulated: the mean, over the factors, of "
-        f"tau among models that differ in one factor only.{_partial_words(table)}"
+        f"Kendall's tau-b; intervals of {100 * results['level']:g} % from {results['num_resamples']:,} bootstrap "
+        f"samples; p-values corrected by Holm's method over all {results['num_tests']} tests, which keeps the chance "
+        "of even one false finding on this page below 5 %. Granulated: the mean, over the factors, of tau among models "
+        "that differ in one factor only."
     )
-    table_ = sortable_table(head, rows, caption, label="All comparisons")
-    return section("Every comparison", table_, identifier="comparisons")
+    if given:
+        caption += f" Partial: Kendall's partial tau given the {given}."
+    return section("Every comparison", html_table(head, rows, caption, sortable=True), identifier="comparisons")
 
 
-def _scatters(table: Table, found: Found) -> Markup:
-    names, style = _levels(table)
-    drawn = []
+def _scatters(table: Table, results: Row) -> Markup:
+    names, style_of = _levels(table)
+    parts: list[Child] = []
+    if table.given:
+        parts += [paragraph(f"Colour and shape: {name(table.given)}."), drawing(legend(names, ordered=True))]
     for target in table.targets:
         plots = []
         for measure in table.measures:
             groups = []
-            for label, i in names:
-                rows = [row for row in table.rows if style(row) == i]
-                xs, ys = ([_float(row.get(c)) for row in rows] for c in (measure, target))
-                groups.append((Group(label, xs, i), ys))
-            known = [v for g, _ in groups for v in g.values if math.isfinite(v)]
-            row = _row(found, measure, target)
-            note = f"tau {signed(_float(row['tau']))}, n = {row['n']}"
-            log = bool(known) and min(known) > 0 and max(known) > 10 * min(known)
-            axis = f"{measure} (logarithmic)" if log else measure
+            for label, style in names:
+                rows = [row for row in table.rows if style_of(row) == style]
+                xs, ys = ([_float(row.get(column)) for row in rows] for column in (measure, target))
+                groups.append((Group(label, xs, style), ys))
+            xs = [x for group, _ in groups for x in group.values if math.isfinite(x)]
+            log = bool(xs) and min(xs) > 0 and max(xs) > 10 * min(xs)
+            row = _row(results, measure, target)
             plots.append(
-                scatter(measure, groups, x_label=axis, y_label=labelled(target), note=note, log=log, palette="r")
+                scatter(
+                    measure,
+                    groups,
+                    x_label=f"{measure} (logarithmic)" if log else measure,
+                    y_label=labelled(target),
+                    note=f"tau {signed(row['tau'])}, n = {row['n']}",
+                    log=log,
+                    ordered=True,
+                )
             )
-        drawn += [tag("h3", _cap(name(target))), panels(*plots)]
-    key = None
-    if table.given:
-        key = join(paragraph(f"Colour and shape: {name(table.given)}."), legend(names, palette="r"))
-    return section("Every model", key, *drawn, identifier="scatter")
+        parts += [element("h3", capitalised(name(target))), panels(*plots)]
+    return section("Every model", *parts, identifier="scatter")
 
 
 def _models(table: Table) -> Markup:
-    shown = [*table.factors, *table.targets, *table.measures]
-    rows: list[list[Cell | Child]] = []
-    for i, row in enumerate(table.rows):
-        cells: list[Cell | Child] = [Cell(i + 1, i + 1)]
-        for column in shown:
-            value = row.get(column)
-            if column in table.factors or isinstance(value, str):
-                text = "–" if value is None else f"{value:g}" if isinstance(value, (int, float)) else value
-                cells.append(Cell(text, value if isinstance(value, (int, float, str)) else ""))
-            else:
-                cells.append(Cell(number(_float(value), 4), _float(value)))
-        rows.append(cells)
-    failed = [paragraph(f"{len(table.failed)} models have no numbers:"), bullets([_failed(f) for f in table.failed])]
+    columns = [*table.factors, *table.targets, *table.measures]
+    rows: list[list[Child]] = [
+        [i, *(_cell(row.get(column), column in table.factors) for column in columns)]
+        for i, row in enumerate(table.rows, start=1)
+    ]
+    failed = [f"{', '.join(f'{k} {v}' for k, v in f['levels'].items())}: {f['reason']}" for f in table.failed]
     return section(
         "The models",
-        sortable_table(["", *(labelled(c) for c in shown)], rows, f"{len(rows)} models.", label="All models"),
-        *(failed if table.failed else []),
+        html_table(["", *map(labelled, columns)], rows, f"{len(rows)} models.", sortable=True),
+        paragraph(f"{len(failed)} models have no numbers:") if failed else None,
+        bullets(failed) if failed else None,
         identifier="models",
     )
 
 
-def _failed(row: Mapping[str, Any]) -> str:
-    return f"{', '.join(f'{k} {v}' for k, v in row['levels'].items())}: {row['reason']}"
+def _cell(value: Any, is_factor: bool) -> str:
+    if isinstance(value, str):
+        return value
+    if is_factor:
+        return MISSING if value is None else f"{value:g}"
+    return number(value, 4)
 
 
-def _reading(table: Table, found: Found) -> Markup:
+def _reading(table: Table, results: Row) -> Markup:
     items = [
         "Tau counts pairs of models: +1 where every model with the larger measure has the larger target, 0 where the "
         "order of one says nothing about the other. It does not depend on scales, and no cause follows from it.",
-        f"The intervals treat the {table_size(found['comparisons'])} models as a sample of models of this kind. Models "
-        "that share settings are more alike than that; what holds here need not hold for other data and networks.",
+        f"The intervals treat the {table_size(results['comparisons'])} models as a sample of models of this kind. "
+        "Models that share settings are more alike than that; what holds here need not hold for other data and "
+        "networks.",
         "No evidence is not evidence of none: look at the width of the interval.",
     ]
     if "train_loss" in table.targets:
@@ -239,16 +231,11 @@ def _reading(table: Table, found: Found) -> Markup:
     return section("How to read this", bullets(items), identifier="reading")
 
 
-def _settings(table: Table) -> Markup:
-    rows = [
-        [key, value if isinstance(value, str) else json.dumps(value, sort_keys=True)]
-        for key, value in table.about.items()
-    ]
-    pairs = tag("dl", *(join(tag("dt", key), tag("dd", tag("code", value))) for key, value in rows), class_="pairs")
-    return section("Settings and versions", pairs, identifier="settings")
+def _pairs(about: Mapping[str, Any]) -> list[tuple[Child, Child]]:
+    return [(key, v if isinstance(v, str) else json.dumps(v, sort_keys=True)) for key, v in about.items()]
 
 
-def _levels(table: Table) -> tuple[list[tuple[str, int]], Any]:
+def _levels(table: Table) -> tuple[list[tuple[str, int]], Callable[[Row], int]]:
     """Names and numbers of the colours, and for a row the number of its colour."""
     if not table.given:
         return [("models", 0)], lambda row: 0
@@ -256,56 +243,33 @@ def _levels(table: Table) -> tuple[list[tuple[str, int]], Any]:
     ordered = sorted(values, key=lambda v: (isinstance(v, str), v))
     size = math.ceil(len(ordered) / LEVELS)
     bins = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    texts = [[f"{v:g}" if isinstance(v, (int, float)) else v for v in values] for values in bins]
-    names = [t[0] if len(t) == 1 else f"{t[0]} to {t[-1]}" for t in texts]
-    spread = (LEVELS - 1) / max(len(names) - 1, 1)  # few levels: colours that are far apart
-    place = {v: round(i * spread) for i, values in enumerate(bins) for v in values}
-    found = [(label, round(i * spread)) for i, label in enumerate(names)]
-    return found, lambda row: place.get(row.get(table.given), -1)
+    step = (LEVELS - 1) / max(len(bins) - 1, 1)  # few levels: colours that are far apart
+    names = []
+    for i, values_ in enumerate(bins):
+        ends = [f"{v:g}" if isinstance(v, (int, float)) else v for v in dict.fromkeys((values_[0], values_[-1]))]
+        names.append((" to ".join(ends), round(i * step)))
+    styles = {v: style for (_, style), values_ in zip(names, bins, strict=True) for v in values_}
+    return names, lambda row: styles.get(row.get(table.given), -1)
 
 
-def _row(found: Found, measure: str, target: str) -> Found:
-    return next(row for row in found["comparisons"] if row["measure"] == measure and row["target"] == target)
+def _row(results: Row, measure: str, target: str) -> Row:
+    return next(row for row in results["comparisons"] if row["measure"] == measure and row["target"] == target)
 
 
-def _granulated(row: Found) -> Cell:
-    factors = ", ".join(f"{name(f)} {signed(_float(tau))}" for f, tau in (row.get("by_factor") or {}).items())
-    value = _float(row.get("granulated"))
-    return Cell(tag("span", signed(value), title=factors or None), value)
+def _numbers(row: Row, keys: Sequence[str]) -> list[float]:
+    """A value and its interval; those with the factor held fixed stand in a mapping of their own."""
+    numbers = row if keys is OVERALL else row.get("fixed") or {}
+    return [_float(numbers.get(key)) for key in keys]
 
 
-def _tau(row: Found, *keys: str) -> Cell:
-    value, low, high = (_float(row.get(key)) for key in keys)
-    if not math.isfinite(value):
-        return Cell("–", math.nan)
-    ends = "" if math.isnan(low) else f" ({signed(low)} to {signed(high)})"
-    return Cell(join(tag("strong", signed(value)), ends), value)
+def _tau(row: Row, keys: Sequence[str]) -> str:
+    value, low, high = _numbers(row, keys)
+    return signed(value) + ("" if math.isnan(low) else f" ({signed(low)} to {signed(high)})")
 
 
-def _p(value: float | None, raw: float | None) -> Cell:
-    return Cell(tag("span", _small(value), title=f"uncorrected: {_small(raw)}"), _float(value))
-
-
-def _small(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _partial_words(table: Table) -> str:
-    return f" Partial: Kendall's partial tau given the {name(table.given)}." if table.given else ""
+def _p(value: float | None) -> str:
+    return MISSING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _float(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _short(target: str) -> str:
-    return {"generalization gap": "gap", "error on corrupted images": "corrupted error"}.get(name(target), name(target))
-
-
-def _words(names: Sequence[str]) -> str:
-    words = [name(n) for n in names]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
-
-
-def _cap(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -1,7 +1,8 @@
 """The combinations of a study as Optuna trials: each is waiting, running, complete or failed, whoever works on it.
 
-`reconcile` says what must hold and mends what does not, so that a kill at any point costs at most the work since the
-last checkpoint: a combination without a trial gets one, and so does one whose worker died or gave it back.
+`_reconcile` says what must hold and mends what does not, so that a kill at any point costs at most the work since the
+last checkpoint: a combination without a trial gets one, and so does one whose worker died or gave it back. (Optuna's
+RetryFailedTrialCallback loses the combination of a worker that dies between its two steps.)
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.command import InputError
 from benchmarks.study import storage as stores
-from benchmarks.study.config import Config, Range
+from benchmarks.study.config import Config, Range, Sampler
+from sam_optim.core.errors import InputError
 
 DEATHS = 3  # a combination that has cost so many workers their lives is given up
 DRAWS = 50  # of a sampler in a row that were all had before: it has no others to offer for now
@@ -48,8 +49,8 @@ class Tally:
     running: int
     failed: int
     total: int
-    seconds_left: float = math.nan
-    workers: int = 0
+    seconds_left: float
+    workers: int
 
     @property
     def left(self) -> int:
@@ -78,47 +79,8 @@ class Queue:
         self.config, self.url, self.heartbeat = config, url, heartbeat
         self.storage = stores.open_storage(url, heartbeat=heartbeat, grace=grace)
         self._grace = self.storage.grace_period
-        self.study = self._opened(replace)
-
-    def _opened(self, replace: bool) -> Any:
-        import optuna
-
         with self._lock():
-            study, ours = self._made(), self.config.to_dict()
-            kept = study.user_attrs.get("config")
-            if kept not in (None, ours):
-                reason = f"{self._where()} was started with other settings ({difference(kept, ours)}); "
-                self._fail_stale(study)
-                if remedy := _in_use(study):
-                    raise InputError(reason + remedy)
-                if not replace:
-                    raise InputError(reason + "none of its models has finished: `run` starts it anew with these")
-                optuna.delete_study(study_name=self.config.name, storage=self.storage)
-                study, kept = self._made(), None
-            if kept is None:
-                if study.get_trials(deepcopy=False):
-                    raise InputError(f"{self._where()} is a study of another program; choose another name")
-                study.set_user_attr("config", ours)
-        return study
-
-    def _made(self) -> Any:
-        import optuna
-
-        return optuna.create_study(
-            study_name=self.config.name,
-            storage=self.storage,
-            sampler=_sampler(self.config),
-            direction="minimize",
-            load_if_exists=True,
-        )
-
-    def _where(self) -> str:
-        return f"study {self.config.name!r} in {stores.shown(self.url)}"
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with stores.locked(self.url, self.config.name), stores.quiet():
-            yield
+            self.study = self._opened(replace)
 
     def claim(self) -> Claim | None:
         """The next combination, now this process's; None where nothing waits."""
@@ -128,113 +90,120 @@ class Queue:
 
     def finish(self, claim: Claim, record: Mapping[str, Any], *, value: float | None) -> bool:
         """Stores the record of a finished combination; False where the trial was taken away in the meantime."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        known = value is not None and math.isfinite(value)
-        with self._lock():
-            try:
-                claim.trial.set_user_attr("record", json.loads(json.dumps(record, allow_nan=False)))
-            except UpdateFinishedTrialError:
-                return False
-            state = TrialState.COMPLETE if known else TrialState.FAIL
-            if not known:
-                claim.trial.set_user_attr("ended", "failed")
-            self.study.tell(claim.trial, value if known else None, state=state)
-        return True
+        if value is None or not math.isfinite(value):
+            return self._end(claim, "FAIL", record=json.loads(json.dumps(record, allow_nan=False)), ended="failed")
+        return self._end(claim, "COMPLETE", value, record=json.loads(json.dumps(record, allow_nan=False)))
 
     def give_back(self, claim: Claim, why: str, *, died: bool = False) -> None:
         """The trial ends, and its combination waits again; `died` counts against it."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
+        self._end(claim, "FAIL", ended="died" if died else "given back", why=why)
 
-        with self._lock():
-            try:
-                claim.trial.set_user_attr("ended", "died" if died else "given back")
-                claim.trial.set_user_attr("why", why)
-            except UpdateFinishedTrialError:
-                return  # another worker has it already
-            self.study.tell(claim.trial, state=TrialState.FAIL)
-            self._reconcile()
-
-    def tally(self, *, own: int = 0) -> Tally:
-        """Where the study is. own: workers that are between two trials, and count for the time that is left."""
+    def tally(self, *, idle_workers: int = 0) -> Tally:
+        """Where the study is. idle_workers: that are between two trials, and count for the time that is left."""
         with stores.quiet():
-            return self._tally(self.study.get_trials(deepcopy=False), own)
+            groups = self._by_levels()
+        trials = [trial for group in groups.values() for trial in group]
+        running, total = sum(t.state.name == "RUNNING" for t in trials), self.config.total
+        done = sum(any(t.state.name == "COMPLETE" for t in group) for group in groups.values())
+        failed = sum(_given_up(group) for group in groups.values())
+        seconds = [cost for t in trials if (cost := t.user_attrs.get("record", {}).get("seconds"))]
+        workers = max(1, running + idle_workers)
+        left = (total - done - failed) * math.fsum(seconds) / len(seconds) / workers if seconds else math.nan
+        return Tally(done, running, failed, total, left, workers)
 
     def records(self) -> list[dict[str, Any]]:
         """levels, record and number of every combination that ran to its end, diverged ones included."""
         with stores.quiet():
-            trials = self.study.get_trials(deepcopy=False)
-        ended = [t for t in trials if t.state.name == "COMPLETE" or t.user_attrs.get("ended") == "failed"]
-        found = [{"number": t.number, **t.user_attrs["record"]} for t in ended if "record" in t.user_attrs]
-        return sorted(found, key=lambda r: json.dumps(r["levels"], sort_keys=True))
+            trials = [t for t in self._trials() if _is_result(t) and "record" in t.user_attrs]
+        records = [{"number": t.number, **t.user_attrs["record"]} for t in trials]
+        return sorted(records, key=lambda r: key(r["levels"]))
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with stores.locked(self.url, self.config.name), stores.quiet():
+            yield
 
     # all below only with the lock
+
+    def _opened(self, replace: bool) -> Any:
+        import optuna
+
+        self.study, ours = self._created(), self.config.to_dict()
+        recorded = self.study.user_attrs.get("config")
+        where = f"study {self.config.name!r} in {stores.shown(self.url)}"
+        if recorded not in (None, ours):
+            reason = f"{where} was started with other settings ({difference(recorded, ours)}); "
+            self._fail_stale()
+            if remedy := _in_use(self._trials()):
+                raise InputError(reason + remedy)
+            if not replace:
+                raise InputError(reason + "none of its models has finished: `run` starts it anew with these")
+            optuna.delete_study(study_name=self.config.name, storage=self.storage)
+            self.study, recorded = self._created(), None
+        if recorded is None:
+            if self._trials():
+                raise InputError(f"{where} is a study of another program; choose another name")
+            self.study.set_user_attr("config", ours)
+        return self.study
+
+    def _created(self) -> Any:
+        import optuna
+
+        name, sampler = self.config.name, _sampler(self.config.sampler)
+        return optuna.create_study(study_name=name, storage=self.storage, sampler=sampler, load_if_exists=True)
+
+    def _trials(self) -> list[Any]:
+        return self.study.get_trials(deepcopy=False)
 
     def _reconcile(self) -> None:
         from optuna.trial import TrialState
 
-        self._fail_stale(self.study)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if "worker" not in trial.user_attrs:  # written under this lock: whoever took the trial is dead
+        self._fail_stale()
+        for trial in self._trials():
+            if trial.state.name == "RUNNING" and "worker" not in trial.user_attrs:
+                # that is written under this lock: whoever took the trial is dead
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        found = self._by_levels()
-        for levels in self._wanted(found):
-            states = found.get(key(levels), [])
-            if not any(_alive(t) for t in states) and _deaths(states) < DEATHS:
-                self.study.enqueue_trial(self._fixed(levels))
+        groups = self._by_levels()
+        # a sampler's combinations are those that it has drawn
+        wanted = [json.loads(k) for k in groups] if self.config.sampler else self.config.combinations
+        for levels in wanted:
+            if not _is_taken(groups.get(key(levels), [])):
+                ranges = self.config.ranges
+                self.study.enqueue_trial({f: v if f in ranges else json.dumps(v) for f, v in levels.items()})
 
-    def _fail_stale(self, study: Any) -> None:
+    def _fail_stale(self) -> None:
         """Trials of dead workers fail. One whose --heartbeat is longer than here is not dead for that."""
         from optuna.storages import fail_stale_trials
 
-        trials = study.get_trials(deepcopy=False)
-        beats = [t.user_attrs.get("worker", {}).get("heartbeat", 0) for t in trials if t.state.name == "RUNNING"]
+        beats = [
+            t.user_attrs.get("worker", {}).get("heartbeat", 0) for t in self._trials() if not t.state.is_finished()
+        ]
         self.storage.grace_period = max([self._grace, *(2 * seconds for seconds in beats)])
-        fail_stale_trials(study)
-
-    def _fixed(self, levels: Levels) -> dict[str, Any]:
-        ranges = [f for f, found in self.config.factors.items() if isinstance(found, Range)]
-        return {f: level if f in ranges else json.dumps(level) for f, level in levels.items()}
-
-    @property
-    def _grid(self) -> bool:
-        return self.config.sampler is None
+        fail_stale_trials(self.study)
 
     def _by_levels(self) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for trial in self.study.get_trials(deepcopy=False):
-            if (levels := self._levels(trial)) is not None:
-                found.setdefault(key(levels), []).append(trial)
-        return found
-
-    def _wanted(self, found: Mapping[str, Sequence[Any]]) -> list[Levels]:
-        if self._grid:
-            return self.config.combinations
-        return [json.loads(k) for k in found]  # a sampler's are those that it has drawn
-
-    def _levels(self, trial: Any) -> Levels | None:
-        """Of a trial in any state; None for one that died before it had them all, or was drawn twice."""
-        if trial.user_attrs.get("ended") == "duplicate":
-            return None
-        fixed = dict(trial.system_attrs.get("fixed_params", {})) | trial.params
-        if set(fixed) != set(self.config.factors):
-            return None
-        return {f: json.loads(fixed[f]) if isinstance(fixed[f], str) else fixed[f] for f in self.config.factors}
+        """The trials of each combination that has some."""
+        groups: dict[str, list[Any]] = {}
+        for trial in self._trials():
+            chosen = dict(trial.system_attrs.get("fixed_params", {})) | trial.params
+            # one that died before it had all levels, or was drawn twice, is of no combination
+            if set(chosen) == set(self.config.factors) and trial.user_attrs.get("ended") != "duplicate":
+                levels = {f: json.loads(v) if isinstance(v, str) else v for f, v in chosen.items()}
+                groups.setdefault(key(levels), []).append(trial)
+        return groups
 
     def _next(self) -> Claim | None:
         from optuna.trial import TrialState
 
         for _ in range(DRAWS):
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            before = self._by_levels()
-            if not waiting and (self._grid or sum(map(_counts, before.values())) >= self.config.total):
+            groups = self._by_levels()
+            if not waiting and not (self.config.sampler and sum(map(_is_taken, groups.values())) < self.config.total):
                 return None
             trial = self.study.ask()
-            levels = {factor: suggest(trial, factor, found) for factor, found in self.config.factors.items()}
-            earlier = [t for t in before.get(key(levels), []) if t.number != trial.number]
-            if not any(_alive(t) for t in earlier) and _deaths(earlier) < DEATHS:
+            levels = {factor: suggest(trial, factor, options) for factor, options in self.config.factors.items()}
+            earlier = [t for t in groups.get(key(levels), []) if t.number != trial.number]
+            if not _is_taken(earlier):
                 self.storage.record_heartbeat(trial._trial_id)
                 worker = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": self.heartbeat}
                 trial.set_user_attr("worker", worker)
@@ -243,33 +212,20 @@ class Queue:
             self.study.tell(trial, state=TrialState.PRUNED)
         return None
 
-    def _tally(self, trials: Sequence[Any], own: int) -> Tally:
-        groups = self._by_levels()
-        done = sum(any(t.state.name == "COMPLETE" for t in ts) for ts in groups.values())
-        running = [t for t in trials if t.state.name == "RUNNING"]
-        failed = sum(_given_up(ts) for ts in groups.values())
-        total = self.config.total
-        left, workers = total - done - failed, max(1, len(running) + own)
-        seconds = [cost for t in trials if (cost := t.user_attrs.get("record", {}).get("seconds"))]
-        weights = [self._passes(self._levels(t) or {}) for t in trials if t.user_attrs.get("record", {}).get("seconds")]
-        guess = math.nan
-        if seconds:
-            unit = math.fsum(seconds) / math.fsum(weights)
-            gone = math.fsum(_age(t) for t in running)
-            pending = self._weight_left(groups, left) * unit
-            guess = max(pending - gone, 0.0) / workers
-        return Tally(done, len(running), failed, total, guess, workers)
+    def _end(self, claim: Claim, state: str, value: float | None = None, **attributes: Any) -> bool:
+        """False where another worker has the trial already."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
 
-    def _weight_left(self, groups: Mapping[str, Sequence[Any]], left: int) -> float:
-        if not self._grid:
-            return 1.5 * left
-        over = {k for k, ts in groups.items() if any(t.state.name == "COMPLETE" for t in ts) or _given_up(ts)}
-        return math.fsum(self._passes(levels) for levels in self.config.combinations if key(levels) not in over)
-
-    def _passes(self, levels: Levels) -> int:
-        """2 for SAM's two forward and backward passes, 1 without."""
-        rho = levels.get("sam_rho", self.config.fixed.get("sam_rho", 0))
-        return 2 if rho else 1
+        with self._lock():
+            try:
+                for name, attribute in attributes.items():
+                    claim.trial.set_user_attr(name, attribute)
+            except UpdateFinishedTrialError:
+                return False
+            self.study.tell(claim.trial, value, state=TrialState[state])
+            self._reconcile()
+        return True
 
 
 class Heartbeat:
@@ -296,8 +252,7 @@ class Heartbeat:
         storage, trial_id = self.queue.storage, self.claim.trial._trial_id
         while not self._over.wait(self.queue.heartbeat):
             try:
-                state = storage.get_trial(trial_id).state
-                if state.name == "RUNNING":
+                if storage.get_trial(trial_id).state.name == "RUNNING":
                     storage.record_heartbeat(trial_id)
                     continue
             except Exception:  # the database is away for a moment; the next beat tries again
@@ -310,25 +265,24 @@ class Heartbeat:
 
 def suggest(trial: Any, factor: str, levels: Any) -> Any:
     """The level of `factor` that the queue or the sampler chose. Lists travel as JSON: Optuna knows only scalars."""
-    if isinstance(levels, Range):
-        whole = all(isinstance(v, int) for v in (levels.low, levels.high))
-        if whole:
-            return trial.suggest_int(factor, levels.low, levels.high, step=int(levels.step or 1), log=levels.log)
-        return trial.suggest_float(factor, levels.low, levels.high, step=levels.step, log=levels.log)
-    return json.loads(trial.suggest_categorical(factor, [json.dumps(level) for level in levels]))
+    if not isinstance(levels, Range):
+        return json.loads(trial.suggest_categorical(factor, [json.dumps(level) for level in levels]))
+    if isinstance(levels.low, int) and isinstance(levels.high, int):
+        return trial.suggest_int(factor, levels.low, levels.high, step=int(levels.step or 1), log=levels.log)
+    return trial.suggest_float(factor, levels.low, levels.high, step=levels.step, log=levels.log)
 
 
 def key(levels: Levels) -> str:
     return json.dumps(levels, sort_keys=True)
 
 
-def difference(kept: Any, ours: Any, path: str = "") -> str:
+def difference(recorded: Any, ours: Any, path: str = "") -> str:
     """The first place where two configs differ, in words."""
-    if isinstance(kept, Mapping) and isinstance(ours, Mapping):
-        for name in [*kept, *(n for n in ours if n not in kept)]:
-            if kept.get(name) != ours.get(name):
-                return difference(kept.get(name), ours.get(name), f"{path}.{name}".lstrip("."))
-    return f"{path} was {json.dumps(kept)} and is {json.dumps(ours)}"
+    if isinstance(recorded, Mapping) and isinstance(ours, Mapping):
+        for name in [*recorded, *(n for n in ours if n not in recorded)]:
+            if recorded.get(name) != ours.get(name):
+                return difference(recorded.get(name), ours.get(name), f"{path}.{name}".lstrip("."))
+    return f"{path} was {json.dumps(recorded)} and is {json.dumps(ours)}"
 
 
 def duration(seconds: float) -> str:
@@ -337,19 +291,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
 
 
-def _in_use(study: Any) -> str:
+def _in_use(trials: Sequence[Any]) -> str:
     """What to do where the settings of a study cannot be replaced: a trial has a result, or somebody works on one."""
-    trials = study.get_trials(deepcopy=False)
-    if any(t.state.name == "COMPLETE" or t.user_attrs.get("ended") == "failed" for t in trials):
+    if any(map(_is_result, trials)):
         return "give the new ones another name, or restore the old ones to go on"
     if any(t.state.name == "RUNNING" and "worker" in t.user_attrs for t in trials):
         return "a worker runs one of its models: stop it, or wait until it counts as dead (--grace)"
     return ""
 
 
-def _alive(trial: Any) -> bool:
-    """Nothing more is to be done for its combination: it waits, runs, is complete, or failed by itself."""
-    return trial.state.name in ("WAITING", "RUNNING", "COMPLETE") or trial.user_attrs.get("ended") == "failed"
+def _is_result(trial: Any) -> bool:
+    """Complete, or failed by itself: training diverged."""
+    return trial.state.name == "COMPLETE" or trial.user_attrs.get("ended") == "failed"
+
+
+def _is_taken(trials: Sequence[Any]) -> bool:
+    """Whether nothing more is to be done for a combination: it waits, runs, has a result, or is given up."""
+    alive = any(_is_result(t) or t.state.name in ("WAITING", "RUNNING") for t in trials)
+    return alive or _deaths(trials) >= DEATHS
 
 
 def _deaths(trials: Sequence[Any]) -> int:
@@ -358,32 +317,22 @@ def _deaths(trials: Sequence[Any]) -> int:
 
 
 def _given_up(trials: Sequence[Any]) -> bool:
-    failed = any(t.user_attrs.get("ended") == "failed" for t in trials)
-    return failed or (_deaths(trials) >= DEATHS and not any(_alive(t) for t in trials))
+    if any(t.user_attrs.get("ended") == "failed" for t in trials):
+        return True
+    return _deaths(trials) >= DEATHS and all(t.state.is_finished() and not _is_result(t) for t in trials)
 
 
-def _counts(trials: Sequence[Any]) -> bool:
-    return any(_alive(t) for t in trials) or _deaths(trials) >= DEATHS
-
-
-def _age(trial: Any) -> float:
-    from datetime import datetime
-
-    return max((datetime.now() - trial.datetime_start).total_seconds(), 0.0) if trial.datetime_start else 0.0
-
-
-def _sampler(config: Config) -> Any:
+def _sampler(settings: Sampler | None) -> Any:
     import optuna
 
-    if config.sampler is None:
+    if settings is None:
         return optuna.samplers.RandomSampler(seed=0)  # never asked: every trial is enqueued
-    name, options = config.sampler["name"], dict(config.sampler["options"])
-    made = getattr(optuna.samplers, str(name), None)
-    if not (isinstance(made, type) and issubclass(made, optuna.samplers.BaseSampler)):
-        raise InputError(f"optuna.samplers has no {name!r}; TPESampler and RandomSampler are two that it has")
+    kind = getattr(optuna.samplers, str(settings.name), None)
+    if not (isinstance(kind, type) and issubclass(kind, optuna.samplers.BaseSampler)):
+        raise InputError(f"optuna.samplers has no {settings.name!r}; TPESampler and RandomSampler are two that it has")
     # each process its own draws: with one seed for all, workers that start together draw the same
-    seed = (int(config.sampler["seed"]) * 65_537 + os.getpid()) % 2**31
+    seed = (int(settings.seed) * 65_537 + os.getpid()) % 2**31
     try:
-        return made(**({"seed": seed} | options))
+        return kind(**({"seed": seed} | dict(settings.options)))
     except (TypeError, ValueError) as error:
-        raise InputError(f"[sampler] {name} cannot be made: {error}") from None
+        raise InputError(f"[sampler] {settings.name} cannot be made: {error}") from None

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command
-from benchmarks.command import InputError, unknown
 from benchmarks.study import storage as stores
 from benchmarks.study.analysis import Table, analyse
-from benchmarks.study.config import TARGETS, Config, columns, identifier
+from benchmarks.study.config import TARGETS, Config, identifier
 from benchmarks.study.page import page
+from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.files import write_atomic, write_json
+from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
 
 EXTRA_TARGETS = ("test_loss", "loss_gap", "train_error", "validation_error")
@@ -32,27 +33,25 @@ def from_study(
     """The finished models of a study; those that diverged are listed, and have no numbers."""
     from benchmarks.study.queue import Queue
 
-    all_measures = [column for block in config.measures for column in columns(block)]
-    if not all_measures:
+    if not config.columns:
         raise InputError(
             f"study {config.name!r} measures nothing, and a report is on measures; use `compare CONFIG --by FACTOR`, "
             "or add [[measures]] to a study of another name"
         )
     queue = Queue(config, url)
-    found = queue.records()
-    records = [record for record in found if not record["failed"]]
+    all_records = queue.records()
+    records = [record for record in all_records if not record["failed"]]
     if not records:
         raise InputError(f"study {config.name!r} in {stores.shown(url)} has no finished model yet")
     all_targets = [t for t in TARGETS if any(t in record["targets"] for record in records)]
-    factors = list(config.factors)
-    rows = [flat(record, factors) for record in records]
-    varied = [f for f in factors if len({repr(row[f]) for row in rows}) > 1]
-    tally = queue.tally()
-    first = records[0]
+    rows = [flat(record, list(config.factors)) for record in records]
+    varied = _varied(rows, list(config.factors))
+    missing = {m: sum(record["measures"].get(m) is None for record in records) for m in config.columns}
+    tally, first = queue.tally(), records[0]
     return Table(
         title=config.name,
         rows=rows,
-        measures=_chosen("measure", measures, all_measures),
+        measures=_chosen("measure", measures, config.columns),
         targets=_chosen("target", targets, all_targets, also=EXTRA_TARGETS),
         factors=varied,
         given=_given(given, varied),
@@ -64,10 +63,10 @@ def from_study(
             "num_parameters": first.get("run", {}).get("num_parameters"),
             "provenance": first.get("provenance", {}),
             "commits": sorted({str(r.get("commit")) for r in records}),
-            "seconds": math.fsum(r.get("seconds") or 0.0 for r in found),
-            "unconverged": unconverged(records, all_measures),
+            "seconds": math.fsum(r.get("seconds") or 0.0 for r in all_records),
+            "unconverged": {m: count for m, count in missing.items() if count},
         },
-        failed=[{"levels": r["levels"], "reason": r["failed"]} for r in found if r["failed"]],
+        failed=[{"levels": r["levels"], "reason": r["failed"]} for r in all_records if r["failed"]],
     )
 
 
@@ -75,14 +74,8 @@ def flat(record: Mapping[str, Any], factors: Sequence[str]) -> dict[str, Any]:
     """One row: factor levels, targets and measures beside each other, and the folder of the run, by which
     `sam-optim report --targets models.csv` finds the model."""
     levels = {f: v if isinstance(v, (int, float, str)) else json.dumps(v) for f, v in record["levels"].items()}
-    found = {f: levels[f] for f in factors} | dict(record["targets"]) | dict(record["measures"])
-    return found | {"checkpoint": record.get("checkpoint") or identifier(record["levels"])}
-
-
-def unconverged(records: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, int]:
-    """For each measure that has no number for some models: for how many."""
-    found = {m: sum(record["measures"].get(m) is None for record in records) for m in measures}
-    return {m: count for m, count in found.items() if count}
+    numbers = {f: levels[f] for f in factors} | dict(record["targets"]) | dict(record["measures"])
+    return numbers | {"checkpoint": record.get("checkpoint") or identifier(record["levels"])}
 
 
 def from_csv(
@@ -103,8 +96,10 @@ def from_csv(
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--csv {path} cannot be read: {command.one_line(error)}") from None
-    reader = csv.DictReader(io.StringIO(text), dialect=_dialect(text))
+        raise InputError(f"--csv {path} cannot be read: {one_line(error)}") from None
+    first = text.split("\n", 1)[0]
+    separator = "," if "," in first else next((c for c in "\t;" if c in first), ",")
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
     head = [h for h in reader.fieldnames or [] if h is not None]
     if len(set(head)) < len(head):
         raise InputError(f"{path} has a column twice: {', '.join(sorted({h for h in head if head.count(h) > 1}))}")
@@ -119,37 +114,27 @@ def from_csv(
     if not rows:
         raise InputError(f"{path} has a heading and no rows")
     for column in numeric:
-        words = [text for line in lines if is_word(text := line.get(column))]
+        words = [value for line in lines if isinstance(value := level(line.get(column)), str)]
         if words and all(row[column] is None for row in rows):
             raise InputError(f"column {column!r} of {path} has no number, only text like {words[0]!r}: choose another")
-    varied = [f for f in factors if len({repr(row[f]) for row in rows}) > 1]
+    varied = _varied(rows, factors)
     return Table(path.stem, rows, list(measures), list(targets), varied, _given(given, varied), {"source": path.name})
 
 
 def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) -> int:
     """report.html, results.json (everything that the page says) and models.csv (what it says it from)."""
-    found = analyse(table, num_resamples=num_resamples, seed=seed)
+    results = analyse(table, num_resamples=num_resamples, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in table.rows]
-    command.write_json(
-        out / "results.json", found | {"about": table.about, "failed": list(table.failed), "models": rows}
-    )
-    command.write_atomic(out / "models.csv", to_csv(rows).encode())
-    path = write_page(out / "report.html", page(table, found))
-    print(found["headline"])
-    for line in found["conclusions"]:
+    write_json(out / "results.json", results | {"about": table.about, "failed": list(table.failed), "models": rows})
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    write_atomic(out / "models.csv", csv_text(head, [[row.get(key) for key in head] for row in rows]).encode())
+    path = write_page(out / "report.html", page(table, results))
+    print(results["headline"])
+    for line in results["conclusions"]:
         print(f"  {line}")
     print(f"{len(rows)} models. Open {path.resolve().as_uri()}")
     return 0
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = list(dict.fromkeys(key for row in rows for key in row))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, head, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
 
 
 def number(text: str | None) -> float | None:
@@ -161,34 +146,18 @@ def number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def is_word(text: str | None) -> bool:
-    """Whether a cell holds what is not meant as a number: neither empty nor inf or nan."""
-    if text is None or not text.strip():
-        return False
-    try:
-        float(text)
-    except ValueError:
-        return True
-    return False
-
-
 def level(text: str | None) -> float | str | None:
     """A number where it is one, so that 0.1 and 1e-1 are one level, else the text; None for an empty cell."""
     if text is None or not text.strip():
         return None
-    value = number(text)
-    return text.strip() if value is None else value
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
 
 
-def _dialect(text: str) -> type[csv.Dialect] | str:
-    line = text.split("\n", 1)[0]
-    if "," in line or not ("\t" in line or ";" in line):
-        return "excel"
-
-    class Other(csv.excel):
-        delimiter = "\t" if "\t" in line else ";"
-
-    return Other
+def _varied(rows: Sequence[Mapping[str, Any]], factors: Sequence[str]) -> list[str]:
+    return [f for f in factors if len({repr(row[f]) for row in rows}) > 1]
 
 
 def _given(given: str | None, varied: Sequence[str]) -> str | None:
@@ -199,8 +168,8 @@ def _given(given: str | None, varied: Sequence[str]) -> str | None:
     return "lr" if "lr" in varied else (varied[0] if varied else None)
 
 
-def _chosen(kind: str, names: Sequence[str] | None, known: Sequence[str], also: Sequence[str] = ()) -> list[str]:
+def _chosen(kind: str, names: Sequence[str] | None, columns: Sequence[str], also: Sequence[str] = ()) -> list[str]:
     for name in names or []:
-        if name not in (*known, *also):
-            raise unknown(kind, name, (*known, *also))
-    return list(names or known)
+        if name not in (*columns, *also):
+            raise unknown(kind, name, (*columns, *also))
+    return list(names or columns)

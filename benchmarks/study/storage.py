@@ -18,11 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import InputError, one_line
+from sam_optim.core.errors import InputError, one_line
 
 ENVIRONMENT = "SAM_OPTIM_STUDY_STORAGE"  # a URL with a password does not belong on a command line
 PATIENCE = 120.0  # seconds to wait for the lock: whoever holds it does so for a fraction of one
-EXTRA = "a study needs Optuna: pip install 'sam_optim[study]'"
 
 
 def url_of(given: str | None, out: Path) -> str:
@@ -74,10 +73,10 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
         from sqlalchemy.exc import SQLAlchemyError
         from sqlalchemy.pool import NullPool
     except ImportError:
-        raise InputError(EXTRA) from None
+        raise InputError("a study needs Optuna: pip install 'sam_optim[study]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sqlite = url.startswith("sqlite")
-    if sqlite and (path := _path(url)):
+    if sqlite and (path := _file(url)):
         path.parent.mkdir(parents=True, exist_ok=True)
     # no pool: connections live for one statement, so that processes forked by data loaders inherit none
     engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if sqlite else {}}
@@ -91,24 +90,11 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
 
 
 def has_study(url: str, name: str) -> bool:
-    """Whether the storage at `url` has a study of this name; nothing is made."""
-    try:
-        from sqlalchemy import create_engine, inspect, text
-        from sqlalchemy.exc import SQLAlchemyError
-        from sqlalchemy.pool import NullPool
-    except ImportError:
-        raise InputError(EXTRA) from None
-    if url.startswith("sqlite") and (path := _path(url)) and not path.exists():
+    """Whether the storage at `url` has a study of this name; no file is made."""
+    if url.startswith("sqlite") and (path := _file(url)) and not path.exists():
         return False
-    try:
-        engine = create_engine(url, poolclass=NullPool)
-        if not inspect(engine).has_table("studies"):
-            return False
-        with engine.connect() as connection:
-            query = text("SELECT 1 FROM studies WHERE study_name = :name")
-            return connection.execute(query, {"name": name}).first() is not None
-    except (SQLAlchemyError, ImportError, OSError) as error:
-        raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None
+    storage = open_storage(url)
+    return any(study.study_name == name for study in storage.get_all_studies())
 
 
 @contextmanager
@@ -118,13 +104,11 @@ def locked(url: str, name: str) -> Iterator[None]:
     Raises:
         InputError: another process has it for more than two minutes (it may be suspended).
     """
-    with _advisory(url, name) if url.startswith("postgresql") else _file_lock(url, name):
-        yield
-
-
-@contextmanager
-def _file_lock(url: str, name: str) -> Iterator[None]:
-    path = _path(url)
+    if url.startswith("postgresql"):
+        with _advisory(url, name):
+            yield
+        return
+    path = _file(url)
     if path is None:
         yield  # in memory: no other process can see it
         return
@@ -160,20 +144,19 @@ def _advisory(url: str, name: str) -> Iterator[None]:
     from sqlalchemy.exc import OperationalError
     from sqlalchemy.pool import NullPool
 
-    key = int.from_bytes(
-        hashlib.blake2b(f"sam_optim study {name}".encode(), digest_size=8).digest(), "big", signed=True
-    )
+    digest = hashlib.blake2b(f"sam_optim study {name}".encode(), digest_size=8).digest()
     engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f"SET lock_timeout = '{PATIENCE:.0f}s'"))
         try:
+            key = int.from_bytes(digest, "big", signed=True)
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
         except OperationalError as error:
             raise InputError(f"the study is locked by another worker: {one_line(error)}; is one suspended?") from None
         yield
 
 
-def _path(url: str) -> Path | None:
+def _file(url: str) -> Path | None:
     from sqlalchemy.engine import make_url
 
     database = make_url(url).database

@@ -7,13 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from benchmarks.command import InputError, one_line
-from benchmarks.study.config import identifier
 from benchmarks.study.queue import Claim, Heartbeat, Queue, duration
-from benchmarks.study.trial import Here, begun_with, check, execute, run_directory
+from benchmarks.study.trial import Here, check, execute, run_directory
+from sam_optim.core.errors import InputError, one_line
 
 MAX_POLL = 30.0  # seconds between looks at the queue while others finish
 
@@ -28,38 +26,33 @@ def work(queue: Queue, here: Here, *, limit: int | None = None, wait: bool = Tru
         print(queue.tally(), flush=True)
         while limit is None or done < limit:
             claim = queue.claim()
-            if claim is None:
-                tally = queue.tally()
-                if not (tally.running and wait):
-                    break
-                if poll == 1.0:
-                    print(f"nothing is waiting; {tally.running} run elsewhere: staying in case one dies", flush=True)
-                time.sleep(poll)
-                poll = min(1.5 * poll, MAX_POLL)
+            if claim is not None:
+                if code := _run(queue, claim, here):
+                    return code
+                done, poll = done + 1, 1.0
                 continue
-            poll = 1.0
-            code = _one(queue, claim, here)
-            if code:
-                return code
-            done += 1
+            running = queue.tally().running
+            if not (running and wait):
+                break
+            if poll == 1.0:
+                print(f"nothing is waiting; {running} run elsewhere: staying in case one dies", flush=True)
+            time.sleep(poll)
+            poll = min(1.5 * poll, MAX_POLL)
     print(f"finished: {queue.tally()}", flush=True)
     return 0
 
 
-def _one(queue: Queue, claim: Claim, here: Here) -> int:
+def _run(queue: Queue, claim: Claim, here: Here) -> int:
     words = ", ".join(f"{factor} {level}" for factor, level in claim.levels.items())
     print(f"trial {claim.number}: {words}", flush=True)
     heart = Heartbeat(queue, claim)
-
-    def fits(directory: Path) -> bool:
-        return begun_with(queue.config, claim.levels, directory)
-
+    lost = f"trial {claim.number} was given to another worker while this one was silent"
     try:
-        with heart, run_directory(here.runs, identifier(claim.levels), fits) as directory:
+        with heart, run_directory(here.runs, queue.config, claim.levels) as directory:
             record = execute(queue.config, claim.levels, directory, here)
     except KeyboardInterrupt as stop:
         if heart.lost:
-            print(f"trial {claim.number} was given to another worker while this one was silent", file=sys.stderr)
+            print(lost, file=sys.stderr)
             return 0
         signum = next((a for a in stop.args if isinstance(a, int)), signal.SIGINT)
         queue.give_back(claim, f"signal {signum}")
@@ -70,13 +63,13 @@ def _one(queue: Queue, claim: Claim, here: Here) -> int:
         if not isinstance(error, (ValueError, OSError, RuntimeError)):
             raise
         raise InputError(f"trial {claim.number} ({words}): {one_line(error)}") from error
-    target = queue.config.sampler["objective"] if queue.config.sampler else "test_error"
-    value = record["targets"].get(target)
+    sampler = queue.config.sampler
+    value = record["targets"].get(sampler.objective if sampler else "test_error")
     if not queue.finish(claim, record, value=value):
-        print(f"trial {claim.number} was given to another worker while this one was silent", file=sys.stderr)
+        print(lost, file=sys.stderr)
         return 0
-    print(f"trial {claim.number}: {_said(record)}, {duration(record['seconds'])}", flush=True)
-    print(queue.tally(own=1), flush=True)
+    print(f"trial {claim.number}: {_outcome(record)}, {duration(record['seconds'])}", flush=True)
+    print(queue.tally(idle_workers=1), flush=True)
     return 0
 
 
@@ -89,7 +82,7 @@ def _can_run(queue: Queue, here: Here) -> bool:
     return True
 
 
-def _said(record: dict[str, Any]) -> str:
+def _outcome(record: dict[str, Any]) -> str:
     if record["failed"]:
         return f"diverged ({record['failed']})"
     targets = record["targets"]

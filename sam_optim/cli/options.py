@@ -1,16 +1,19 @@
-"""The options of `sam-optim`: declared, checked, and explained in plain words. Nothing here imports torch."""
+"""The options of `sam-optim`: declared, checked, and turned into what the functions of `sweep` take."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from sam_optim._version import __version__
+from sam_optim.core.arguments import Parser, number, numbers, numbers_of_any_sign, pair
 from sam_optim.core.errors import InputError, unknown
 from sam_optim.measures.registry import MEASURES, chosen
+from sam_optim.sweep import FunctionProblem, Grid, ImageProblem, Measures, TextProblem
 
 ADAPTIVE = ("elementwise", "filter", "layer")
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher", "fisher_mc")
@@ -29,11 +32,6 @@ With --json every number is written as soon as it is there, and the same command
 Exit code: 0; 1 where a checkpoint failed or a number is not finite; 2 for a wrong command; 130 after Ctrl-C."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser().parse_args(_explicit(argv))
     if args.command != "report":
@@ -41,9 +39,45 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def problem(args: argparse.Namespace) -> ImageProblem | FunctionProblem | TextProblem:
+    """Which model, loss and data."""
+    if args.target:
+        common = {field.name: getattr(args, field.name) for field in fields(FunctionProblem)[1:]}
+        return FunctionProblem(args.target, **common)
+    if args.text:
+        return TextProblem(**{field.name: getattr(args, field.name) for field in fields(TextProblem)})
+    values = {field.name: getattr(args, field.name) for field in fields(ImageProblem)}
+    return ImageProblem(**values | {"model_kwargs": dict(args.model_kwargs)})
+
+
+def measures(args: argparse.Namespace) -> Measures:
+    options_of: dict[str, dict[str, Any]] = defaultdict(dict)
+    for measure, option, value in args.set:
+        options_of[measure][option] = value
+    return Measures(
+        args.measures,
+        rho=args.rho,
+        noise_rho=args.noise_rho or (),
+        adaptive=args.adaptive,
+        eta=args.eta,
+        norm=float(args.norm),
+        matrices=args.matrix or (),
+        num_steps=args.num_steps,
+        num_restarts=args.restarts,
+        num_samples=args.num_samples,
+        num_probes=args.num_probes,
+        options_of=options_of,
+        seed=args.seed,
+    )
+
+
+def grid(args: argparse.Namespace) -> Grid:
+    return Grid(args.directions, args.two, args.range, args.points, args.seed)
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="sam-optim", description="Sharpness of trained models: measure it, draw it, report it.")
-    p.add_argument("--version", action="version", version=f"sam_optim {_version()}")
+    p.add_argument("--version", action="version", version=f"sam_optim {__version__}")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     raw = argparse.RawDescriptionHelpFormatter
     about = "numbers of many checkpoints in one table"
@@ -92,6 +126,7 @@ def _problem(p: argparse.ArgumentParser) -> None:
     g.add_argument("--num-classes", type=count, help="default: the rows of the checkpoint's last layer")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, stride 1, no max-pool (CIFAR)")
     g.add_argument("--ema", action="store_true", help="the averaged weights that a checkpoint holds besides its own")
+    g.add_argument("--key", metavar="NAME", help="the entry of a checkpoint that holds the weights")
     g.add_argument("--target", metavar="MODULE:FUNCTION", help="any model, loss and data: see docs/measures/command.md")
     g = p.add_argument_group("data")
     g.add_argument(
@@ -99,6 +134,7 @@ def _problem(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--data-dir", metavar="DIR", help="where a data set lives that timm knows by name (torch/cifar10)")
     g.add_argument("--split", help="train (default where there is one), val, test, or a folder of that name")
+    g.add_argument("--class-to-idx", type=Path, metavar="FILE", help='.json, {"cat": 0, ...} (default: sorted names)')
     g.add_argument("--examples", type=number(int, 0), default=512, help="the first so many; 0: all (default: 512)")
     g.add_argument("--order", choices=("file", "mixed"), default="file", help="mixed: drawn from all, always the same")
     g.add_argument("--batch-size", type=count, default=128, help="m of m-sharpness (default: 128)")
@@ -108,6 +144,14 @@ def _problem(p: argparse.ArgumentParser) -> None:
     g.add_argument("--mean", type=numbers_of_any_sign, metavar="R,G,B", help="of the pixels in [0, 1] (the model's)")
     g.add_argument("--std", type=numbers, metavar="R,G,B")
     g.add_argument("--crop-pct", type=number(float, 0, 1, above=True), help="part of the resized image that is kept")
+    g.add_argument(
+        "--text", type=Path, metavar="FILE", help=".tsv or .csv; each CHECKPOINT is a folder of transformers"
+    )
+    g.add_argument(
+        "--text-columns", type=_words, default=[], metavar="NAME,...", help="of --text: one, or two for pairs"
+    )
+    g.add_argument("--label-column", default="label", metavar="NAME", help="of --text: classes (default: label)")
+    g.add_argument("--max-length", type=count, default=128, help="tokens of an example of --text (default: 128)")
     g = p.add_argument_group("loss")
     g.add_argument("--normalize-logits", action="store_true", help="outputs are centred and divided by their norm")
     g.add_argument("--batch-statistics", action="store_true", help="normalisation layers use those of each batch")
@@ -139,48 +183,16 @@ def _report(p: argparse.ArgumentParser) -> None:
     add("--title", default="Sharpness of checkpoints")
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """A finite number in [low, high], or in (low, high] with `above`."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {kind.__name__}, got {text!r}") from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    return convert
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers > 0, separated by commas, each once."""
-    return list(dict.fromkeys(number(float, 0, above=True)(part) for part in text.split(",")))
-
-
-def numbers_of_any_sign(text: str) -> list[float]:
-    return [number(float)(part) for part in text.split(",")]
-
-
-def pair(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, VALUE a Python literal or a bare word."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.replace(".", "_").isidentifier():
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 def _setting(text: str) -> tuple[str, str, Any]:
     key, value = pair(text)
     measure, dot, option = key.partition(".")
     if not dot or measure not in MEASURES:
         raise argparse.ArgumentTypeError(f"must be MEASURE.OPTION=VALUE, got {text!r}; measures: {', '.join(MEASURES)}")
     return measure, option, value
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _matrices(text: str) -> list[str]:
@@ -193,18 +205,20 @@ def _matrices(text: str) -> list[str]:
 
 def _explicit(argv: Sequence[str]) -> list[str]:
     """`--adaptive CHECKPOINT` means `--adaptive elementwise CHECKPOINT`: argparse would take the file for a value."""
-    found = []
+    words = []
     for i, word in enumerate(argv):
         following = argv[i + 1] if i + 1 < len(argv) else ""
-        found.append("--adaptive=elementwise" if word == "--adaptive" and following not in ADAPTIVE else word)
-    return found
+        words.append("--adaptive=elementwise" if word == "--adaptive" and following not in ADAPTIVE else word)
+    return words
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.target and (args.model or args.data):
-        raise InputError("--target brings its own model and data: leave --model and --data out")
-    if not args.target and not args.data:
-        raise InputError("say what the loss is over: --data WHERE (with --model), or --target MODULE:FUNCTION")
+    if ((args.target or args.text) and (args.model or args.data)) or (args.target and args.text):
+        raise InputError("--target and --text bring their own model and data: leave --model and --data out")
+    if not (args.target or args.text or args.data):
+        raise InputError(
+            "say what the loss is over: --data WHERE (with --model), --text FILE, or --target MODULE:FUNCTION"
+        )
     if not args.target and not args.checkpoints:
         raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
     if args.command == "landscape":
@@ -220,9 +234,3 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--num-samples must be >= 2 (draws come in pairs), got {args.num_samples}")
     if args.json is not None and args.json == args.csv:
         raise InputError(f"--json and --csv are both {args.json}; give them different names")
-
-
-def _version() -> str:
-    from sam_optim._version import __version__
-
-    return __version__

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+
+import torch
+
+from sam_optim.core.text import printable
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
@@ -25,8 +31,10 @@ def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> In
 
 
 def one_line(error: BaseException) -> str:
-    """The last non-empty line: an error that crossed from a data worker carries that worker's traceback before it. What
-    the system says of a file begins with its name."""
+    """The last non-empty line of an error; of the system's, the file and the reason.
+
+    An error that crossed from a data worker carries that worker's traceback in the lines before.
+    """
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -34,24 +42,33 @@ def one_line(error: BaseException) -> str:
     return text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
-def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of a command; what the user can mend becomes one line on stderr and exit code 2.
+def say(text: str) -> None:
+    """A line on standard error, if somebody is there to read it."""
+    if sys.stderr is None:  # it was closed, and print would take standard output
+        return
+    with suppress(OSError, ValueError):
+        print(printable(text), file=sys.stderr, flush=True)
 
-    ValueError is what the library raises for users; its messages name the remedy. Whoever reads standard output may
-    close it early (`| head`), which is no error.
+
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command. What the user can mend becomes one line on stderr and exit code 2.
+
+    ValueError is what the library raises for users; its messages name the remedy. A reader that closes standard output
+    early (`| head`) is no error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # ASCII terminals, file names that are not UTF-8
     try:
         return main(argv)
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]  # or Python complains once more while it exits
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say(f"error: {one_line(error)}")
+    except KeyboardInterrupt as error:
+        say(str(error) or "stopped")
         return EXIT_INTERRUPTED
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
-            raise
-        print(f"error: {one_line(error)} Lower --batch-size", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        say(f"error: {one_line(error)} Lower --batch-size")
     return EXIT_BAD_INPUT

@@ -1,13 +1,24 @@
-"""Files that are whole or absent, and strict JSON."""
+"""Files that are whole or absent, a lock against a second writer, and strict JSON."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 from sam_optim.core.errors import InputError, one_line
+
+LARGEST = 1 << 30  # bytes of a file that is read as a whole
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a device or a pipe (/dev/stdout), which cannot be replaced or read back."""
+    return path.is_relative_to("/dev") or path.is_relative_to("/proc") or (path.exists() and not path.is_file())
 
 
 def fsync_directory(directory: Path) -> None:
@@ -20,14 +31,26 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
-    """The old file or the new one, never a part of it: temporary file, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """The old file or the new one, never a part of it: temporary file, fsync, rename, fsync of the directory.
+
+    A file that is there keeps its mode. A device or pipe is written to.
+    """
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(8)}.tmp"
+    )  # a link that somebody put there is no danger
     try:
+        if is_stream(path):
+            with open(path, "ab") as stream:
+                stream.write(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(handle, "wb") as file:
+            if path.exists():
+                os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -37,13 +60,79 @@ def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
     fsync_directory(path.parent)
 
 
+@contextmanager
+def locked(path: Path, option: str = "--out") -> Iterator[None]:
+    """Holds the only right to write `path`; the kernel releases it when the process ends, in whatever way.
+
+    Raises:
+        InputError: another process has it; the message says which one.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(handle, 100).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise InputError(f"{path} is being written by {holder}; wait for it, or choose another {option}") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.lstat(lock)):
+                break
+        os.close(handle)  # its holder removed the file between opening and locking: once more
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()}".encode())
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any, option: str = "--out") -> None:
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     write_atomic(path, (text + "\n").encode(), option)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file for reading; a pipe or device, which could block for ever, is an `InputError`."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path} is no regular file")
+    return file
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file of at most 1 GiB."""
+    with open_regular(path) as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise InputError(f"{path} has more than {LARGEST:,} bytes")
+    return content
+
+
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(read_bytes(path).decode(), parse_constant=_not_json)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError, too many digits, deep brackets
         raise InputError(f"{path} is not valid JSON ({one_line(error)}); it was changed or damaged") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; it was changed or damaged")
+    return content
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

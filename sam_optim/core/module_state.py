@@ -48,6 +48,9 @@ class Buffers:
         """Of a model, or of the modules listed and not of their children; `others`: tensors that are no buffers."""
         modules = modules_of(model) if isinstance(model, nn.Module) else model
         self._slots = [(m._buffers, name, b) for m in modules if m._buffers for name, b in m._buffers.items()]
+        if not self._slots and not others:
+            self._copies = {}
+            return
         tensors = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)} | {id(x): x for x in others}
         stale, self._copies = self._copies, {}
         copies = {}
@@ -59,6 +62,8 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
+        if not self._slots and not self._copies:
+            return
         for owner, name, buffer in self._slots:
             now = owner.get(name)
             if now is not buffer and now is not None and buffer is not None and now.shape == buffer.shape:
@@ -74,7 +79,7 @@ class Buffers:
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Few launches for many small buffers; tensor subclasses, such as DTensor, know no copies of lists."""
-    if all(type(t) in (Tensor, nn.Parameter) for t in (*targets, *sources)):
+    if {*map(type, targets), *map(type, sources)} <= {Tensor, nn.Parameter}:
         if targets:
             torch._foreach_copy_(targets, sources)
         return
@@ -88,7 +93,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _writable(buffer: Tensor) -> bool:
     """Not of the buffers that no forward pass can change in place either: expanded, meta, made in inference mode."""
-    expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    expanded = any([size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)])
     return not (expanded or buffer.is_meta or buffer.is_inference())
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_optim.core.geometry import p_norm
 from sam_optim.core.module_state import Buffers
 from sam_optim.core.results import Landscape, provenance
-from sam_optim.landscape.directions import Direction, Weights, check_fits, length, random_direction, weights_and_buffers
-from sam_optim.landscape.grid import Progress, losses_at
+from sam_optim.landscape.directions import Direction, Weights, check_fits, random_direction, weights_and_buffers
+from sam_optim.landscape.grid import Point, Progress, combined, losses_at
 from sam_optim.loss import Loss
 
 NUM_POINTS = 21  # odd, so that the weights themselves are on the grid
@@ -55,17 +56,13 @@ def slice_1d(
     """
     if num_directions < 1 or (direction is not None and num_directions != 1):
         raise ValueError(f"num_directions must be >= 1, and 1 where a direction is given, got {num_directions}")
-    chosen = [_direction(loss, direction, seed + k, biases) for k in range(num_directions)]
+    lines = [_direction(loss, direction, seed + k, biases) for k in range(num_directions)]
     axis = _axis(coordinates)
-    lines = [d for d, _ in chosen]
-    points = [
-        [a if k == j else 0.0 for j in range(num_directions)] for k in range(num_directions) for a in axis.tolist()
-    ]
+    points = torch.kron(torch.eye(num_directions, dtype=torch.float64), axis[:, None]).tolist()  # line after line
     losses = losses_at(loss, lines, points, progress=progress, resume=resume).view(num_directions, -1)
-    about = chosen[0][1] | {"norms": [length(d) for d in lines]}
-    if num_directions > 1:
-        about |= {"num_directions": num_directions, "losses": losses}
-    return _landscape(loss, (axis,), losses.mean(dim=0) if num_directions > 1 else losses[0], about)
+    about = _about(direction, seed, biases, lines)
+    about |= {"num_directions": num_directions, "losses": losses} if num_directions > 1 else {}
+    return _landscape(loss, (axis,), losses.mean(dim=0), about)
 
 
 def slice_2d(
@@ -96,11 +93,14 @@ def slice_2d(
     Source: Li et al. (2018), arXiv:1712.09913.
     """
     first, second = directions if directions is not None else (None, None)
-    (d, about), (e, _) = _direction(loss, first, seed, biases), _direction(loss, second, seed + 1, biases)
+    d, e = _direction(loss, first, seed, biases), _direction(loss, second, seed + 1, biases)
     rows, columns = (_axis(c) for c in (coordinates or (None, None)))
     points = torch.cartesian_prod(rows, columns).tolist()
     losses = losses_at(loss, [d, e], points, progress=progress, resume=resume)
-    about |= {"norms": [length(d), length(e)], "cosine": _cosine(d, e)}
+    about = _about(first, seed, biases, [d, e])
+    lengths = about["norms"][0] * about["norms"][1]
+    product = sum(float((x.double() * y.double()).sum()) for x, y in zip(d, e, strict=True))
+    about["cosine"] = product / lengths if lengths else None
     return _landscape(loss, (rows, columns), losses.view(len(rows), len(columns)), about)
 
 
@@ -131,45 +131,42 @@ def interpolate(
     """
     weights, buffers = weights_and_buffers(loss, other)
     d = [v.to(w) - w.detach() for v, w in zip(weights, loss.params, strict=True)]
+    starts = [b.clone() for b, _ in buffers]
     axis = _axis(torch.linspace(0, 1, NUM_POINTS, dtype=torch.float64) if coordinates is None else coordinates)
-    start = [b.clone() for b, _ in buffers]
 
     @contextmanager
-    def moved_buffers(point: Sequence[float]) -> Iterator[None]:
-        kept = Buffers()
-        kept.save(loss.model)
+    def at(point: Point) -> Iterator[None]:
+        snapshot = Buffers()
+        snapshot.save(loss.model)
         try:
-            for (b, end), begin in zip(buffers, start, strict=True):
-                b.copy_(torch.lerp(begin, end.to(b), point[0]))
-            yield
+            for (b, end), start in zip(buffers, starts, strict=True):
+                b.copy_(torch.lerp(start, end.to(b), point[0]))
+            with loss.displaced(combined(point, [d])):
+                yield
         finally:
-            kept.restore()
+            snapshot.restore()
 
-    points = [[a] for a in axis.tolist()]
-    found = losses_at(
-        loss, [d], points, progress=progress, resume=resume, at=moved_buffers, moving=[b for _, b in buffers]
-    )
-    about = {
-        "kind": "interpolation",
-        "norms": [length(d)],
-        "num_buffers": len(buffers),
-        "barrier": _barrier(axis, found),
-    }
-    return _landscape(loss, (axis,), found, about)
+    moving = [d, [b for _, b in buffers]]
+    losses = losses_at(loss, moving, axis[:, None].tolist(), at=at, progress=progress, resume=resume)
+    about = {"kind": "interpolation", "norms": [float(p_norm(d, 2))], "num_buffers": len(buffers)}
+    return _landscape(loss, (axis,), losses, about | {"barrier": _barrier(axis, losses)})
 
 
-def _direction(loss: Loss, given: Direction | None, seed: int, biases: bool) -> tuple[Direction, dict[str, Any]]:
-    if given is None:
-        about = {"kind": "random", "normalize": "filter", "biases": biases, "seed": seed}
-        return random_direction(loss, seed=seed, biases=biases), about
-    check_fits(loss, given)
-    return [d.detach().to(w) for d, w in zip(given, loss.params, strict=True)], {"kind": "given"}
+def _direction(loss: Loss, direction: Direction | None, seed: int, biases: bool) -> list[Tensor]:
+    if direction is None:
+        return random_direction(loss, seed=seed, biases=biases)
+    check_fits(loss, direction)
+    return [d.detach().to(w) for d, w in zip(direction, loss.params, strict=True)]
+
+
+def _about(direction: Direction | None, seed: int, biases: bool, lines: Sequence[Direction]) -> dict[str, Any]:
+    random = {"kind": "random", "normalize": "filter", "biases": biases, "seed": seed}
+    return (random if direction is None else {"kind": "given"}) | {"norms": [float(p_norm(d, 2)) for d in lines]}
 
 
 def _axis(coordinates: Sequence[float] | Tensor | None) -> Tensor:
     if coordinates is None:
-        half = torch.arange(1, NUM_POINTS // 2 + 1, dtype=torch.float64) / (NUM_POINTS // 2)
-        return torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
+        return (torch.arange(NUM_POINTS, dtype=torch.float64) - NUM_POINTS // 2) / (NUM_POINTS // 2)  # 0 is exact
     axis = torch.as_tensor(coordinates, dtype=torch.float64, device="cpu")
     if axis.ndim != 1 or not len(axis) or not bool(axis.isfinite().all()):
         raise ValueError(f"coordinates are a list of finite numbers, got {coordinates!r}")
@@ -181,12 +178,6 @@ def _barrier(axis: Tensor, losses: Tensor) -> float:
         return 0.0
     fraction = (axis - axis[0]) / (axis[-1] - axis[0])
     return float((losses - torch.lerp(losses[0], losses[-1], fraction)).max())
-
-
-def _cosine(d: Direction, e: Direction) -> float | None:
-    lengths = length(d) * length(e)
-    product = sum(float((x.double() * y.double()).sum()) for x, y in zip(d, e, strict=True))
-    return product / lengths if lengths else None
 
 
 def _landscape(loss: Loss, axes: tuple[Tensor, ...], losses: Tensor, about: dict[str, Any]) -> Landscape:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.results import _Result, plain, provenance
-from sam_optim.landscape.directions import Direction, Weights, normalized_by, weights_and_buffers
+from sam_optim.landscape.directions import Direction, Weights, normalized, weights_and_buffers
 from sam_optim.loss import Loss
 
 CHUNK = 1 << 20  # entries of which inner products are taken in float64 at once
@@ -63,10 +63,10 @@ def trajectory_directions(
     """
     if not 1 <= num < max(len(checkpoints), 2) or len(checkpoints) < 2:
         raise ValueError(f"num must be from 1 to one less than the checkpoints, got {num} for {len(checkpoints)}")
-    points = [[x.to(w) for x, w in zip(weights_and_buffers(loss, c)[0], loss.params, strict=True)] for c in checkpoints]
     weights = [w.detach() for w in loss.params]
+    points = [_differences(weights_and_buffers(loss, c)[0], weights) for c in checkpoints]
     n = len(points)
-    gram = _inner([*points, weights], [*points, weights], origin=weights)[:n, :n]  # around w: w_t are all near it
+    gram = _inner(points, points)
     centring = torch.eye(n, dtype=torch.float64) - 1 / n
     values, vectors = torch.linalg.eigh(centring @ gram @ centring)
     values, vectors = values.flip(0).clamp(min=0)[:num], vectors.flip(1)[:, :num]
@@ -75,36 +75,42 @@ def trajectory_directions(
         raise ValueError(
             f"the {n} checkpoints span fewer than {num} directions: ask for fewer, or for more checkpoints"
         )
-    directions = []
-    for value, v in zip(values, vectors.T, strict=True):
-        v = v - v.mean()
-        v = v * (1 if float(v[-1] - v[0]) >= 0 else -1)  # a component has no sign: training ends at its larger end
-        factors = (v / value.sqrt()).tolist()
-        unit = [sum(f * (p[i] - w) for f, p in zip(factors, points, strict=True)) for i, w in enumerate(weights)]
-        directions.append(normalized_by(loss, unit, normalize, biases))  # type: ignore[arg-type]
-    zero = [torch.zeros_like(w) for w in weights]
-    shifted = [[a - b for a, b in zip(p, weights, strict=True)] for p in points]
-    between = _inner(directions, directions, origin=zero)
-    along = _inner(shifted, directions, origin=zero)
+    vectors = vectors - vectors.mean(0)
+    vectors = vectors * torch.where(vectors[-1] >= vectors[0], 1, -1)  # a component has no sign: training ends high
+    directions = [
+        normalized(loss, _combination((v / value.sqrt()).tolist(), points), normalize, biases)
+        for value, v in zip(values, vectors.T, strict=True)
+    ]
+    between, along = _inner(directions, directions), _inner(points, directions)
     coordinates = torch.linalg.solve(between, along.T).T
-    apart = gram.diagonal() - (coordinates @ between * coordinates).sum(dim=1)
+    squares = gram.diagonal() - (coordinates @ between * coordinates).sum(dim=1)
     return Trajectory(
         directions,
         coordinates,
         values / total,
-        apart.clamp(min=0).sqrt(),
+        squares.clamp(min=0).sqrt(),
         settings={"num_checkpoints": n, "normalize": normalize, "biases": biases} | loss.settings(),
         provenance=provenance(),
     )
 
 
-def _inner(a: Sequence[Direction], b: Sequence[Direction], *, origin: Direction) -> Tensor:
-    """<a_i - o, b_j - o>, (len(a), len(b)) float64 on the CPU, over pieces of the vectors."""
-    found = torch.zeros(len(a), len(b), dtype=torch.float64)
-    for k, o in enumerate(origin):
-        flat = o.flatten()
-        for start in range(0, len(flat), CHUNK):
-            piece = slice(start, start + CHUNK)
-            left, right = (torch.stack([x[k].flatten()[piece].double() - flat[piece] for x in xs]) for xs in (a, b))
-            found += (left @ right.T).cpu()
-    return found
+def _differences(a: Direction, b: Direction) -> list[Tensor]:
+    """a - b, in float32 where the weights have fewer bits: checkpoints of one run are close to each other."""
+    wide = [torch.promote_types(y.dtype, torch.float32) for y in b]
+    return [x.to(y.device, dtype) - y.to(dtype) for x, y, dtype in zip(a, b, wide, strict=True)]
+
+
+def _combination(factors: Sequence[float], points: Sequence[Direction]) -> list[Tensor]:
+    return [sum(f * p for f, p in zip(factors, parts, strict=True)) for parts in zip(*points, strict=True)]  # type: ignore[misc]
+
+
+def _inner(a: Sequence[Direction], b: Sequence[Direction]) -> Tensor:
+    """<a_i, b_j>, (len(a), len(b)) float64 on the CPU, over pieces of the vectors."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for of_a, of_b in zip(zip(*a, strict=True), zip(*b, strict=True), strict=True):
+        for start in range(0, of_a[0].numel(), CHUNK):
+            left, right = (
+                torch.stack([x.flatten()[start : start + CHUNK].double() for x in xs]) for xs in (of_a, of_b)
+            )
+            total += (left @ right.T).cpu()
+    return total

@@ -1,31 +1,57 @@
-"""Batches that are the same in every pass, or an error: a measure of data that change is a wrong number."""
+"""Batches that are the same in every pass, or an error: a measure of changing data is a wrong number."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sam_optim.core import random as rng
 
 REMEDY = "a measure needs the same examples in every pass: shuffle=False, no random augmentation, or a list of batches"
-CHECKED_ENTRIES = 4096  # of each tensor, evenly spread: enough to see another example or another augmentation
+
+
+def tree_map(f: Callable[[Any], Any], batch: Any) -> Any:
+    """f of every leaf of a batch: of all that is not a tuple, named tuple, list or mapping.
+
+    A mapping that pytree does not know (Hugging Face's BatchEncoding) becomes a dict.
+    """
+
+    def of_leaf(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return tree_map(f, dict(x))
+        if isinstance(x, (list, tuple)):  # of a class of the user's
+            return type(x)(tree_map(f, list(x)))
+        return f(x)
+
+    return pytree.tree_map(of_leaf, batch)
+
+
+def leaves(batch: Any) -> list[Any]:
+    """All leaves of a batch, in order."""
+    collected: list[Any] = []
+    tree_map(collected.append, batch)
+    return collected
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    return [x for x in leaves(batch) if isinstance(x, Tensor)]
 
 
 class FixedBatches:
     """Batches with their sizes, compared in every pass with what the first one gave.
 
     Lists and tuples of batches are taken at their word. Anything else (a DataLoader) is compared by count and by a
-    checksum of each batch, and draws from generators of its own, seeded differently in each pass: data that depend on
+    checksum of each batch, and draws from its own generators, seeded differently in each pass: data that depend on
     the global generators (shuffling, augmentation) show up as a difference, and these generators are not moved.
 
     Attributes:
-        sizes: examples in each batch: the length of "labels" in a mapping, of the last element in a tuple whose last
-            element is a tensor, otherwise of the first tensor found.
-        found: (size, checksum) of each batch.
+        sizes: examples in each batch, see `num_examples`.
+        fingerprints: (size, checksum) of each batch.
 
     Raises:
         ValueError: no batches or an empty one, an iterator that can be read only once, passes that differ.
@@ -37,16 +63,15 @@ class FixedBatches:
         self._batches = batches
         self._in_memory = isinstance(batches, (list, tuple))
         self._num_passes = 0
-        self.found = [(num_examples(batch), checksum(batch)) for batch in self._read()]
-        self.sizes = tuple(n for n, _ in self.found)
-        self._checksums = [crc for _, crc in self.found]
-        if 0 in self.sizes or not (self.found or may_be_empty):
+        self.fingerprints = [(num_examples(batch), checksum(batch)) for batch in self._read()]
+        self.sizes = tuple(n for n, _ in self.fingerprints)
+        if 0 in self.sizes or not (self.sizes or may_be_empty):
             raise ValueError(f"a loss needs batches with examples in them, got batches of sizes {list(self.sizes)}")
 
     def __iter__(self) -> Iterator[Any]:
         count = 0
         for count, batch in enumerate(self._read(), 1):
-            if not self._in_memory and (count > len(self.sizes) or self._checksums[count - 1] != checksum(batch)):
+            if not self._in_memory and (count > len(self.sizes) or self.fingerprints[count - 1][1] != checksum(batch)):
                 raise ValueError(f"batch {count} is not that of the first pass; {REMEDY}")
             yield batch
         if count != len(self.sizes):
@@ -69,64 +94,76 @@ class FixedBatches:
             yield batch
 
 
-def combined(found: Sequence[tuple[int, int]]) -> str:
-    """One checksum of all batches, as hexadecimal digits; results carry it to say what they were measured on."""
-    return f"{zlib.crc32(repr(list(found)).encode()):08x}"
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device; tuples, lists and mappings stay what they are."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
-
-
-def channels_last(batch: Any) -> Any:
-    """The batch with the strides of its images, (n, C, H, W), in the order n, H, W, C; the same numbers."""
-    if isinstance(batch, Tensor):
-        return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
-    if isinstance(batch, Mapping):
-        return {key: channels_last(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
-        return tuple(channels_last(value) for value in batch)
-    return [channels_last(value) for value in batch] if isinstance(batch, list) else batch
-
-
 def num_examples(batch: Any) -> int:
+    """The length of "labels" in a mapping, of the last element of a tuple if it is a tensor, else of the first tensor.
+
+    Raises:
+        ValueError: no tensor with a first dimension.
+    """
     target: Any = None
     if isinstance(batch, Mapping):
         target = batch.get("labels")
     elif isinstance(batch, (tuple, list)) and batch:
         target = batch[-1]
-    first = target if isinstance(target, Tensor) else next(_tensors(batch), None)
-    if first is None or not first.ndim:
+    counted = target if isinstance(target, Tensor) else next(iter(tensors(batch)), None)
+    if counted is None or not counted.ndim:
         raise ValueError(f"a batch needs tensors whose first dimension counts its examples, got {type(batch).__name__}")
-    return len(first)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from _tensors(value)
+    return len(counted)
 
 
 def checksum(batch: Any) -> int:
-    """CRC-32 of shapes, dtypes and up to 4,096 entries of each tensor: the same batch, the same number."""
-    found = 0
-    for x in _tensors(batch):
-        flat = x.detach().flatten()
-        sample = flat[:: max(1, len(flat) // CHECKED_ENTRIES)].cpu().contiguous()
-        found = zlib.crc32(f"{tuple(x.shape)} {x.dtype}".encode(), found)
-        found = zlib.crc32(sample.view(torch.uint8).numpy().data, found) if len(sample) else found
-    return found
+    """CRC-32 of the shapes, dtypes and all entries of the tensors: the same batch, the same number."""
+    crc = 0
+    for x in tensors(batch):
+        x = x.detach().to_dense() if x.layout != torch.strided else x.detach()
+        crc = zlib.crc32(f"{tuple(x.shape)} {x.dtype}".encode(), crc)
+        if x.numel():
+            crc = zlib.crc32(x.cpu().resolve_conj().contiguous().flatten().view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def data_id(fingerprints: Sequence[tuple[int, int]]) -> str:
+    """One checksum of all batches, as hexadecimal digits; results carry it to say what they were measured on."""
+    return f"{zlib.crc32(repr(list(fingerprints)).encode()):08x}"
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(device, non_blocking=True)
+        return x.to(device) if hasattr(x, "to") else x
+
+    return tree_map(move, batch)
+
+
+def channels_last(batch: Any) -> Any:
+    """The batch with the strides of its images, (n, C, H, W), in the order n, H, W, C; the same numbers."""
+
+    def reorder(x: Any) -> Any:
+        is_image = isinstance(x, Tensor) and x.ndim == 4
+        return x.contiguous(memory_format=torch.channels_last) if is_image else x
+
+    return tree_map(reorder, batch)
+
+
+def part(batch: Any, start: int, end: int) -> Any:
+    """Examples start to end of a batch; what is not a tensor is the same in all parts."""
+    return tree_map(lambda x: x[start:end] if isinstance(x, Tensor) else x, batch)
+
+
+def divided(batch: Any, n: int, size: int) -> list[tuple[int, Any]]:
+    """(examples, piece) of at most `size` of the n examples each, in order: along the first dimension of every tensor.
+
+    One piece where a tensor has another first dimension, or a leaf may hold examples and is not a tensor.
+    """
+
+    def divisible(x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x.ndim > 0 and len(x) == n
+        return x is None or isinstance(x, (bool, int, float, str))
+
+    if size >= n or not all(map(divisible, leaves(batch))):
+        return [(n, batch)]
+    return [(min(size, n - start), part(batch, start, min(start + size, n))) for start in range(0, n, size)]

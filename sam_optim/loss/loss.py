@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,24 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sam_optim.core import module_state as batchnorm
+from sam_optim.core import module_state
 from sam_optim.core import random as rng
-from sam_optim.loss import curvature as chunks
+from sam_optim.loss import criterion as criteria
+from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
-from sam_optim.loss.batches import FixedBatches, channels_last, combined, moved
-from sam_optim.loss.convolutions import CheapSecondDerivatives
-from sam_optim.loss.distributed import Shares
+from sam_optim.loss.batches import FixedBatches, channels_last, checksum, data_id, divided, moved, part
+from sam_optim.loss.criterion import Criterion, Forward
+from sam_optim.loss.curvature import PROBE, Curvature, Sum
+from sam_optim.loss.distributed import Sharding
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
 
-Criterion = Callable[[Any, Any], Tensor]
-Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 T = TypeVar("T")
 
 
 class Loss:
-    """L(w) = sum_b n_b / N l_b(w),   l_b = criterion(model(x_b), y_b), the mean over the n_b examples of batch b.
+    """L(w) = sum_b W_b l_b(w) / sum_b W_b,   l_b = criterion(model(x_b), y_b), the mean over batch b.
+
+    W_b is what the mean of batch b was taken over: its examples, or with ignored labels and weights of classes the
+    labels that count and their weights, so that L is the mean over all batches in one.
 
     The batches are the same in every pass: what a pass yields is compared with what the first one gave, and a
     difference is an error. The model is measured in eval mode, without dropout, and left exactly as found: weights,
@@ -51,13 +56,19 @@ class Loss:
         distributed: False measures on each rank alone; None is True where a process group of several ranks runs.
         chunk_size: curvature products take at most so many examples of a batch through one graph. None: as many as
             save 128 MiB (on a device, an eighth of its memory), which is also faster on a CPU. A batch stays whole
-            where the loss is not the mean over pieces: batch statistics, weights of classes, ignored labels.
+            where the loss is not a mean over pieces: batch statistics, losses of pairs, `outputs.loss`.
+        batch_weights: W_b of each batch, or a function of a batch. None: seen from the criterion, its labels, and what
+            it gives to a batch that is joined with a few examples of the first (see `loss.criterion.Weigher`).
+
+        differences: products with the Hessian by central differences of gradients, in a float64 copy of the model: for
+            models without double backward (hard sigmoids, fused kernels), or where it is wrong. None: where it is
+            missing; results say so, with an error that is estimated from two steps.
 
     Attributes:
         params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.
         blocks: the names that `block` restricted them to; None is all.
         batch_sizes: n_b of each batch (as in `FixedBatches`), of all ranks. num_batches: how many. num_examples: N,
-            their sum.
+            their sum. batch_weights: W_b of each batch.
 
     Raises:
         ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean;
@@ -76,8 +87,10 @@ class Loss:
         device: torch.device | str | None = None,
         distributed: bool | None = None,
         chunk_size: int | None = None,
+        batch_weights: Sequence[float] | Callable[[Any], float] | None = None,
+        differences: bool | None = None,
     ):
-        _check_criterion(criterion, normalize_logits)
+        criteria.check(criterion, normalize_logits)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size counts examples and must be >= 1 or None, got {chunk_size}")
         self.model = _unwrapped(model)
@@ -90,47 +103,56 @@ class Loss:
         if not self.params:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
         self.device = torch.device(device) if device is not None else self.params[0].device
-        self._forward = forward or _default_forward
+        self._forward = forward or criteria.default_forward
         self._images_last = _convolves_on_cpu(self.model)
-        self._shares = Shares(distributed)
-        self._batches = self._shares.together(lambda: FixedBatches(batches, may_be_empty=not self._shares.is_one))
-        self._shares.check(self._batches.found, self.params)
-        self._found = self._shares.dealt(self._batches.found)
-        self.batch_sizes = tuple(n for n, _ in self._found)
-        if not self.batch_sizes:
+        self._given_weights = batch_weights
+        self._weigher: criteria.Weigher | None = None
+        self._second: dict[str, Any] = {"by differences": differences}  # shared with all losses made from this one
+        self._hold(batches, Sharding(distributed))
+
+    def _hold(self, batches: Iterable[Any], sharding: Sharding) -> None:
+        self._sharding = sharding
+        self._batches = sharding.together(lambda: FixedBatches(batches, may_be_empty=not sharding.is_single))
+        sharding.check(self._batches.fingerprints, self.params)
+        self._fingerprints = sharding.interleave(self._batches.fingerprints)
+        self._sizes = tuple(n for n, _ in self._fingerprints)
+        if not self._sizes:
             raise ValueError("a loss needs batches with examples in them, and no rank has any")
-        self.num_batches = len(self.batch_sizes)
-        self.num_examples = sum(self.batch_sizes)
+        self.batch_sizes = self._sizes
+        self.num_batches = len(self._sizes)
+        self.num_examples = sum(self._sizes)
+        self._local_weights: list[float] | None = None
+
+    @property
+    def batch_weights(self) -> tuple[float, ...]:
+        """W_b of each batch, of all ranks; in units of examples, labels or weights of classes (see `settings`)."""
+        self._weigh()
+        return self._weights if len(self._weights) == self.num_batches else (math.fsum(self._weights),)
 
     def value(self) -> Tensor:
         """L(w), 0-d float64 on the CPU."""
-        return self._mean(self.batch_values())
+        return self._mean(self._batch_values())
 
     def batch_values(self) -> Tensor:
         """l_b(w) of each batch, (num_batches,) float64 on the CPU."""
-
-        def own() -> list[float]:
-            with self._evaluating(grad=False):
-                return _stack([self._batch_loss(batch) for _, batch in self._weighted_batches()]).tolist()
-
-        return torch.tensor(self._shares.dealt(self._shares.together(own)), dtype=torch.float64)
+        values = self._batch_values()
+        return values if len(values) == self.num_batches else self._mean(values)[None]
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
         values: list[Tensor] = []
 
-        def own() -> list[Tensor]:
+        def local() -> list[Tensor]:
             with self._evaluating(grad=True):
-                total = chunks.Sum(self.params)
-                for weight, batch in self._weighted_batches():
+                total = Sum(self.params)
+                for weight, _, batch in self._weighted_batches():
                     loss = self._batch_loss(batch)
                     total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
                     values.append(loss.detach())
             return total.tensors
 
-        gradient = self._shares.summed(own)
-        dealt = self._shares.dealt(_stack(values).tolist())
-        return self._mean(torch.tensor(dealt, dtype=torch.float64)), gradient
+        gradient = self._sharding.all_reduce(local)
+        return self._mean(torch.tensor(self._sharding.interleave(_floats(values)), dtype=torch.float64)), gradient
 
     def gradient(self) -> list[Tensor]:
         """dL/dw in the shapes of `params`."""
@@ -165,23 +187,42 @@ class Loss:
             raise ValueError(f"matrix must be one of {', '.join(MATRICES + SAMPLED)}, got {matrix!r}")
         if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
+        self._weigh()
+        if matrix == "hessian" and self._uses_differences():
+            yield self._by_differences()
+            return
         with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
-            yield chunks.Curvature(self, matrix, seed)
+            yield Curvature(
+                self.params,
+                (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._weighted_batches,
+                lambda piece, keep: self._piece_product(matrix, piece, keep),
+                lambda batch, n, size: self._shares_of_pieces(matrix, batch, n, size),
+                self._sharding,
+                chunk_size=self.num_examples if self.batch_statistics else self.chunk_size,
+            )
 
     def block(self, *names: str) -> Loss:
         """The same loss as a function of some parameters alone, the others fixed: those whose name in the model is one
         of `names`, or begins with one and a dot ("layer1": all of that layer). Curvature becomes that block of it."""
-        own = self.parameter_names()
-        for n in names:
-            if not any(name == n or name.startswith(f"{n}.") for name in own):
-                raise ValueError(f"no parameter of this loss is {n!r} or in it; there are {', '.join(own)}")
         if not names:
             raise ValueError("a block needs the name of a parameter or module")
-        found = copy.copy(self)
-        pairs = zip(own, self.params, strict=True)
-        found.params = [p for name, p in pairs if any(name == n or name.startswith(f"{n}.") for n in names)]
-        found.blocks = names
-        return found
+        inside: dict[str, Tensor] = {}
+        named = dict(zip(self.parameter_names(), self.params, strict=True))
+        for prefix in names:
+            members = {name: p for name, p in named.items() if name == prefix or name.startswith(f"{prefix}.")}
+            if not members:
+                raise ValueError(f"no parameter of this loss is {prefix!r} or in it; there are {', '.join(named)}")
+            inside |= members
+        return self._copy(params=[p for name, p in named.items() if name in inside], blocks=names)
+
+    def with_criterion(self, criterion: Criterion) -> Loss:
+        """Another loss of the same outputs, over the same batches."""
+        criteria.check(criterion, self.normalize_logits)
+        return self._copy(criterion=criterion, _weigher=None, _local_weights=None)
+
+    def merged(self) -> Loss:
+        """L as one unit: a single batch of all examples, which still passes through memory batch by batch."""
+        return self._copy(batch_sizes=(self.num_examples,), num_batches=1)
 
     def parameter_names(self) -> list[str]:
         """Names in the model, in the order of `params`."""
@@ -194,12 +235,14 @@ class Loss:
         Each rank calls f for the batches of its own, and all get all results: numbers, tensors, or tuples, lists and
         mappings of them. An error on one rank is one on all.
         """
-        return self._shares.dealt_together(lambda: [f(single) for single in self.single_batches()], self.device)
+        if self.num_batches != len(self._sizes):
+            return [f(self)]
+        return self._sharding.interleave_together(lambda: [f(single) for single in self.single_batches()], self.device)
 
     def single_batches(self) -> Iterator[Loss]:
         """A Loss over each batch alone, of this rank; see `over_batches`."""
-        for _, batch in self._weighted_batches():
-            yield self._over([batch], distributed=False)
+        for _, _, batch in self._weighted_batches():
+            yield self._over([batch], Sharding(distributed=False))
 
     def split(self, size: int) -> Loss:
         """The same function of the weights over batches of at most `size` examples: another m of m-sharpness.
@@ -210,27 +253,25 @@ class Loss:
         if size < 1:
             raise ValueError(f"size counts examples and must be >= 1, got {size}")
         pieces: list[Any] = []
-        for n, (_, batch) in zip(self._batches.sizes, self._weighted_batches(), strict=True):
-            found = chunks.divided(batch, n, size)
-            if len(found) < -(-n // size):
+        for _, n, batch in self._weighted_batches():
+            parts = divided(batch, n, size)
+            if len(parts) < -(-n // size):
                 raise ValueError("this batch cannot be split: not all of its tensors begin with its examples")
-            pieces += [piece for _, piece in found]
-        return self._over(pieces, distributed=not self._shares.is_one)
+            if self._weigher is None or self._weigher.rule == "examples":
+                pieces += [piece for _, piece in parts]
+            else:  # a piece whose labels are all ignored has no mean
+                pieces += [piece for k, piece in parts if self._weigher(self._target(piece), k)]
+        return self._over(pieces, self._sharding)
 
-    def _over(self, batches: list[Any], *, distributed: bool) -> Loss:
-        found = Loss(
-            self.model,
-            self.criterion,
-            batches,
-            forward=self._forward,
-            normalize_logits=self.normalize_logits,
-            batch_statistics=self.batch_statistics,
-            device=self.device,
-            distributed=distributed,
-            chunk_size=self.chunk_size,
-        )
-        found.params, found.blocks = self.params, self.blocks
-        return found
+    def _copy(self, **changes: Any) -> Loss:
+        derived = copy.copy(self)
+        derived.__dict__.update(changes)
+        return derived
+
+    def _over(self, batches: list[Any], sharding: Sharding) -> Loss:
+        derived = self._copy()
+        derived._hold(batches, sharding)
+        return derived
 
     @contextmanager
     def displaced(self, d: Sequence[Tensor]) -> Iterator[None]:
@@ -268,87 +309,245 @@ class Loss:
             "n": self.num_examples,
             "num_batches": self.num_batches,
             "num_parameters": sum(w.numel() for w in self.params),
-            "batch_norm": batchnorm.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
+            "batch_norm": module_state.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
             "normalize_logits": self.normalize_logits,
             "parameters": None if self.blocks is None else list(self.blocks),
             "dtype": str(self.params[0].dtype).removeprefix("torch."),
             "device": self.device.type,
-            "data": combined(self._found),
-        }
+            "data": data_id(self._fingerprints),
+            "weights": self._rule(),
+        } | (
+            {"products": "central differences", "product_error": error} if (error := self._second.get("error")) else {}
+        )
 
-    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
-        """(n_b / N, batch on the device) for each batch of this rank."""
-        for n, batch in zip(self._batches.sizes, self._batches, strict=True):
-            yield n / self.num_examples, moved(batch, self.device)
+    def _weighted_batches(self) -> Iterator[tuple[float, int, Any]]:
+        """(W_b / sum W, n_b, batch on the device) for each batch of this rank."""
+        self._weigh()
+        total = math.fsum(self._weights)
+        assert self._local_weights is not None
+        for weight, n, batch in zip(self._local_weights, self._batches.sizes, self._batches, strict=True):
+            yield weight / total, n, moved(batch, self.device)
+
+    def _weigh(self) -> None:
+        """What the batches weigh; once, with the checks that one batch can answer."""
+        if self._local_weights is None:
+            weights = self._sharding.together(self._weights_of_batches)
+            self._weights = tuple(self._sharding.interleave(weights))
+            for i, weight in enumerate(self._weights):
+                if not (math.isfinite(weight) and weight > 0):
+                    raise ValueError(f"batch {i} has the weight {weight}, as if no label counts: leave it out")
+            self._local_weights = weights
+
+    def _weights_of_batches(self) -> list[float]:
+        """Of this rank."""
+        sizes, given = self._batches.sizes, self._given_weights
+        if self._weigher is None and sizes:
+            self._look_at(moved(next(iter(self._batches)), self.device))
+        if self._weigher is None or len(self._sizes) == 1 or (given is None and self._weigher.rule == "examples"):
+            return list(sizes)
+        if isinstance(given, Sequence):
+            if len(given) != len(sizes):
+                raise ValueError(f"batch_weights needs one number for each batch, got {len(given)} for {len(sizes)}")
+            return [float(w) for w in given]
+        if given is not None:
+            return [float(given(batch)) for batch in self._batches]
+        with self._evaluating(grad=False):
+            batches = zip(sizes, self._batches, strict=True)
+            return [self._weigher(self._target(moved(batch, self.device)), n) for n, batch in batches]
+
+    def _look_at(self, batch: Any) -> None:
+        """What one batch shows: what its mean is taken over, and whether gradients are those of the same function."""
+        with self._evaluating(grad=False):
+            outputs, target = self._outputs(batch)
+            without = float(criteria.value(self.criterion, outputs, target))
+            weigher = criteria.Weigher(self.criterion, outputs, target)
+        with self._evaluating(grad=True):
+            loss = criteria.value(self.criterion, *self._outputs(batch), needs_gradient=False)
+        if not criteria.equal_to_rounding(without, float(loss.detach()), self.params[0].dtype):
+            raise ValueError(
+                f"the loss is {without:.8g} without gradients and {float(loss.detach()):.8g} with them: the model "
+                "computes two functions, and a measure is of one. Look for torch.is_grad_enabled() or a fused path "
+                "that only inference takes, and switch it off"
+            )
+        self._weigher = weigher
+
+    def _target(self, batch: Any) -> Any:
+        if self._forward is not criteria.default_forward:
+            return self._outputs(batch)[1]
+        return batch["labels"] if isinstance(batch, Mapping) else batch[-1]
+
+    def _rule(self) -> str:
+        """What the weights of batches are."""
+        if self._given_weights is not None:
+            return "given"
+        self._weigh()
+        return "examples" if self._weigher is None else self._weigher.rule
+
+    def _with_draws(self, seed: int) -> Iterator[tuple[float, int, Any]]:
+        """The same with (batch, (n_b,) uniform draws): those of a batch depend on the seed and its contents alone."""
+        for weight, n, batch in self._weighted_batches():
+            # hashed together: torch's generator reads the lower 32 bits of a seed alone
+            stream = rng.Stream(zlib.crc32(f"{seed} {checksum(batch)}".encode()))
+            yield weight, n, (batch, stream.uniform_like(torch.empty(n, dtype=torch.float64)))
 
     @contextmanager
     def _evaluating(self, *, grad: bool) -> Iterator[None]:
         cuda = [self.device] if self.device.type == "cuda" else []
-        measured = batchnorm.measured(self.model, batch_statistics=self.batch_statistics)
+        measured = module_state.measured(self.model, batch_statistics=self.batch_statistics)
         kept, aside = rng.kept(cuda), rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
-        before = torch.is_grad_enabled()
+        before, fast_path = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
         try:
+            torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, of another function for padding
             with kept, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
             torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
-    def _outputs(self, batch: Any) -> tuple[Any, Any]:
-        """(outputs, target); of images with their channels last, which a CPU convolves faster."""
-        if self._images_last:
-            try:
-                return self._of_criterion(*self._forward(self.model, channels_last(batch)))
-            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
-                self._images_last = False
-        return self._of_criterion(*self._forward(self.model, batch))
+    def _batch_values(self) -> Tensor:
+        """l_b(w) of each batch, also where they are merged into one."""
+
+        def local() -> list[float]:
+            with self._evaluating(grad=False):
+                return _floats([self._batch_loss(batch) for _, _, batch in self._weighted_batches()])
+
+        return torch.tensor(self._sharding.interleave(self._sharding.together(local)), dtype=torch.float64)
 
     def _batch_loss(self, batch: Any) -> Tensor:
         """l_b(w)."""
-        return self._criterion_value(*self._outputs(batch))
+        return criteria.value(self.criterion, *self._outputs(batch))
 
-    def _of_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
+    def _outputs(self, batch: Any) -> tuple[Any, Any]:
+        """(outputs, target); images have their channels last, which a CPU convolves faster."""
+        if self._images_last:
+            try:
+                return self._for_criterion(*self._forward(self.model, channels_last(batch)))
+            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
+                self._images_last = False
+        return self._for_criterion(*self._forward(self.model, batch))
+
+    def _for_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
         if self.criterion is not None:
             outputs = getattr(outputs, "logits", outputs)
-        return (_normalized(outputs) if self.normalize_logits else outputs), target
+        return (criteria.normalized(outputs) if self.normalize_logits else outputs), target
 
-    def _criterion_value(self, outputs: Any, target: Any) -> Tensor:
-        loss = outputs.loss if self.criterion is None else self.criterion(outputs, target)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"criterion must return the mean over the batch, a 0-d tensor, got {got}; {_A_MEAN}")
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("the loss does not depend on the trainable parameters: is there a detach() or no_grad()?")
-        return loss
+    def _uses_differences(self) -> bool:
+        """As chosen; or, once, as the first examples show: whether double backward is there, and right."""
+        if self._second["by differences"] is None:
+            self._second["by differences"] = self._sharding.any(self._sharding.together(self._lacks_double_backward))
+        return bool(self._second["by differences"])
+
+    def _lacks_double_backward(self) -> bool:
+        if not self._batches.sizes:
+            return False
+        batch, n = moved(next(iter(self._batches)), self.device), self._batches.sizes[0]
+        probe = self._over([divided(batch, n, PROBE)[0][1]], Sharding(distributed=False))
+        try:
+            wide = probe._widened()
+            wide.value()
+        except Exception:  # a model or a criterion that cannot be copied, or not be computed in float64
+            wide, probe = None, probe._copy(_second={"by differences": False})
+        try:
+            with (wide or probe).curvature() as product:
+                if wide is None:
+                    product([torch.ones_like(w) for w in probe.params])
+                    return False
+                wrong = by_differences.check(product, wide._differences(), wide.params)
+        except RuntimeError as error:
+            if by_differences.is_missing(error):
+                return True
+            raise
+        if wrong is not None:
+            raise ValueError(
+                f"the second derivatives that torch computes for this model are wrong: {wrong}. Look for a custom "
+                "autograd function whose backward is no function of torch (once_differentiable, .detach()), or pass "
+                "differences=True for products by central differences of gradients"
+            )
+        return False
+
+    def _widened(self) -> Loss:
+        """The same loss in a float64 copy of the model; w + d there is not rounded to the dtype of the model."""
+        model, forward = by_differences.widened(self.model), self._forward
+        named = dict(model.named_parameters())
+        criterion = by_differences.widened(self.criterion) if isinstance(self.criterion, nn.Module) else self.criterion
+        return self._copy(
+            model=model,
+            criterion=criterion,
+            params=[named[name] for name in self.parameter_names()],
+            _forward=lambda model, batch: forward(model, by_differences.widened(batch)),
+            _images_last=False,
+            _second={"by differences": False},
+        )
+
+    def _differences(self) -> by_differences.Differences:
+        def gradient_at(d: Sequence[Tensor]) -> list[Tensor]:
+            with self.displaced(d):
+                return self.gradient()
+
+        return by_differences.Differences(self.params, gradient_at)
+
+    def _by_differences(self) -> products.Product:
+        try:
+            wide = self._widened()
+            wide.value()
+        except (RuntimeError, TypeError):  # a device or a model without float64
+            wide = self
+        differences = wide._differences()
+
+        def product(v: Sequence[Tensor]) -> list[Tensor]:
+            result = differences([x.to(w.dtype) for x, w in zip(v, wide.params, strict=True)])
+            self._second["error"] = differences.error
+            return [x.to(torch.promote_types(w.dtype, torch.float32)) for x, w in zip(result, self.params, strict=True)]
+
+        return product
 
     def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
         with self.curvature(matrix, seed=seed) as product:
             return product(v)
 
-    def _piece_product(self, matrix: str, piece: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
-        """v -> M v of one batch, or of a piece of it. uniforms: (n,) on [0, 1), for labels to be drawn."""
-        with CheapSecondDerivatives():
-            return self._product_of(matrix, *self._outputs(piece), uniforms, keep=keep)
-
-    def _product_of(self, matrix: str, outputs: Any, target: Any, uniforms: Tensor, *, keep: bool) -> products.Product:
+    def _piece_product(self, matrix: str, piece: Any, keep: bool) -> products.Product:
+        """v -> M v of one batch, or of a piece of it; for "fisher_mc" of (piece, uniform draws)."""
+        piece, uniforms = piece if matrix == "fisher_mc" else (piece, torch.empty(0))
+        outputs, target = self._outputs(piece)
         if matrix == "hessian":
-            return products.hessian(self.params, self._criterion_value(outputs, target), keep=keep)
-        if self.criterion is None or not isinstance(outputs, Tensor):
-            got = "no criterion" if self.criterion is None else f"outputs of type {type(outputs).__name__}"
-            remedy = "pass one, such as nn.CrossEntropyLoss(), or use matrix='hessian'"
-            raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}: {remedy}")
+            return products.hessian(self.params, criteria.value(self.criterion, outputs, target), keep=keep)
+        criteria.check_matrix(self.criterion, outputs, matrix)
         if matrix == "ggn":
-            return products.gauss_newton(self.params, outputs, lambda o: self._criterion_value(o, target), keep=keep)
-        if matrix in ("fisher", "fisher_mc"):
-            _check_categorical(self.criterion, outputs, matrix)
-            if matrix == "fisher":
-                return products.fisher(self.params, outputs, keep=keep)
-            return products.fisher_mc(self.params, outputs, uniforms, keep=keep)
-        losses = [self._criterion_value(outputs[i : i + 1], target[i : i + 1]) for i in range(len(outputs))]
-        return products.empirical_fisher(self.params, torch.stack(losses), keep=keep)
+            of_outputs = lambda o: criteria.value(self.criterion, o, target)  # noqa: E731
+            return products.gauss_newton(self.params, outputs, of_outputs, keep=keep)
+        assert self._weigher is not None
+        shares = self._weigher.of_examples(outputs, target)
+        if matrix == "fisher":
+            return products.fisher(self.params, outputs, shares, keep=keep)
+        if matrix == "fisher_mc":
+            return products.fisher_mc(self.params, outputs, shares, uniforms, keep=keep)
+        counted = shares.nonzero().flatten().tolist()  # the loss of a label that is ignored is nan
+        losses = [criteria.value(self.criterion, outputs[i : i + 1], target[i : i + 1]) for i in counted]
+        return products.empirical_fisher(self.params, torch.stack(losses), shares[counted], keep=keep)
+
+    @torch.no_grad()
+    def _shares_of_pieces(self, matrix: str, batch: Any, n: int, size: int) -> list[float] | None:
+        """s_k for which the matrix of a batch is the sum of s_k times those of its pieces."""
+        if self.criterion is None:
+            return None
+        if matrix == "fisher_mc":
+            batch, _ = batch
+        divisions = divided(batch, n, size)
+        pieces = [self._outputs(piece) for _, piece in divisions]
+        few, _ = self._outputs(part(batch, 0, min(size, PROBE) // 2 or 1))
+        if not criteria.same_outputs(few, pieces[0][0]):
+            return None
+        equal = [k / n for k, _ in divisions]
+        shares = criteria.shares(self.criterion, pieces)
+        if shares is None:
+            return equal if matrix in ("fisher", "fisher_mc", "empirical_fisher") else None  # sums by definition
+        if abs(math.fsum(shares) - 1) > 1e-3:
+            return None
+        return [e if abs(s - e) < 1e-4 * e else s for s, e in zip(shares, equal, strict=True)]
 
     def _mean(self, values: Tensor) -> Tensor:
-        sizes = torch.tensor(self.batch_sizes, dtype=torch.float64)
-        return (values * sizes).sum() / self.num_examples
+        weights = torch.tensor(self._weights, dtype=torch.float64)
+        return (values * weights).sum() / weights.sum()
 
 
 def _convolves_on_cpu(model: nn.Module) -> bool:
@@ -357,19 +556,6 @@ def _convolves_on_cpu(model: nn.Module) -> bool:
         isinstance(m, nn.Conv2d) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
         for m in model.modules()
     )
-
-
-_A_MEAN = "use reduction='mean' (batches are weighted by their size), or add .mean()"
-
-
-def _default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return model(**batch), batch["labels"]
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        *inputs, target = batch
-        return model(*inputs), target
-    got = f"a mapping of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-    raise ValueError(f"a batch is (inputs..., target) or a mapping with 'labels', got {got}: pass forward=")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -384,33 +570,5 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_criterion(criterion: Any, normalize_logits: bool) -> None:
-    if criterion is None and normalize_logits:
-        raise ValueError("normalize_logits=True needs a criterion of the logits: `outputs.loss` is made of raw ones")
-    if criterion is not None and not callable(criterion):
-        raise ValueError(f"criterion must be a callable (outputs, target) -> mean loss, or None, got {criterion!r}")
-    reduction = getattr(criterion, "reduction", getattr(criterion, "keywords", {}).get("reduction", "mean"))
-    if reduction in ("sum", "none"):
-        raise ValueError(f"criterion must return the mean over the batch, got reduction={reduction!r}; {_A_MEAN}")
-
-
-def _check_categorical(criterion: Any, outputs: Tensor, matrix: str) -> None:
-    other = isinstance(criterion, nn.modules.loss._Loss) and not isinstance(criterion, nn.CrossEntropyLoss)
-    if other or outputs.ndim != 2:
-        got = f"{type(criterion).__name__} of outputs of shape {tuple(outputs.shape)}"
-        raise ValueError(f"matrix={matrix!r} is that of softmax(outputs), (n, K), got {got}; use matrix='ggn'")
-
-
-def _normalized(outputs: Any) -> Tensor:
-    """(o - mean o) / ||o - mean o||_2 for each example (arXiv:2302.07011)."""
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"normalize_logits=True needs outputs of shape (n, K), K >= 2, got {got}")
-    centred = outputs - outputs.mean(dim=1, keepdim=True)
-    return centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-10)
-
-
-def _stack(values: list[Tensor]) -> Tensor:
-    if not values:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([v.detach() for v in values]).cpu().double()  # one transfer; not every device has float64
+def _floats(values: list[Tensor]) -> list[float]:
+    return torch.stack([v.detach() for v in values]).tolist() if values else []  # one transfer

@@ -31,30 +31,30 @@ def gauss_newton(
     return _sandwich(params, outputs, lambda x: output_hessian([x])[0], keep=keep)
 
 
-def fisher(params: Sequence[Tensor], logits: Tensor, *, keep: bool) -> Product:
-    """v -> 1/n sum_i J_i^T (diag p_i - p_i p_i^T) J_i v, p = softmax(logits), (n, K): the exact Fisher matrix."""
+def fisher(params: Sequence[Tensor], logits: Tensor, shares: Tensor, *, keep: bool) -> Product:
+    """v -> sum_i s_i J_i^T (diag p_i - p_i p_i^T) J_i v, p = softmax(logits), (n, K), s: (n,): the Fisher matrix."""
     p = logits.detach().softmax(dim=1)
 
     def covariance(x: Tensor) -> Tensor:
-        return (p * x - p * (p * x).sum(dim=1, keepdim=True)) / len(p)
+        return (p * x - p * (p * x).sum(dim=1, keepdim=True)) * shares[:, None]
 
     return _sandwich(params, logits, covariance, keep=keep)
 
 
-def fisher_mc(params: Sequence[Tensor], logits: Tensor, uniforms: Tensor, *, keep: bool) -> Product:
-    """v -> 1/n sum_i g_i g_i^T v, g_i = J_i^T (p_i - e_y), with one label y ~ p_i = softmax(logits_i) for each example:
+def fisher_mc(params: Sequence[Tensor], logits: Tensor, shares: Tensor, uniforms: Tensor, *, keep: bool) -> Product:
+    """v -> sum_i s_i g_i g_i^T v, g_i = J_i^T (p_i - e_y), with one label y ~ p_i = softmax(logits_i) for each example:
     that at which the cumulative probabilities pass uniforms_i, (n,), on [0, 1)."""
     p = logits.detach().softmax(dim=1)
     cumulative = p.double().cumsum(dim=1)
     draw = uniforms.to(p.device)[:, None] * cumulative[:, -1:]  # the last sum is 1 only to rounding
     labels = (cumulative <= draw).sum(dim=1).clamp(max=p.shape[1] - 1)
     r = p - torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
-    return _sandwich(params, logits, lambda x: r * (r * x).sum(dim=1, keepdim=True) / len(p), keep=keep)
+    return _sandwich(params, logits, lambda x: r * (r * x).sum(dim=1, keepdim=True) * shares[:, None], keep=keep)
 
 
-def empirical_fisher(params: Sequence[Tensor], losses: Tensor, *, keep: bool) -> Product:
-    """v -> 1/n sum_i g_i g_i^T v, g_i = d losses_i / dw, losses: (n,), one for each example."""
-    return _sandwich(params, losses, lambda x: x / len(losses), keep=keep)
+def empirical_fisher(params: Sequence[Tensor], losses: Tensor, shares: Tensor, *, keep: bool) -> Product:
+    """v -> sum_i s_i g_i g_i^T v, g_i = d losses_i / dw, losses, s: (n,), one for each example."""
+    return _sandwich(params, losses, lambda x: x * shares, keep=keep)
 
 
 def _sandwich(params: Sequence[Tensor], f: Tensor, middle: Callable[[Tensor], Tensor], *, keep: bool) -> Product:

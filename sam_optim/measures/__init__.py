@@ -7,6 +7,7 @@ from sam_optim.measures.gradients import gradient_coherence, gradient_noise_scal
 from sam_optim.measures.layers import by_layer
 from sam_optim.measures.norms import fisher_rao_norm, relative_flatness
 from sam_optim.measures.pac_bayes import flatness_bounds, pac_bayes_sigma, sharpness_alpha
+from sam_optim.measures.registry import standard_measures
 from sam_optim.measures.sharpness import average_sharpness, worst_case_sharpness
 from sam_optim.measures.trace import hessian_diagonal, hessian_frobenius_norm, hessian_trace
 
@@ -27,5 +28,6 @@ __all__ = [
     "relative_flatness",
     "sharpness_alpha",
     "spectral_density",
+    "standard_measures",
     "worst_case_sharpness",
 ]

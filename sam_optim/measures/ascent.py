@@ -15,14 +15,12 @@ from sam_optim.loss import Loss
 
 Point = list[Tensor]
 
-FEWEST_TO_SPLIT = 8  # with fewer steps, all are needed for the climb from the start
-FIRST, SECOND = 2 / 5, 3 / 10  # of the steps: for the climb from the start, and for one from a random point
 SHORTEST = 1e-3  # a step of u; shorter ones move nothing that float32 can tell
 
 
 @dataclass(frozen=True)
 class Maximum:
-    """The highest point found: its loss, u = d / (rho T), and the step that found it (0: the start).
+    """The highest point seen: its loss, u = d / (rho T), and the step that led to it (0: the start).
 
     `value` is nan where the loss at step `step` was not finite.
     """
@@ -63,7 +61,7 @@ class Climb:
         self.proposal = self._next()
 
     def went(self, value: float, v: Point) -> None:
-        """What was found at the proposal."""
+        """`value` and gradient at the proposal."""
         assert self.proposal is not None
         if value > self.value:
             self._before = self.v if self._extrapolates else None
@@ -90,99 +88,38 @@ class Climb:
         return None if _same(ahead, self.u) else ahead
 
 
-class _NotFinite(ArithmeticError):
-    """The loss at a point of the ball: the search ends there."""
-
-
 def search(
     loss: Loss,
     chart: Chart,
     start: tuple[Point, float, Point],
     num_steps: int,
-    random_points: Iterator[Point],
+    points: Iterator[Point],
     tick: Callable[[], None],
-    *,
-    split: bool = False,
-    warm: Point | None = None,
 ) -> Maximum:
-    """The highest point found from `start` = (u, loss, gradient) in `num_steps` steps, all but the last of which
-    compute a gradient.
+    """The highest point in `num_steps` steps from `start` = (u, loss, gradient); the last step needs no gradient.
 
-    With `split`, two fifths of them climb from the start, three tenths from a random point of the ball, and the rest
-    goes on from the higher of both: in a large ball the gradient at the centre often leads to a lower maximum. A
-    climb that has ended leaves what it did not need to the others. `warm` is one more point to look at, and to go on
-    from if it is the highest.
+    A climb that has ended leaves its steps to another one, from the next of `points`.
     """
-    found = _Search(loss, chart, start, num_steps, tick)
-    try:
-        found.run(random_points, split=split and num_steps >= FEWEST_TO_SPLIT, warm=warm)
-    except _NotFinite:
-        return Maximum(math.nan, start[0], found.step)
-    return found.best
-
-
-class _Search:
-    """The climbs of one search, and the steps that are left."""
-
-    def __init__(
-        self, loss: Loss, chart: Chart, start: tuple[Point, float, Point], num_steps: int, tick: Callable[[], None]
-    ):
-        self.loss, self.chart, self.num_steps, self.tick = loss, chart, num_steps, tick
-        self.step = 0
-        self.best = Maximum(start[1], start[0], 0)
-        self.climbs = [Climb(chart, *start)]
-
-    @property
-    def left(self) -> int:
-        """Steps with a gradient: the last one needs none."""
-        return self.num_steps - 1 - self.step
-
-    def run(self, random_points: Iterator[Point], *, split: bool, warm: Point | None) -> None:
-        if not math.isfinite(self.best.value):
-            raise _NotFinite
-        if split:
-            self.go_on(self.climbs[0], round(FIRST * self.num_steps) - 1)
-            if warm is not None:
-                self.open(warm)
-            self.go_on(self.open(next(random_points)), round(SECOND * self.num_steps) - 1)
-        while self.left:
-            climb = self.highest()
-            if climb is None:
-                self.open(next(random_points))
-            else:
-                self.go_on(climb, 1)
-        last = self.highest()
-        point = next(random_points) if last is None or last.proposal is None else last.proposal
-        with self.loss.displaced(self.chart.displacement(point)):
-            self.saw(point, float(self.loss.value()))
-
-    def highest(self) -> Climb | None:
-        """The climb that has come highest among those that have not ended."""
-        return max((c for c in self.climbs if c.proposal is not None), key=lambda c: c.value, default=None)
-
-    def open(self, u: Point) -> Climb:
-        value, v = self.look(u)
-        self.climbs.append(Climb(self.chart, u, value, v))
-        return self.climbs[-1]
-
-    def go_on(self, climb: Climb, num: int) -> None:
-        for _ in range(min(num, self.left)):
-            if climb.proposal is None:
-                return
-            climb.went(*self.look(climb.proposal))
-
-    def look(self, u: Point) -> tuple[float, Point]:
-        value, v = evaluate(self.loss, self.chart, u)
-        self.saw(u, value)
-        return value, v
-
-    def saw(self, u: Point, value: float) -> None:
-        self.step += 1
-        self.tick()
+    u, value, _ = start
+    best, climb = Maximum(value, u, 0), Climb(chart, *start)
+    for step in range(1, num_steps + 1):
         if not math.isfinite(value):
-            raise _NotFinite
-        if value > self.best.value:
-            self.best = Maximum(value, u, self.step)
+            return Maximum(math.nan, u, step - 1)
+        is_new = climb.proposal is None
+        u = next(points) if climb.proposal is None else climb.proposal
+        if step < num_steps:
+            value, v = evaluate(loss, chart, u)
+            if is_new:
+                climb = Climb(chart, u, value, v)
+            else:
+                climb.went(value, v)
+        else:
+            with loss.displaced(chart.displacement(u)):
+                value = float(loss.value())
+        tick()
+        if value > best.value:
+            best = Maximum(value, u, step)
+    return best if math.isfinite(value) else Maximum(math.nan, u, num_steps)
 
 
 def random_points(chart: Chart, params: Point, seed: int) -> Iterator[Point]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from sam_optim.core.results import Estimate, Spectrum, mean_over_batches, plain
+from sam_optim.core.results import Estimate, Spectrum, plain
 from sam_optim.loss import Loss
-from sam_optim.loss.products import Product
-from sam_optim.measures.record import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, estimate
 
 # Linear in the loss: their mean over batches is their value for the mean loss.
 LINEAR = {"hessian_trace", "hessian_diagonal", "average_sharpness", "fisher_rao_norm", "relative_flatness"}
@@ -54,16 +52,16 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
         raise ValueError("contrast needs batches to compare with their mean, and this loss has one: split it")
     tick = Ticks(progress, loss.num_batches + 1)
 
-    def result(part: Loss) -> _Value:
-        found = _value(measure(part, **kwargs), name)
+    def result(part: Loss) -> Estimate:
+        value = _estimate_of(measure(part, **kwargs), name)
         tick()
-        return found
+        return value
 
-    whole = result(_Whole(loss))
-    _refuse_linear(whole.measure, None)
+    whole = result(loss.merged())
+    _refuse_linear(str(whole.settings.get("measure", "")), None)
     parts = loss.over_batches(result)
     values = [part.value for part in parts]
-    mean, stderr = mean_over_batches(values, loss.batch_sizes)
+    mean, stderr = batch_mean(loss, values)
     value = mean / whole.value if whole.value else math.nan
     if math.isfinite(whole.stderr) and math.isfinite(value):
         stderr = math.hypot(stderr, value * whole.stderr)
@@ -80,29 +78,22 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
         details={"whole": whole.value, "batch_values": values},
         settings={"measure": "contrastive_sharpness", "of": name}
         | {"arguments": {k: _plain(v) for k, v in kwargs.items()}}
-        | {k: v for k, v in settings("", loss).items() if k != "measure"},
+        | loss.settings(),
     )
 
 
-class _Value:
-    """The one number of a result of a measure, and whether it converged."""
-
-    def __init__(self, value: float, stderr: float, converged: bool, reason: str | None, measure: str):
-        self.value, self.stderr, self.converged, self.reason, self.measure = value, stderr, converged, reason, measure
-
-
-def _value(found: Any, name: str) -> _Value:
-    if isinstance(found, Estimate):
-        measure = str(found.settings.get("measure", ""))
-        return _Value(found.value, found.stderr, found.converged, found.reason, measure)
-    if isinstance(found, Spectrum) and found.grid is None and len(found.eigenvalues):
-        return _Value(float(found.eigenvalues[0]), math.nan, found.converged, found.reason, "")
-    if isinstance(found, Tensor) and found.numel() == 1:
-        found = float(found)
-    if isinstance(found, (int, float)) and not isinstance(found, bool):
-        finite = math.isfinite(found)
-        return _Value(float(found), math.nan, finite, None if finite else "it is not finite", "")
-    got = "a spectral density" if isinstance(found, Spectrum) else type(found).__name__
+def _estimate_of(result: Any, name: str) -> Estimate:
+    """The one number of what a measure returned."""
+    if isinstance(result, Estimate):
+        return result
+    if isinstance(result, Spectrum) and result.grid is None and len(result.eigenvalues):
+        return Estimate(float(result.eigenvalues[0]), converged=result.converged, reason=result.reason)
+    if isinstance(result, Tensor) and result.numel() == 1:
+        result = float(result)
+    if isinstance(result, (int, float)) and not isinstance(result, bool):
+        finite = math.isfinite(result)
+        return Estimate(float(result), converged=finite, reason=None if finite else "it is not finite")
+    got = "a spectral density" if isinstance(result, Spectrum) else type(result).__name__
     raise TypeError(f"a measure must return an Estimate, a Spectrum with eigenvalues or a number; {name} gave {got}")
 
 
@@ -126,42 +117,3 @@ def _plain(value: Any) -> Any:
         return plain(value)
     except TypeError:
         return repr(value)
-
-
-class _Whole(Loss):
-    """L as one unit: a single batch of all examples, which still passes through memory batch by batch."""
-
-    def __init__(self, loss: Loss):
-        self.__dict__.update(loss.__dict__)
-        self._loss = loss
-        self.batch_sizes = (loss.num_examples,)
-        self.num_batches = 1
-
-    def value(self) -> Tensor:
-        return self._loss.value()
-
-    def batch_values(self) -> Tensor:
-        return self._loss.value()[None]
-
-    def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        return self._loss.value_and_gradient()
-
-    @contextmanager
-    def curvature(self, matrix: str = "hessian", *, seed: int = 0) -> Iterator[Product]:
-        with self._loss.curvature(matrix, seed=seed) as product:
-            yield product
-
-    def single_batches(self) -> Iterator[Loss]:
-        yield self
-
-    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
-        return self._loss._weighted_batches()
-
-    def _mean(self, values: Tensor) -> Tensor:
-        return self._loss._mean(values)
-
-    def over_batches(self, f: Callable[[Loss], Any]) -> list[Any]:
-        return [f(self)]
-
-    def settings(self) -> dict[str, Any]:
-        return self._loss.settings() | {"m": self.num_examples, "num_batches": 1}

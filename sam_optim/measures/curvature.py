@@ -13,8 +13,7 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
 from sam_optim.loss import Loss
 from sam_optim.measures.lanczos import Lanczos, Ritz
-from sam_optim.measures.operator import flat_product
-from sam_optim.measures.record import Progress, Ticks, flat, settings, unflat
+from sam_optim.measures.shared import Progress, Ticks, flat, flat_product, settings, unflat
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 STOP = ("residual", "value")

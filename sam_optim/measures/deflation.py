@@ -8,19 +8,17 @@ tridiagonal matrix T' and A' Q = Q T' + beta q e^T, so L costs no product beyond
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sam_optim.measures.lanczos import Lanczos
-from sam_optim.measures.operator import Product
+from sam_optim.measures.shared import Product
 
 FEWEST = 20  # products below which a basis is not worth a look
 PILOT = 4  # vectors before the first decision on how far the basis goes
-LOOK = 10  # probes that say whether anything stands out, before there is a basis
-BASIS_BYTES = 2**31  # of Q, and as much again for the probes of the look
-PIECE = 2**16  # entries of a vector that go into a matrix product in double precision at a time
+BASIS_BYTES = 2**31  # of Q
 
 
 class Deflation:
@@ -69,69 +67,30 @@ class Deflation:
         return found
 
 
-def num_to_look_at(like: Tensor, budget: int) -> int:
-    """Probes to keep, with their products, until `stand_out` has seen them; 0 where a basis cannot pay or be kept."""
-    room = BASIS_BYTES // (like.numel() * (like.element_size() + 1))  # signs are kept in a byte
-    return min(LOOK, room) if budget >= FEWEST and room >= PILOT else 0
-
-
-def stand_out(probes: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[bool]:
-    """For each of the probes (z, A z), whether by the products of the *others* few eigenvalues make up the variance:
-
-        (sum_k l_k^2)^2 / sum_k l_k^4 <= (budget - num) / 2,   l_k the eigenvalues of A' = A - mu, num probes,
-        E[z^T A'^2 z] = sum_k l_k^2,   E[(z_i^T A'^2 z_j)^2] = sum_k l_k^4 up to terms of diagonals, i != j.
-
-    The left side is how many eigenvalues of one size would do the same; the right side is the largest basis.
-    What a probe itself says has no part in its answer: the value from it stays free of bias whatever is decided.
-    """
-    num, dimension = len(probes), probes[0][0].numel()
-    zz, za, aa = torch.zeros(3, num, num, dtype=torch.float64)
-    for start in range(0, dimension, PIECE):
-        piece = slice(start, start + PIECE)
-        products = torch.stack([az[piece] for _, az in probes]).double()
-        signs = torch.stack([z[piece] for z, _ in probes]).to(products)
-        for gram, x, y in ((zz, signs, signs), (za, signs, products), (aa, products, products)):
-            gram += (x @ y.T).cpu()
-    za = (za + za.T) / 2
-    found = []
-    for i in range(num):
-        others = torch.arange(num) != i
-        z, a, square = (x[others][:, others] for x in (zz, za, aa))
-        mean = a.diagonal().mean() / dimension
-        gram = square - 2 * mean * a + mean**2 * z
-        second = gram.diagonal().mean()
-        fourth = (gram.square().sum() - gram.diagonal().square().sum()) / ((num - 1) * (num - 2))
-        found.append(bool(fourth > 0 and second**2 <= (budget - num) / 2 * fourth))
-    return found
-
-
 def deflated(
     product: Product,
     draw: Callable[[], Tensor],
     budget: int,
     tol: float | None,
     tick: Callable[[], None],
-    *,
-    num_before: int = 0,
-) -> tuple[Deflation, bool]:
+) -> tuple[Deflation, int]:
     """A basis that leaves the least standard error for `budget` products in all, or with `tol` reaches a standard error
-    of tol times the trace with the fewest; False if a product was not finite.
+    of tol times the trace with the fewest; with the number of products, which is larger if the last is not finite.
 
-    num_before: products of `budget` that were spent on probes already; the basis takes half of the others at most.
-
-    Only the products of the basis decide on its size, so the probes that come later are independent of it. The basis
-    grows as long as the last vectors have taken more from the variance of the rest than as many probes more would.
+    Only the products of the basis decide on its size, so the probes that come later are independent of it. It takes
+    half of the budget at most, and grows as long as the last vectors have removed more from the variance of the rest
+    than as many probes more would.
     """
     start = draw()
-    most = min((budget - num_before) // 2, BASIS_BYTES // (start.numel() * start.element_size()))
+    most = min(budget // 2, BASIS_BYTES // (start.numel() * start.element_size()))
     if budget < FEWEST or most < PILOT:
-        return Deflation(), True
+        return Deflation(), 0
     lanczos = Lanczos(product, lambda: start)
     while lanczos.size < most:
         lanczos.extend()
         tick()
         if not lanczos.finite:
-            return Deflation(), False
+            return Deflation(), lanczos.size
         if lanczos.beta == 0:
             break
         if lanczos.size < PILOT or (lanczos.size > 16 and lanczos.size % 4):  # quadrature of a large T is not free
@@ -144,7 +103,7 @@ def deflated(
             break
         if gain * (budget - lanczos.size) <= left:
             break
-    return Deflation(lanczos), True
+    return Deflation(lanczos), lanczos.size
 
 
 def _captured(lanczos: Lanczos, mean: float, size: int) -> float:

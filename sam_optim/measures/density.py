@@ -12,8 +12,7 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
 from sam_optim.loss import Loss
 from sam_optim.measures.lanczos import Lanczos
-from sam_optim.measures.operator import flat_product
-from sam_optim.measures.record import Progress, Ticks, flat, settings
+from sam_optim.measures.shared import Progress, Ticks, flat, flat_product, settings
 
 KERNEL = 0.01  # default width of the kernel, relative to the range of the spectrum
 MARGIN = 5  # kernel widths of the grid beyond the spectrum: all but 1e-6 of the mass is on it

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,18 +12,16 @@ from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.conjugate import Solution, damped_share, solve
+from sam_optim.measures.conjugate_gradient import Solution, conjugate_gradient, damped_share
 from sam_optim.measures.gram import (
     BatchGradients,
-    batch_weights,
     cosines,
     gram_matrix,
     inner_products,
     jackknife,
     pair_weights,
-    scaled,
 )
-from sam_optim.measures.record import Progress, Ticks, estimate, flat, settings, unflat
+from sam_optim.measures.shared import Progress, Ticks, batch_weights, estimate, flat_product, settings
 
 METRICS = ("euclidean", "fisher")
 DAMPING = 1e-3
@@ -105,23 +101,23 @@ def gradient_regret(
     if max_products < 1 or num_probes < 0:
         raise ValueError(f"max_products must be >= 1 and num_probes >= 0, got {max_products} and {num_probes}")
     scales = None if ball is None else ball.scales(loss.params)
-    own: dict[str, Any] = {"metric": metric, "ball": ball, "seed": seed}
+    options: dict[str, Any] = {"metric": metric, "ball": ball, "seed": seed}
     if metric == "euclidean":
-        return _regret(gram_matrix(loss, scales=scales, progress=progress), loss, own)
+        return _regret(gram_matrix(loss, scales=scales, progress=progress), loss, options, [], {})
+    options |= {"damping": damping, "tol": tol, "max_products": max_products, "num_probes": num_probes}
     most = max_products + 1  # of one solve: the residual is computed again
     tick = Ticks(progress, loss.num_batches + (loss.num_batches + num_probes) * most)
-    everything = BatchGradients(loss, scales, budget=1 << 62)
-    (gradients,) = everything.parts(tick)
-    solutions, rows = [], []
-    stream, shares = Stream(seed), []
-    with _damped_ggn(loss, ball, damping) as damped:
+    (gradients,) = BatchGradients(loss, scales, budget=1 << 62).parts(tick)
+    solutions, rows, shares = [], [], []
+    stream = Stream(seed)
+    with flat_product(loss, ball, "ggn", damping=damping) as damped:
 
         def product(v: Tensor) -> Tensor:
             tick()
             return damped(v)
 
         for i, g in enumerate(gradients, start=1):
-            solution = solve(product, g, tol=tol, limit=max_products)
+            solution = conjugate_gradient(product, g, tol=tol, limit=max_products)
             rows.append(inner_products([solution.x], gradients))
             solution.x = g[:0]  # one solution at a time
             solutions.append(solution)
@@ -131,9 +127,12 @@ def gradient_regret(
             shares.append(damped_share(product, z, damping, tol=SHARE_TOL, limit=max_products))
             tick.to(loss.num_batches + (loss.num_batches + i) * most)
     gram = torch.cat(rows)
-    own |= {"damping": damping, "tol": tol, "max_products": max_products, "num_probes": num_probes}
-    more = {"damping": damping} | _solved(solutions) | _effective_dimension(shares)
-    return _regret((gram + gram.T) / 2, loss, own, solutions, more)
+    details = {
+        "damping": damping,
+        "residuals": [s.residual for s in solutions],
+        "num_products": [s.num_products for s in solutions],
+    }
+    return _regret((gram + gram.T) / 2, loss, options, solutions, details | _effective_dimension(shares))
 
 
 def gradient_coherence(
@@ -181,7 +180,7 @@ def gradient_coherence(
     squared_mean = max(float(p @ gram @ p), 0.0)
     return estimate(
         value,
-        jackknife(_mean_cosine, gram, loss.batch_sizes),
+        jackknife(_mean_cosine, gram, loss.batch_weights),
         num_samples=len(p),
         details=_norms(gram, p)
         | {
@@ -234,12 +233,14 @@ def gradient_noise_scale(
     _check_batches(loss, "the noise is seen between batches")
     scales = None if ball is None else ball.scales(loss.params)
     gram, p = gram_matrix(loss, scales=scales, progress=progress), batch_weights(loss)
-    sizes = torch.tensor(loss.batch_sizes, dtype=torch.float64)
+    sizes = torch.tensor(loss.batch_weights, dtype=torch.float64)
+    if loss.settings()["weights"] != "counted labels":  # their number; other weights have no unit
+        sizes *= loss.num_examples / sizes.sum()
     trace, squared = _noise(gram, sizes, sampled)
     second_moment = _trace_of_square(gram, sizes)
     value = trace / squared if squared > 0 else math.nan
     if sampled:
-        stderr = jackknife(lambda gram, sizes: _ratio(*_noise(gram, sizes, sampled=True)), gram, loss.batch_sizes)
+        stderr = jackknife(lambda gram, sizes: _ratio(*_noise(gram, sizes, sampled=True)), gram, loss.batch_weights)
     else:
         variance = 2 * second_moment * float(1 - (1 / sizes).mean()) / (len(p) - 1)
         stderr = math.sqrt(variance) / squared if squared > 0 else math.nan
@@ -270,30 +271,18 @@ def _check_batches(loss: Loss, why: str) -> None:
         raise ValueError(f"{why}, and this loss has one: split it into several")
 
 
-@contextmanager
-def _damped_ggn(loss: Loss, ball: Ball | ProductBall | None, damping: float) -> Iterator[Callable[[Tensor], Tensor]]:
-    """v -> (T G T + damping) v for vectors of P entries."""
-    scales = None if ball is None else ball.scales(loss.params)
-    with loss.curvature("ggn") as product:
-        yield lambda v: flat(scaled(product(scaled(unflat(v, loss.params), scales)), scales)) + damping * v
-
-
 def _regret(
-    gram: Tensor,
-    loss: Loss,
-    own: dict[str, Any],
-    solutions: list[Solution] | None = None,
-    more: dict[str, Any] | None = None,
+    gram: Tensor, loss: Loss, options: dict[str, Any], solutions: list[Solution], details: dict[str, Any]
 ) -> Estimate:
     """From the inner products of the gradients, (B, B) float64."""
     p = batch_weights(loss)
     pairs, norms = pair_weights(p), gram.diagonal().clamp(min=0).sqrt()
     value, mean_cosine = _mean_regret(gram, p), _mean_cosine(gram, p)
     product = float((pairs * norms).sum() / pairs.sum()) * (1 - mean_cosine)
-    solved = all(s.converged for s in solutions or [])
+    solved = all(s.converged for s in solutions)
     return estimate(
         value,
-        jackknife(_mean_regret, gram, loss.batch_sizes),
+        jackknife(_mean_regret, gram, loss.batch_weights),
         num_samples=len(p),
         converged=solved,
         reason=None if solved or not math.isfinite(value) else "conjugate gradients stopped with residuals above tol",
@@ -304,8 +293,8 @@ def _regret(
             "covariance": value - product,
             "rank": _rank(gram, loss),
         }
-        | (more or {}),
-        settings=settings("gradient_regret", loss, **own),
+        | details,
+        settings=settings("gradient_regret", loss, **options),
     )
 
 
@@ -338,10 +327,6 @@ def _rank(gram: Tensor, loss: Loss) -> int | None:
     epsilon = torch.finfo(torch.promote_types(loss.params[0].dtype, torch.float32)).eps
     values = torch.linalg.eigvalsh(gram)
     return int((values > len(gram) * max(epsilon**2, torch.finfo(torch.float64).eps) * values[-1]).sum())
-
-
-def _solved(solutions: list[Solution]) -> dict[str, Any]:
-    return {"residuals": [s.residual for s in solutions], "num_products": [s.num_products for s in solutions]}
 
 
 def _effective_dimension(shares: list[tuple[float, bool]]) -> dict[str, Any]:

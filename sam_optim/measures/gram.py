@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.loss import Loss
-from sam_optim.measures.record import Progress, Ticks, flat
+from sam_optim.measures.shared import Progress, Ticks, flat, scaled
 
 BUDGET = 1 << 30  # bytes of gradients held at once
 WIDENED = 1 << 24  # entries of which inner products are taken in float64 at once
@@ -62,16 +62,6 @@ def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def scaled(v: Sequence[Tensor], scales: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """T v, for the parts of v."""
-    return v if scales is None else [t * x for t, x in zip(scales, v, strict=True)]
-
-
-def batch_weights(loss: Loss) -> Tensor:
-    """p_b = n_b / N, (B,) float64."""
-    return torch.tensor(loss.batch_sizes, dtype=torch.float64) / loss.num_examples
-
-
 def pair_weights(p: Tensor) -> Tensor:
     """p_i p_j for two different batches, 0 on the diagonal; not normalised."""
     return (p[:, None] * p).fill_diagonal_(0)
@@ -84,7 +74,7 @@ def cosines(gram: Tensor) -> Tensor:
     return torch.where(lengths > 0, gram / lengths, torch.where(lengths == 0, 0.0, torch.nan))
 
 
-def jackknife(statistic: Callable[[Tensor, Tensor], float], gram: Tensor, sizes: Sequence[int]) -> float:
+def jackknife(statistic: Callable[[Tensor, Tensor], float], gram: Tensor, sizes: Sequence[float]) -> float:
     """Standard error of a statistic of (gram, sizes) from leaving out one batch at a time; nan for fewer than three."""
     num = len(sizes)
     if num < 3:

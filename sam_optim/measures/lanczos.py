@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sam_optim.measures.operator import dot, norm
+from sam_optim.measures.shared import dot, norm
 
 ROWS = 8  # basis vectors in one block of memory: two matrix products orthogonalise against all of them
 

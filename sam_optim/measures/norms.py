@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sam_optim.core.random import Stream
-from sam_optim.core.results import Estimate, mean_over_batches
+from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.record import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings
 
 EXACT = 2048  # products up to which relative flatness is computed without drawing
 
@@ -53,7 +52,7 @@ def fisher_rao_norm(loss: Loss, *, matrix: str = "fisher", progress: Progress | 
         return value
 
     values = loss.over_batches(form)
-    value, stderr = mean_over_batches(values, loss.batch_sizes)
+    value, stderr = batch_mean(loss, values)
     return estimate(
         value,
         stderr,
@@ -126,7 +125,7 @@ def relative_flatness(
 
     def forms(single: Loss) -> list[float]:
         found = []
-        with _only(single, weight).curvature(matrix) as product:
+        with single.block(name).curvature(matrix) as product:
             for v in vectors():
                 found.append(_inner([v], product([v])))
                 tick()
@@ -135,8 +134,8 @@ def relative_flatness(
     found = loss.over_batches(forms)
     table = torch.tensor(found, dtype=torch.float64).view(len(found), num)
     batch_values = (table.sum(dim=1) if exact else table.mean(dim=1)).tolist()
-    value, stderr_batches = mean_over_batches(batch_values, loss.batch_sizes)
-    over_probes = table.T @ torch.tensor(loss.batch_sizes, dtype=torch.float64) / loss.num_examples
+    value, stderr_batches = batch_mean(loss, batch_values)
+    over_probes = table.T @ batch_weights(loss)
     stderr = 0.0 if exact else float(over_probes.std()) / math.sqrt(num)
     return estimate(
         value,
@@ -183,13 +182,6 @@ def _weight(loss: Loss, layer: str | nn.Module | Tensor) -> tuple[str, Tensor]:
             f"{found} has shape {tuple(named[found].shape)}"
         )
     return found, named[found]
-
-
-def _only(loss: Loss, weight: Tensor) -> Loss:
-    """The same loss as a function of one weight."""
-    restricted = copy.copy(loss)
-    restricted.params = [weight]
-    return restricted
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> float:

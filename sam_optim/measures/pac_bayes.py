@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from sam_optim.core.geometry import canonical_adaptive, scale
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.record import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, estimate, settings
 
 RISES = ("loss", "error")
 FURTHEST = 60  # factors of at most 10 between the first guess and where the search gives up
@@ -72,7 +71,7 @@ def pac_bayes_sigma(
     chosen = canonical_adaptive(adaptive)
     if not chosen:
         eps = 0.0
-    measured = _error(loss) if of == "error" else loss
+    measured = loss.with_criterion(share_wrong) if of == "error" else loss
     scales = [scale(w, chosen, 0.0) for w in loss.params]
     pairs = (num_samples + 1) // 2
     tick = Ticks(progress, 2 * pairs * 12)
@@ -159,7 +158,7 @@ def sharpness_alpha(
     if not chosen:
         eps = 0.0
     scales = [scale(w, chosen, 0.0) for w in loss.params]
-    error = _error(loss) if of == "error" else None
+    error = loss.with_criterion(share_wrong) if of == "error" else None
     tick = Ticks(progress, num_steps * 10)
     base = float((error or loss).value())
     _, first = loss.value_and_gradient()
@@ -350,14 +349,8 @@ def _first_guess(loss: Loss, scales: Sequence[Tensor]) -> float:
     return 0.01 * math.sqrt(squares / lengths) if squares and lengths else 0.01
 
 
-def _error(loss: Loss) -> Loss:
-    """The same model and data, with the share of wrong answers as the loss."""
-    counted = copy.copy(loss)
-    counted.criterion = _share_wrong
-    return counted
-
-
-def _share_wrong(outputs: Any, target: Any) -> Tensor:
+def share_wrong(outputs: Any, target: Any) -> Tensor:
+    """The share of examples whose largest output is not that of their target."""
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not isinstance(target, Tensor):
         got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"of='error' needs outputs (n, K) and targets that are tensors, got {got}; use of='loss'")

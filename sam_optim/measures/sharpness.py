@@ -14,10 +14,13 @@ from torch import Tensor
 
 from sam_optim.core.geometry import Ball, Chart, ProductBall, p_norm
 from sam_optim.core.random import Stream
-from sam_optim.core.results import Estimate, mean_over_batches
+from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
 from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, search
-from sam_optim.measures.record import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings
+
+RESTARTS = 4  # searches per batch
+AGREEMENT = 0.05  # of the two best of them, relative
 
 
 @overload
@@ -26,7 +29,7 @@ def worst_case_sharpness(
     ball: Ball | ProductBall,
     *,
     num_steps: int = ...,
-    num_restarts: int = ...,
+    num_restarts: int | None = ...,
     seed: int = ...,
     progress: Progress | None = ...,
 ) -> Estimate: ...
@@ -36,7 +39,7 @@ def worst_case_sharpness(
     ball: Sequence[Ball],
     *,
     num_steps: int = ...,
-    num_restarts: int = ...,
+    num_restarts: int | None = ...,
     seed: int = ...,
     progress: Progress | None = ...,
 ) -> list[Estimate]: ...
@@ -46,8 +49,8 @@ def worst_case_sharpness(
     loss: Loss,
     ball: Ball | ProductBall | Sequence[Ball],
     *,
-    num_steps: int = 20,
-    num_restarts: int = 1,
+    num_steps: int = 40,
+    num_restarts: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Estimate | list[Estimate]:
@@ -56,25 +59,28 @@ def worst_case_sharpness(
         S(w) = sum_b n_b / N max_{||T^-1 d||_p <= rho} l_b(w + d) - l_b(w)
 
     Each maximum is searched in u = d / (rho T), where the ball is the unit ball, by steps to the maximum of the
-    extrapolated linear part, from w and from a random point (see `measures.ascent`). The value is that of the best
-    point found, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With `num_steps=1`
-    it is the rise at SAM's own perturbation.
+    extrapolated linear part, from w and from random points (see `measures.ascent`). The value is that of the best
+    point, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With `num_steps=1` it is
+    the rise at SAM's own perturbation. The defaults take 160 gradients per batch; `num_steps=20, num_restarts=1` takes
+    20, and in large balls may miss more than half of S.
 
     Args:
         loss: L, at the weights w. Each of its batches has a maximum of its own (m-sharpness): S depends on their size.
         ball: rho, p and T; `optimizer.ball` is what SAM searched. A weight with T = 0 never moves. A sequence of balls
             that differ in rho alone gives a list of results, in its order, from one pass over the data: the gradient
             at w is shared, and what a smaller ball holds counts for the larger ones, so that S does not fall with rho.
-        num_steps: gradients per batch and ball, that at w included; one more forward pass comes at the end.
-        num_restarts: searches per batch and ball. The first starts at w and, from 8 steps on, gives three tenths of
-            them to a random point of the ball, and the last to the better; the others start at random points.
+        num_steps: gradients per search, that at its start included; one more forward pass comes at the end.
+        num_restarts: searches per batch and ball, the first from w, the others from random points of the ball. None is
+            4, and 1 for a single step.
         seed: of these random points, which are the same for all batches.
         progress: called with (done, total) steps.
 
     Returns:
         `value` in units of L. `stderr` over batches: how far it would move with others from the same distribution.
-        `details`, one entry for each batch: `batch_values`, `base_losses`, `lengths` (||d||_2 of the point found, in
-        units of w), `best_steps` (the step that found it; near `num_steps`, more steps would find more).
+        `details`, one entry for each batch: `batch_values`, `base_losses`, `lengths` (||d||_2 of the best point, in
+        units of w), `best_steps` (the step that led to it), `restart_values`, the rise of each search, and `spread`,
+        how far the second best of them lies below the best, relative. `converged` is False where the spread of a batch
+        is above 5 %, and with a single search, which nothing confirms; `reason` says which.
 
     Raises:
         ValueError: rho is 0, balls that differ in more than rho, or num_steps or num_restarts < 1.
@@ -84,6 +90,8 @@ def worst_case_sharpness(
     """
     _check_loss(loss)
     balls = _balls(ball)
+    if num_restarts is None:
+        num_restarts = 1 if num_steps == 1 else RESTARTS
     if num_steps < 1 or num_restarts < 1:
         raise ValueError(f"num_steps and num_restarts must be >= 1, got {num_steps} and {num_restarts}")
     tick = Ticks(progress, loss.num_batches * len(balls) * num_restarts * num_steps)
@@ -91,19 +99,22 @@ def worst_case_sharpness(
     tables = loss.over_batches(lambda single: _peaks(single, by_radius, num_steps, num_restarts, seed, tick))
     results = {}
     for k, one in enumerate(by_radius):
-        peaks = [table[k] for table in tables]
-        value, stderr = mean_over_batches([p.rise for p in peaks], loss.batch_sizes)
-        first = next((b for b, p in enumerate(peaks) if not math.isfinite(p.rise)), None)
+        peaks: list[_Peak] = [table[k] for table in tables]
+        value, stderr = batch_mean(loss, [p.rise for p in peaks])
+        reason = _doubt(peaks, num_restarts)
         results[one] = estimate(
             value,
             stderr,
             num_samples=loss.num_batches,
-            reason=None if first is None else f"the loss of batch {first} is not finite at step {peaks[first].step}",
+            converged=reason is None or num_steps == 1,
+            reason=reason if num_steps > 1 or not math.isfinite(value) else None,
             details={
                 "batch_values": [p.rise for p in peaks],
                 "base_losses": [p.base for p in peaks],
                 "lengths": [p.length for p in peaks],
                 "best_steps": [p.step for p in peaks],
+                "restart_values": [p.restarts for p in peaks],
+                "spread": [p.spread for p in peaks],
             },
             settings=settings(
                 "worst_case_sharpness", loss, ball=one, num_steps=num_steps, num_restarts=num_restarts, seed=seed
@@ -120,6 +131,27 @@ class _Peak:
     rise: float
     length: float
     step: int
+    restarts: list[float]
+
+    @property
+    def spread(self) -> float:
+        """How far the second best search lies below the best point, relative; nan for a single search."""
+        if len(self.restarts) < 2:
+            return math.nan
+        return 1 - sorted(self.restarts)[-2] / self.rise if self.rise else 0.0
+
+
+def _doubt(peaks: Sequence[_Peak], num_restarts: int) -> str | None:
+    """Why the maxima may be higher than what was seen."""
+    for i, peak in enumerate(peaks):
+        if not math.isfinite(peak.rise):
+            return f"the loss of batch {i} is not finite at step {peak.step}"
+    if num_restarts == 1:
+        return "a single search, which no other one confirms: raise num_restarts"
+    worst = max(peak.spread for peak in peaks)
+    if worst > AGREEMENT:
+        return f"the two best searches of a batch differ by {worst:.0%}: raise num_restarts or num_steps"
+    return None
 
 
 def _peaks(
@@ -134,25 +166,24 @@ def _peaks(
     value, gradient = loss.value_and_gradient()
     base, centre = float(value), [torch.zeros_like(w, requires_grad=False) for w in loss.params]
     peaks: list[_Peak] = []
-    before: tuple[Any, Maximum] | None = None
+    smaller: tuple[Ball | ProductBall, Maximum] | None = None
     for ball in balls:
-        chart = Chart(ball, loss.params)
+        chart, starts = Chart(ball, loss.params), [centre]
         points = random_points(chart, loss.params, seed)
-        start, found = (centre, base, chart.pull_back(gradient)), []
-        warm = None if before is None or before[1].step == 0 else before[1].u
+        if smaller is not None and smaller[1].step:
+            starts.append(smaller[1].u)
+        maxima = []
         for k in range(num_restarts):
-            if k > 0:
-                u = next(points)
-                start = (u, *evaluate(loss, chart, u))
-                warm = None
-            found.append(search(loss, chart, start, num_steps, points, tick, split=k == 0, warm=warm))
-        failed = [m for m in found if not math.isfinite(m.value)]
-        best = failed[0] if failed else max(found, key=lambda m: m.value)
-        if before is not None and before[1].value > best.value:
-            inside = before[0].rho / ball.rho  # u of the same d
-            best = Maximum(before[1].value, [x * inside for x in before[1].u], before[1].step)
-        peaks.append(_Peak(base, best.value - base, float(p_norm(chart.displacement(best.u), 2)), best.step))
-        before = ball, best
+            u = starts[k] if k < len(starts) else next(points)
+            at_start = (base, chart.pull_back(gradient)) if k == 0 else evaluate(loss, chart, u)
+            maxima.append(search(loss, chart, (u, *at_start), num_steps, points, tick))
+        best = next((m for m in maxima if not math.isfinite(m.value)), max(maxima, key=lambda m: m.value))
+        if smaller is not None and smaller[1].value > best.value:
+            inside = smaller[0].rho / ball.rho  # u of the same d
+            best = Maximum(smaller[1].value, [x * inside for x in smaller[1].u], smaller[1].step)
+        length = float(p_norm(chart.displacement(best.u), 2))
+        peaks.append(_Peak(base, best.value - base, length, best.step, [m.value - base for m in maxima]))
+        smaller = ball, best
     return peaks
 
 
@@ -210,11 +241,11 @@ def average_sharpness(
     tick = Ticks(progress, loss.num_batches * len(balls) * num_samples)
     seeds = _Seeds(seed)
     tables = loss.over_batches(lambda single: _means(single, balls, num_samples, seeds.of(single), tick))
-    weights = [n / loss.num_examples for n in loss.batch_sizes]
+    weights = batch_weights(loss).tolist()
     results = []
     for k, one in enumerate(balls):
         means = [table[k] for table in tables]
-        value, batches = mean_over_batches([m.rise for m in means], loss.batch_sizes)
+        value, batches = batch_mean(loss, [m.rise for m in means])
         draws = math.sqrt(math.fsum(p * p * m.variance for p, m in zip(weights, means, strict=True)))
         result = estimate(
             value,

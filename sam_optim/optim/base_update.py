@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -39,6 +38,11 @@ def check_base(base: Any, keys: tuple[str, ...]) -> None:
     closure = inspect.signature(type(base).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(f"{type(base).__name__} needs a closure for its own step, and cannot be the base of SAM")
+    if getattr(base, "is_second_order", False):
+        raise ValueError(
+            f"{type(base).__name__} differentiates its gradients (create_graph=True), and the weights move in between: it "
+            "cannot be the base of SAM"
+        )
     own = inspect.signature(type(base).__init__).parameters
     if clash := [k for k in keys if k in own and k in base.defaults]:
         raise ValueError(
@@ -114,8 +118,8 @@ class BaseUpdate:
         self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
         if is_bad is True and str(self.num_skipped).strip("0") == "1":  # 1, 10, 100, ...
             warnings.warn(
-                f"a gradient at w or w + e has an inf or NaN, and the step was left out ({self.num_skipped} so far): if "
-                "this goes on, lower lr or rho, or look for the operation with torch.autograd.detect_anomaly(); "
+                f"a gradient at w or w + e has an inf or NaN, and the step was left out ({self.num_skipped} so far): "
+                "if this goes on, lower lr or rho, or look for the operation with torch.autograd.detect_anomaly(); "
                 "nonfinite='raise' stops at once",
                 stacklevel=6,
             )

@@ -38,7 +38,7 @@ class Ranks:
         self.types = {type(m) for m in modules}
         self.replicas = [m for m in modules if isinstance(m, DistributedDataParallel) and _size(m.process_group) > 1]
         self._flat = _flat_params(modules)
-        self._fully_sharded = [m for m in modules if hasattr(m, "_get_fsdp_state")]
+        self.fully_sharded = [m for m in modules if hasattr(m, "_get_fsdp_state")]
         spread = [self.groups_of(p) for p in params]
         self.is_sharded = any(groups is not None for groups in spread)
         if self.is_sharded and sync_ascent is False:
@@ -91,7 +91,7 @@ class Ranks:
 
     def check_resharded(self) -> None:
         """FSDP2 that keeps the gathered weights for the second pass would compute it at w."""
-        for m in self._fully_sharded:
+        for m in self.fully_sharded:
             state = m._get_fsdp_state()  # type: ignore[operator]
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
             if any(getattr(g, "is_unsharded", False) for g in groups):

@@ -37,7 +37,7 @@ class LastStep:
 
 @dataclass(slots=True)
 class Record:
-    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference means something."""
+    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference has a meaning."""
 
     ascent: Ascent | None = None
     loss: Any = None
@@ -58,7 +58,9 @@ class Record:
         if self.ascent is None:
             return LastStep(loss, perturbed, sharpness)
         values = [_dual_norm(self.ascent), hypot([n.grad for n in self.ascent.norms]), *_lengths(self.ascent)]
-        return LastStep(loss, perturbed, sharpness, *(_tensor(x, dtype) for x in values), _tensor(retained(self.ascent), dtype))
+        return LastStep(
+            loss, perturbed, sharpness, *(_tensor(x, dtype) for x in values), _tensor(retained(self.ascent), dtype)
+        )
 
 
 def mean_loss(losses: Sequence[Any]) -> Any:

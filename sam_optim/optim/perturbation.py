@@ -21,7 +21,7 @@ from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
 from sam_optim.optim.param_groups import as_groups, check_group, is_zero
 from sam_optim.optim.precision import Float32Pass
-from sam_optim.optim.transaction import EarlierGradients, GradientStash, ModelGuard
+from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard
 
 ROUNDING = ("nearest", "stochastic", "float32")
 
@@ -62,8 +62,8 @@ class Perturbation:
         rounding: of bf16 and fp16 weights. "nearest" loses much of a small e (see `last_step.realized`), "stochastic"
             keeps it on average, "float32" keeps it: `module` is and computes in float32 in the second pass, for the
             memory of a float32 copy of it and the time, activations and gradients of float32 (see `Float32Pass`).
-        replay_rng: the second pass draws the same random numbers (dropout masks) as the first: of closures, and of
-            what stands in `microbatch()`.
+        replay_rng: the second pass draws the same random numbers (dropout masks) as the first. In two phases without
+            `microbatch()` only what `module` draws.
         seed: of the draws for stochastic rounding, which begin anew when training is resumed.
 
     Raises:
@@ -99,6 +99,7 @@ class Perturbation:
         self.rounding = rounding
         self.replay_rng = replay_rng
         self.completed = False  # a second pass has ended, and no optimizer has used its gradients yet
+        self.was_empty = False  # the last second pass has left no gradient
         self.rule: Any = None  # a variant of SAM with ascent and descent gradients of its own
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
         self._has_warned = False
@@ -116,7 +117,7 @@ class Perturbation:
         self._backups = Backups()
         self._pass: _SecondPass | None = None
         self._first: FirstPass | None = None
-        self._first_draws: rng.GlobalState | None = None
+        self._draws: Draws | None = None
         self._stash: GradientStash | None = None
         self._earlier: EarlierGradients | None = None
         self._in_transaction = False
@@ -135,6 +136,11 @@ class Perturbation:
         self._guard = ModelGuard(module, self._params)
         self._float32 = Float32Pass(self._guard.roots) if self.rounding == "float32" else None
         self._ranks = Ranks(self._guard.modules, self._params, self.sync_ascent)
+        if self._draws is not None:
+            self._draws.forget()
+        if self.replay_rng:
+            self._draws = Draws(self._guard.roots, {p.device for p in self._params if p.is_cuda})
+            self._draws.wait()
         self._module = module
 
     # what it searches, and what it saw
@@ -196,8 +202,9 @@ class Perturbation:
 
         Raises:
             RuntimeError: no parameter has a gradient, or gradients of an earlier pass are among them; another pass
-                holds a parameter; no backward inside.
+                holds a parameter.
         """
+        self._check_inactive()
         try:
             self.enter()
             yield
@@ -221,6 +228,8 @@ class Perturbation:
             self._return(failed=failed)
             if not failed and self._stash is None:
                 self._earlier = EarlierGradients(self._params)
+                if self._draws is not None:
+                    self._draws.wait()
 
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
         """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
@@ -280,7 +289,7 @@ class Perturbation:
                     loss = perturbed = closure()
                     self._record, self.completed = Record(), True
                 else:
-                    earlier = EarlierGradients(self._params)
+                    earlier = EarlierGradients(self._params, may_be_assigned=True)
                     try:
                         loss, perturbed = (ascent_closure or closure)(), None
                     finally:
@@ -322,8 +331,8 @@ class Perturbation:
         if self._earlier is not None:
             self._earlier.stop()
         self._earlier, self._stash, self.completed = None, stash, False
-        if self.replay_rng:
-            self._first_draws = rng.state_for(self._params)
+        if self._draws is not None:
+            self._draws.remember()
         self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
 
     def _end_first_pass(self, *, failed: bool = False) -> None:
@@ -331,18 +340,20 @@ class Perturbation:
             self._first.end()
         if self._stash is not None:
             self._stash.stop(add_back=not failed)
-        self._first = self._first_draws = self._stash = None
+        if self._draws is not None:
+            self._draws.wait()
+        self._first = self._stash = None
 
     @torch.no_grad()
     def _ascend(self) -> None:
         """w -> w + e with the gradients in `p.grad`, which go: also those of parameters that others step."""
         params, ranks = self._params, self._ranks
         self._check_gradients()
-        self.completed = False
+        self.completed = self.was_empty = False
         used = [p for p in params if p.grad is not None] if ranks.needs_zeros else []
         self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
         try:
-            second.begin()
+            second.begin(look=not self._in_transaction)
             ascent = kernels.ascend_(self._buckets(second), self._backups, fused=self._body)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             self._record = Record(ascent)
@@ -358,8 +369,8 @@ class Perturbation:
                 ranks.compare(self._record.dual_norm)
             for p in used:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if self._first_draws is not None:
-                self._first_draws.restore()
+            if self._draws is not None:
+                self._draws.replay()
             if not self._has_warned:
                 self._warn_once(ascent)
         except BaseException:
@@ -381,21 +392,19 @@ class Perturbation:
             self._pass = None
         if failed:
             return
-        if all(p.grad is None for p in second.params) and not self._ranks.may_lack_gradients:
-            raise RuntimeError(
-                "the perturbed pass ended without a gradient: run forward and backward inside it, at w + e. The weights "
-                "are clean; the gradients of the first pass are gone"
-            )
         if self.rule is not None:
             self._replace_gradients(second)
-        self.completed = True
+        self.was_empty = all(p.grad is None for p in second.params) and not self._ranks.may_lack_gradients
+        self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
-        """What moves: the weights in groups with rho > 0 that have a gradient, by group and by what kernels tell apart."""
+        """What moves: the weights with a gradient in groups with rho > 0, by group and by what kernels tell apart."""
         is_sharded = self._ranks.is_sharded
         members: list[list[Tensor]] = []
         for group in self.param_groups:
-            params = [] if is_zero(group["rho"]) else group["params"]
+            rho, params = group["rho"], group["params"]
+            if is_zero(rho) if isinstance(rho, Tensor) else not rho:
+                params = []
             if not is_sharded:  # a part of a weight has its bucket also without a gradient: all ranks add up
                 params = [p for p in params if p.grad is not None]
             members.append(params)
@@ -406,17 +415,17 @@ class Perturbation:
         grads = [[dtensor.local_gradient(p) if is_sharded else p.grad for p in params] for params in members]
         if self.rule is not None:
             grads = self._ruled(second, members, grads)
-        buckets = []
-        for k, (params, gradients) in enumerate(zip(members, grads, strict=True)):
+        buckets: list[Bucket] = []
+        for k, params in enumerate(members):
             if params:
-                buckets += self._split(k, params, gradients)
+                buckets += self._split(k, params, grads[k])
         return buckets
 
     def _split(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
         """One bucket for each kind of weight and gradient; most models have one kind."""
         if self._ranks.is_sharded:
             return self._split_spread(group, params, grads)
-        if len(set(map(_KIND, params))) == len(set(map(_KIND, grads))) == 1:
+        if _are_alike(params) and _are_alike(grads):
             return [self._bucket(group, params, params, grads)]
         kinds = [(_KIND(p), _KIND(g)) for p, g in zip(params, grads, strict=True)]
         by_kind: dict[Any, list[int]] = {}
@@ -426,7 +435,7 @@ class Perturbation:
         return [self._bucket(group, same, same, gradients) for same, gradients in chosen]
 
     def _split_spread(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
-        """Weights that are spread over ranks have their bucket also without a gradient here: all add up the same sums."""
+        """Weights that are spread over ranks have their bucket also without a gradient: all ranks add up the same."""
         by_kind: dict[Any, list[tuple[Tensor, Tensor, Any]]] = {}
         for p, g in zip(params, grads, strict=True):
             w, groups = dtensor.local(p), self._ranks.groups_of(p) or ()
@@ -436,7 +445,9 @@ class Perturbation:
                     same.append((p, w, g))
         buckets = []
         for (dtype, device, groups, _), same in by_kind.items():
-            bucket = self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
+            bucket = (
+                self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
+            )
             bucket.groups = groups
             buckets.append(bucket)
         return buckets
@@ -462,16 +473,21 @@ class Perturbation:
 
     def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:
         """The ascent gradients that the rule makes of those at w."""
-        params = [p for some in members for p in some]
-        flat = [g for some in grads for g in some]
-        second.grads_at_w = dict(zip(params, flat, strict=True))
-        ascent = iter(self.rule.ascent_gradient(params, flat))
-        return [[next(ascent) for _ in some] for some in members]
+        second.grads_at_w = {p: dtensor.local_gradient(p) for p in self._params if p.grad is not None}
+        pairs = [
+            (p, g) for some in zip(members, grads, strict=True) for p, g in zip(*some, strict=True) if g is not None
+        ]
+        ascent = dict(
+            zip([p for p, _ in pairs], self.rule.ascent_gradient(*map(list, zip(*pairs, strict=True))), strict=True)
+        )
+        return [[ascent.get(p) for p in some] for some in members]
 
     def _replace_gradients(self, second: _SecondPass) -> None:
         """The gradients at w + e become what the rule makes of them and of those at w."""
         params = [p for p in second.params if p.grad is not None]
-        grads = [dtensor.local_gradient(p) for p in params]
+        if not params:
+            return
+        grads: list[Any] = [dtensor.local_gradient(p) for p in params]
         at_w = [second.grads_at_w.get(p) for p in params]
         at_w = [torch.zeros_like(g) if a is None else a for a, g in zip(at_w, grads, strict=True)]
         descent = self.rule.descent_gradient(params, at_w, grads)
@@ -489,25 +505,26 @@ class Perturbation:
             )
 
     def _check_only_new_gradients(self) -> None:
-        """That gradients of an earlier pass are not among those of this first one, and that its draws are known."""
+        """That gradients of an earlier pass are not among those of this first one."""
         earlier, self._earlier = self._earlier, None
-        if earlier is not None and (earlier.stop().are_mixed or earlier.are_left):
+        if earlier is not None and earlier.stop().are_mixed:
             raise RuntimeError(
                 "gradients of an earlier perturbed pass are among those of this first pass, and e would come from a "
                 "mixture: call zero_grad() after each step; to accumulate, run the two passes of each micro-batch in "
                 "`with sam.microbatch():`"
             )
-        if self.replay_rng and self._first_draws is None:
-            raise RuntimeError(
-                "replay_rng=True has to know where the first pass begins: run both passes in `with sam.microbatch():`, "
-                "or use step(closure)"
-            )
 
     def _check_gradients(self) -> None:
         """Before anything moves: that there are gradients, and that radius, norm and T of every group exist."""
         ranks = self._ranks
-        ranks.check_resharded()
+        if ranks.fully_sharded:
+            ranks.check_resharded()
         self._read_groups()
+        if getattr(self._params[-1], "grad_sample", None) is not None:
+            raise RuntimeError(
+                "the parameters have gradients of single examples (Opacus), which each backward adds to, clips and counts: "
+                "SAM would use every example twice, and the privacy budget would be wrong"
+            )
         if ranks.may_lack_gradients or not self.ascends or any(p.grad is not None for p in self._params):
             return
         raise RuntimeError(
@@ -584,14 +601,27 @@ class Perturbation:
 
     def forget(self) -> None:
         """The gradients have been cleared, and with them those of a perturbed pass."""
-        self.completed = False
+        self.completed = self.was_empty = False
         if self._earlier is not None:
-            self._earlier = self._earlier.stop() and None
+            self._earlier.stop()
+            self._earlier = None
+        if (
+            self._draws is not None
+            and not self.active
+            and self._first is None
+            and self._stash is None
+            and not self._in_transaction
+        ):
+            self._draws.wait()
 
     @property
     def ascends(self) -> bool:
         """Whether a step has two passes: not where every rho is 0."""
-        return not all([is_zero(g["rho"]) for g in self.param_groups])
+        for group in self.param_groups:
+            rho = group["rho"]
+            if not is_zero(rho) if isinstance(rho, Tensor) else rho:
+                return True
+        return False
 
     @property
     def together(self) -> Any:
@@ -621,7 +651,7 @@ class Perturbation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.rule, self._record = None, Record()
+        self.rule, self._record, self.was_empty = None, Record(), False
         self._begin_anew()
         self.module = state["_module"]
 
@@ -637,10 +667,10 @@ class _SecondPass:
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
 
-    def begin(self) -> None:
+    def begin(self, *, look: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
         self._is_open = True
-        self._guard.begin_pass(self.params, self.clean)
+        self._guard.begin_pass(self.params, self.clean, look=look)
 
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value of a parameter or buffer of the model; None for any other tensor."""
@@ -671,6 +701,11 @@ class _SecondPass:
         forked meanwhile they are not its own."""
         if getattr(self, "_is_open", False) and self._process == os.getpid():
             self.end()
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    layouts, dtypes, devices = {x.layout for x in tensors}, {x.dtype for x in tensors}, {x.device for x in tensors}
+    return len(layouts) == len(dtypes) == len(devices) == 1
 
 
 def distinct(groups: Sequence[dict[str, Any]]) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -14,7 +16,9 @@ from torch.optim import Optimizer
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
+from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero
 from sam_optim.optim.checkpoints import adapted
+from sam_optim.optim.kernels import dtensor
 from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import check_group, listed
 from sam_optim.optim.perturbation import Closure, Perturbation
@@ -92,6 +96,7 @@ class SAM(Optimizer):
         given = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         check_group(given)
         flags = {k: v for k, v in (("foreach", foreach), ("fused", fused)) if v is not None}
+        refuse_inside_zero()
         params, members = listed(params)
         base = base_optimizer(params, **accepted(base_optimizer, flags), **base_kwargs)
         held = [p for group in base.param_groups for p in group["params"]]
@@ -117,6 +122,7 @@ class SAM(Optimizer):
         values |= kwargs
         given = {k: values.pop(k) for k in _KEYS}
         self = cls.__new__(cls)
+        self.configure(**{k: values.pop(k) for k in set(values) - set(inspect.signature(SAM.__init__).parameters)})
         check_group(given)
         self._adopt(base_optimizer, given, **values)
         return self
@@ -137,6 +143,9 @@ class SAM(Optimizer):
         self.base_optimizer = base
         self._perturbation_options = options
         self._base_update = update
+        if self._is_variant and options["sync_ascent"] is None:
+            options["sync_ascent"] = True  # what it remembers, and what it makes of g(w), must be alike on DDP's ranks
+        self._pending: dict[tuple[Tensor, str], Tensor] = {}  # what a variant remembers when the step has ended
         self._relink()
 
     def _relink(self) -> None:
@@ -152,6 +161,8 @@ class SAM(Optimizer):
             groups = [g | {"params": list(dict.fromkeys(g["params"]))} for g in self.param_groups]
             self.perturbation = Perturbation(groups, **self._perturbation_options)
         self.perturbation.param_groups = self.param_groups
+        if self._is_variant:
+            self.perturbation.rule = weakref.proxy(self)
 
     # stepping
 
@@ -173,25 +184,31 @@ class SAM(Optimizer):
                 in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
         self._follow_base()
-        found_inf, grad_scale = self.__dict__.pop("found_inf", None), self.__dict__.pop("grad_scale", None)
-        perturbation = self.perturbation
-        perturbation.refresh()
-        if closure is None:
+        try:
+            if closure is not None:
+                return self._step_closure(closure, ascent_closure)
             if ascent_closure is not None:
                 raise ValueError("ascent_closure needs a closure for the descent: step(closure, ascent_closure=...)")
-            self._check_perturbed(found_inf)
-            perturbation.exit()
-            self._update(found_inf, grad_scale)
-            return None
-        if found_inf is not None:
+            self.perturbation.refresh()
+            self._finish_pass()
+            self._update()
+        except BaseException:
+            self._forget_scale()
+            self._pending.clear()
+            raise
+
+    def _step_closure(self, closure: Closure | Sequence[Closure], ascent_closure: Closure | None) -> Any:
+        if "found_inf" in self.__dict__:
             raise RuntimeError(
                 "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
                 "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
             )
+        perturbation = self.perturbation
         with perturbation.transaction():
-            if perturbation.active:  # first_step(), then a closure that is the second pass, or does nothing
-                loss = torch.enable_grad()(closure)()
-                perturbation.exit()
+            if perturbation.active and callable(closure):  # first_step(), and a closure that is pass 2 or does nothing
+                with torch.enable_grad():
+                    loss = closure()
+                self._finish_pass()
             else:
                 loss = perturbation.backward(closure, ascent_closure=ascent_closure)
             self._update()
@@ -201,6 +218,7 @@ class SAM(Optimizer):
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
         self._follow_base()
+        self._forget_scale()
         return self.perturbation.perturbed()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -212,9 +230,10 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it.
 
-        The gradients are cleared whether or not `zero_grad` says so: those of the second pass must not be added to them.
+        The gradients are cleared whatever `zero_grad` says: those of the second pass must not be added to them.
         """
         self._follow_base()
+        self._forget_scale()
         self.perturbation.enter()
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -230,27 +249,43 @@ class SAM(Optimizer):
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         self.perturbation.forget()
 
-    def _check_perturbed(self, found_inf: Tensor | None) -> None:
-        """That there is a perturbed pass to finish; without one only where no gradient could be misused."""
+    def _forget_scale(self) -> None:
+        """Of a GradScaler whose step has failed: it takes its scale back from one that returns, and multiplies the next
+        one by a scale that is still there."""
+        self.__dict__.pop("found_inf", None)
+        self.__dict__.pop("grad_scale", None)
+
+    def _finish_pass(self) -> None:
+        """Ends the perturbed pass; without one a step is legal only where no gradient could be misused."""
         perturbation = self.perturbation
-        if perturbation.active or perturbation.has_finished_pass() or not perturbation.ascends:
+        perturbation.exit()
+        if perturbation.was_empty:
+            raise RuntimeError(
+                "the perturbed pass has left no gradient: run the second forward and backward inside `with "
+                "optimizer.perturbed():`, or between first_step() and second_step()"
+            )
+        if perturbation.has_finished_pass() or not perturbation.ascends:
             return
-        if found_inf is not None and bool(found_inf):
+        if "found_inf" in self.__dict__ and bool(self.__dict__["found_inf"]):
             return  # GradScaler leaves this step out
         if any([p.grad is not None and has_values(p.grad) for p in self._parameters()]):
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
                 "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
+                + advice_for_caller()
             )
 
-    def _update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-        """The base's update with the gradients in `p.grad`."""
+    def _update(self) -> None:
+        """The base's update with the gradients in `p.grad`, as GradScaler has set it up if it calls."""
         self.perturbation.watch_update()
-        if found_inf is None:
-            self._base_update(self.perturbation.together)
+        if "found_inf" in self.__dict__:
+            self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
         else:
-            self._base_update.scaled(found_inf, grad_scale)
-        self.perturbation.completed = False
+            self._base_update(self.perturbation.together)
+        for (p, name), value in self._pending.items():
+            self.state[p][name] = dtensor.whole(value, p)
+        self._pending.clear()
+        self.perturbation.forget()
 
     def _parameters(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
@@ -280,6 +315,25 @@ class SAM(Optimizer):
         return perturbation.active or idle or takes_found_inf(self.base_optimizer)
 
     # what it searches, and what it saw
+
+    @property
+    def module(self) -> nn.Module | Sequence[nn.Module] | None:
+        """What must not notice the second pass, see the class. It may be set after construction, between two steps."""
+        return self.perturbation.module
+
+    @module.setter
+    def module(self, module: nn.Module | Sequence[nn.Module] | None) -> None:
+        self._follow_base()
+        self.perturbation.refresh()
+        self.perturbation.module = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _KEYS:
+            raise AttributeError(
+                f"{name} is a setting of each group, and an attribute would be ignored: "
+                f"for group in optimizer.param_groups: group[{name!r}] = {value!r}"
+            )
+        super().__setattr__(name, value)
 
     @property
     def ball(self) -> Ball:
@@ -313,6 +367,40 @@ class SAM(Optimizer):
         """How many steps had a descent gradient that was not finite, and left everything as it was."""
         return self._base_update.num_skipped
 
+    # what a variant changes
+
+    def configure(self) -> None:
+        """Checks and sets the hyperparameters that a variant has beside those of SAM."""
+
+    def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What e is to point along, given the gradients at w of the parameters that move. A variant overrides this.
+
+        All tensors are the entries on this rank. `recall` and `remember` keep tensors from step to step.
+        """
+        return grads
+
+    def descent_gradient(
+        self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor] | None, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What the base gets, given the gradients at w + e and at w (0 where there was none; None if the step has one
+        pass). A variant overrides this; it leaves what it is given as it is."""
+        return grads
+
+    def recall(self, p: Tensor, name: str) -> Tensor | None:
+        """What `remember` has kept of a parameter: its entries on this rank; None if there is nothing."""
+        pending = self._pending.get((p, name))
+        if pending is not None or name not in self.state.get(p, ()):
+            return pending
+        return dtensor.local(self.state[p][name])
+
+    def remember(self, p: Tensor, name: str, value: Tensor) -> None:
+        """Keeps a tensor like the parameter in `state`, and so in checkpoints, if the step comes to its end."""
+        self._pending[p, name] = value
+
+    def dot(self, params: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+        """<x, y> over all entries of the parameters, on all ranks: 0-d float64."""
+        return dtensor.dot(params, xs, ys)
+
     # torch.optim's book-keeping
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -331,7 +419,9 @@ class SAM(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `foreign`."""
+        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Of other SAMs: `checkpoints`."""
+        if self.perturbation.active:
+            raise RuntimeError("the weights are perturbed: load a checkpoint when the perturbed pass has ended")
         self._follow_base()
         state_dict = adapted(state_dict, self.param_groups)
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:
@@ -343,10 +433,17 @@ class SAM(Optimizer):
         self._relink()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base_optimizer", "perturbation", "_perturbation_options", "_base_update")
-        return super().__getstate__() | {name: self.__dict__[name] for name in names}
+        skipped = ("_linked", "_pending", "param_groups", "state", "defaults")
+        own = {k: v for k, v in self.__dict__.items() if k not in skipped and "hooks" not in k}
+        return super().__getstate__() | own
+
+    @property
+    def _is_variant(self) -> bool:
+        methods = ("ascent_gradient", "descent_gradient")
+        return any(getattr(type(self), name) is not getattr(SAM, name) for name in methods)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._pending = {}
         before = [{k: g[k] for k in _KEYS if k in g} for g in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         base_state = {"state": self.state, "param_groups": self.param_groups}
@@ -389,6 +486,14 @@ class ASAM(SAM):
         **kwargs: Any,
     ):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, **kwargs)
+
+
+def check_number(name: str, value: float, *, below: float = math.inf) -> float:
+    """A finite number in [0, below), or a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < min(below, math.inf):
+        bound = "" if below == math.inf else f" and < {below:g}"
+        raise ValueError(f"{name} must be a finite number >= 0{bound}, got {value!r}")
+    return float(value)
 
 
 def _fill(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds the moves of the weights: the model that must not notice them, and the gradients that were there before.
+"""What surrounds the moves of the weights: the model that must not notice them, and the gradients of before.
 
 The model: its buffers, its frozen parameters and its `state_dict()` are those of the clean pass at every moment.
 """
@@ -6,7 +6,6 @@ The model: its buffers, its frozen parameters and its `state_dict()` are those o
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import warnings
 import weakref
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
 
 _held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
@@ -74,18 +74,25 @@ class ModelGuard:
         """Buffers as before the step."""
         self._before_step.restore()
 
-    def begin_pass(self, stepped: Sequence[Tensor], clean: Callable[[Tensor], Tensor | None]) -> None:
-        """Before the second pass: what it changes will come back, and checkpoints get the clean weights."""
+    def begin_pass(
+        self, stepped: Sequence[Tensor], clean: Callable[[Tensor], Tensor | None], *, look: bool = True
+    ) -> None:
+        """Before the second pass: what it changes will come back, and checkpoints get the clean weights.
+
+        look: at the modules, which have not been looked at since the step began.
+        """
         if not self.roots:
             return
         versions = self._versions
-        self.look(stepped)
+        if look:
+            self.look(stepped)
         changed = [p for p in self.other_params if versions.get(id(p)) != p._version]  # a forward pass changes them
         self._before_pass.save(self.modules, changed)
         self._clean = CleanStateDict(clean)
         self._hooked = [m for m in self.modules if m._parameters or m._buffers]
         for m in self._hooked:
             m._state_dict_hooks[id(self._clean)] = self._clean
+            m._load_state_dict_pre_hooks[id(self._clean)] = _refuse_loading
         if any([m.training for m in self.roots]):
             self._evaluation = EvaluationWarning()
             for m in self.roots:
@@ -100,6 +107,7 @@ class ModelGuard:
         finally:
             for m in self._hooked:
                 m._state_dict_hooks.pop(id(self._clean), None)
+                m._load_state_dict_pre_hooks.pop(id(self._clean), None)
             for m in self.roots:
                 m._forward_pre_hooks.pop(id(self._evaluation), None)
         self._clean = None
@@ -124,7 +132,9 @@ def _roots(module: Any) -> list[nn.Module]:
         if not isinstance(m, nn.Module):
             raise TypeError(f"module must be the model, a torch.nn.Module, or a list of them, got {type(m).__name__}")
         if isinstance(m, torch.jit.ScriptModule):
-            raise TypeError("module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was made from")
+            raise TypeError(
+                "module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that was scripted"
+            )
     return roots
 
 
@@ -160,6 +170,10 @@ def _no_hook(*_: Any) -> None:
     """What is left in a copy of a hook whose pass has ended."""
 
 
+def _refuse_loading(*_: Any) -> None:
+    raise RuntimeError("the model's weights are perturbed: load a checkpoint when the perturbed pass has ended")
+
+
 class EvaluationWarning:
     """A forward hook for the time that the weights of a model in training mode are perturbed."""
 
@@ -176,21 +190,104 @@ class EvaluationWarning:
             )
 
 
+class Draws:
+    """The generators' state where a pass begins, so that the second pass can draw the same numbers as the first.
+
+    Closures and `microbatch()` say where that is. In other two-phase loops it is the first call of the model: what is
+    drawn before it is not replayed. The hook that waits for that call is torch's global one, and goes with it: one on
+    the model would be saved with it.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module], devices: Iterable[torch.device]):
+        self._root = roots[0] if roots else None
+        self._devices = list(devices)
+        self._state: rng.GlobalState | None = None
+        self._at_forward = False
+        self._handle: Any = None
+
+    def remember(self) -> None:
+        """The first pass begins now."""
+        self.forget()
+        self._state, self._at_forward = rng.GlobalState(self._devices), False
+
+    def wait(self) -> None:
+        """The first pass begins with the next call of the model in training mode."""
+        self.forget()
+        if self._root is not None:
+            self._at_forward = True
+            self._watch_forward()
+
+    def replay(self) -> None:
+        """The second pass begins. Raises RuntimeError if nobody has seen where the first one did."""
+        if self._state is None:
+            raise RuntimeError(
+                "replay_rng=True has to know where the first pass begins: pass module=, run both passes in `with "
+                "sam.microbatch():`, or use step(closure)"
+            )
+        if self._at_forward:
+            self._watch_forward()
+        else:
+            self._state.restore()
+
+    def forget(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._state = self._handle = None
+
+    def __del__(self) -> None:
+        self.forget()
+
+    def _watch_forward(self) -> None:
+        register = nn.modules.module.register_module_forward_pre_hook
+        if hasattr(self._root, "_orig_mod"):  # torch.compile warns of global hooks
+            register = self._root.register_forward_pre_hook  # type: ignore[union-attr,assignment]
+        self._handle = register(_Calls(self))
+
+    def called(self, module: nn.Module) -> None:
+        if module is not self._root or not module.training or not torch.is_grad_enabled():
+            return
+        self._handle.remove()
+        self._handle = None
+        if self._state is None:
+            self._state = rng.GlobalState(self._devices)
+        else:
+            self._state.restore()
+
+
+class _Calls:
+    """A hook that does not keep alive whom it tells, and is nothing in a copy of the model."""
+
+    def __init__(self, draws: Draws | None = None):
+        self._draws = None if draws is None else weakref.ref(draws)
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        draws = None if self._draws is None else self._draws()
+        if draws is not None:
+            draws.called(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Calls, ())
+
+
 class EarlierGradients:
     """Watches whether new gradients are added to earlier ones that nobody has cleared.
 
-    Looks at the first and the last parameter that have a gradient, at the moment when a new one arrives: is the earlier
-    one still there, and not zero? Values are read only where it is; one that was set to None costs nothing. Until `stop`
-    each is another tensor on the same storage, so that one which somebody assigns again is no earlier one.
+    Looks at the last parameter that has a gradient, at the moment when a new one arrives: is the earlier one still
+    there, and not zero? Values are read only where it is; one that was set to None costs nothing.
+
+    Args:
+        may_be_assigned: a tensor that somebody assigns to `p.grad` again is a new gradient. So that the two can be told
+            apart, the earlier ones are other tensors on the same storage until `stop`.
     """
 
     are_mixed = False  # a new gradient was added to an earlier one that was not zero
     are_untouched = False  # all of them are still there, and none was added to, cleared or written to
     are_left = False  # so they are, and not zero
 
-    def __init__(self, params: Sequence[Tensor]):
-        first, last = next(filter(_has_gradient, params), None), next(filter(_has_gradient, reversed(params)), None)
-        self._watched = [] if first is None else [_Watched(first)] if first is last else [_Watched(first), _Watched(last)]  # type: ignore[arg-type]
+    def __init__(self, params: Sequence[Tensor], *, may_be_assigned: bool = False):
+        last = next(filter(_has_gradient, reversed(params)), None)
+        self._watched = [] if last is None else [_Watched(last, may_be_assigned)]
 
     def stop(self) -> EarlierGradients:
         """Ends the watch. What it has seen can be asked for afterwards."""
@@ -216,17 +313,18 @@ def _has_gradient(p: Tensor) -> bool:
 class _Watched:
     """One parameter, and the gradient that it has had."""
 
-    def __init__(self, p: Tensor):
+    def __init__(self, p: Tensor, by_view: bool):
         self.p = p
-        self._earlier = TensorWeakRef(p.grad)  # type: ignore[arg-type]
-        p.grad = view = p.grad.detach()  # type: ignore[union-attr]
-        self._view = TensorWeakRef(view)
-        self._version = view._version
+        self._earlier = self._seen = TensorWeakRef(p.grad)  # type: ignore[arg-type]
+        if by_view:
+            p.grad = view = p.grad.detach()  # type: ignore[union-attr]
+            self._seen = TensorWeakRef(view)
+        self._version = p.grad._version  # type: ignore[union-attr]
         self.arrived = self.is_mixed = False
         self._handle = p.register_hook(functools.partial(_arrive, weakref.ref(self)))
 
     def is_there(self) -> bool:
-        return self.p.grad is not None and self.p.grad is self._view()
+        return self.p.grad is not None and self.p.grad is self._seen()
 
     def is_untouched(self) -> bool:
         return not self.arrived and self.is_there() and self.p.grad._version == self._version  # type: ignore[union-attr]
@@ -260,7 +358,7 @@ class GradientStash:
     """
 
     def __init__(self, params: Sequence[Tensor], *, in_backward: bool = False):
-        """`in_backward`: what is put under goes there when the next gradient arrives, for a closure that zeroes first."""
+        """`in_backward`: `put_under` waits for the next gradient, for a closure that zeroes gradients first."""
         self._params = params
         self._in_backward = in_backward
         self._earlier = [None if p.grad is None else _owned(p.grad) for p in params]

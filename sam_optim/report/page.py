@@ -1,75 +1,139 @@
-"""One self-contained HTML page: no address outside it, no script but one that is named by its hash."""
+"""One self-contained HTML page: no address outside it, all text escaped, no script but one that is named by its hash.
+
+The functions below return markup (a `str` that jinja2 does not escape again); every other string is text. Templates are
+in `page.html`, the style sheet in `page.css`, the script that sorts tables in `sort.js`.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import base64
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sam_optim.report.markup import Child, Markup, join, json_script, tag
-from sam_optim.report.sortable import script_hash
+from sam_optim.core.files import write_atomic
+from sam_optim.core.results import plain
+from sam_optim.core.text import printable
+from sam_optim.report.canvas import Figure, svg
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+LONG = 28  # characters, from which on a column of words is given more room
+
+Markup = str
+Child = Markup | str | int | float | None  # markup, text, a number, or nothing
 
 
-def html_page(title: str, *content: Child, data: Any = None, script: str | None = None) -> Markup:
-    """The page; `data` (what `results.plain` takes) travels in it as JSON under the id "data".
+def html_page(title: str, *content: Child, data: Any = None, sortable: bool = False) -> Markup:
+    """The whole page. `data` (what `results.plain` takes) travels in it as JSON under the id "data".
 
-    script: JavaScript of ours, written as it stands and let run by its hash; no other can.
+    sortable: with the script that sorts tables. The page's policy lets no other script run.
     """
-    if script is not None and "</" in script:
-        raise ValueError("a script on a page must not hold '</', which could end it")
-    policy = POLICY if script is None else f"{POLICY}; script-src '{script_hash(script)}'"
-    style = resources.files("sam_optim.report").joinpath("page.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("title", title),
-        tag("style", Markup(style)),
-    )
-    block = None if data is None else json_script(data, "data")
-    running = None if script is None else Markup(f"<script>{script}</script>")
-    return join(
-        Markup("<!doctype html>\n"),
-        tag("html", head, tag("body", tag("main", *content), block, running), lang="en"),
-        "\n",
-    )
+    from jinja2.utils import htmlsafe_json_dumps  # no "<" in it can end the <script> that it stands in
+
+    script = _file("sort.js") if sortable else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{POLICY}; script-src 'sha256-{digest}'" if script else POLICY
+    block = None if data is None else htmlsafe_json_dumps(plain(data), allow_nan=False, separators=(",", ":"))
+    return _templates().page(title, policy, _file("page.css"), content, block, script)
 
 
-def section(heading: Child, *content: Child, identifier: str | None = None) -> Markup:
-    return tag("section", tag("h2", heading), *content, id=identifier)
+def element(name: str, *content: Child, kind: str = "") -> Markup:
+    """<name class=kind>content</name>, such as h1, h3, header, strong, code, span."""
+    return _templates().element(name, content, kind)
 
 
-def paragraph(*content: Child, class_: str | None = None) -> Markup:
-    return tag("p", *content, class_=class_)
+def section(heading: Child, *content: Child, identifier: str = "") -> Markup:
+    return _templates().section(heading, content, identifier)
+
+
+def folded(heading: Child, *content: Child) -> Markup:
+    """Hidden until a reader opens it."""
+    return _templates().folded(heading, content)
+
+
+def paragraph(*content: Child, kind: str = "") -> Markup:
+    """kind: "lead", "overline", "aside", or an ordinary one."""
+    return element("p", *content, kind=kind)
 
 
 def bullets(items: Sequence[Child]) -> Markup:
-    return tag("ul", *(tag("li", item) for item in items))
+    return _templates().bullets(items)
 
 
-def facts(items: Sequence[tuple[Child, Child]]) -> Markup:
-    """A few numbers set large, each with what it is."""
-    return tag("dl", *(tag("div", tag("dt", what), tag("dd", value)) for value, what in items), class_="facts")
+def definitions(items: Sequence[tuple[Child, Child]], *, kind: str) -> Markup:
+    """Pairs of a name and its value. kind: "facts", a few numbers set large, or "pairs", line by line."""
+    return _templates().definitions(items, kind)
 
 
 def code_block(source: str) -> Markup:
-    return tag("pre", tag("code", source), tabindex=0)
+    return _templates().code_block(source)
+
+
+def drawing(figure: Figure) -> Markup:
+    """A matplotlib figure; its titles, labels and legends are text on the page."""
+    return _templates().drawing(svg(figure))
+
+
+def panels(*figures: Figure, wide: bool = False) -> Markup:
+    """Figures in rows of three, or of two (`wide`), where there is room for them."""
+    return element("div", *map(drawing, figures), kind="panels wide" if wide else "panels")
+
+
+def figure(content: Markup, caption: Child) -> Markup:
+    """Drawings above their caption."""
+    return _templates().figure(content, caption)
+
+
+def html_table(
+    head: Sequence[Child],
+    rows: Sequence[Sequence[Child]],
+    caption: Child,
+    *,
+    best: Collection[int] = (),
+    sortable: bool = False,
+) -> Markup:
+    """The first column names the rows; columns of numbers stand to the right, columns of words to the left and wrap.
+
+    best: the numbers of rows to set off. sortable: by a click on a heading, where the page is.
+    """
+    kinds = [_kind([row[i] for row in rows]) for i in range(len(head))]
+    return _templates().table(head, rows, caption, kinds, best, sortable)
 
 
 def write_page(path: Path | str, page: Markup) -> Path:
     """Write the page whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, page.encode("utf-8"), "path")
     return path
+
+
+def _kind(cells: Sequence[Child]) -> str:
+    """Of a column: "" for numbers, "words", or "words long"."""
+    texts = [str(cell) for cell in cells if cell is not None]
+    if any(re.match(r"(<\w+>)?(< )?[-+−]?\d", text) for text in texts):
+        return ""
+    return "words long" if any(len(text) > LONG for text in texts) else "words"
+
+
+@cache
+def _templates() -> Any:
+    """The macros of page.html: what they are given is made printable, then escaped unless it is their own markup."""
+    import jinja2
+    import markupsafe
+
+    def finalize(value: Any) -> Any:
+        text = "" if value is None else printable(str(value), one_line=False)
+        return markupsafe.Markup(text) if isinstance(value, markupsafe.Markup) else text
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=finalize)
+    return environment.from_string(_file("page.html")).module
+
+
+@cache
+def _file(name: str) -> str:
+    return resources.files("sam_optim.report").joinpath(name).read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.core import random as rng
 from sam_optim.core.results import plain, provenance
-
-MIN_RUNS = 4  # with three, even a perfect order has p = 1/3: there is nothing to report
+from sam_optim.statistics import resampling, runs
+from sam_optim.statistics.resampling import permutation_p_value, signs
+from sam_optim.statistics.runs import Keys, Run
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Correlation:
 
     tau: in [-1, 1]; +1 where every larger measure comes with a larger target. nan if it could not be computed
         (`reason` says why).
-    low, high: the bootstrap interval of tau at `settings["level"]`, runs resampled independently.
+    low, high: the bootstrap interval of tau at `settings["level"]`, over runs, or over clusters of runs.
     p: two-sided, for independence. n: runs used. num_dropped: runs left out because a value was missing or not finite.
     by_factor: for each factor, the mean tau among runs that differ in this factor only (nan if there are none).
     granulated: the mean of `by_factor`: how well the measure explains a change of one factor at a time.
@@ -55,11 +54,12 @@ class Correlation:
 
 
 def correlate(
-    table: Sequence[Mapping[str, Any]],
+    table: Sequence[Run],
     measure: str,
     target: str,
     *,
     factors: Sequence[str] = (),
+    cluster: Keys | None = None,
     level: float = 0.95,
     num_resamples: int = 2000,
     seed: int = 0,
@@ -77,12 +77,15 @@ def correlate(
         factors: keys for what was varied between the runs (learning rate, optimizer, seed). For each, tau is also
             taken among runs that agree in all the others, and averaged over such groups: a correlation over all runs
             may come from one factor that moves both numbers.
+        cluster: keys of what runs share that are not independent of each other: seeds of one setting are alike, and
+            counting each as a run of its own finds relations where there are none. The bootstrap then draws whole
+            clusters, and p is that of a test in which whole clusters change places. None: every run is independent.
         level: of the interval, in (0, 1).
         num_resamples: bootstrap samples of n runs with replacement; the interval is between percentiles of their tau.
         seed: of the resampling.
 
     Returns:
-        `tau` nan and `reason` for fewer than 4 usable runs or a column that is constant.
+        `tau` nan and `reason` for fewer than 4 usable runs or clusters, or a column that is constant.
 
     Raises:
         ValueError: a level outside (0, 1), num_resamples < 1, or a key that no run has.
@@ -90,103 +93,36 @@ def correlate(
 
     Source: granulated Kendall's coefficient, Jiang et al. (2020), arXiv:1912.02178.
     """
-    _check(table, [measure, target, *factors], level, num_resamples)
+    cluster_keys = runs.keys(cluster)
+    runs.check(table, [measure, target, *factors, *cluster_keys], level, num_resamples)
     settings = {"measure": measure, "target": target, "factors": list(factors), "level": level}
-    settings |= {"num_resamples": num_resamples, "seed": seed}
-    usable = [run for run in table if math.isfinite(_number(run, measure)) and math.isfinite(_number(run, target))]
-    x, y = (torch.tensor([_number(run, key) for run in usable], dtype=torch.float64) for key in (measure, target))
+    settings |= {"num_resamples": num_resamples, "seed": seed} | ({"cluster": cluster_keys} if cluster_keys else {})
+    usable = runs.usable(table, [measure, target], cluster_keys)
+    x, y = runs.column(usable, measure), runs.column(usable, target)
+    clusters = runs.groups(usable, cluster_keys) if cluster_keys else None
     about: dict[str, Any] = {"n": len(usable), "num_dropped": len(table) - len(usable), "settings": settings}
-    if reason := _reason(x, y, measure, target):
+    if reason := runs.why_no_tau(x, y, measure, target, clusters):
         return Correlation(math.nan, **about, provenance=provenance(), reason=reason)
-    by_factor = {f: _within(usable, x, y, [other for other in factors if other != f]) for f in factors}
-    known = [tau for tau in by_factor.values() if math.isfinite(tau)]
-    low, high = _interval(x, y, level, num_resamples, seed)
-    return Correlation(
-        tau=float(kendall_tau(x, y)),
-        low=low,
-        high=high,
-        p=_p_value(x, y),
-        by_factor=by_factor,
-        granulated=sum(known) / len(known) if known else math.nan,
-        provenance=provenance(),
-        **about,
-    )
+    everyone = torch.zeros(len(x), dtype=torch.int64)
+    units = torch.arange(len(x)) if clusters is None else clusters
+    counts = resampling.bootstrap_counts(units, everyone, num_resamples, seed)
+    low, high = resampling.percentiles(resampling.weighted_tau(counts, signs(x), signs(y)), level)
+    p = _p_value(x, y) if clusters is None else permutation_p_value(x, y, everyone, clusters, num_resamples, seed)
+    by_factor = {f: _mean_tau(x, y, runs.groups(usable, [g for g in factors if g != f])) for f in factors}
+    taus = [tau for tau in by_factor.values() if math.isfinite(tau)]
+    about |= {"by_factor": by_factor, "granulated": sum(taus) / len(taus) if taus else math.nan}
+    return Correlation(float(kendall_tau(x, y)), low, high, p, provenance=provenance(), **about)
 
 
 def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
     """tau-b over the last dimension, (..., n) -> (...); nan where x or y is constant."""
-    a, b = ((v[..., :, None] - v[..., None, :]).sign() for v in (x, y))
-    agreement = (a * b).sum((-2, -1))
-    return agreement / (a.abs().sum((-2, -1)) * b.abs().sum((-2, -1))).sqrt()
+    a, b = signs(x), signs(y)
+    return (a * b).sum((-2, -1)) / (a.abs().sum((-2, -1)) * b.abs().sum((-2, -1))).sqrt()
 
 
-def _check(table: Sequence[Mapping[str, Any]], keys: Sequence[str], level: float, num_resamples: int) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level is the coverage of the interval, between 0 and 1, got {level}")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples must be >= 1, got {num_resamples}")
-    for key in keys:
-        if table and not any(key in run for run in table):
-            raise ValueError(f"no run has {key!r}; the first has {sorted(map(str, table[0]))}")
-
-
-def _number(run: Mapping[str, Any], key: str) -> float:
-    value = run.get(key)
-    return math.nan if value is None else float(value)
-
-
-def _reason(x: Tensor, y: Tensor, measure: str, target: str) -> str | None:
-    if len(x) < MIN_RUNS:
-        return f"{len(x)} runs with finite numbers; tau needs at least {MIN_RUNS}"
-    for values, name in ((x, measure), (y, target)):
-        if bool((values == values[0]).all()):
-            return f"{name} is the same in all {len(values)} runs"
-    return None
-
-
-def _interval(x: Tensor, y: Tensor, level: float, num_resamples: int, seed: int) -> tuple[float, float]:
-    """Percentiles of tau over resampled runs; a sample in which a column is constant has none."""
-    n = len(x)
-    counts = times_drawn(rng.Stream(seed).integers(n, (num_resamples, n)), n)
-    return percentiles(weighted_tau(counts, signs(x), signs(y)), level)
-
-
-def signs(values: Tensor) -> Tensor:
-    """(n,) -> (n, n): sign(v_i - v_j)."""
-    return (values[:, None] - values[None, :]).sign()
-
-
-def times_drawn(picks: Tensor, n: int) -> Tensor:
-    """(m, k) indices below n -> (m, n): how often each of them was drawn in each of m samples."""
-    ones = torch.ones(picks.shape, dtype=torch.float64)
-    return torch.zeros(len(picks), n, dtype=torch.float64).scatter_add_(1, picks, ones)
-
-
-def weighted_tau(counts: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(m,): tau-b of m samples that have run i `counts[:, i]` times, from the signs a and b of all pairs, (n, n).
-
-    sum_ij c_i c_j s_ij is what the sample's own pairs sum to: exactly, as these are whole numbers.
-    """
-    agreement, in_a, in_b = (((counts @ pairs) * counts).sum(1) for pairs in (a * b, a.abs(), b.abs()))
-    return agreement / (in_a * in_b).sqrt()
-
-
-def percentiles(taus: Tensor, level: float) -> tuple[float, float]:
-    """The interval that leaves out (1 - level) / 2 on both sides; samples without a tau do not count."""
-    taus = taus[taus.isfinite()]
-    if not len(taus):
-        return math.nan, math.nan
-    tail = (1 - level) / 2
-    low, high = torch.quantile(taus, torch.tensor([tail, 1 - tail], dtype=taus.dtype)).tolist()
-    return low, high
-
-
-def _within(runs: Sequence[Mapping[str, Any]], x: Tensor, y: Tensor, fixed: Sequence[str]) -> float:
-    """The mean tau over groups of runs that agree in `fixed`; groups without a tau (one run, all ties) do not count."""
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, run in enumerate(runs):
-        groups[tuple(repr(run.get(key)) for key in fixed)].append(i)
-    taus = [float(kendall_tau(x[i], y[i])) for i in groups.values()]
+def _mean_tau(x: Tensor, y: Tensor, groups: Tensor) -> float:
+    """The mean tau over groups of runs; groups without a tau (one run, all ties) do not count."""
+    taus = [float(kendall_tau(x[groups == g], y[groups == g])) for g in groups.unique()]
     taus = [tau for tau in taus if math.isfinite(tau)]
     return sum(taus) / len(taus) if taus else math.nan
 

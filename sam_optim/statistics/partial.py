@@ -1,4 +1,4 @@
-"""Is it the measure, or the learning rate behind it? Kendall's tau given another column, and many taus at once."""
+"""Is it the measure, or the learning rate behind it? Kendall's tau given other columns, and many taus at once."""
 
 from __future__ import annotations
 
@@ -11,30 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.core import random as rng
 from sam_optim.core.results import plain, provenance
-from sam_optim.statistics.kendall import (
-    _check,
-    _number,
-    _reason,
-    kendall_tau,
-    percentiles,
-    signs,
-    times_drawn,
-    weighted_tau,
-)
+from sam_optim.statistics import resampling, runs
+from sam_optim.statistics.resampling import permutation_p_value, signs
+from sam_optim.statistics.runs import Keys, Run
 
 
 @dataclass(frozen=True)
 class Conditional:
-    """Kendall's tau between a measure and a target given a third column, in two ways.
+    """Kendall's tau between a measure and a target given other columns, in two ways.
 
-    within: tau-b over the pairs of runs that agree in `given`: the factor held fixed. nan if there are none or a
+    within: tau-b over the pairs of runs that agree in `given`: the factors held fixed. nan if there are none or a
         column is constant within every group (`reason` says why). within_low, within_high: its bootstrap interval,
-        runs resampled within their groups. within_p: two-sided, for independence in every group.
-    partial: Kendall's partial tau, from the three pairwise ones; nan where `given` is no number or is perfectly
-        ordered with a column. partial_low, partial_high: its bootstrap interval.
-    measure_given, target_given: tau-b of the measure and of the target with `given`.
+        runs, or clusters of runs, resampled within their groups. within_p: two-sided, for independence in every group.
+    partial: Kendall's partial tau, from the pairwise ones; nan where a column of `given` is no number or is perfectly
+        ordered by the others. partial_low, partial_high: its bootstrap interval.
+    measure_given, target_given: tau-b of the measure and of the target with `given`; nan for several factors.
     n: runs used. num_dropped: left out because a value was missing or not finite. num_groups: values of `given`.
     """
 
@@ -63,86 +55,94 @@ class Conditional:
 
 
 def conditional(
-    table: Sequence[Mapping[str, Any]],
+    table: Sequence[Run],
     measure: str,
     target: str,
-    given: str,
+    given: Keys,
     *,
+    cluster: Keys | None = None,
     level: float = 0.95,
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Conditional:
-    """Kendall's tau-b between two columns of a table of runs, with a third one held fixed.
+    """Kendall's tau-b between two columns of a table of runs, with others held fixed.
 
-        within  = sum_k S_k / sqrt(sum_k A_k  sum_k B_k)                       k: the groups with one value of `given`
-        partial = (t_xy - t_xz t_yz) / sqrt((1 - t_xz^2) (1 - t_yz^2))         z = `given`, t: tau-b
+        within  = sum_k S_k / sqrt(sum_k A_k  sum_k B_k)              k: the groups of runs that agree in `given`
+        partial = -P_xy / sqrt(P_xx P_yy),   P = T^-1                 T: tau-b between x, y and the columns of `given`
+                = (t_xy - t_xz t_yz) / sqrt((1 - t_xz^2) (1 - t_yz^2))              for one column z
 
     S_k is concordant minus discordant pairs of group k, A_k and B_k its pairs that are not tied in x and in y. The
     p-value of `within` is normal for sum S_k with the variances of the groups, ties counted, added (the seasonal
-    Kendall test). The partial tau is a formula on three numbers and need not be 0 where x and y are independent given
-    z; `within` is.
+    Kendall test). The partial tau is a formula on pairwise numbers and need not be 0 where x and y are independent
+    given z; `within` is.
 
     Args:
         table, measure, target, level, num_resamples, seed: as for `correlate`.
-        given: key of the factor to hold fixed, e.g. the learning rate; runs without it are left out.
+        given: key of the factor to hold fixed, e.g. the learning rate, or several keys; runs without them are left out.
+        cluster: as for `correlate`. Clusters that cover the same groups are drawn, and change places, among themselves.
 
     Raises:
-        ValueError: a level outside (0, 1), num_resamples < 1, or a key that no run has.
+        ValueError: a level outside (0, 1), num_resamples < 1, no key to hold fixed, or a key that no run has.
 
     Sources: Kendall (1942), "Partial rank correlation", Biometrika 32; Hirsch, Slack and Smith (1982), "Techniques of
     trend analysis for monthly water quality data", Water Resources Research 18.
     """
-    _check(table, [measure, target, given], level, num_resamples)
+    given_keys, cluster_keys = runs.keys(given), runs.keys(cluster)
+    if not given_keys:
+        raise ValueError("given names no factor to hold fixed: pass a key of the runs, or use correlate")
+    runs.check(table, [measure, target, *given_keys, *cluster_keys], level, num_resamples)
     settings = {"measure": measure, "target": target, "given": given, "level": level}
-    settings |= {"num_resamples": num_resamples, "seed": seed}
-    usable = [run for run in table if run.get(given) is not None and _finite(run, measure) and _finite(run, target)]
-    x, y = (torch.tensor([_number(run, key) for run in usable], dtype=torch.float64) for key in (measure, target))
-    names = [repr(run[given]) for run in usable]
-    groups = torch.tensor([sorted(set(names)).index(name) for name in names], dtype=torch.int64)
+    settings |= {"num_resamples": num_resamples, "seed": seed} | ({"cluster": cluster_keys} if cluster_keys else {})
+    usable = runs.usable(table, [measure, target], [*given_keys, *cluster_keys])
+    x, y, groups = runs.column(usable, measure), runs.column(usable, target), runs.groups(usable, given_keys)
+    clusters = runs.groups(usable, cluster_keys) if cluster_keys else None
     about: dict[str, Any] = {"n": len(usable), "num_dropped": len(table) - len(usable), "settings": settings}
-    about["num_groups"] = len(set(names))
-    if reason := _reason(x, y, measure, target):
+    about["num_groups"] = len(groups.unique())
+    if reason := runs.why_no_tau(x, y, measure, target, clusters):
         return Conditional(math.nan, **about, provenance=provenance(), reason=reason)
-    z = _numbers([run[given] for run in usable])
-    found = about | _partials(x, y, z, level, num_resamples, seed)
+    units = torch.arange(len(x)) if clusters is None else clusters
+    z = [_numbers([run[key] for run in usable]) for key in given_keys]
+    if all(column is not None for column in z):
+        counts = resampling.bootstrap_counts(units, torch.zeros_like(units), num_resamples, seed)
+        about |= _partials([x, y, *z], counts, level)  # type: ignore[list-item]
     within = float(within_tau(x, y, groups))
     if not math.isfinite(within):
-        reason = f"no two runs with the same {given} differ in both {measure} and {target}"
-        return Conditional(within, **found, provenance=provenance(), reason=reason)
-    low, high = percentiles(_resampled(x, y, groups, num_resamples, seed), level)
-    return Conditional(
-        within,
-        within_low=low,
-        within_high=high,
-        within_p=within_p_value(x, y, groups),
-        **found,
-        provenance=provenance(),
-    )
+        reason = f"no two runs with the same {' and '.join(given_keys)} differ in both {measure} and {target}"
+        return Conditional(within, **about, provenance=provenance(), reason=reason)
+    strata = groups if clusters is None else resampling.cluster_strata(clusters, groups)
+    counts = resampling.bootstrap_counts(units, strata, num_resamples, seed)
+    same = groups[:, None] == groups
+    low, high = resampling.percentiles(resampling.weighted_tau(counts, signs(x) * same, signs(y) * same), level)
+    if clusters is None:
+        p = within_p_value(x, y, groups)
+    else:
+        p = permutation_p_value(x, y, groups, clusters, num_resamples, seed)
+    return Conditional(within, low, high, p, provenance=provenance(), **about)
 
 
 def within_tau(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
     """tau-b over pairs of one group; all (..., n) -> (...); nan where no such pair differs in x, or none in y."""
     same = groups[..., :, None] == groups[..., None, :]
-    a, b = ((v[..., :, None] - v[..., None, :]).sign() * same for v in (x, y))
+    a, b = signs(x) * same, signs(y) * same
     return (a * b).sum((-2, -1)) / (a.abs().sum((-2, -1)) * b.abs().sum((-2, -1))).sqrt()
 
 
-def partial_tau(xy: Tensor | float, xz: Tensor | float, yz: Tensor | float) -> Tensor:
-    """Kendall's partial tau of x and y given z from the three taus; nan where one of the others is +-1."""
-    xy, xz, yz = (torch.as_tensor(t, dtype=torch.float64) for t in (xy, xz, yz))
-    found = (xy - xz * yz) / ((1 - xz**2) * (1 - yz**2)).sqrt()
-    return torch.where(found.isfinite(), found, math.nan)
+def partial_tau(taus: Tensor) -> Tensor:
+    """Kendall's partial tau of columns 0 and 1 given the others, from tau-b between all columns, (..., k, k) -> (...);
+    nan where a column is perfectly ordered by others."""
+    defined = taus.isfinite().all(-1).all(-1)
+    regular = torch.where(defined[..., None, None], taus, torch.eye(taus.shape[-1], dtype=taus.dtype))
+    inverse, info = torch.linalg.inv_ex(regular)
+    partial = -inverse[..., 0, 1] / (inverse[..., 0, 0] * inverse[..., 1, 1]).sqrt()
+    singular = (info != 0) | ~(inverse.abs().amax((-2, -1)) < 1e10)
+    return torch.where(defined & ~singular & partial.isfinite(), partial, math.nan)
 
 
 def within_p_value(x: Tensor, y: Tensor, groups: Tensor) -> float:
     """Two-sided, for independence of x and y in every group: sum S_k is normal with the sum of the groups' variances;
     nan where no group has a variance."""
-    score, variance = 0.0, 0.0
-    for group in groups.unique():
-        a, b = x[groups == group], y[groups == group]
-        signs = ((v[:, None] - v[None, :]).sign() for v in (a, b))
-        score += float(torch.stack(list(signs)).prod(0).sum()) / 2
-        variance += _variance(a.tolist(), b.tolist())
+    score = float((signs(x) * signs(y) * (groups[:, None] == groups)).sum()) / 2
+    variance = math.fsum(_variance(x[groups == g].tolist(), y[groups == g].tolist()) for g in groups.unique())
     return math.erfc(abs(score) / math.sqrt(2 * variance)) if variance > 0 else math.nan
 
 
@@ -155,11 +155,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     procedure", Scandinavian Journal of Statistics 6.
     """
     order = sorted((i for i, p in enumerate(p_values) if math.isfinite(p)), key=lambda i: p_values[i])
-    found, largest = [math.nan] * len(p_values), 0.0
+    adjusted, largest = [math.nan] * len(p_values), 0.0
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        found[i] = largest
-    return found
+        adjusted[i] = largest
+    return adjusted
 
 
 def _variance(a: Sequence[float], b: Sequence[float]) -> float:
@@ -168,38 +168,24 @@ def _variance(a: Sequence[float], b: Sequence[float]) -> float:
     if n < 2:
         return 0.0
     ties = [[count for count in Counter(v).values() if count > 1] for v in (a, b)]
-    five = [math.fsum(t * (t - 1) * (2 * t + 5) for t in found) for found in ties]
-    three = [math.fsum(t * (t - 1) * (t - 2) for t in found) for found in ties]
-    two = [math.fsum(t * (t - 1) for t in found) for found in ties]
-    found = (n * (n - 1) * (2 * n + 5) - five[0] - five[1]) / 18 + two[0] * two[1] / (2 * n * (n - 1))
-    return found + (three[0] * three[1] / (9 * n * (n - 1) * (n - 2)) if n > 2 else 0.0)
+    five = [math.fsum(t * (t - 1) * (2 * t + 5) for t in of_one) for of_one in ties]
+    three = [math.fsum(t * (t - 1) * (t - 2) for t in of_one) for of_one in ties]
+    two = [math.fsum(t * (t - 1) for t in of_one) for of_one in ties]
+    variance = (n * (n - 1) * (2 * n + 5) - five[0] - five[1]) / 18 + two[0] * two[1] / (2 * n * (n - 1))
+    return variance + (three[0] * three[1] / (9 * n * (n - 1) * (n - 2)) if n > 2 else 0.0)
 
 
-def _partials(x: Tensor, y: Tensor, z: Tensor | None, level: float, num_resamples: int, seed: int) -> dict[str, float]:
-    if z is None:
-        return {}
-    counts = times_drawn(rng.Stream(seed).integers(len(x), (num_resamples, len(x))), len(x))
-    a, b, c = signs(x), signs(y), signs(z)
-    taus = partial_tau(weighted_tau(counts, a, b), weighted_tau(counts, a, c), weighted_tau(counts, b, c))
-    low, high = percentiles(taus, level)
-    xz, yz = float(kendall_tau(x, z)), float(kendall_tau(y, z))
-    partial = float(partial_tau(kendall_tau(x, y), xz, yz))
-    return {"partial": partial, "partial_low": low, "partial_high": high, "measure_given": xz, "target_given": yz}
+def _partials(columns: Sequence[Tensor], counts: Tensor, level: float) -> dict[str, float]:
+    def matrix(weights: Tensor) -> Tensor:
+        """(m, k, k): tau-b between all columns, in samples that have run i `weights[:, i]` times."""
+        pairs = [signs(column) for column in columns]
+        rows = [[resampling.weighted_tau(weights, a, b) for b in pairs] for a in pairs]
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
-
-def _resampled(x: Tensor, y: Tensor, groups: Tensor, num_resamples: int, seed: int) -> Tensor:
-    """`within_tau` of resampled runs; each group keeps its size."""
-    stream, columns = rng.Stream(seed), []
-    for group in groups.unique():
-        rows = (groups == group).nonzero().flatten()
-        columns.append(rows[stream.integers(len(rows), (num_resamples, len(rows)))])
-    counts = times_drawn(torch.cat(columns, 1), len(x))
-    same = groups[:, None] == groups[None, :]
-    return weighted_tau(counts, signs(x) * same, signs(y) * same)
-
-
-def _finite(run: Mapping[str, Any], key: str) -> bool:
-    return math.isfinite(_number(run, key))
+    low, high = resampling.percentiles(partial_tau(matrix(counts)), level)
+    taus = matrix(torch.ones(1, len(columns[0]), dtype=torch.float64))[0]
+    of_one = {"measure_given": float(taus[0, 2]), "target_given": float(taus[1, 2])} if len(columns) == 3 else {}
+    return {"partial": float(partial_tau(taus)), "partial_low": low, "partial_high": high} | of_one
 
 
 def _numbers(values: Sequence[Any]) -> Tensor | None:

@@ -1,8 +1,7 @@
-"""From the options to the loss of each checkpoint: a timm model on images, or whatever a user's function makes."""
+"""What is measured: the loss of each checkpoint, of a timm model on images or of whatever a function returns."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import inspect
@@ -10,7 +9,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,103 +24,196 @@ from sam_optim.core.results import plain
 from sam_optim.loss import Loss
 from sam_optim.loss.batches import moved
 from sam_optim.sweep.processes import Processes
-from sam_optim.vision import checkpoints, data, models, weights
+from sam_optim.sweep.text import DTYPES, TextProblem
+from sam_optim.vision import checkpoints, models, weights
 from sam_optim.vision.checkpoints import Checkpoint
+from sam_optim.vision.data import Examples, evaluation_batches, open_split
+from sam_optim.vision.images import TRAIN_FOLDERS, read_class_to_idx
+from sam_optim.vision.preprocessing import Preprocessing
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+@dataclass(frozen=True)
+class ImageProblem:
+    """Cross-entropy of a timm model over the first examples of a data set.
 
-def problem(args: argparse.Namespace, here: Processes, found: Sequence[Checkpoint]) -> Images | Target:
-    """What makes the loss of each checkpoint.
-
-    Raises:
-        InputError: for what is wrong with all of them: an unknown model, no data, a function that cannot be found.
+    Args:
+        data, data_dir, split: as `name`, `directory` and `split` of `vision.data.open_split`.
+        class_to_idx: a JSON file with the number of each class folder; None: in the order of their names.
+        examples, order, batch_size: the first so many (0: all), "file" or "mixed"; m of m-sharpness.
+        image_size, mean, std, crop_pct: in place of the run's, or of what timm says of the model; see `Preprocessing`.
+        model, model_kwargs: as for timm.create_model, or a name of `vision.models`; None: what the run says.
+        num_classes: None: the rows of the checkpoint's last layer.
+        small_stem: the stem for small images, as in `vision.models.build`.
+        ema, key: which weights of a checkpoint, as in `vision.checkpoints.read`.
+        normalize_logits, batch_statistics: as in `Loss`. dtype: "float32" or "float64".
     """
-    return Target(args, here) if args.target else Images(args, here, found)
+
+    data: str
+    data_dir: str | None = None
+    split: str | None = None
+    class_to_idx: Path | None = None
+    examples: int = 512
+    order: str = "file"
+    batch_size: int = 128
+    image_size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop_pct: float | None = None
+    model: str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    small_stem: bool = False
+    ema: bool = False
+    key: str | None = None
+    normalize_logits: bool = False
+    batch_statistics: bool = False
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.model or ""
+
+    def open(self, here: Processes, rows: Sequence[Checkpoint]) -> ImageLosses:
+        if not rows:
+            raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
+        return ImageLosses(self, here, rows)
 
 
-class Images:
-    """Cross-entropy of a timm model over the examples of --data."""
+@dataclass(frozen=True)
+class FunctionProblem:
+    """What a function returns: a Loss, or (model, criterion, batches).
 
-    def __init__(self, args: argparse.Namespace, here: Processes, found: Sequence[Checkpoint]):
-        self._args, self._here = args, here
-        self._dtype = DTYPES[args.dtype or "float32"]
-        name = args.model or next((c.run["model"] for c in found if c.run and "model" in c.run), None)
+    Args:
+        function: a callable, or "MODULE:FUNCTION", imported from the working directory. One with a parameter is called
+            with the path of each checkpoint (None without checkpoints) and loads the weights itself. One without is
+            called once; each checkpoint is then loaded into its model.
+        ema, key, normalize_logits, batch_statistics: as in `ImageProblem`. dtype: None: as the function makes it.
+    """
+
+    function: str | Callable[..., Any]
+    ema: bool = False
+    key: str | None = None
+    normalize_logits: bool = False
+    batch_statistics: bool = False
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.function, str):
+            return self.function
+        function = _unwrapped(self.function)
+        return f"{function.__module__}:{function.__qualname__}"
+
+    def open(self, here: Processes, rows: Sequence[Checkpoint]) -> FunctionLosses:
+        return FunctionLosses(self, here)
+
+
+Problem = ImageProblem | FunctionProblem | TextProblem
+
+
+class ImageLosses:
+    """The losses of an `ImageProblem`."""
+
+    def __init__(self, problem: ImageProblem, here: Processes, rows: Sequence[Checkpoint]):
+        self._problem, self._here = problem, here
+        self._dtype = DTYPES[problem.dtype or "float32"]
+        runs = [checkpoint.run for checkpoint in rows]
+        name = problem.model or next((run.model for run in runs if run), None)
         if name is None:
             raise InputError("say which model the checkpoints are of: --model NAME, as timm calls it, or --target")
-        self._config = models.data_config(name, **dict(args.model_kwargs))
-        known = [data.of_run(c.run) for c in found]
-        seen = known[0] if known and all(k == known[0] for k in known) else None
-        self.data = data.load(args, self._config | (seen or {}), self._dtype)
-        is_pixels = "mean" in self.data.about
-        if is_pixels and not (args.mean or seen) and any(c.run for c in found):
+        models.check_name(name)
+        seen = runs[0].preprocessing if runs[0] else None
+        if any((run and run.preprocessing) != seen for run in runs):
+            seen = None
+        channels = problem.model_kwargs.get("in_chans")
+        usual = seen or Preprocessing.of_model(name, channels=channels, image_size=problem.image_size)
+        self.data = load_examples(problem, usual)
+        if "mean" in self.data.about and not (problem.mean or seen) and any(runs):
             raise InputError(
                 "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
                 "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
-        self.notes = [*self.data.notes, *data.not_of_runs(args, [c.run for c in found if c.run])]
+        # the examples of a file are those that somebody chose
+        self.is_training = problem.split in (None, *TRAIN_FOLDERS) and self.data.about["source"] != "arrays"
+        self.notes = [*self.data.notes, *self._notes_on_runs([run for run in runs if run])]
+        self.choice: str | None = None  # which weights were taken, where there was a choice
         self._built: tuple[str, nn.Module] = ("", nn.Module())
-
-    def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """All that the loss depends on but the content of the checkpoint."""
-        args = self._args
-        name, kwargs, small = self._recipe(checkpoint)
-        return {
-            "model": name,
-            "model_kwargs": plain(kwargs),
-            "num_classes": args.num_classes,
-            "small_stem": small,
-            "ema": args.ema,
-            "data": self.data.checksum,
-            "batch_size": args.batch_size,
-            "normalize_logits": args.normalize_logits,
-            "batch_statistics": args.batch_statistics,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "device": self._here.device.type,
-        }
 
     @property
     def about(self) -> dict[str, Any]:
         """For the reader: where the data come from."""
         return plain(dict(self.data.about))
 
+    def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        """All that the loss depends on but the content of the checkpoint."""
+        assert checkpoint is not None
+        problem = self._problem
+        name, kwargs, small = self._recipe(checkpoint)
+        return {
+            "model": name,
+            "model_kwargs": plain(kwargs),
+            "num_classes": problem.num_classes,
+            "small_stem": small,
+            "ema": problem.ema,
+            **({"key": problem.key} if problem.key else {}),
+            "data": self.data.checksum,
+            "batch_size": problem.batch_size,
+            "normalize_logits": problem.normalize_logits,
+            "batch_statistics": problem.batch_statistics,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": self._here.device.type,
+        }
+
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None
-        found = checkpoints.read(checkpoint, ema=self._args.ema)
-        model = self._model(checkpoint, found.state)
-        weights.load_(model, found.state, checkpoint.name)
+        loaded = self._read(checkpoint)
+        model = self._model(checkpoint, loaded.state)
+        weights.load_(model, loaded.state, checkpoint.name)
+        self.choice = loaded.choice
         return Loss(
             model,
             nn.CrossEntropyLoss(),
             self._here.share(self.data.batches),
-            normalize_logits=self._args.normalize_logits,
-            batch_statistics=self._args.batch_statistics,
+            normalize_logits=self._problem.normalize_logits,
+            batch_statistics=self._problem.batch_statistics,
             device=self._here.device,
         )
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of another checkpoint under the names of the model."""
-        found = checkpoints.read(checkpoint, ema=self._args.ema).state
-        return weights.checked(model, found, checkpoint.name)
+        return weights.fitted(model, self._read(checkpoint).state, checkpoint.name)
 
-    def _recipe(self, checkpoint: Checkpoint | None) -> tuple[str, dict[str, Any], bool]:
-        """Name, options for create_model, and whether the stem is that for small images."""
-        args, run = self._args, checkpoint.run if checkpoint else None
+    def _read(self, checkpoint: Checkpoint) -> checkpoints.Weights:
+        return checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
+
+    def _notes_on_runs(self, runs: Sequence[checkpoints.Run]) -> list[str]:
+        """A note where runs saw fewer training examples than the data set has, or other labels."""
+        if not self.is_training:
+            return []
+        changed = [option for run in runs for option in run.changed_examples]
+        if not changed:
+            return []
+        return [
+            "the examples are those of --data, and not the runs' own, which were trained with "
+            f"{', '.join(dict.fromkeys(changed))}; python -m benchmarks.measure RUN_DIR takes those"
+        ]
+
+    def _recipe(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any], bool]:
+        """Name and options of the model, and whether its stem is that for small images."""
+        problem, run = self._problem, checkpoint.run
         if run is None:
-            if args.model is None:
-                raise InputError(f"{checkpoint.name if checkpoint else ''} does not say its model: give --model")
-            return args.model, dict(args.model_kwargs), args.small_stem
-        name = run.get("model", "cnn3")
-        if args.model not in (None, name):
-            raise InputError(f"{checkpoint.name if checkpoint else ''} is a run of {name}, not of --model {args.model}")
-        options = {str(k): v for k, v in run.get("model_kwargs", [])} | dict(args.model_kwargs)
-        return name, options, self.data.shape[-1] <= models.SMALL
+            if problem.model is None:
+                raise InputError(f"{checkpoint.name} does not say its model: give --model")
+            return problem.model, dict(problem.model_kwargs), problem.small_stem
+        if problem.model not in (None, run.model):
+            raise InputError(f"{checkpoint.name} is a run of {run.model}, not of --model {problem.model}")
+        return run.model, {**run.model_kwargs, **problem.model_kwargs}, self.data.shape[-1] <= models.SMALL
 
     def _model(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> nn.Module:
         """The model with as many outputs as the checkpoint has; the last one again, if it is the same."""
         name, kwargs, small = self._recipe(checkpoint)
-        num = self._args.num_classes or kwargs.pop("num_classes", None) or self._num_outputs(name, state)
-        kwargs.pop("num_classes", None)
+        in_kwargs = kwargs.pop("num_classes", None)
+        num = self._problem.num_classes or in_kwargs or models.num_outputs(name, state)
         if num is None:
             raise InputError(
                 f"{checkpoint.name} has no last layer of {name}: choose its --model, or give --num-classes"
@@ -129,126 +223,130 @@ class Images:
             raise InputError(f"the data have {has}, {checkpoint.name} has {num} outputs: other --data or --model")
         key = json.dumps([name, plain(kwargs), small, num])
         if self._built[0] != key:
-            made = self._make(name, num, small, kwargs)
-            self._built = (key, made.to(self._here.device, self._dtype))
-        return self._built[1]
-
-    def _make(self, name: str, num: int, small: bool, kwargs: dict[str, Any]) -> nn.Module:
-        shape = self.data.shape
-        if models.own(name) or small:
+            shape = self.data.shape
             if len(shape) != 3:
                 raise InputError(f"{name} takes images, (C, H, W), and x has the shape {shape}")
-            return models.build(name, num_classes=num, image_size=(shape[0], shape[1], shape[2]), **kwargs)
-        import timm
-
-        if len(shape) == 3:
-            own = models.sized(timm, name, (shape[0], shape[1], shape[2]), patch=False)
-            kwargs = {"in_chans": shape[0]} | (own if shape[1:] != self._config["input_size"][1:] else {}) | kwargs
-        try:
-            return timm.create_model(name, num_classes=num, **kwargs)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise InputError(f"{name} cannot be built with {kwargs}: {one_line(error)}") from None
-
-    def _num_outputs(self, name: str, state: Mapping[str, Tensor]) -> int | None:
-        if make := models.own(name):
-            with torch.device("meta"):
-                return weights.num_outputs(make(2, (1, 8, 8)), state)
-        import timm
-
-        with torch.device("meta"):
-            return weights.num_outputs(timm.create_model(name), state)
+            size = (shape[0], shape[1], shape[2])
+            model = models.build(name, num_classes=num, image_size=size, small_stem=small, **kwargs)
+            self._built = (key, model.to(self._here.device, self._dtype))
+        return self._built[1]
 
 
-class Target:
-    """What MODULE:FUNCTION returns: a Loss, or (model, criterion, batches).
+def load_examples(problem: ImageProblem, usual: Preprocessing) -> Examples:
+    """The examples of a problem. usual: the preprocessing where the problem does not say another."""
+    class_to_idx = None if problem.class_to_idx is None else read_class_to_idx(problem.class_to_idx)
+    split = open_split(problem.data, problem.data_dir, problem.split, class_to_idx=class_to_idx)
+    if split.fixed_size and (problem.image_size or problem.crop_pct):
+        raise InputError(f"{split.name} are taken in the size they have: leave --image-size and --crop-pct out")
+    mean, std = problem.mean, problem.std
+    if not split.fixed_size:
+        preprocessing = usual.replaced(image_size=problem.image_size, mean=mean, std=std, crop_pct=problem.crop_pct)
+    elif split.x is not None and split.x.dtype == torch.uint8:
+        _, *size = split.x.shape
+        preprocessing = Preprocessing((size[0], size[1], size[2]), mean or usual.mean, std or usual.std)
+    elif mean or std:
+        raise InputError(f"--mean and --std are for pixels (uint8); x in {problem.data} is taken as it is")
+    else:
+        preprocessing = usual
+    return evaluation_batches(
+        split,
+        preprocessing,
+        num=problem.examples,
+        mixed=problem.order == "mixed",
+        batch_size=problem.batch_size,
+        dtype=DTYPES[problem.dtype or "float32"],
+    )
 
-    A function with a parameter is called for each checkpoint with its path (None without checkpoints) and loads the
-    weights itself. One without is called once; each checkpoint is then loaded into its model.
-    """
+
+class FunctionLosses:
+    """The losses of a `FunctionProblem`."""
 
     notes: tuple[str, ...] = ()
+    is_training = False
 
-    def __init__(self, args: argparse.Namespace, here: Processes):
-        self._args, self._here = args, here
-        self._function = _function(args.target)
+    def __init__(self, problem: FunctionProblem, here: Processes):
+        self._problem, self._here = problem, here
+        self._function = _imported(problem.function) if isinstance(problem.function, str) else problem.function
         self._loads = bool(inspect.signature(self._function).parameters)
         self._cached: tuple[Checkpoint | None, Loss] | None = None
-        if self._loads and args.ema:
-            raise InputError(f"{args.target} loads the weights itself, so --ema means nothing: leave it out")
-
-    def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        loss = self._made(checkpoint)
-        file = inspect.getsourcefile(inspect.unwrap(self._function))
-        source = Path(file).read_bytes() if file and Path(file).is_file() else b""
-        about = loss.settings() | {"target": self._args.target, "ema": self._args.ema}
-        return plain(about | {"source": hashlib.sha256(source).hexdigest()[:16], "m": list(loss.batch_sizes)})
+        self.choice: str | None = None
+        if self._loads and (problem.ema or problem.key):
+            raise InputError(f"{problem.name} loads the weights itself: leave --ema and --key out")
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"source": self._args.target}
+        return {"source": self._problem.name}
+
+    def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        loss = self._called(checkpoint)
+        file = inspect.getsourcefile(_unwrapped(self._function))
+        source = Path(file).read_bytes() if file and Path(file).is_file() else b""
+        about = loss.settings() | {"target": self._problem.name, "ema": self._problem.ema}
+        about |= {"key": self._problem.key} if self._problem.key else {}
+        return plain(about | {"source": hashlib.sha256(source).hexdigest()[:16], "m": list(loss.batch_sizes)})
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
-        loss = self._made(checkpoint)
+        loss = self._called(checkpoint)
         if checkpoint is not None and not self._loads:
-            state = checkpoints.read(checkpoint, ema=self._args.ema).state
-            weights.load_(loss.model, state, checkpoint.name)
-            return loss
+            loss.model.load_state_dict(self._state(checkpoint, loss.model), strict=False)
         return loss
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         if not self._loads:
-            return weights.checked(model, checkpoints.read(checkpoint, ema=self._args.ema).state, checkpoint.name)
+            return self._state(checkpoint, model)
         before = {name: x.clone() for name, x in model.state_dict().items()}
-        other = self._made(checkpoint).model
-        found = {name: x.clone() for name, x in other.state_dict().items()}
+        other = self._called(checkpoint).model
+        state = {name: x.clone() for name, x in other.state_dict().items()}
         if other is model:  # a function that loads into one model of its own
             model.load_state_dict(before)
-        return found
+        return state
 
-    def _made(self, checkpoint: Checkpoint | None) -> Loss:
+    def _state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
+        loaded = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
+        self.choice = loaded.choice
+        return weights.fitted_or_converted(model, loaded.state, checkpoint.name)
+
+    def _called(self, checkpoint: Checkpoint | None) -> Loss:
         if self._cached is None or (self._loads and self._cached[0] != checkpoint):
-            path = None
-            if checkpoint is not None:
-                path = str(checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.name)
-            self._cached = (checkpoint, self._loss(self._called(path)))
+            path = checkpoint.name if checkpoint is not None else None
+            try:
+                returned = self._function(path) if self._loads else self._function()
+            except Exception as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{last.filename}, line {last.lineno}"
+                raise InputError(
+                    f"{self._problem.name} raised {type(error).__name__}: {one_line(error)} ({where})"
+                ) from error
+            self._cached = (checkpoint, self._loss(returned))
         return self._cached[1]
 
-    def _called(self, path: str | None) -> Any:
-        try:
-            return self._function(path) if self._loads else self._function()
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{last.filename}, line {last.lineno}"
-            raise InputError(
-                f"{self._args.target} raised {type(error).__name__}: {one_line(error)} ({where})"
-            ) from error
-
-    def _loss(self, made: Any) -> Loss:
-        args, flags = self._args, (self._args.normalize_logits, self._args.batch_statistics, self._args.dtype)
-        if isinstance(made, Loss):
-            if any(flags):
+    def _loss(self, returned: Any) -> Loss:
+        problem = self._problem
+        if isinstance(returned, Loss):
+            if problem.normalize_logits or problem.batch_statistics or problem.dtype:
                 raise InputError(
-                    f"{args.target} returns a Loss, which has its own settings: leave --normalize-logits, "
+                    f"{problem.name} returns a Loss, which has its own settings: leave --normalize-logits, "
                     "--batch-statistics and --dtype out, or return (model, criterion, batches)"
                 )
-            return made
-        if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], nn.Module):
-            got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
-            raise InputError(f"{args.target} must return a Loss or (model, criterion, batches), got {got}")
-        model, criterion, batches = made
-        dtype = DTYPES[args.dtype] if args.dtype else None
+            return returned
+        if not isinstance(returned, tuple) or len(returned) != 3 or not isinstance(returned[0], nn.Module):
+            got = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+            raise InputError(f"{problem.name} must return a Loss or (model, criterion, batches), got {got}")
+        model, criterion, batches = returned
+        dtype = DTYPES[problem.dtype] if problem.dtype else None
         return Loss(
             model.to(self._here.device, dtype),
             criterion,
-            _Part(batches, self._here, dtype) if self._here.count > 1 or dtype else batches,
-            normalize_logits=args.normalize_logits,
-            batch_statistics=args.batch_statistics,
+            _Share(batches, self._here, dtype) if self._here.count > 1 or dtype else batches,
+            normalize_logits=problem.normalize_logits,
+            batch_statistics=problem.batch_statistics,
             device=self._here.device,
         )
 
 
-class _Part:
-    """Every count-th batch of a user's, its floating-point tensors in the dtype."""
+class _Share:
+    """Every count-th batch, its floating-point tensors in the dtype."""
 
     def __init__(self, batches: Any, here: Processes, dtype: torch.dtype | None):
         self._batches, self._here, self._dtype = batches, here, dtype
@@ -268,7 +366,13 @@ def _converted(batch: Any, dtype: torch.dtype) -> Any:
     return moved(batch, torch.device("cpu"))
 
 
-def _function(name: str) -> Any:
+def _unwrapped(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.unwrap(function)
+
+
+def _imported(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if not module or not function:
         raise InputError(f"--target must be MODULE:FUNCTION, got {name!r}")
@@ -276,14 +380,14 @@ def _function(name: str) -> Any:
         sys.path.insert(0, here)  # as `python -m` does; the console script does not
     importlib.invalidate_caches()  # it may have been written a moment ago
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"--target {name}: cannot import {module} from {here} ({one_line(error)})") from None
     for part in function.split("."):
-        if not hasattr(found, part):
-            public = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+        if not hasattr(value, part):
+            public = [n for n, v in vars(value).items() if callable(v) and not n.startswith("_")]
             raise unknown(f"function of {module}", part, public)
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(f"--target {name} is {type(found).__name__}, not a function")
-    return found
+        value = getattr(value, part)
+    if not callable(value):
+        raise InputError(f"--target {name} is {type(value).__name__}, not a function")
+    return value

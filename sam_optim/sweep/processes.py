@@ -37,16 +37,21 @@ class Processes:
         """What the first process makes, on all of them; an error there is one everywhere."""
         if self.count == 1:
             return make()
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the value, the error
         if self.is_first:
             try:
-                found = [make(), None]
+                outcome = [make(), None]
             except ValueError as error:
-                found = [None, one_line(error)]
-        dist.broadcast_object_list(found, src=0)
-        if found[1] is not None:
-            raise InputError(found[1])
-        return found[0]
+                outcome = [None, one_line(error)]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise InputError(outcome[1])
+        return outcome[0]
+
+
+def is_first_process() -> bool:
+    """Whether this process, alone or one of torchrun's, is the one that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -55,26 +60,26 @@ def started(device: str) -> Iterator[Processes]:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local = os.environ.get("LOCAL_RANK", "0")
-    found = _device(f"cuda:{local}" if device == "cuda" and count > 1 else device)
+    usable = _usable(f"cuda:{local}" if device == "cuda" and count > 1 else device)
     if count == 1:
-        yield Processes(0, 1, found)
+        yield Processes(0, 1, usable)
         return
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    if usable.type == "cuda":
+        torch.cuda.set_device(usable)
+    starts = not dist.is_initialized()
+    if starts:
+        dist.init_process_group("nccl" if usable.type == "cuda" else "gloo")
     try:
-        yield Processes(rank, count, found)
+        yield Processes(rank, count, usable)
     finally:
-        if ours:
+        if starts:
             dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def _usable(name: str) -> torch.device:
     try:
-        found = torch.device(name)
-        torch.empty(1, device=found).item()
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise InputError(f"--device {name} cannot be used here ({one_line(error)}); try --device cpu") from None
-    return found
+    return device

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sam_optim.core.errors import say
+from sam_optim.core.text import printable
+
 SILENCE = 30.0  # seconds without a line, at most, as long as a measure makes steps
 
 
@@ -16,7 +19,7 @@ class Progress:
 
     def __init__(self, total: int, *, shown: bool):
         self._total, self._shown, self._done = total, shown, 0
-        self._bars = _tqdm() if shown and sys.stderr.isatty() else None
+        self._bars = _tqdm() if shown and sys.stderr is not None and sys.stderr.isatty() else None
         self._outer: Any = self._bars(total=total, unit="number", position=0) if self._bars else None
         self._inner: Any = None
         self._started = self._spoke = time.monotonic()
@@ -26,9 +29,9 @@ class Progress:
         if not self._shown:
             return
         if self._outer is not None:
-            self._outer.write(text, file=sys.stderr)
+            self._outer.write(printable(text), file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def start(self, label: str) -> Callable[[int, int], None] | None:
         """A measure begins; what it may call with (done, total) steps."""

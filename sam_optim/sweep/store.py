@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sam_optim.core.errors import InputError
-from sam_optim.core.files import read_json, write_atomic
+from sam_optim.core.files import is_stream, locked, read_json, write_atomic
+from sam_optim.sweep.processes import Processes
 
 FORMAT = "sam_optim measures 1"
 
@@ -25,78 +28,129 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a file that `Store` wrote.
 
     Raises:
-        InputError: not such a file.
+        InputError: not such a file, or an entry that was changed or damaged.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("entries"), list):
-        raise InputError(f"{path} holds no results of `sam-optim measure` and is kept; choose another --json")
-    wrong = [e for e in found["entries"] if not (isinstance(e, dict) and {"checkpoint", "key"} <= e.keys())]
-    if wrong:
-        raise InputError(f"{path} has an entry without checkpoint or key; it was changed or damaged")
-    return found["entries"]
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
+        raise InputError(f"{path} holds no results of `sam-optim measure` and is left alone; choose another --json")
+    for entry in content["entries"]:
+        check_entry(path, entry)
+    return content["entries"]
+
+
+def check_entry(path: Path, entry: Any) -> None:
+    damage = InputError(f"{path} has an entry that was changed or damaged; choose another --json")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("checkpoint", "key")):
+        raise damage
+    if not isinstance(entry.get("column", ""), (str, NoneType)) or not isinstance(entry.get("error", ""), str):
+        raise damage
+    if any(not isinstance(entry.get(k, {}), dict) for k in ("identity", "result", "quality")):
+        raise damage
+    if not isinstance(entry.get("identity", {}).get("loss", {}), dict) or not ("result" in entry or "error" in entry):
+        raise damage
+    if not all(_numbers(value, 0) for value in entry.get("quality", {}).values()):
+        raise damage
+    if "result" in entry:
+        check_result(path, entry["result"])
+
+
+def check_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Raises InputError for a `to_dict()` of a result in which something else stands for a number or a text."""
+    shapes = {"value": 0, "stderr": 0, "tau": 0, "low": 0, "high": 0, "p": 0, "granulated": 0, "n": 0, "num_samples": 0}
+    shapes |= dict.fromkeys(("eigenvalues", "errors", "residuals", "grid", "density"), 1) | {"coordinates": 2}
+    if isinstance(axes := result.get("coordinates"), list):
+        shapes["losses"] = len(axes)
+    if isinstance(result.get("stderr"), list):
+        shapes["stderr"] = 1
+    for name, depth in shapes.items():
+        if name in result and not _numbers(result[name], depth):
+            raise InputError(f"{path}: {name!r} of a result is no {'list of ' * depth}number; the file was changed")
+    for name, kind in {"reason": str, "type": str, "converged": bool, "settings": dict, "provenance": dict}.items():
+        if not isinstance(result.get(name, kind()), kind):
+            raise InputError(f"{path}: {name!r} of a result is no {kind.__name__}; the file was changed")
+
+
+def _numbers(value: Any, depth: int) -> bool:
+    if depth:
+        return isinstance(value, list) and all(_numbers(v, depth - 1) for v in value)
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308)
 
 
 class Unwritable(InputError):
-    """Results cannot be kept any more: reason to stop, where a checkpoint that fails is none."""
+    """Results cannot be written: the sweep stops, where after a checkpoint that fails it goes on."""
 
 
 class Store:
     """Entries by (checkpoint, key), in the order in which they came; each `put` is on the disk when it returns.
 
-    Args:
-        path: the file; what it holds stays. None keeps everything in memory only.
+    A device or pipe (/dev/stdout) is written once, by `close`.
 
-    Raises:
-        InputError: a file that this class has not written.
+    Args:
+        path: the file; None: in memory only. entries: what it holds already.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, entries: Iterable[Entry] = ()):
         self._path = path
-        entries = read(path) if path is not None and path.exists() else []
-        self._entries: dict[tuple[str, str], Entry] = {(e["checkpoint"], e["key"]): e for e in entries}
-        self._texts = {name: _text(e) for name, e in self._entries.items()}  # or each write would make all of them anew
-        self._seen = self._stamp()
-
-    def only_read(self) -> None:
-        """For the other processes of one command: from here on all stays in memory."""
-        self._path = None
+        self._is_stream = path is not None and is_stream(path)
+        self._entries: dict[tuple[str, str], Entry] = {}
+        self._texts: dict[tuple[str, str], str] = {}  # a write formats only what is new
+        for entry in entries:
+            self._add(entry)
 
     def find(self, checkpoint: str, key: str) -> Entry | None:
         """The result under this key, of this checkpoint or of one with the same content; failures do not count."""
-        own = self._entries.get((checkpoint, key))
-        if own is not None and "result" in own:
-            return own
-        return next((e for (_, k), e in self._entries.items() if k == key and "result" in e), None)
+        same_name = [self._entries[checkpoint, key]] if (checkpoint, key) in self._entries else []
+        same_content = (e for (_, k), e in self._entries.items() if k == key)
+        return next((e for e in (*same_name, *same_content) if "result" in e), None)
 
     def put(self, entry: Entry) -> None:
-        name = (entry["checkpoint"], entry["key"])
-        self._entries[name], self._texts[name] = entry, _text(entry)
-        self._write()
+        self._add(entry)
+        self._changed()
 
     def discard(self, checkpoint: str, key: str) -> None:
         if self._entries.pop((checkpoint, key), None) is not None:
             del self._texts[checkpoint, key]
+            self._changed()
+
+    def close(self) -> None:
+        if self._is_stream:
+            self._write()
+
+    def _add(self, entry: Entry) -> None:
+        name = (entry["checkpoint"], entry["key"])
+        self._entries[name], self._texts[name] = entry, json.dumps(entry, sort_keys=True, allow_nan=False)
+
+    def _changed(self) -> None:
+        if self._path is not None and not self._is_stream:
             self._write()
 
     def _write(self) -> None:
-        if self._path is None:
-            return
-        if self._stamp() != self._seen:
-            raise Unwritable(f"{self._path} was changed by another process; give each its own --json")
+        assert self._path is not None
         lines = ",\n".join(self._texts.values())
         content = f'{{"format": {json.dumps(FORMAT)}, "entries": [\n{lines}\n]}}\n'
         try:
             write_atomic(self._path, content.encode(), "--json")
         except InputError as error:
             raise Unwritable(str(error)) from None
-        self._seen = self._stamp()
-
-    def _stamp(self) -> tuple[int, int] | None:
-        if self._path is None or not self._path.exists():
-            return None
-        stat = self._path.stat()
-        return stat.st_mtime_ns, stat.st_size
 
 
-def _text(entry: Entry) -> str:
-    return json.dumps(entry, sort_keys=True, allow_nan=False)
+@contextmanager
+def opened(path: Path | None, here: Processes) -> Iterator[Store]:
+    """A store that no other process can write; of several processes of one command only the first writes.
+
+    Raises:
+        InputError: a file that `Store` has not written, or that another process is writing.
+    """
+    with ExitStack() as held:
+
+        def entries() -> list[dict[str, Any]]:
+            if path is None or is_stream(path):
+                return []
+            held.enter_context(locked(path, "--json"))
+            return read(path) if path.exists() else []
+
+        store = Store(path if here.is_first else None, here.of_first(entries))
+        try:
+            yield store
+        finally:
+            store.close()

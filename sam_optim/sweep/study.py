@@ -1,178 +1,237 @@
-"""`sam-optim measure`: every measure at every checkpoint, each number kept as soon as it is there."""
+"""Every measure at every checkpoint; each number is in the file as soon as it is there."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sam_optim.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, one_line
+from sam_optim.core.errors import EXIT_FAILED, one_line
 from sam_optim.core.files import write_atomic
+from sam_optim.core.text import cell, csv_text, headline, is_finite, number, text_table
 from sam_optim.measures import registry
-from sam_optim.report.study import cell, headline, is_finite
-from sam_optim.report.tables import text_table
-from sam_optim.sweep.columns import Column, columns
-from sam_optim.sweep.problems import Images, Target, problem
+from sam_optim.sweep.columns import Column, Measures
+from sam_optim.sweep.problems import Problem
 from sam_optim.sweep.processes import Processes, started
 from sam_optim.sweep.progress import Progress
-from sam_optim.sweep.store import Entry, Store, Unwritable, digest
+from sam_optim.sweep.quality import QUALITY, quality
+from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
 from sam_optim.vision.checkpoints import Checkpoint, find
 
 # of one checkpoint, or of one measure at it: the others go on
 FAULTS = (ValueError, RuntimeError, OSError, NotImplementedError, TypeError, KeyError, AttributeError, IndexError)
+LOADING = "loading"  # the key of a checkpoint that could not be read or measured at all
 
 
-def measure(args: argparse.Namespace) -> int:
-    """The table on standard output; 1 where a number is missing or not finite."""
-    return measured(args)[0]
+@dataclass(frozen=True)
+class Sweep:
+    """What was measured: rows are checkpoints, columns are measures.
 
-
-def measured(args: argparse.Namespace) -> tuple[int, Mapping[tuple[str, str], Entry]]:
-    """What `measure` does and returns, and the entries of this command by (checkpoint, label of the column)."""
-    with started(args.device) as here:
-        found: list[Checkpoint] = find(args.checkpoints)
-        study = Study(args, here, found)
-        try:
-            study.run()
-        except KeyboardInterrupt:
-            if here.is_first:
-                print(f"stopped; {study.where_to_go_on()}", file=sys.stderr)
-            return EXIT_INTERRUPTED, study.table
-        finally:
-            study.progress.close()
-        return (study.show() if here.is_first else study.exit_code()), study.table
-
-
-class Study:
-    """Checkpoints x columns; what the store has is not measured again.
-
-    A number is the same as one in the store if all of this is: the content of the checkpoint, the data, the model, the
-    settings of the loss, the function and every option of the measure, and the versions of torch and this package.
+    rows: names of checkpoints, or that of the function. columns: labels. entries: (row, column) -> a record with
+    "result" or "error", "quality" (loss, accuracy) and all that the number depends on. failures: row -> why nothing was
+    measured there. is_training: whether the examples are said to be those of training.
     """
 
-    def __init__(self, args: argparse.Namespace, here: Processes, found: Sequence[Checkpoint]):
-        self._args, self._here = args, here
-        self._rows: list[Checkpoint | None] = list(found) or [None]
-        self._columns = columns(args)
-        self._store: Store = here.of_first(lambda: Store(args.json))
-        if not here.is_first:
-            self._store.only_read()
-        self._problem: Images | Target = problem(args, here, found)
-        self.table: dict[tuple[str, str], Entry] = {}  # (checkpoint, label of the column) -> what was found
-        self._failed: dict[str, str] = {}
-        self._kept = 0
-        self.progress = Progress(len(self._rows) * len(self._columns), shown=here.is_first and not args.quiet)
+    rows: Sequence[str]
+    columns: Sequence[str]
+    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    is_training: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where a number is missing or not finite."""
+        good = all("result" in e and is_finite(e["result"]) for e in self.entries.values())
+        return 0 if good and not self.failures else EXIT_FAILED
+
+    def text(self) -> str:
+        """The table, with the loss, and for classes the accuracy, on the measured examples."""
+        qualities = {name: [number(self._quality(row).get(name), 4) for row in self.rows] for name in QUALITY}
+        shown = [name for name in QUALITY if any(self._quality(row).get(name) is not None for row in self.rows)]
+        lines = [
+            [row, *(qualities[name][i] for name in shown), *(self._cell(row, column) for column in self.columns)]
+            for i, row in enumerate(self.rows)
+        ]
+        return text_table(["checkpoint", *shown, *self.columns], lines)
+
+    def remarks(self) -> list[str]:
+        """Why checkpoints and numbers failed, and what is to be said of others; the same thing of many only once."""
+        rows_by_remark: dict[tuple[str, str], list[str]] = {}
+        for (row, column), entry in self.entries.items():
+            if reason := entry.get("error") or entry["result"].get("reason"):
+                rows_by_remark.setdefault((column, reason), []).append(row)
+        remarks = [_about(row, reason) for row, reason in self.failures.items()]
+        for (column, reason), rows in rows_by_remark.items():
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            remarks.append(f"{rows[0]}{more}, {column}: {reason}")
+        guesses = [row for row in self.rows if self.is_training and self._is_guess(row)]
+        if guesses:
+            more = f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
+            remarks.append(
+                f"warning: {guesses[0]}{more}: the accuracy is no better than a guess; look at "
+                "the numbers of the classes (--class-to-idx), the model, and the mean and size of its images"
+            )
+        return remarks
+
+    def csv(self) -> str:
+        """A column for each number and one for its error; nothing stands where there is none."""
+        head = ["checkpoint", *QUALITY, *(x for column in self.columns for x in (column, f"{column} error"))]
+        lines: list[list[Any]] = []
+        for row in self.rows:
+            results = [self.entries.get((row, column), {}).get("result") or {} for column in self.columns]
+            numbers = [self._quality(row).get(name) for name in QUALITY]
+            lines.append([row, *numbers, *(x for result in results for x in headline(result))])
+        return csv_text(head, lines)
+
+    def _quality(self, row: str) -> Mapping[str, Any]:
+        entries = (self.entries.get((row, column), {}) for column in self.columns)
+        return next((entry["quality"] for entry in entries if "quality" in entry), {})
+
+    def _is_guess(self, row: str) -> bool:
+        quality = self._quality(row)
+        return "accuracy" in quality and quality["accuracy"] <= quality["chance"]
+
+    def _cell(self, row: str, column: str) -> str:
+        entry = self.entries.get((row, column))
+        return "failed" if entry is None or "error" in entry else cell(entry["result"])
+
+
+def measure_checkpoints(
+    checkpoints: Sequence[str | Path],
+    problem: Problem,
+    measures: Measures,
+    *,
+    json: Path | None = None,
+    csv: Path | None = None,
+    device: str = "cpu",
+    quiet: bool = True,
+) -> Sweep:
+    """Every measure at every checkpoint.
+
+    A number in the file `json` is not measured again if all of this is the same: the content of the checkpoint, the
+    data, the model, the settings of the loss, the function and every option of the measure, and the versions of torch
+    and this package. Under torchrun the batches are shared out.
+
+    Args:
+        checkpoints: files, directories and globs; none where a `FunctionProblem` brings its own weights.
+        json: holds every number as soon as it is there. csv: the table, written at the end.
+        quiet: no progress on standard error.
+
+    Raises:
+        InputError: what is wrong with all checkpoints, or a file that cannot be written.
+        KeyboardInterrupt: on Ctrl-C; its text says what is done and how to go on.
+    """
+    with started(device) as here:
+        with opened(json, here) as store:
+            study = _Study(find(checkpoints), problem, measures, here, store, quiet)
+            try:
+                study.run()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped; {study.how_to_go_on(json)}" if here.is_first else "") from None
+            finally:
+                study.progress.close()
+        if csv is not None and here.is_first:
+            write_atomic(csv, study.sweep.csv().encode(), "--csv")
+        return study.sweep
+
+
+class _Study:
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        problem: Problem,
+        measures: Measures,
+        here: Processes,
+        store: Store,
+        quiet: bool,
+    ):
+        self._checkpoints: list[Checkpoint | None] = list(checkpoints) or [None]
+        self._columns = measures.columns()
+        self._store = store
+        self._losses = problem.open(here, checkpoints)
+        rows = [checkpoint.name if checkpoint else problem.name for checkpoint in self._checkpoints]
+        labels = [column.label for column in self._columns]
+        self.sweep = Sweep(rows, labels, is_training=self._losses.is_training)
+        self._num_cached = 0
+        self._choice: str | None = None  # what was said last of it
+        self.progress = Progress(len(rows) * len(self._columns), shown=here.is_first and not quiet)
 
     def run(self) -> None:
-        for note in self._problem.notes:
+        for note in self._losses.notes:
             self.progress.say(f"note: {note}")
-        for checkpoint in self._rows:
-            name = checkpoint.name if checkpoint else self._args.target
+        for row, checkpoint in zip(self.sweep.rows, self._checkpoints, strict=True):
             try:
-                self._measure_all(name, checkpoint)
+                self._measure_all(row, checkpoint)
             except Unwritable:
                 raise
             except FAULTS as error:
-                self._fail(name, one_line(error))
+                self._fail(row, one_line(error))
             else:
-                self._store.discard(name, _LOADING)
-        if self._kept:
-            self.progress.say(f"{self._kept} of {len(self.table)} numbers were in {self._args.json} already")
+                self._store.discard(row, LOADING)
+        if self._num_cached:
+            self.progress.say(f"{self._num_cached} of {len(self.sweep.entries)} numbers were there already")
 
-    def _measure_all(self, name: str, checkpoint: Checkpoint | None) -> None:
+    def how_to_go_on(self, json: Path | None) -> str:
+        done = f"{len(self.sweep.entries)} of {len(self.sweep.rows) * len(self._columns)} numbers are done"
+        return f"{done}; the same command goes on" if json else f"{done}; with --json they would be kept"
+
+    def _measure_all(self, row: str, checkpoint: Checkpoint | None) -> None:
         content = checkpoint.digest() if checkpoint else None
-        about = self._problem.identity(checkpoint)
-        identities = [{"checkpoint": content, "loss": about} | column.identity() for column in self._columns]
-        todo = []
-        for column, identity in zip(self._columns, identities, strict=True):
-            entry = self._store.find(name, key := digest(identity))
-            if entry is None:
-                todo.append((column, identity, key))
-            else:
-                self._keep(name, column, entry)
-        if not todo:
+        about = {"checkpoint": content, "loss": self._losses.identity(checkpoint)}
+        missing = list(self._without_cached(row, about))
+        if not missing:
             return
-        loss = self._problem.loss(checkpoint)
-        for column, identity, key in todo:
-            told = self.progress.start(f"{name} {column.label}")
-            entry = {"checkpoint": name, "sha256": content, "column": column.label, "measure": column.measure}
-            entry |= {"rho": column.rho, "key": key, "identity": identity, "data": self._problem.about}
+        loss = self._losses.loss(checkpoint)
+        if self._losses.choice not in (None, self._choice):
+            self._choice = self._losses.choice
+            self.progress.say(f"note: {row}: {self._choice}")
+        good = quality(loss)
+        for column, identity, key in missing:
+            step = self.progress.start(f"{row} {column.label}")
+            entry: dict[str, Any] = {"checkpoint": row, "sha256": content, "column": column.label}
+            entry |= {
+                "measure": column.measure,
+                "rho": column.rho,
+                "key": key,
+                "identity": identity,
+                "data": self._losses.about,
+                "quality": good,
+            }
             try:
-                result = registry.call(column.measure, loss, column.options, told).to_dict()
+                result = registry.call(column.measure, loss, column.options, step).to_dict()
                 entry |= {"result": result}
                 text = cell(result)
             except FAULTS as error:
                 text = one_line(error)
                 entry |= {"error": text}
             self._store.put(entry)
-            self.table[name, column.label] = entry
-            self.progress.done(f"{name}  {column.label}: {text}")
+            self.sweep.entries[row, column.label] = entry
+            self.progress.done(f"{row}  {column.label}: {text}")
 
-    def _keep(self, name: str, column: Column, entry: Mapping[str, Any]) -> None:
-        if entry["checkpoint"] != name:  # a file with the same content
-            entry = dict(entry) | {"checkpoint": name}
-            self._store.put(entry)
-        self.table[name, column.label] = entry
-        self._kept += 1
-        self.progress.skip(1)
+    def _without_cached(self, row: str, about: Mapping[str, Any]) -> Iterator[tuple[Column, dict[str, Any], str]]:
+        """The columns that the store does not have yet, with all that the number depends on, and a digest of that."""
+        for column in self._columns:
+            identity = {**about, **column.identity()}
+            key = digest(identity)
+            entry = self._store.find(row, key)
+            if entry is None:
+                yield column, identity, key
+                continue
+            if entry["checkpoint"] != row:  # a file with the same content
+                entry = dict(entry) | {"checkpoint": row}
+                self._store.put(entry)
+            self.sweep.entries[row, column.label] = entry
+            self._num_cached += 1
+            self.progress.skip(1)
 
-    def _fail(self, name: str, reason: str) -> None:
-        self._failed[name] = reason
-        self._store.put({"checkpoint": name, "key": _LOADING, "column": None, "error": reason})
+    def _fail(self, row: str, reason: str) -> None:
+        self.sweep.failures[row] = reason
+        self._store.put({"checkpoint": row, "key": LOADING, "column": None, "error": reason})
         self.progress.skip(len(self._columns) - 1)
-        self.progress.done(_about(name, reason))
-
-    def exit_code(self) -> int:
-        good = all("result" in e and is_finite(e["result"]) for e in self.table.values())
-        return 0 if good and not self._failed else EXIT_FAILED
-
-    def where_to_go_on(self) -> str:
-        done = f"{len(self.table)} of {len(self._rows) * len(self._columns)} numbers are done"
-        return f"{done}; the same command goes on" if self._args.json else f"{done}; with --json they would be kept"
-
-    def show(self) -> int:
-        names = [c.name if c else self._args.target for c in self._rows]
-        labels = [column.label for column in self._columns]
-        rows = [[name, *(self._cell(name, label) for label in labels)] for name in names]
-        print(text_table(["checkpoint", *labels], rows))
-        problems = [_about(name, reason) for name, reason in self._failed.items()]
-        alike: dict[tuple[str, str], list[str]] = {}
-        for (name, label), entry in self.table.items():
-            reason = entry.get("error") or entry["result"].get("reason")
-            if reason:
-                alike.setdefault((label, reason), []).append(name)
-        for (label, reason), found in alike.items():
-            others = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            problems.append(f"{found[0]}{others}, {label}: {reason}")
-        for text in problems:
-            print(text, file=sys.stderr)
-        if self._args.csv is not None:
-            write_atomic(self._args.csv, self._csv(names, labels).encode(), "--csv")
-        return self.exit_code()
-
-    def _cell(self, name: str, label: str) -> str:
-        entry = self.table.get((name, label))
-        return "failed" if entry is None or "error" in entry else cell(entry["result"])
-
-    def _csv(self, names: Sequence[str], labels: Sequence[str]) -> str:
-        """A column for each number and one for its error; nothing stands where there is none."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["checkpoint", *(x for label in labels for x in (label, f"{label} error"))])
-        for name in names:
-            row: list[Any] = [name]
-            for label in labels:
-                row += headline(self.table.get((name, label), {}).get("result") or {})
-            writer.writerow(row)
-        return out.getvalue()
+        self.progress.done(_about(row, reason))
 
 
 def _about(name: str, reason: str) -> str:
     """Most reasons begin with the name already."""
     return reason if reason.startswith(name) else f"{name}: {reason}"
-
-
-_LOADING = "loading"  # the key of a checkpoint that could not be read or measured at all

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sam_optim.core import random as rng
 from sam_optim.core.results import Spectrum, _Result, provenance
+from sam_optim.core.text import MISSING, printable, text_table
 from sam_optim.loss import Criterion, Loss
 from sam_optim.loss.batches import moved
 from sam_optim.symmetries.inputs import Inputs, difference, inputs_for, outputs_of
@@ -46,10 +47,10 @@ class AuditRow(_Result):
 
 @dataclass(frozen=True)
 class Audit(_Result):
-    """What an audit found.
+    """What changed, and what did not.
 
     rows: for each measure and each change. differences: of the outputs under each change, relative to the largest
-    output. skipped: changes that this model has no use for, and why.
+    output. skipped: changes that do not apply to this model, and why.
     """
 
     rows: tuple[AuditRow, ...]
@@ -61,29 +62,25 @@ class Audit(_Result):
     @property
     def moved(self) -> dict[str, bool | None]:
         """For each measure: True if any change moved it, None if that cannot be said."""
-        found: dict[str, list[bool | None]] = {}
+        by_measure: dict[str, list[bool | None]] = {}
         for row in self.rows:
-            found.setdefault(row.measure, []).append(row.moved)
-        return {name: True if True in seen else (None if None in seen else False) for name, seen in found.items()}
+            by_measure.setdefault(row.measure, []).append(row.moved)
+        return {
+            name: True if True in moved else (None if None in moved else False) for name, moved in by_measure.items()
+        }
 
     def __str__(self) -> str:
         """A table: a row for each measure, a column for each change with the ratio, starred where it moved."""
-        names = list(self.differences)
-        by_place = {(row.measure, row.transform): row for row in self.rows}
-        lines = [["measure", "value", *names]]
-        for measure in dict.fromkeys(row.measure for row in self.rows):
-            cells = [by_place[measure, name] for name in names]
-            lines.append([measure, f"{cells[0].before:.4g}", *map(_cell, cells)])
+        cells = {(row.measure, row.transform): row for row in self.rows}
+        lines = []
+        for measure in self.moved:
+            changes = [cells[measure, name] for name in self.differences]
+            lines.append([measure, f"{changes[0].before:.4g}", *map(_ratio, changes)])
         lines.append(["outputs", "", *(f"{d:.0e}" for d in self.differences.values())])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                for line in lines]  # fmt: skip
-        text.insert(1, "  ".join("-" * w for w in widths))
-        text.insert(-1, text[1])
-        text.append("* moved, though the function did not: by more than the tolerance and the noise of the measure")
-        text += [f"{row.measure}, {row.transform}: {row.reason}" for row in self.rows if row.reason]
-        text += [f"{name} left out: {why}" for name, why in self.skipped.items()]
-        return "\n".join(line.rstrip() for line in text)
+        notes = ["* moved, though the function did not: by more than the tolerance and the noise of the measure"]
+        notes += [f"{row.measure}, {row.transform}: {row.reason}" for row in self.rows if row.reason]
+        notes += [f"{name} left out: {why}" for name, why in self.skipped.items()]
+        return "\n".join([text_table(["measure", "value", *self.differences], lines), *map(printable, notes)])
 
 
 def audit(
@@ -143,16 +140,15 @@ def audit(
     changed, skipped = _changed(model, transforms, arguments, seed)
     outputs = outputs_of(model, arguments)
     differences = {name: difference(outputs, outputs_of(other, arguments)) for name, other in changed.items()}
-    total, done = len(measures) * (1 + len(changed)), 0
-    found: dict[tuple[str, str | None], tuple[float, float, str | None]] = {}
+    total = len(measures) * (1 + len(changed))
+    values: dict[tuple[str, str | None], _Value] = {}
     for transform, candidate in [(None, model), *changed.items()]:
         subject = candidate if make_loss is None else make_loss(candidate)
         for name, measure in measures.items():
-            found[name, transform] = _measured(measure, subject)
-            done += 1
+            values[name, transform] = _measured(measure, subject)
             if progress is not None:
-                progress(done, total)
-    rows = [_row(m, t, found[m, None], found[m, t], tolerance) for m in measures for t in changed]
+                progress(len(values), total)
+    rows = [_row(m, t, values[m, None], values[m, t], tolerance) for m in measures for t in changed]
     settings = {"tolerance": tolerance, "seed": seed, "alpha": ALPHA if transforms is None else None}
     return Audit(tuple(rows), differences, skipped, settings, provenance())
 
@@ -180,38 +176,35 @@ def _changed(
     return changed, skipped
 
 
-def _measured(measure: Measure, subject: Any) -> tuple[float, float, str | None]:
-    """The number, its standard error over draws on the same data, and why there is none."""
+class _Value(NamedTuple):
+    number: float
+    noise: float  # standard error over draws on the same data
+    reason: str | None
+
+
+def _measured(measure: Measure, subject: Any) -> _Value:
     try:
         result = measure(subject)
     except ValueError as error:  # a measure that this loss has not: a regret of one batch
-        return math.nan, 0.0, str(error)
+        return _Value(math.nan, 0.0, str(error))
     if isinstance(result, Spectrum):
-        return float(result.eigenvalues[0]), 0.0, result.reason
+        return _Value(float(result.eigenvalues[0]), 0.0, result.reason)
     details, settings = getattr(result, "details", {}), getattr(result, "settings", {})
-    noise = details.get("stderr_draws", 0.0)
-    if "stderr_draws" not in details and "num_probes" in settings:
-        noise = result.stderr
-    return float(result), noise if math.isfinite(noise) else 0.0, getattr(result, "reason", None)
+    noise = details.get("stderr_draws", result.stderr if "num_probes" in settings else 0.0)
+    return _Value(float(result), noise if math.isfinite(noise) else 0.0, getattr(result, "reason", None))
 
 
-def _row(
-    measure: str,
-    transform: str,
-    before: tuple[float, float, str | None],
-    after: tuple[float, float, str | None],
-    tolerance: float,
-) -> AuditRow:
-    a, b = before[0], after[0]
-    noise = math.hypot(before[1], after[1])
-    known = math.isfinite(a) and math.isfinite(b)
-    moved = abs(b - a) > max(tolerance * max(abs(a), abs(b)), 3 * noise) if known else None
-    ratio = b / a if known and a else math.nan
-    return AuditRow(measure, transform, a, b, ratio, noise, moved, after[2] or before[2])
+def _row(measure: str, transform: str, before: _Value, after: _Value, tolerance: float) -> AuditRow:
+    a, b = before.number, after.number
+    noise = math.hypot(before.noise, after.noise)
+    is_known = math.isfinite(a) and math.isfinite(b)
+    moved = abs(b - a) > max(tolerance * max(abs(a), abs(b)), 3 * noise) if is_known else None
+    ratio = b / a if is_known and a else math.nan
+    return AuditRow(measure, transform, a, b, ratio, noise, moved, after.reason or before.reason)
 
 
-def _cell(row: AuditRow) -> str:
-    return "–" if row.moved is None else f"x {row.ratio:.4g} " + ("*" if row.moved else " ")
+def _ratio(row: AuditRow) -> str:
+    return MISSING if row.moved is None else f"x {row.ratio:.4g} " + ("*" if row.moved else " ")
 
 
 def _loss_of(model: nn.Module, *, criterion: Criterion | None, batches: Iterable[Any]) -> Loss:

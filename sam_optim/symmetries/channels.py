@@ -1,9 +1,9 @@
-"""Channels that must change together: numbers for the channels of all tensors, and classes of them that are tied."""
+"""Channels that must change together: numbers for the channels of all tensors, and classes of tied channels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ FIXED = 0  # the number of what may not change: inputs, outputs, and what an unk
 
 
 @dataclass(frozen=True)
-class Touch:
-    """Where channels show in a parameter or buffer: scaled by alpha, entry e of it takes alpha[ids[e]] ** power.
+class Occurrence:
+    """Where channels occur in a parameter or buffer: scaled by alpha, its entry e takes alpha[ids[e]] ** power.
 
     ids: channel numbers, broadcastable to the shape of the tensor.
     """
@@ -33,34 +33,38 @@ class Channels:
     def __init__(self) -> None:
         self._parent = [FIXED]
 
-    def new(self, shape: Sequence[int]) -> Tensor:
-        """As many new channels as the shape has entries."""
-        start, count = len(self._parent), int(torch.Size(shape).numel())
-        self._parent.extend(range(start, start + count))
-        return torch.arange(start, start + count).view(*shape)
-
-    @property
-    def count(self) -> int:
+    def __len__(self) -> int:
         return len(self._parent)
 
-    def find(self, channel: int) -> int:
+    def new(self, *shape: int) -> Tensor:
+        """As many new channels as the shape has entries."""
+        start, count = len(self), int(torch.Size(shape).numel())
+        self._parent.extend(range(start, start + count))
+        return torch.arange(start, start + count).view(shape)
+
+    def root(self, channel: int) -> int:
+        """The number that stands for the class of a channel."""
         parent = self._parent
         while parent[channel] != channel:
             parent[channel] = parent[parent[channel]]
             channel = parent[channel]
         return channel
 
+    def roots(self, ids: Tensor) -> Tensor:
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        return torch.tensor([self.root(i) for i in unique.tolist()], dtype=torch.int64)[inverse]
+
     def tie(self, a: Tensor, b: Tensor) -> None:
         """The channels at equal places of both become one class."""
-        a, b = torch.broadcast_tensors(a, b)
-        for x, y in torch.unique(torch.stack([a.flatten(), b.flatten()]), dim=1).T.tolist():
-            x, y = self.find(x), self.find(y)
+        pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
+        for x, y in torch.unique(pairs, dim=1).T.tolist():
+            x, y = self.root(x), self.root(y)
             self._parent[max(x, y)] = min(x, y)  # so that FIXED stays the root of its class
 
     def fix(self, ids: Tensor) -> None:
         self.tie(ids, torch.tensor(FIXED))
 
-    def one(self, ids: Tensor) -> Tensor:
+    def merge(self, ids: Tensor) -> Tensor:
         """All of them become one class; its number, 0-d."""
         self.tie(ids, ids.flatten()[:1])
         return ids.flatten()[0]
@@ -71,14 +75,22 @@ class Channels:
         self.tie(ids, ids[:, :1])
         return ids[:, 0]
 
-    def roots(self, ids: Tensor) -> Tensor:
-        """The class of each channel."""
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        return torch.tensor([self.find(i) for i in unique.tolist()], dtype=torch.int64)[inverse]
+
+@dataclass
+class Trace:
+    """What one forward pass showed: the channels, where they occur, and the normalisation layers that see a class.
+
+    norms: module name -> the class whose scale the layer divides out; its eps has to follow.
+    """
+
+    channels: Channels = field(default_factory=Channels)
+    occurrences: list[Occurrence] = field(default_factory=list)
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
 
-def compressed(ids: Tensor) -> Tensor:
-    """Size 1 along every axis on which the numbers do not vary."""
+def compressed(ids: Tensor, shape: Sequence[int]) -> Tensor:
+    """With as many axes as the shape; size 1 along every axis on which the numbers do not vary."""
+    ids = ids.view([1] * (len(shape) - ids.ndim) + list(ids.shape))
     for axis in range(ids.ndim):
         first = ids.narrow(axis, 0, 1)
         if ids.shape[axis] > 1 and bool((ids == first).all()):

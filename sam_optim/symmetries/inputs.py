@@ -17,10 +17,10 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
 SIZES = (32, 64, 224)  # of images, tried in this order where the model does not say
 
 
-def inputs_for(model: nn.Module, given: Inputs | None) -> tuple[Any, ...] | Mapping[str, Any]:
+def inputs_for(model: nn.Module, inputs: Inputs | None) -> tuple[Any, ...] | Mapping[str, Any]:
     """The arguments of the forward pass: those given, or normal examples of the size that the model takes."""
-    if given is not None:
-        return given if isinstance(given, (tuple, Mapping)) else (given,)
+    if inputs is not None:
+        return inputs if isinstance(inputs, (tuple, Mapping)) else (inputs,)
     parameter = next(iter(model.parameters()), None)
     if parameter is None:
         raise ValueError(f"{type(model).__name__} has no parameters to transform")
@@ -56,10 +56,10 @@ def outputs_of(model: nn.Module, arguments: tuple[Any, ...] | Mapping[str, Any])
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with measured(model), Aside(0, devices):
         outputs = model(**arguments) if isinstance(arguments, Mapping) else model(*arguments)
-        found = [x.clone() for x in tensors_in(outputs) if x.is_floating_point()]
-    if not found:
+        tensors = [x.clone() for x in tensors_in(outputs) if x.is_floating_point()]
+    if not tensors:
         raise ValueError(f"{type(model).__name__} returns no tensors that could be compared")
-    return found
+    return tensors
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
@@ -71,8 +71,8 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
 
 def check_outputs(before: list[Tensor], after: list[Tensor], tolerance: float | None) -> None:
     allowed = TOLERANCES.get(before[0].dtype, 0.05) if tolerance is None else tolerance
-    if not (found := difference(before, after)) <= allowed:
+    if not (change := difference(before, after)) <= allowed:
         raise RuntimeError(
-            f"the outputs changed by {found:.2g} relative to the largest, more than {allowed:.2g}: the model does "
+            f"the outputs changed by {change:.2g} relative to the largest, more than {allowed:.2g}: the model does "
             "something with these channels that was not recognised (or, at this precision, rounding: raise tolerance=)"
         )

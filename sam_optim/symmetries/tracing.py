@@ -1,17 +1,16 @@
-"""Which channels of a model may be rescaled or permuted, found by running it once and following its operations.
+"""Which channels of a model may be rescaled or permuted, from one forward pass and the operations in it.
 
 Every torch function that the forward pass calls is seen with its real arguments (a TorchFunctionMode), so that any
 Python in the model is allowed. What moves data around (reshape, indexing, cat, ...) is run a second time on the channel
-numbers themselves. An operation that is not known fixes all channels that go into it: the model loses a symmetry then,
-and never its function.
+numbers themselves. An unknown operation fixes all channels that go into it: the model loses a symmetry then, and never
+its function.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sam_optim.symmetries.channels import FIXED, Channels, Touch, compressed
+from sam_optim.symmetries.channels import FIXED, Channels, Occurrence, Trace, compressed
 
-# f(alpha x) = alpha f(x), channel by channel
-KEEPING = {"relu", "leaky_relu", "dropout", "dropout1d", "dropout2d", "dropout3d", "abs", "neg", "pad"}
-KEEPING |= {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
-KEEPING |= {"to", "float", "double", "type_as", "clone", "detach", "contiguous"}
+# positively homogeneous, channel by channel: f(alpha x) = alpha f(x)
+HOMOGENEOUS = {"relu", "leaky_relu", "dropout", "dropout1d", "dropout2d", "dropout3d", "abs", "neg", "pad"}
+HOMOGENEOUS |= {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
+HOMOGENEOUS |= {"to", "float", "double", "type_as", "clone", "detach", "contiguous"}
 # elementwise, and no more than that
-CURVED = {"gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "selu", "celu"}
-CURVED |= {"softplus", "mish", "exp", "pow", "__pow__", "square", "sqrt", "rsqrt", "logsigmoid"}
+ELEMENTWISE = {"gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "relu6", "elu", "selu"}
+ELEMENTWISE |= {"celu", "softplus", "mish", "exp", "pow", "__pow__", "square", "sqrt", "rsqrt", "logsigmoid"}
 # the same data in other places
 MOVING = {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "unbind"}
 MOVING |= {"__getitem__", "chunk", "split", "select", "narrow", "roll", "flip", "movedim", "swapaxes", "repeat"}
@@ -39,25 +38,13 @@ ALIASES |= {"__mul__": "mul", "__rmul__": "mul", "__imul__": "mul", "multiply": 
 ALIASES |= {"__truediv__": "div", "__itruediv__": "div", "true_divide": "div", "bmm": "matmul"}
 
 
-@dataclass
-class Found:
-    """What one pass saw: the channels, where they show, and the normalisation layers that see a class as their input.
-
-    norms: module name -> the class whose scale the layer divides out; its eps has to follow.
-    """
-
-    channels: Channels = field(default_factory=Channels)
-    touches: list[Touch] = field(default_factory=list)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Follower(TorchFunctionMode):
-    """The rules that scales and permutations share: `_name` is that of the torch function `name`, whose parameters it
-    has after the result."""
+class Tracer(TorchFunctionMode):
+    """The rules that scales and permutations share. Method `_name` is the rule of the torch function `name`: it has
+    that function's parameters, after its result."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.found = Found()
+        self.trace = Trace()
         self.model = model
         self.stack: list[str] = []  # of the modules whose forward is running
         self._names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -66,15 +53,15 @@ class Follower(TorchFunctionMode):
         self._alive: list[Any] = []  # a tensor that is gone leaves its id() to another
         self._uses: Counter[str] = Counter()
 
-    def follow(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Found:
+    def run(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Trace:
         """One forward pass of the model, which is in eval mode; its outputs are fixed."""
         with torch.no_grad(), self._modules(), self:
             outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(*inputs)
         self.unknown(tensors_in(outputs), [])
-        for touch in self.found.touches:
-            if self._uses[touch.name] > 1:  # tied weights, a module that runs twice: one change cannot serve both
-                self.channels.fix(touch.ids)
-        return self.found
+        for occurrence in self.trace.occurrences:
+            if self._uses[occurrence.name] > 1:  # tied weights, a module that runs twice: one change cannot serve both
+                self.channels.fix(occurrence.ids)
+        return self.trace
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,10 +80,10 @@ class Follower(TorchFunctionMode):
         first: Any = args[0] if args else kwargs.get("input")
         if rule is not None:
             rule(result, *args, **kwargs)
-        elif name in KEEPING and not (name == "pad" and kwargs.get("value")):
-            self.keep(result, first)
-        elif name in CURVED and len(tensors) == 1:
-            self.curve(result, first)
+        elif name in HOMOGENEOUS and not (name == "pad" and kwargs.get("value")):
+            self.same(result, first)
+        elif name in ELEMENTWISE and len(tensors) == 1:
+            self.elementwise(result, first)
         elif name in MOVING:
             self._move(func, result, args, kwargs)
         else:
@@ -120,71 +107,88 @@ class Follower(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    # What scales and permutations see differently.
+
+    def parameter_as_data(self, x: Tensor) -> Tensor:
+        """The channels of a parameter that is an operand rather than a weight: a position embedding, a layer scale."""
+        return torch.tensor(FIXED)
+
+    def elementwise(self, result: Tensor, x: Tensor) -> None:
+        """A nonlinear function of each entry."""
+        raise NotImplementedError
+
+    def mixture(self, ids: Tensor) -> Tensor:
+        """The channels of a result each entry of which depends on all of these."""
+        raise NotImplementedError
+
+    def constant_added(self, ids: Tensor) -> None:
+        raise NotImplementedError
+
+    def norm(self, result: Tensor, x: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, *,
+             eps: float | None, statistics: Sequence[Tensor | None] = (), num_groups: int = 1,
+             num_axes: int = 1) -> None:  # fmt: skip
+        """A normalisation whose weight and bias lie along one axis.
+
+        statistics: the running mean and variance. num_groups: of channels that are normalised together.
+        num_axes: that are normalised over (LayerNorm).
+        """
+        raise NotImplementedError
+
+    # The channels of tensors.
+
     @property
     def channels(self) -> Channels:
-        return self.found.channels
+        return self.trace.channels
 
     def ids(self, x: Tensor) -> Tensor:
         """The channels of x, with as many axes as x has; those of a constant are fixed."""
         if id(x) not in self._ids:
-            self.set(x, self.of_parameter(x) if id(x) in self._parameters else torch.tensor(FIXED))
+            self.set(x, self.parameter_as_data(x) if id(x) in self._parameters else torch.tensor(FIXED))
         return self._ids[id(x)]
 
     def set(self, x: Tensor, ids: Tensor) -> None:
-        self._ids[id(x)] = compressed(ids.view([1] * (x.ndim - ids.ndim) + list(ids.shape)))
+        self._ids[id(x)] = compressed(ids, x.shape)
 
-    def touch(self, x: Tensor | None, ids: Tensor, power: int) -> None:
-        """x shows these channels; they are fixed if x is no parameter or buffer of the model (a computed weight)."""
-        if x is not None and id(x) in self._names:
-            self.found.touches.append(
-                Touch(self._names[id(x)], ids.view([1] * (x.ndim - ids.ndim) + [*ids.shape]), power)
-            )
-        elif x is not None:
+    def set_axis(self, x: Tensor, ids: Tensor, axis: int) -> None:
+        """One channel for each place of one axis, ids: (n,)."""
+        shape = [1] * x.ndim
+        shape[axis] = len(ids)
+        self.set(x, ids.view(shape))
+
+    def occurs(self, x: Tensor | None, ids: Tensor, power: int) -> None:
+        """In x these channels occur; they are fixed if x is no parameter or buffer of the model (a computed weight)."""
+        if x is None:
+            return
+        if id(x) not in self._names:
             self.channels.fix(ids)
+            return
+        ids = ids.view([1] * (x.ndim - ids.ndim) + [*ids.shape])
+        self.trace.occurrences.append(Occurrence(self._names[id(x)], ids, power))
 
-    def unknown(self, tensors: list[Tensor], results: list[Tensor]) -> None:
+    def unknown(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
+        """Fixes all that goes into an operation and comes out of it."""
         for x in tensors:
-            if x.is_floating_point():
+            if x is not None and x.is_floating_point():
                 self.channels.fix(self.ids(x))
         for x in results:
             self.set(x, torch.tensor(FIXED))
 
-    def keep(self, result: Any, x: Tensor) -> None:
-        """Channel by channel, whatever happens along the axes on which the channel does not change."""
+    def same(self, result: Any, x: Tensor) -> None:
+        """The result has the channels of x, whatever happens along the axes on which they do not vary."""
         ids = self.ids(x)
         for y in tensors_in(result):
             fits = y.ndim == x.ndim and all(i in (1, n) for i, n in zip(ids.shape, y.shape, strict=True))
-            self.set(y, ids if fits else self.mixed(ids))
+            self.set(y, ids if fits else self.mixture(ids))
 
-    def spread(self, result: Tensor, ids: Tensor, axis: int) -> None:
-        """One channel for each place of one axis of the result, ids: (n,)."""
-        shape = [1] * result.ndim
-        shape[axis] = len(ids)
-        self.set(result, ids.view(shape))
-
-    def weighted(self, result: Tensor, axis: int, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> None:
+    def linear_map(self, result: Tensor, axis: int, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> None:
         """W x + b, with new channels along `axis` of the result; `inputs`, channels, broadcast to W."""
-        new = self.channels.new([len(weight)])
-        self.touch(weight, inputs, -1)
-        self.touch(weight, new.view([-1] + [1] * (weight.ndim - 1)), 1)
-        self.touch(bias, new, 1)
-        self.spread(result, new, axis)
+        outputs = self.channels.new(len(weight))
+        self.occurs(weight, inputs, -1)
+        self.occurs(weight, outputs.view([-1] + [1] * (weight.ndim - 1)), 1)
+        self.occurs(bias, outputs, 1)
+        self.set_axis(result, outputs, axis)
 
-    def of_parameter(self, x: Tensor) -> Tensor:
-        """The channels of a parameter that is used as data."""
-        return torch.tensor(FIXED)
-
-    def curve(self, result: Tensor, x: Tensor) -> None:
-        """An elementwise function."""
-        raise NotImplementedError
-
-    def mixed(self, ids: Tensor) -> Tensor:
-        """The channels of what each entry of which may come from all of these."""
-        raise NotImplementedError
-
-    def shifted(self, ids: Tensor) -> None:
-        """A constant was added."""
-        raise NotImplementedError
+    # The rules.
 
     def _move(self, func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same move, of the numbers of the channels instead of the data."""
@@ -202,7 +206,7 @@ class Follower(TorchFunctionMode):
         ids = self.ids(input)
         axes = range(input.ndim) if dim is None else [d % input.ndim for d in ([dim] if isinstance(dim, int) else dim)]
         if any(ids.shape[d] > 1 for d in axes):
-            self.set(result, self.mixed(ids))
+            self.set(result, self.mixture(ids))
         else:
             self.set(result, ids if keepdim else ids.squeeze(tuple(axes)))
 
@@ -214,7 +218,7 @@ class Follower(TorchFunctionMode):
         if len(sides) == 2:
             self.channels.tie(*sides)
         else:
-            self.shifted(sides[0])
+            self.constant_added(sides[0])
         self.set(result, torch.broadcast_tensors(*sides)[0])
 
     def _div(self, result: Tensor, input: Any, other: Any, **_: Any) -> None:
@@ -225,18 +229,18 @@ class Follower(TorchFunctionMode):
 
     def _linear(self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         ids = self.channels.along(self.ids(input), input.ndim, -1)
-        self.weighted(result, -1, weight, bias, ids[None, :])
+        self.linear_map(result, -1, weight, bias, ids[None, :])
 
     def _addmm(self, result: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scaled: Any) -> None:
         """input + mat1 mat2: a linear layer whose weight, mat2, is (in, out)."""
         if scaled or id(mat2) not in self._parameters or input.ndim != 1:
             self.unknown([input, mat1, mat2], [result])
             return
-        new = self.channels.new([mat2.shape[1]])
-        self.touch(mat2, self.channels.along(self.ids(mat1), 2, -1)[:, None], -1)
-        self.touch(mat2, new, 1)
-        self.touch(input, new, 1)
-        self.spread(result, new, -1)
+        outputs = self.channels.new(mat2.shape[1])
+        self.occurs(mat2, self.channels.along(self.ids(mat1), 2, -1)[:, None], -1)
+        self.occurs(mat2, outputs, 1)
+        self.occurs(input, outputs, 1)
+        self.set_axis(result, outputs, -1)
 
     def _conv2d(
         self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any
@@ -245,9 +249,30 @@ class Follower(TorchFunctionMode):
         axis = 1 - weight.ndim  # without a batch axis it is the first
         ids = self.channels.along(self.ids(input), input.ndim, axis).expand(input.shape[axis])
         ids = ids.view(groups, -1).repeat_interleave(len(weight) // groups, dim=0) if groups > 1 else ids[None, :]
-        self.weighted(result, axis, weight, bias, ids.reshape(*ids.shape, *[1] * (weight.ndim - 2)))
+        self.linear_map(result, axis, weight, bias, ids.reshape(*ids.shape, *[1] * (weight.ndim - 2)))
 
     _conv1d = _conv3d = _conv2d
+
+    def _batch_norm(self, result: Tensor, input: Tensor, running_mean: Any = None, running_var: Any = None,
+                    weight: Any = None, bias: Any = None, *_: Any, eps: float = 1e-5, **__: Any) -> None:  # fmt: skip
+        self.norm(result, input, 1, weight, bias, eps=eps, statistics=(running_mean, running_var))
+
+    _instance_norm = _batch_norm
+
+    def _layer_norm(
+        self, result: Tensor, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> None:
+        self.norm(result, input, -1, weight, bias, eps=eps, num_axes=len(shape))
+
+    def _rms_norm(
+        self, result: Tensor, input: Tensor, shape: Any, weight: Any = None, eps: float | None = None
+    ) -> None:
+        self.norm(result, input, -1, weight, None, eps=eps, num_axes=len(shape))
+
+    def _group_norm(
+        self, result: Tensor, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> None:
+        self.norm(result, input, 1, weight, bias, eps=eps, num_groups=num_groups)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

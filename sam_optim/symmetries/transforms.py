@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from sam_optim.core.module_state import measured
 from sam_optim.core.random import Stream
-from sam_optim.symmetries.channels import FIXED, Touch
+from sam_optim.symmetries.channels import FIXED, Occurrence, Trace
 from sam_optim.symmetries.inputs import Inputs, check_outputs, inputs_for, outputs_of
 from sam_optim.symmetries.rules import Permutations, Scales
-from sam_optim.symmetries.tracing import Found
+from sam_optim.symmetries.tracing import Tracer
+
+Axis = tuple[str, int]  # of a parameter or buffer: its name, and which
 
 
 class NoSymmetry(ValueError):
@@ -104,101 +107,101 @@ def permute(
     Raises:
         ValueError: the model has no units that can change places (`NoSymmetry`). RuntimeError: as `rescale`.
     """
-    return _transformed(model, inputs, tolerance, Permutations, lambda copied, found: _permute_(copied, found, seed))
+    return _transformed(model, inputs, tolerance, Permutations, lambda copied, trace: _permute_(copied, trace, seed))
 
 
-def _scaled(
-    model: nn.Module,
-    alpha: float,
-    seed: int | None,
-    inputs: Inputs | None,
-    tolerance: float | None,
-    *,
-    normalized: bool,
-) -> nn.Module:
+def _scaled(model: nn.Module, alpha: float, seed: int | None, inputs: Inputs | None, tolerance: float | None, *,
+            normalized: bool) -> nn.Module:  # fmt: skip
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha multiplies channels ahead of a ReLU and must be a number > 0, got {alpha!r}")
-    return _transformed(
-        model, inputs, tolerance, Scales, lambda copied, found: _scale_(copied, found, alpha, seed, normalized)
-    )
+
+    def change_(copied: nn.Module, trace: Trace) -> None:
+        _scale_(copied, trace, alpha, seed, normalized)
+
+    return _transformed(model, inputs, tolerance, Scales, change_)
 
 
-def _transformed(model: nn.Module, inputs: Any, tolerance: float | None, rules: Any, change_: Any) -> nn.Module:
+def _transformed(model: nn.Module, inputs: Inputs | None, tolerance: float | None, tracer: type[Tracer],
+                 change_: Callable[[nn.Module, Trace], None]) -> nn.Module:  # fmt: skip
+    """A copy of the model, changed by what a trace of it allows; its outputs are compared."""
     arguments = inputs_for(model, inputs)
     copied = copy.deepcopy(model)
     copied.zero_grad(set_to_none=True)  # they belong to the old weights
     with measured(copied):  # in eval mode: dropout and drop path away, running statistics in use
         before = outputs_of(copied, arguments)
-        found = rules(copied).follow(arguments)
+        trace = tracer(copied).run(arguments)
     with torch.no_grad():
-        change_(copied, found)
+        change_(copied, trace)
     check_outputs(before, outputs_of(copied, arguments), tolerance)
     return copied
 
 
-def _scale_(model: nn.Module, found: Found, alpha: float, seed: int | None, normalized: bool) -> None:
-    classes = _free_classes(found, normalized=normalized)
+def _scale_(model: nn.Module, trace: Trace, alpha: float, seed: int | None, normalized: bool) -> None:
+    """Each class of tied channels takes a factor; every tensor the factors of the channels that occur in it."""
+    classes = _free_classes(trace, normalized=normalized)
     if not len(classes):
         kind = "normalisation layers whose input is made by weights" if normalized else "layers joined by ReLU alone"
         raise NoSymmetry(f"nothing to rescale: found no {kind} in {type(model).__name__}")
-    factors = torch.ones(found.channels.count, dtype=torch.float64)
+    factors = torch.ones(len(trace.channels), dtype=torch.float64)
     draws = 1.0 if seed is None else 2 * Stream(seed).uniform_like(torch.empty(len(classes), dtype=torch.float64)) - 1
     factors[classes] = torch.as_tensor(alpha**draws, dtype=torch.float64)
-    by_tensor: dict[str, list[Touch]] = defaultdict(list)
-    for touch in found.touches:
-        by_tensor[touch.name].append(touch)
-    for name, tensor in _state(model).items():
-        factor = torch.ones((), dtype=torch.float64)
-        for touch in by_tensor.get(name, []):
-            factor = factor * factors[found.channels.roots(touch.ids)] ** touch.power
+    state = _state(model)
+    by_tensor: dict[str, Tensor] = {}
+    for o in trace.occurrences:
+        by_tensor[o.name] = by_tensor.get(o.name, torch.ones(())) * factors[trace.channels.roots(o.ids)] ** o.power
+    for name, factor in by_tensor.items():
         if bool((factor != 1).any()):
-            tensor.copy_(tensor.double() * factor.to(tensor.device))
-    for name, ids in found.norms.items():
+            state[name].copy_(state[name].double() * factor.to(state[name].device))
+    for name, ids in trace.norms.items():
         layer = model.get_submodule(name)
-        layer.eps = layer.eps * float(factors[found.channels.roots(ids)]) ** 2  # type: ignore[operator, assignment]
+        layer.eps = layer.eps * float(factors[trace.channels.roots(ids)]) ** 2  # type: ignore[operator, assignment]
 
 
-def _free_classes(found: Found, *, normalized: bool) -> Tensor:
-    """Those that are made by one weight and used up by another (or by a normalisation layer, if `normalized`)."""
-    channels = found.channels
-    made, used = (
-        torch.cat(
-            [torch.zeros(1, dtype=torch.int64), *(channels.roots(t.ids).flatten() for t in found.touches if sign(t))]
-        )
-        for sign in (lambda t: t.power == 1, lambda t: t.power == -1)
-    )
-    divided = torch.stack([torch.tensor(FIXED), *(channels.roots(ids) for ids in found.norms.values())])
-    free = made[torch.isin(made, divided) if normalized else torch.isin(made, used) & ~torch.isin(made, divided)]
+def _free_classes(trace: Trace, *, normalized: bool) -> Tensor:
+    """Those that one weight makes and another uses up (or a normalisation layer divides out, if `normalized`)."""
+    channels, none = trace.channels, torch.tensor([FIXED])
+
+    def classes(power: int) -> Tensor:
+        return torch.cat([none, *(channels.roots(o.ids).flatten() for o in trace.occurrences if o.power == power)])
+
+    divided_out = torch.cat([none, *(channels.roots(ids).flatten() for ids in trace.norms.values())])
+    outputs, inputs = classes(1), classes(-1)
+    is_divided = torch.isin(outputs, divided_out)
+    free = outputs[is_divided if normalized else torch.isin(outputs, inputs) & ~is_divided]
     return torch.unique(free[free != FIXED])
 
 
-def _permute_(model: nn.Module, found: Found, seed: int) -> None:
+def _permute_(model: nn.Module, trace: Trace, seed: int) -> None:
+    """Units that occur at equally many places of the same axes change places with each other."""
     state = _state(model)
-    places: dict[int, dict[tuple[str, int], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for touch in found.touches:
-        shape = state[touch.name].shape
-        axis = next((k for k, n in enumerate(touch.ids.shape) if n > 1), None)
+    places: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for occurrence in trace.occurrences:
+        axis = _axis_of(occurrence)
         if axis is None:
             continue  # one unit alone, or fixed
-        for place, unit in enumerate(found.channels.roots(touch.ids).expand_as(touch.ids).flatten().tolist()):
-            places[unit][touch.name, axis].append(place)
-        assert touch.ids.numel() == shape[axis]
+        assert occurrence.ids.numel() == state[occurrence.name].shape[axis]
+        for place, unit in enumerate(trace.channels.roots(occurrence.ids).flatten().tolist()):
+            places[unit][occurrence.name, axis].append(place)
     places.pop(FIXED, None)
     alike: dict[Any, list[int]] = defaultdict(list)
-    for unit, shown in places.items():
-        alike[tuple(sorted((key, len(at)) for key, at in shown.items()))].append(unit)
+    for unit, axes in places.items():
+        alike[tuple(sorted((axis, len(at)) for axis, at in axes.items()))].append(unit)
     sets = [(kind, units) for kind, units in alike.items() if len(units) > 1]
     if not sets:
         raise NoSymmetry(f"nothing to permute: found no exchangeable hidden units in {type(model).__name__}")
     stream = Stream(seed)
-    index: dict[tuple[str, int], Tensor] = {}
+    sources: dict[Axis, Tensor] = {}
     for kind, units in sets:
         order = stream.permutation(len(units))
         for (name, axis), _ in kind:
             at = torch.tensor([places[unit][name, axis] for unit in units])
-            index.setdefault((name, axis), torch.arange(state[name].shape[axis]))[at] = at[order]
-    for (name, axis), source in index.items():
+            sources.setdefault((name, axis), torch.arange(state[name].shape[axis]))[at] = at[order]
+    for (name, axis), source in sources.items():
         state[name].copy_(state[name].index_select(axis, source.to(state[name].device)))
+
+
+def _axis_of(occurrence: Occurrence) -> int | None:
+    return next((axis for axis, n in enumerate(occurrence.ids.shape) if n > 1), None)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import LARGEST, open_regular
 from sam_optim.vision import cifar
-from sam_optim.vision.checkpoints import read_file
+from sam_optim.vision.tensor_files import check_plain, check_sizes, read_file
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 DIGITS_TRAIN = 898  # scikit-learn's example "Recognizing hand-written digits": the first half, as published
@@ -20,44 +26,91 @@ MNIST = ("MNIST", "FashionMNIST", "KMNIST")
 
 
 def from_file(path: Path) -> tuple[Tensor, Tensor]:
-    """x (N, ...) and y (N,) of classes or (N, K) of probabilities."""
-    found = _npz(path) if path.suffix == ".npz" else read_file(path)
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), Tensor) for k in ("x", "y")):
-        has = ", ".join(map(str, list(found)[:6])) if isinstance(found, dict) else type(found).__name__
+    """x and y of a file, with one row for each example.
+
+    x: (N, ...); uint8 must be images, (N, C, H, W) or (N, H, W, C), and comes out as (N, C, H, W). y: (N,) int64
+    classes, or (N, K) probabilities.
+    """
+    content = read_npz(path, ("x", "y")) if path.suffix == ".npz" else read_file(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), Tensor) for k in ("x", "y")):
+        has = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path} must hold two arrays named x and y, it has {has}")
-    x, y = found["x"], found["y"]
+    x, y = content["x"], content["y"]
+    for name in ("x", "y"):
+        check_plain(f"{name} in {path}", content[name])
     if not x.ndim or not y.ndim or len(x) != len(y) or not len(x):
         raise InputError(f"{path}: x and y need one row for each example, got {tuple(x.shape)} and {tuple(y.shape)}")
-    if not y.is_floating_point():
-        y = y.to(torch.int64)
-    elif y.ndim == 1:
+    if y.is_floating_point() and y.ndim == 1:
         raise InputError(f"{path}: y must be whole numbers (classes), or (N, K) probabilities, got {y.dtype}")
-    return x, y
+    if x.dtype == torch.uint8 and x.ndim != 4:
+        raise InputError(f"{path}: x of uint8 must be images, (N, C, H, W) or (N, H, W, C); got {tuple(x.shape)}")
+    if x.dtype == torch.uint8 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        x = x.permute(0, 3, 1, 2)
+    return x, y if y.is_floating_point() else y.to(torch.int64)
 
 
-def published(directory: Path, *, train: bool) -> tuple[str, Tensor, Tensor] | None:
-    """The name, images uint8 (N, C, H, W) and labels of CIFAR or MNIST in torchvision's layout, if they are here.
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The arrays of an .npz file that have these names; object arrays, which are pickles, are refused."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            check_sizes(path, archive)
+            present = [name for name in names if f"{name}.npy" in archive.namelist()]
+            return {name: torch.from_numpy(_native(_read_npy(archive.read(f"{name}.npy")))) for name in present}
+    except InputError:
+        raise
+    except Exception as error:  # zlib.error, LZMAError, struct.error ...: whatever a damaged archive can hold
+        raise InputError(f"{path} is damaged or holds more than plain arrays: {one_line(error)[:200]}") from None
+
+
+def _read_npy(content: bytes) -> Any:
+    """An array, if its header does not claim more entries than there are bytes: NumPy would make room for all first."""
+    import numpy as np
+
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if math.prod(shape) * dtype.itemsize > len(content):
+        raise ValueError(f"an array claims the shape {shape}, with {len(content)} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class Published:
+    """CIFAR or MNIST in torchvision's layout."""
+
+    name: str
+    directory: Path
+
+    def read(self, train: bool) -> tuple[Tensor, Tensor]:
+        """Images uint8 (N, C, H, W) and labels int64 (N,)."""
+        if self.name in cifar.LAYOUT:
+            return cifar.read(self.name, self.directory)[0 if train else 1]
+        part = "train" if train else "t10k"
+        pixels = _idx(self.directory, f"{part}-images-idx3", 3).unsqueeze(1)
+        return pixels, _idx(self.directory, f"{part}-labels-idx1", 1).to(torch.int64)
+
+
+def published(directory: Path) -> Published | None:
+    """The published data set in a directory, if there is one.
 
     Raises:
-        InputError: several data sets in one directory, or damaged files.
+        InputError: there are several.
     """
-    found: list[tuple[str, Path]] = []
-    for name, (folder, *_) in cifar.LAYOUT.items():
-        found += [(name, p) for p in (directory, directory / folder) if p.name == folder and p.is_dir()]
-    places = [(name.lower(), directory / name / "raw") for name in MNIST]
-    places += [(directory.name.lower(), directory / "raw"), (directory.name.lower(), directory)]
-    found += [(name, place) for name, place in places if _idx_file(place, "train-labels-idx1-ubyte")]
-    if len(found) > 1:
-        raise InputError(f"{directory} holds {' and '.join(name for name, _ in found)}: give --data {found[0][1]}")
-    if not found:
-        return None
-    ((name, place),) = found
-    if name in cifar.LAYOUT:
-        both = cifar.read(name, place)
-        return name, *(both[0] if train else both[1])
-    part = "train" if train else "t10k"
-    pixels, labels = (_idx(place, f"{part}-{what}", n) for what, n in (("images-idx3", 3), ("labels-idx1", 1)))
-    return name, pixels.unsqueeze(1), labels.to(torch.int64)
+    places = [
+        Published(name, place)
+        for name, (folder, *_) in cifar.LAYOUT.items()
+        for place in (directory, directory / folder)
+        if place.name == folder and place.is_dir()
+    ]
+    raw = [Published(name.lower(), directory / name / "raw") for name in MNIST]
+    raw += [Published(directory.name.lower(), place) for place in (directory / "raw", directory)]
+    places += [data_set for data_set in raw if _idx_file(data_set.directory, "train-labels-idx1-ubyte")]
+    if len(places) > 1:
+        names = " and ".join(data_set.name for data_set in places)
+        raise InputError(f"{directory} holds {names}: give --data {places[0].directory}")
+    return places[0] if places else None
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -66,20 +119,10 @@ def digits() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise InputError("--data digits needs scikit-learn: pip install 'sam_optim[bench]'") from None
-    found = load_digits()
-    x = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    bundle = load_digits()
+    x = torch.tensor(bundle.images, dtype=torch.float32).unsqueeze(1) / 16
     x = (x - x[:DIGITS_TRAIN].mean()) / x[:DIGITS_TRAIN].std()
-    return x, torch.tensor(found.target, dtype=torch.int64)
-
-
-def _npz(path: Path) -> dict[str, Tensor]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(_native(file[name])) for name in ("x", "y") if name in file}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged or holds more than plain arrays: {one_line(error)[:200]}") from None
+    return x, torch.tensor(bundle.target, dtype=torch.int64)
 
 
 def _native(x: Any) -> Any:
@@ -100,11 +143,12 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     """A file of MNIST's format: two zeros, the type (8: uint8), the number of dimensions, their sizes, the entries."""
     path = _idx_file(folder, f"{name}-ubyte") or folder / f"{name}-ubyte"
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError(f"it begins with {content[:4].hex()}")
-        entries = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
-        return entries.reshape(sizes)
-    except (ValueError, RuntimeError, OSError, EOFError) as error:
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            head = file.read(4 + 4 * dimensions)
+            if head[:4] != bytes([0, 0, 8, dimensions]):
+                raise ValueError(f"it begins with {head[:4].hex()}")
+            sizes = [int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+            content = file.read(min(math.prod(sizes), LARGEST) + 1)
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(sizes)
+    except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a file of MNIST ({one_line(error)}); unpack the archive again") from None

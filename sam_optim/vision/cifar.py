@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import read_bytes
 
 # folder, training files, test file, key of the labels
 LAYOUT = {
@@ -50,37 +52,73 @@ def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """The archive's files are pickles; one that was tampered with could run anything. Only numpy arrays are let in."""
+class _Inert:
+    """Stands for a name of NumPy in a pickle. It only notes what it is called with: nothing of NumPy is made."""
 
-    ALLOWED = frozenset(
-        (module, name)
-        for module, name in (
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        )
-    )
+    def __init__(self, name: str, arguments: tuple[Any, ...] = ()):
+        self.name, self.arguments, self.state = name, arguments, None
+
+    def __call__(self, *arguments: Any) -> _Inert:
+        return _Inert(self.name, arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads dictionaries, lists, text, numbers, and arrays as `_Inert`; the archive's files hold nothing else."""
+
+    NAMES = ("_reconstruct", "ndarray", "dtype")
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        self._left = len(content)
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encoded
+        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in self.NAMES:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR file needs")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return _Inert(name)
+
+    def _encoded(self, text: str, encoding: str) -> bytes:
+        """How Python 3 writes bytes for Python 2. All of them together are not longer than the file."""
+        self._left -= len(text)
+        if encoding != "latin1" or self._left < 0:
+            raise pickle.UnpicklingError("it has more text than a CIFAR file")
+        return text.encode(encoding)
+
+
+def _checked(content: bytes) -> bytes:
+    """Refuses what the archive's files do not have, before anything is made of it."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "DUP"):
+            raise pickle.UnpicklingError(f"it has the instruction {opcode.name}, which no CIFAR file needs")
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError("it numbers more objects than it has")  # the table of them would fill memory
+    return content
+
+
+def _pixels(array: Any) -> Tensor:
+    """uint8 (N, 3072) of a pickled array of NumPy: (version, shape, dtype, Fortran order, bytes)."""
+    if not isinstance(array, _Inert) or array.name != "_reconstruct" or not isinstance(array.state, tuple):
+        raise ValueError(f"data is {type(array).__name__}, not an array")
+    _, shape, dtype, fortran, content = array.state
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if not isinstance(dtype, _Inert) or dtype.arguments[:1] not in (("u1",), ("B",)) or fortran is not False:
+        raise ValueError("data is not an array of uint8 in the order of C")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(tuple(shape))
 
 
 def _read_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
-    import numpy as np
-
+    if not path.exists():
+        raise InputError(f"{path} is missing; unpack the archive again")
+    content = read_bytes(path)
     try:
-        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        pixels, labels = np.asarray(content["data"]), content[key]
-        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
-            raise ValueError(f"data is {pixels.dtype} {pixels.shape}, labels are {len(labels)}")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; unpack the archive again") from None
-    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        batch = _Unpickler(_checked(content)).load()
+        pixels, labels = _pixels(batch["data"]), torch.tensor(batch[key], dtype=torch.int64)
+        if pixels.shape != (len(labels), 3072):
+            raise ValueError(f"data is {tuple(pixels.shape)}, labels are {tuple(labels.shape)}")
+    except Exception as error:  # whatever a damaged pickle makes of Python's own functions
         raise InputError(f"{path} is not a CIFAR file ({one_line(error)}); unpack the archive again") from None
-    images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
-    return images, torch.tensor(labels, dtype=torch.int64)
+    return pixels.reshape(-1, 3, 32, 32), labels

@@ -1,10 +1,9 @@
-"""The examples of a loss: found by --data, transformed as for evaluation, the first so many, in batches."""
+"""The examples of a data set: one function opens a split of anything, another makes batches for evaluation of it."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,58 @@ from torch.utils.data import IterableDataset
 
 from sam_optim.core.errors import InputError, one_line
 from sam_optim.core.random import Stream
-from sam_optim.vision import arrays, images
+from sam_optim.vision import arrays, cifar, images
+from sam_optim.vision.models import SMALL
+from sam_optim.vision.preprocessing import Preprocessing
 
-SMALL = 64  # up to this many pixels an image is not cropped
-IN_MEMORY = 4 << 30  # bytes of decoded examples that are kept; more are decoded again in every pass
-FOLDERS = ("folder", "imagefolder", "image_folder", "imagenet", "torch/folder", "torch/image_folder")
-TRAIN = (None, *images.TRAIN_FOLDERS)
-OWN = ("train_examples", "validation_fraction", "label_noise", "train_labels")  # of a run: what it trains on
+IN_MEMORY = 4 << 30  # bytes of decoded examples that are held in memory; more are decoded again in every pass
+FOLDERS = ("", "folder", "imagefolder", "image_folder", "imagenet", "torch/folder", "torch/image_folder")
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Data:
-    """batches: a sequence that gives the same ones in every pass. about: where they come from, and how they were
-    transformed. checksum: SHA-256 of all batches, its first 16 digits. shape: of one x. num_classes: of the data set,
-    None where only labels are known. largest: label. notes: for the reader."""
+class Split:
+    """One split of a data set, not yet transformed.
+
+    name: "cifar10", "folder", "arrays", a name of timm's ... split: its name, None where there is one only.
+    labels: (N,) int64, or (N, K) probabilities.
+    x: what is in memory: uint8 pixels (N, C, H, W), or floating-point numbers (N, ...). None for files.
+    source: an `ImageFolder`, or timm's or torchvision's data set; None in memory.
+    classes: names in the order of the labels, where there are names. num_classes: None where nobody says.
+    fixed_size: x is taken in the size that it has, never resized.
+    """
+
+    name: str
+    split: str | None
+    labels: Tensor
+    x: Tensor | None = None
+    source: Any = None
+    classes: tuple[str, ...] | None = None
+    num_classes: int | None = None
+    fixed_size: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def picture(self, row: int, mode: str | None = None) -> Any:
+        """A PIL image. mode: as for `images.read`."""
+        if self.x is None:
+            return images.read(self.source, row, mode)
+        from PIL import Image
+
+        image = Image.fromarray(self.x[row].permute(1, 2, 0).squeeze(-1).numpy())
+        return image.convert(mode or image.mode)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Batches for evaluation.
+
+    batches: a sequence that gives the same (x, y) in every pass. about: where they come from, and how they were
+    transformed. checksum: SHA-256 of all batches, the first 16 digits. shape: of one x. num_classes: of the data set,
+    None where only labels are known. largest: label. notes: for the reader.
+    """
 
     batches: Sequence[Batch]
     about: Mapping[str, Any]
@@ -41,239 +76,207 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Source:
-    """example: row -> x. labels: (N,), or (N, K) probabilities. notes: for the reader."""
+def open_split(
+    name: str | Path,
+    directory: str | Path | None = None,
+    split: str | None = None,
+    *,
+    class_to_idx: Mapping[str, int] | None = None,
+) -> Split:
+    """One split of a data set. Nothing is downloaded.
 
-    example: Callable[[int], Tensor]
-    labels: Tensor
-    about: dict[str, Any]
-    num_classes: int | None = None
-    notes: tuple[str, ...] = ()
+    Args:
+        name: "digits"; a file with arrays x and y (.npz, .safetensors, .pt); a directory of class folders
+            (DIR/train/CLASS/*, or DIR/CLASS/*), or with CIFAR or MNIST in torchvision's layout; "cifar10", "cifar100"
+            or "folder" in `directory`; a name of timm's (torch/cifar10, hfds/OWNER/NAME) in `directory`.
+        split: "train", "val", "test" or the name of a folder; None: train where there is such a split.
+        class_to_idx: the numbers of class folders, as in `images.open_folder`.
+
+    Raises:
+        InputError: no such data, or a split that is not there.
+    """
+    path = Path(name)
+    in_directory = str(name) in (*FOLDERS, *cifar.LAYOUT) and (directory is not None or not path.is_dir())
+    if class_to_idx is not None and not in_directory and not path.is_dir():
+        raise InputError("--class-to-idx numbers class folders: leave it out for other data")
+    if directory is None and path.is_file():
+        if split:
+            raise InputError(f"{path} has no splits: leave --split out")
+        x, y = arrays.from_file(path)
+        return Split("arrays", None, y, x, fixed_size=True)
+    if in_directory:
+        if directory is None or not Path(directory).is_dir():
+            raise InputError(f"--data {name} needs --data-dir DIR, an existing directory; got {directory}")
+        return _in_directory(str(name), Path(directory), split, class_to_idx)
+    if path.is_dir():
+        if directory is not None:
+            raise InputError(f"--data {path} is a directory itself: leave --data-dir out")
+        return _in_directory("folder", path, split, class_to_idx)
+    if name == "digits":
+        if directory is not None:
+            raise InputError("digits come with scikit-learn: leave --data-dir out")
+        train = is_train("digits", split)
+        rows = slice(None, arrays.DIGITS_TRAIN) if train else slice(arrays.DIGITS_TRAIN, None)
+        x, y = (values[rows] for values in arrays.digits())
+        return Split("digits", "train" if train else "test", y, x, num_classes=10, fixed_size=True)
+    if "/" in str(name) and directory is not None:
+        return _from_timm(str(name), Path(directory), split or "train")
+    if path.suffix in arrays.SUFFIXES or "/" not in str(name):
+        raise InputError(f"--data {name} does not exist; give a directory, a file with x and y, or a name of timm's")
+    raise InputError(f"--data {name} is no file or directory; as a name of timm's (torch/cifar10) it needs --data-dir")
 
 
-class Rows(Sequence[Batch]):
-    """Batches of rows of a source, made when they are asked for."""
+def open_timm(name: str, directory: str | Path, split: str, **options: Any) -> Any:
+    """A data set that `timm.data.create_dataset` knows, also a streamed one."""
+    from timm.data import create_dataset
 
-    def __init__(self, source: Source, rows: Sequence[Sequence[int]], dtype: torch.dtype):
-        self._source, self._rows, self._dtype = source, rows, dtype
+    faults = (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError, KeyError)
+    try:
+        return create_dataset(name, str(directory), split=split, **options)
+    except faults as error:
+        reason = one_line(error)[:200]
+        raise InputError(f"timm cannot open data set {name!r} in {directory}, split {split!r}: {reason}") from None
+
+
+def is_train(name: str, split: str | None) -> bool:
+    """Which of the two splits of a data set that has only train and test is meant."""
+    if split in (None, *images.TRAIN_FOLDERS):
+        return True
+    if split not in (*images.VALIDATION_FOLDERS, "test"):
+        raise InputError(f"{name} has the splits train and test, got --split {split}")
+    return False
+
+
+def evaluation_batches(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    num: int = 0,
+    mixed: bool = False,
+    batch_size: int = 128,
+    dtype: torch.dtype = torch.float32,
+) -> Examples:
+    """Batches of the first `num` examples, without augmentation.
+
+    Images go through timm's transform for evaluation. Of a split of fixed size, pixels (uint8) are divided by 255 and
+    normalised, and floating-point numbers are taken as they are.
+
+    Args:
+        num: how many examples; 0 for all.
+        mixed: draws them from the whole split, always the same ones; else they are in the order of the files.
+        dtype: of x.
+    """
+    total = len(split)
+    count = min(num or total, total)
+    order = Stream(0).permutation(total).tolist() if mixed else list(range(total))
+    rows = [order[i : min(i + batch_size, count)] for i in range(0, count, batch_size)]
+    batches: Sequence[Batch] = _Batches(split, preprocessing, rows, dtype)
+    x = batches[0][0]
+    if count * x[0].numel() * x.element_size() <= IN_MEMORY:
+        batches = list(batches)
+    labels = split.labels[order[:count]]
+    about = {"source": split.name, "split": split.split} | _transformation(split, preprocessing)
+    return Examples(
+        batches,
+        about | {"examples": count, "order": "mixed" if mixed else "file"},
+        _checksum(batches),
+        tuple(x.shape[1:]),
+        split.num_classes,
+        int(labels.max()) if labels.ndim == 1 else labels.shape[1] - 1,
+        _notes(split, preprocessing, labels),
+    )
+
+
+class _Batches(Sequence[Batch]):
+    """Batches of rows of a split, made when they are asked for."""
+
+    def __init__(self, split: Split, preprocessing: Preprocessing, rows: Sequence[Sequence[int]], dtype: torch.dtype):
+        self._split, self._preprocessing, self._rows, self._dtype = split, preprocessing, rows, dtype
+        self._transform = None if split.fixed_size else preprocessing.transform()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return Rows(self._source, self._rows[i], self._dtype)
-        x = torch.stack([self._source.example(row) for row in self._rows[i]])
-        y = self._source.labels[list(self._rows[i])]
+            return _Batches(self._split, self._preprocessing, self._rows[i], self._dtype)
+        rows = list(self._rows[i])
+        x, y = self._inputs(rows), self._split.labels[rows]
         return tuple(v.to(self._dtype) if v.is_floating_point() else v for v in (x, y))
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
 
-
-def load(args: argparse.Namespace, config: Mapping[str, Any], dtype: torch.dtype) -> Data:
-    """The examples that the options name.
-
-    Args:
-        config: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode: timm's data config of the model.
-        dtype: of x.
-
-    Raises:
-        InputError: no such data, or a split that is not there.
-    """
-    source = _source(args, config)
-    total = len(source.labels)
-    count = min(args.examples or total, total)
-    order = Stream(0).permutation(total).tolist() if args.order == "mixed" else list(range(total))
-    rows = [order[i : min(i + args.batch_size, count)] for i in range(0, count, args.batch_size)]
-    batches: Sequence[Batch] = Rows(source, rows, dtype)
-    shape = tuple(batches[0][0].shape[1:])
-    if count * batches[0][0][0].numel() * batches[0][0].element_size() <= IN_MEMORY:
-        batches = list(batches)
-    chosen = source.labels[order[:count]]
-    return Data(
-        batches,
-        source.about | {"examples": count, "order": args.order},
-        _checksum(batches),
-        shape,
-        source.num_classes,
-        int(chosen.max()) if chosen.ndim == 1 else chosen.shape[1] - 1,
-        [*source.notes, *_notes(chosen, source.labels)],
-    )
+    def _inputs(self, rows: list[int]) -> Tensor:
+        if self._transform is not None:
+            mode = self._preprocessing.mode
+            return torch.stack([self._transform(self._split.picture(row, mode)) for row in rows])
+        assert self._split.x is not None
+        x = self._split.x[rows]
+        if x.dtype != torch.uint8:
+            return x
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self._preprocessing.mean, self._preprocessing.std))
+        return (x.float() / 255 - mean) / std
 
 
-def _source(args: argparse.Namespace, config: Mapping[str, Any]) -> Source:
-    name, path = args.data, Path(args.data)
-    if args.data_dir is None and path.is_file():
-        return _array_file(path, args, config)
-    train = args.split in TRAIN
-    if path.is_dir() or name in FOLDERS:
-        directory = Path(args.data_dir) if args.data_dir and not path.is_dir() else path
-        if not directory.is_dir():
-            raise InputError(f"--data {name} needs --data-dir DIR, an existing directory; got {args.data_dir}")
-        if found := arrays.published(directory, train=train):
-            label, x, y = found
-            if not train and args.split not in (*images.VALIDATION_FOLDERS, "test"):
-                raise InputError(f"{label} has the splits train and test, got --split {args.split}")
-            about = {"source": label, "split": "train" if train else "test"}
-            return _pictures(lambda row: _image(x[row]), y, about, args, config, None)
-        folder = images.folder_of_split(directory, args.split)
-        source, classes = images.folder(folder)
-        about_folder: dict[str, Any] = {"source": "folder", "split": folder.name if folder != directory else None}
-        labels = torch.tensor(images.labels_of(source))
-        return _pictures(_reader(source, config), labels, about_folder, args, config, len(classes))
-    if name == "digits":
-        return _digits(args)
-    if "/" in name and args.data_dir:
-        return _known_to_timm(name, args, config)
-    if path.suffix in arrays.SUFFIXES or "/" not in name:
-        raise InputError(f"--data {name} does not exist; give a directory, a file with x and y, or a name of timm's")
-    raise InputError(f"--data {name} is no file or directory; as a name of timm's (torch/cifar10) it needs --data-dir")
+def _in_directory(name: str, directory: Path, split: str | None, class_to_idx: Mapping[str, int] | None) -> Split:
+    """Class folders, CIFAR or MNIST."""
+    if name in cifar.LAYOUT:
+        train = is_train(name, split)
+        x, y = cifar.read(name, directory)[0 if train else 1]
+        return Split(name, "train" if train else "test", y, x, num_classes=int(name.removeprefix("cifar")))
+    if (published := arrays.published(directory)) is not None:
+        train = is_train(published.name, split)
+        x, y = published.read(train)
+        return Split(published.name, "train" if train else "test", y, x)
+    folder = images.folder_of_split(directory, split)
+    source = images.open_folder(folder, class_to_idx)
+    labels, classes = images.labels_of(source), source.classes
+    where = folder.name if folder != directory else None
+    return Split("folder", where, labels, source=source, classes=classes, num_classes=len(classes))
 
 
-def of_run(run: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """How a run of benchmarks.train sees pixels, as (a part of) timm's data config; None where it does not say."""
-    run = run or {}
-    if not (run.get("image_size") and run.get("preprocessing")):
-        return None
-    return {"input_size": tuple(run["image_size"]), **run["preprocessing"]}
-
-
-def not_of_runs(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note where runs of benchmarks.train saw fewer training examples than --data has, or other labels."""
-    if args.split not in TRAIN or Path(args.data).is_file():  # a file's examples are those that somebody chose
-        return []
-    if not (changed := [f"--{key.replace('_', '-')}" for key in OWN if any(run.get(key) for run in runs)]):
-        return []
-    return [
-        f"the examples are those of --data, and not the runs' own, which were trained with {', '.join(changed)}; "
-        "python -m benchmarks.measure RUN_DIR takes those"
-    ]
-
-
-def _digits(args: argparse.Namespace) -> Source:
-    """As benchmarks.train takes them, but for its label noise and what it holds out."""
-    if args.data_dir or args.image_size or args.crop_pct or args.mean or args.std:
-        raise InputError(
-            "digits are 8 x 8 and normalised: leave --data-dir, --image-size, --crop-pct, --mean, --std out"
-        )
-    train = args.split in TRAIN
-    if not train and args.split not in (*images.VALIDATION_FOLDERS, "test"):
-        raise InputError(f"digits has the splits train and test, got --split {args.split}")
-    rows = slice(None, arrays.DIGITS_TRAIN) if train else slice(arrays.DIGITS_TRAIN, None)
-    x, y = (found[rows] for found in arrays.digits())
-    return Source(lambda row: x[row], y, {"source": "digits", "split": "train" if train else "test"}, 10)
-
-
-def _array_file(path: Path, args: argparse.Namespace, config: Mapping[str, Any]) -> Source:
-    if args.image_size or args.crop_pct:
-        raise InputError("arrays are taken in the size they have: leave --image-size and --crop-pct out")
-    if args.split:
-        raise InputError(f"{path} has no splits: leave --split out")
-    x, y = arrays.from_file(path)
-    about: dict[str, Any] = {"source": "arrays"}
-    if x.dtype != torch.uint8:
-        if args.mean or args.std:
-            raise InputError(f"--mean and --std are for pixels (uint8); x in {path} is {x.dtype} and taken as it is")
-        return Source(lambda row: x[row], y, about)
-    if x.ndim != 4:
-        raise InputError(f"{path}: x of uint8 must be images, (N, C, H, W) or (N, H, W, C); got {tuple(x.shape)}")
-    if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
-        x = x.permute(0, 3, 1, 2)
-    mean, std = _statistics(args, config, x.shape[1])
-    about |= {"mean": mean, "std": std}
-    shift, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-    return Source(lambda row: (x[row].float() / 255 - shift) / scale, y, about)
-
-
-def _known_to_timm(name: str, args: argparse.Namespace, config: Mapping[str, Any]) -> Source:
-    from timm.data import create_dataset
-
-    split = args.split or "train"
-    try:
-        source = create_dataset(name, args.data_dir, split=split)
-    except (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError) as error:
-        raise InputError(f"timm cannot open {name!r}, split {split!r}: {one_line(error)[:200]}") from None
+def _from_timm(name: str, directory: Path, split: str) -> Split:
+    source = open_timm(name, directory, split)
     if isinstance(source, IterableDataset):
         raise InputError(f"{name} is streamed and has no fixed order; use a data set with rows (hfds/, torch/)")
-    labels = torch.tensor(images.labels_of(source))
-    return _pictures(_reader(source, config), labels, {"source": name, "split": split}, args, config, None)
+    return Split(name, split, images.labels_of(source), source=source)
 
 
-def _pictures(
-    read: Callable[[int], Any],
-    labels: Tensor,
-    about: dict[str, Any],
-    args: argparse.Namespace,
-    config: Mapping[str, Any],
-    num_classes: int | None,
-) -> Source:
-    """PIL images through timm's transform for evaluation."""
-    from timm.data import create_transform
-
-    channels, *size = config["input_size"]
-    mean, std = _statistics(args, config, channels)
-    size = [args.image_size] * 2 if args.image_size else size
-    crop = args.crop_pct or (1.0 if max(size) <= SMALL else config["crop_pct"])
-    chosen = {"input_size": (channels, *size), "mean": mean, "std": std, "crop_pct": crop}
-    chosen |= {"interpolation": config["interpolation"], "crop_mode": config.get("crop_mode")}
-    transform: Any = create_transform(**chosen, is_training=False)
-    mode = _mode(config)
-    notes: tuple[str, ...] = ()
-    if not args.image_size and len(labels) and (own := max(read(0).size)) <= SMALL < max(size):
-        wide = f"images of {own} pixels are enlarged to the {max(size)} that the model was made for"
-        notes = (f"{wide}; --image-size {own} keeps their size",)
-    return Source(lambda row: transform(read(row).convert(mode)), labels, about | chosen, num_classes, notes)
-
-
-def _reader(source: Any, config: Mapping[str, Any]) -> Callable[[int], Any]:
-    return lambda row: images.read(source, row, _mode(config))
-
-
-def _mode(config: Mapping[str, Any]) -> str:
-    channels = config["input_size"][0]
-    if channels not in (1, 3):
-        raise InputError(f"images have 1 or 3 channels, the model takes {channels}: give --data a file with x and y")
-    return "RGB" if channels == 3 else "L"
-
-
-def _image(x: Tensor) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy())
-
-
-def _statistics(args: argparse.Namespace, config: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], ...]:
-    """mean and std of the pixels in [0, 1], one for each channel; one channel takes the mean of three."""
-    found = []
-    for option, given, default in (("--mean", args.mean, config["mean"]), ("--std", args.std, config["std"])):
-        values = tuple(given or default)
-        if len(values) == 1:
-            values *= channels
-        elif channels == 1 and not given:
-            values = (sum(values) / len(values),)
-        if len(values) != channels:
-            raise InputError(f"{option} needs 1 or {channels} numbers, got {len(values)}")
-        found.append(values)
-    return tuple(found)
+def _transformation(split: Split, preprocessing: Preprocessing) -> dict[str, Any]:
+    if not split.fixed_size:
+        return preprocessing.arguments()
+    if split.x is None or split.x.dtype != torch.uint8:
+        return {}
+    return {"mean": preprocessing.mean, "std": preprocessing.std}
 
 
 def _checksum(batches: Sequence[Batch]) -> str:
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for batch in batches:
         for x in batch:
-            found.update(f"{tuple(x.shape)} {x.dtype}".encode())
-            found.update(x.contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+            content.update(f"{tuple(x.shape)} {x.dtype}".encode())
+            content.update(x.contiguous().view(torch.uint8).numpy().data)
+    return content.hexdigest()[:16]
 
 
-def _notes(chosen: Tensor, labels: Tensor) -> list[str]:
-    """The first rows of a folder are all of its first class, which is hardly what was meant."""
-    if labels.ndim != 1 or len(chosen) == len(labels):
-        return []
-    some, all_ = len(chosen.unique()), len(labels.unique())
-    if some > all_ / 2:
-        return []
-    first = f"the first {len(chosen)} of {len(labels)} examples have {some} of {all_} labels"
-    return [f"{first}; --order mixed draws from all of them"]
+def _notes(split: Split, preprocessing: Preprocessing, labels: Tensor) -> list[str]:
+    notes = []
+    if split.classes:
+        shown = ", ".join(f"{i} {name}" for i, name in enumerate(split.classes[:3]) if name)
+        numbered = f"{len(split.classes)} classes, numbered {shown}{', ...' if len(split.classes) > 3 else ''}"
+        left_out = split.source.num_left_out
+        rest = f"; {left_out} files are no images and were left out" if left_out else ""
+        notes.append(f"{numbered}; {len(labels)} of {len(split)} images{rest}")
+    if not split.fixed_size and len(split):
+        size, target = max(split.picture(0).size), max(preprocessing.image_size[1:])
+        if size <= SMALL < target:
+            notes.append(
+                f"images of {size} pixels are enlarged to {target}; --image-size {size} takes them as they are"
+            )
+    if labels.ndim == 1 and len(labels) < len(split):
+        some, all_ = len(labels.unique()), len(split.labels.unique())
+        if some <= all_ / 2:  # the first rows of a folder are all of its first class
+            few = f"the first {len(labels)} of {len(split)} examples have {some} of {all_} labels"
+            notes.append(f"{few}; --order mixed draws from all of them")
+    return notes

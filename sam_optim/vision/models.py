@@ -3,76 +3,84 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.vision import wide_resnet
+from sam_optim.core.errors import InputError, one_line, say, unknown
+from sam_optim.vision import state_dicts, weights, wide_resnet
+from sam_optim.vision.tensor_files import read_file
 
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
+
+NAME = re.compile(r"[A-Za-z0-9_.\-]*")  # what cannot be a path or a url
 
 Make = Callable[[int, tuple[int, int, int]], nn.Module]  # of (num_classes, image_size)
 
 
 def build(
-    name: str, *, num_classes: int, image_size: tuple[int, int, int], checkpoint: str | None = None, **options: Any
+    name: str,
+    *,
+    num_classes: int,
+    image_size: tuple[int, int, int],
+    checkpoint: str | None = None,
+    small_stem: bool | None = None,
+    **options: Any,
 ) -> nn.Module:
     """A timm model, "cnn3", "cnn5" or "wrn28_10".
-
-    Of timm's, up to 64 pixels: a 3x3 stem of stride 1 without max-pool, or small patches.
 
     Args:
         image_size: (C, H, W).
         checkpoint: a file of the model's weights, .safetensors or torch.save's, read without running what it holds.
             timm fits position embeddings and the stem's channels to these images, and makes a new head for another
             number of classes; where small images get another stem, that is new too.
+        small_stem: of a timm model: a 3x3 stem of stride 1 without max-pool, or small patches; None: up to 64 pixels.
         options: for timm.create_model, e.g. drop_path_rate; None means the model's default.
 
     Raises:
         InputError: the name or an option is unknown, or the model cannot take images of this size.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    if make := own(name):
+    if make := builtin(name):
         if checkpoint:
             raise InputError(f"--initial-checkpoint is for timm's models; {name} starts from random weights")
         if options:
             raise InputError(f"{name} takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
         return make(num_classes, image_size)
+    small = image_size[1] <= SMALL if small_stem is None else small_stem
     options |= _pretrained(name, checkpoint) if checkpoint else {}
-    model = _from_timm(name, num_classes, image_size, options)
-    if image_size[1] <= SMALL and small_stem_(model) and _fault(model, image_size):
-        print(f"note: {name} cannot have the 3x3 stem for small images and keeps its own", file=sys.stderr)
-        model = _from_timm(name, num_classes, image_size, options)
+    model = _from_timm(name, num_classes, image_size, small, options)
+    if small and small_stem_(model) and _fault(model, image_size):
+        say(f"note: {name} cannot have the 3x3 stem for small images and keeps its own")
+        model = _from_timm(name, num_classes, image_size, small, options)
     if fault := _fault(model, image_size):
         raise InputError(f"{name} cannot take images of size {image_size}: {fault}; set --img-size or choose another")
     return model
 
 
 def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
-    """Arguments that make timm load a local file as it loads its own weights."""
-    import timm
-    from timm.models import get_pretrained_cfg, load_state_dict
+    """Arguments that make timm load weights of a local file as it loads its own; never the averaged ones in it."""
+    check_name(name)
+    from timm.models import get_pretrained_cfg
 
-    if not timm.is_model(name):
-        raise unknown("model", name, names())
-    if not Path(checkpoint).is_file():
+    path = Path(checkpoint)
+    if not path.is_file():
         raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
-    try:
-        state = load_state_dict(checkpoint, use_ema=True, weights_only=True)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-    except Exception as error:  # of torch, pickle, safetensors or zip: whatever a file can hold
-        raise InputError(f"--initial-checkpoint {checkpoint} holds no weights: {one_line(error)}") from None
+    state = state_dicts.choose(read_file(path), path).state
+    for key, value in state.items():
+        state_dicts.check_values(checkpoint, key, value)
+    with torch.device("meta"):
+        state = weights.without_prefix(state, _timm().create_model(name).state_dict())
     config = get_pretrained_cfg(name)
     classifier = (config.classifier if config else None) or "head"
     head = classifier if isinstance(classifier, str) else classifier[0]
-    classes = shapes.get(f"{head}.weight", (0,))[0]
-    overlay = {"file": checkpoint, "url": None, "hf_hub_id": None, "num_classes": classes, "custom_load": False}
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    classes = len(state.get(f"{head}.weight", ()))
+    overlay = {"state_dict": state, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay | {"num_classes": classes}}
 
 
 def checkpoint_gradients_(model: nn.Module, name: str) -> None:
@@ -114,23 +122,21 @@ def cnn5(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-OWN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
+BUILTIN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
 
 
-def own(name: str) -> Make | None:
-    """Makes a model that timm does not have: one of `OWN`, or a wide ResNet; None for every other name."""
-    if name in OWN:
-        return OWN[name]
-    if wide := wide_resnet.named(name):
-        return lambda num_classes, image_size: wide_resnet.WideResNet(*wide, num_classes, image_size[0])
+def builtin(name: str) -> Make | None:
+    """Makes a model that timm does not have, one of `BUILTIN` or a wide ResNet; None for every other name."""
+    if name in BUILTIN:
+        return BUILTIN[name]
+    if size := wide_resnet.named(name):
+        return lambda num_classes, image_size: wide_resnet.WideResNet(*size, num_classes, image_size[0])
     return None
 
 
-def names() -> list[str]:
+def model_names() -> list[str]:
     """All that can be built, wide ResNets by the example of the SAM paper."""
-    import timm
-
-    return [*OWN, "wrn28_10", *timm.list_models()]
+    return [*BUILTIN, "wrn28_10", *_timm().list_models()]
 
 
 def default_size(name: str) -> tuple[int, int]:
@@ -143,57 +149,97 @@ def default_size(name: str) -> tuple[int, int]:
     return tuple(config.input_size[1:]) if config else (224, 224)
 
 
-def data_config(name: str, **options: Any) -> dict[str, Any]:
-    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode; its defaults
-    for a model that is not timm's. options: as for `build`."""
-    try:
-        import timm
-        from timm.data import resolve_data_config
-        from timm.models import get_pretrained_cfg
-    except ImportError:
-        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
-    mine = own(name) is not None
-    if not mine and not timm.is_model(name):
-        raise unknown("model", name, names())
-    known = None if mine else get_pretrained_cfg(name)
-    found: dict[str, Any] = dict(resolve_data_config({"no": None}, pretrained_cfg=known.to_dict() if known else {}))
-    found["input_size"] = (options.get("in_chans", found["input_size"][0]), *found["input_size"][1:])
-    return found
+def data_config(name: str) -> dict[str, Any]:
+    """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode; timm's
+    defaults for a model that is not timm's."""
+    check_name(name)
+    _timm()
+    from timm.data import resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    config = None if builtin(name) else get_pretrained_cfg(name)
+    return dict(resolve_data_config({"no": None}, pretrained_cfg=config.to_dict() if config else {}))
 
 
-def _from_timm(name: str, num_classes: int, image_size: tuple[int, int, int], options: dict[str, Any]) -> nn.Module:
+def check_name(name: str) -> None:
+    """Raises InputError for a name of no model."""
+    if not builtin(name) and not _timm().is_model(name):
+        raise unknown("model", name, model_names())
+
+
+def check_options(name: Any, options: Mapping[str, Any]) -> None:
+    """Raises InputError for a model or options of a file that could be more than a name and plain values.
+
+    timm.create_model takes paths, urls and hubs: `checkpoint_path` loads a pickle, `pretrained_cfg_overlay` a url.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(f"the model must be a name, got {name!r}")
+    check_name(name)
+    accepted = () if builtin(name) else _accepted(name)
+    for key, value in options.items():
+        if key not in accepted and key not in ("num_classes", "in_chans"):
+            raise InputError(f"{name} has no option {key!r} that may stand in a file")
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        if not all(
+            v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and NAME.fullmatch(v)) for v in values
+        ):
+            raise InputError(f"the option {key} must be a number or a word, got {value!r}")
+
+
+def num_outputs(name: str, state: Mapping[str, Tensor]) -> int | None:
+    """How many classes the model `name` has whose weights are `state`; None where its last layer cannot be told."""
+    with torch.device("meta"):
+        make = builtin(name)
+        model: nn.Module = make(2, (1, 8, 8)) if make else _timm().create_model(name)
+    return weights.num_outputs(model, state)
+
+
+def _timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise InputError(f"model {name!r} needs timm: pip install 'sam_optim[bench]'") from None
-    if not timm.is_model(name):
-        raise unknown("model", name, names())
-    channels, height, _ = image_size
-    arguments = {"num_classes": num_classes, "in_chans": channels} | options
+        raise InputError("models and images need timm: pip install 'sam_optim[bench]'") from None
+    return timm
+
+
+def _from_timm(
+    name: str, num_classes: int, image_size: tuple[int, int, int], small: bool, options: dict[str, Any]
+) -> nn.Module:
+    check_name(name)
+    arguments = {"num_classes": num_classes, "in_chans": image_size[0]} | _sized(name, image_size, small) | options
     try:
-        if height > SMALL:
-            return timm.create_model(name, **arguments | sized(timm, name, image_size, patch=False))
-        fitted = sized(timm, name, image_size, patch=True)
         try:
-            model = timm.create_model(name, **arguments | fitted)
+            return _timm().create_model(name, **arguments)
         except TypeError:  # some entry points fix the patch size themselves (mixer_s16_224)
-            fitted.pop("patch_size", None)
-            model = timm.create_model(name, **arguments | fitted)
+            if "patch_size" not in arguments:
+                raise
+            del arguments["patch_size"]
+            return _timm().create_model(name, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
-    return model
 
 
-def sized(timm: Any, name: str, image_size: tuple[int, int, int], *, patch: bool) -> dict[str, Any]:
-    """img_size and patch_size (an eighth of the height: 4 for CIFAR) where the model's class has them."""
+def _accepted(name: str) -> set[str]:
+    """The options of the class of a timm model."""
     with torch.device("meta"):
-        accepted = inspect.signature(type(timm.create_model(name)).__init__).parameters
-    found: dict[str, Any] = {}
+        kind = type(_timm().create_model(name))
+    return {
+        parameter
+        for part in kind.__mro__
+        if "__init__" in vars(part)
+        for parameter in inspect.signature(vars(part)["__init__"]).parameters
+    }
+
+
+def _sized(name: str, image_size: tuple[int, int, int], small: bool) -> dict[str, Any]:
+    """img_size where the model's class has it; `small`: also patch_size, an eighth of the height (4 for CIFAR)."""
+    accepted = _accepted(name)
+    arguments: dict[str, Any] = {}
     if "img_size" in accepted:
-        found["img_size"] = image_size[1:]
-    if patch and "patch_size" in accepted:
-        found["patch_size"] = max(1, image_size[1] // 8) if "img_size" in accepted else 1
-    return found
+        arguments["img_size"] = image_size[1:]
+    if small and "patch_size" in accepted:
+        arguments["patch_size"] = max(1, image_size[1] // 8) if "img_size" in accepted else 1
+    return arguments
 
 
 def small_stem_(model: nn.Module) -> bool:

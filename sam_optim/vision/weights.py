@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +17,37 @@ OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is
 
 
 def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Loads the state that `checked` finds for the model."""
-    found = checked(model, state, name)
+    """Loads a state that fits the model. name: of the checkpoint, for errors."""
     with torch.no_grad():
-        model.load_state_dict(found, strict=False)  # what is missing now is optional
+        model.load_state_dict(fitted(model, state, name), strict=False)  # only optional entries can be missing
 
 
-def checked(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The state under the model's names.
 
     Raises:
         InputError: a weight that is missing, left over or of another shape; the first three of each are named.
     """
-    wanted = model.state_dict()
-    found = fitting(state, wanted)
-    missing = [k for k in wanted if k not in found and not k.endswith(OPTIONAL)]
-    unexpected = [k for k in found if k not in wanted]
+    wanted = model.state_dict(keep_vars=True)
+    renamed = without_prefix(state, wanted)
+    there = {id(wanted[k]) for k in renamed if k in wanted}  # a tied weight has several names and is saved under one
+    missing = [k for k in wanted if k not in renamed and id(wanted[k]) not in there and not k.endswith(OPTIONAL)]
+    unexpected = [k for k in renamed if k not in wanted]
     shapes = [
-        f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
+        f"{k} {tuple(renamed[k].shape)} instead of {tuple(wanted[k].shape)}"
         for k in wanted
-        if k in found and found[k].shape != wanted[k].shape
+        if k in renamed and renamed[k].shape != wanted[k].shape
     ]
+    for k, w in renamed.items():
+        if k in wanted and wanted[k].is_floating_point() and not w.is_floating_point():
+            kind = str(w.dtype).removeprefix("torch.")
+            raise InputError(f"{name}: {k} holds codes ({kind}) and not weights; save the dequantised weights")
     if missing or unexpected or shapes:
         raise InputError(f"{name} does not fit the model: {_said(missing, unexpected, shapes)}")
-    return found
+    return renamed
 
 
-def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """The part of `state` that is the model's, under the model's names.
 
     torch.compile puts `_orig_mod.` into names, DataParallel `module.` before them, Lightning `model.` or whatever the
@@ -63,16 +69,47 @@ def fitting(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, T
         if len(same) > 1:
             names = ", ".join(sorted(same))
             raise InputError(
-                f"the checkpoint holds weights of this model {len(same)} times, under {names}: save one alone"
+                f"the checkpoint holds weights of this model {len(same)} times, under {names}: choose one with --key"
             )
+        if AVERAGED.search(best):
+            raise InputError(f"only averaged weights are there, under {best}: --key {best.rstrip('.')} takes them")
     return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best)}
+
+
+def fitted_or_converted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """As `fitted`; a folder of `save_pretrained` that does not fit is read by transformers."""
+    try:
+        return fitted(model, state, name)
+    except InputError:
+        if not (hasattr(model, "from_pretrained") and (Path(name) / "config.json").is_file()):
+            raise
+        return _read_by_transformers(model, Path(name))
+
+
+def _read_by_transformers(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder of `save_pretrained` under the model's names.
+
+    transformers writes some models under names of an older version, and knows how to read them. Nothing of the folder
+    but its weights is used: the configuration is the model's.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter, which names a model elsewhere; use --target to put them together")
+    loaded, about = type(model).from_pretrained(
+        str(folder), config=model.config, local_files_only=True, output_loading_info=True, dtype="auto"
+    )
+    names = [*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]
+    if names:
+        raise InputError(
+            f"{folder} does not fit the model: {len(names)} of its weights ({', '.join(map(str, names[:3]))})"
+        )
+    return loaded.state_dict()
 
 
 def num_outputs(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     """The rows of the model's last layer in `state`; None where it cannot be told which layer that is."""
-    found = fitting(state, model.state_dict())
+    renamed = without_prefix(state, model.state_dict())
     layer = _classifier(model)
-    weight = found.get(f"{layer}.weight") if layer else None
+    weight = renamed.get(f"{layer}.weight") if layer else None
     return None if weight is None else len(weight)
 
 

@@ -51,10 +51,10 @@ class WideResNet(nn.Module):
 
 def named(name: str) -> tuple[int, int] | None:
     """(depth, width) of a name like "wrn28_10"; None for the name of another model."""
-    found = re.fullmatch(r"wrn(\d+)_(\d+)", name)
-    if found is None:
+    parts = re.fullmatch(r"wrn(\d+)_(\d+)", name)
+    if parts is None:
         return None
-    depth, width = int(found[1]), int(found[2])
+    depth, width = int(parts[1]), int(parts[2])
     if depth < 10 or (depth - 4) % 6 or not width:
         raise InputError(f"{name} does not exist: the depth is 6 n + 4 (16, 28, 40) and the width 1 or more")
     return depth, width

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sam_optim import SAM, Perturbation
-from sam_optim.optim import passes
 
 POINTS = (
     "before pass 1",
@@ -34,7 +33,7 @@ UPDATED = frozenset(POINTS[7:])  # the weights are those after the step
 RAISING = ("exception", "KeyboardInterrupt", "SIGTERM", "out of memory", "disk full")
 POISON = ("nan", "inf")
 
-State = dict[str, Any]  # names of all that a step may change -> their bits
+State = dict[str, Any]  # names of weights, buffers and states of optimizers and scalers -> their bits
 
 
 class Fault(Exception):
@@ -116,6 +115,8 @@ class Rig:
     # the step
 
     def step(self, i: int) -> None:
+        """With draws of its own: a fault may leave the generators anywhere."""
+        seed(i)
         self.path.step(self, i)
 
     def backward(self, number: int, i: int, weight: float = 1.0) -> Tensor:
@@ -178,37 +179,44 @@ class Rig:
     # what is left
 
     def state(self) -> State:
-        found: State = {f"weight {k}": bits(p) for k, p in self.model.named_parameters()}
-        found |= {f"buffer {k}": bits(b) for k, b in self.model.named_buffers()}
-        found |= {f"requires_grad {k}": p.requires_grad for k, p in self.model.named_parameters()}
-        found |= {f"gradient of {k}": p.grad is not None for k, p in self.model.named_parameters()}
+        """What a step promises about: not gradients or generators, which the next step clears and draws anyway."""
+        state: State = {f"weight {k}": bits(p) for k, p in self.model.named_parameters()}
+        state |= {f"buffer {k}": bits(b) for k, b in self.model.named_buffers()}
         for i, p in enumerate(self.model.parameters()):
             for key, value in self.base.state.get(p, {}).items():
-                found[f"base state {i} {key}"] = bits(value) if isinstance(value, Tensor) else value
+                state[f"base state {i} {key}"] = bits(value) if isinstance(value, Tensor) else value
         for i, group in enumerate(self.base.param_groups):
-            found[f"group {i}"] = {k: v for k, v in group.items() if k != "params"}
-        found["rng torch"] = bits(torch.get_rng_state())
-        found["rng python"] = random.getstate()
-        name, keys, *rest = numpy.random.get_state()
-        found["rng numpy"] = (name, keys.tobytes(), *rest)
+            state[f"group {i}"] = {k: v for k, v in group.items() if k != "params"}
         if self.scaler is not None:
-            found["scaler"] = self.scaler.state_dict()
-        return found
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def left_open(self) -> list[str]:
         """What a step must never leave behind, whatever became of it."""
-        found = []
+        left = []
         if self.perturbation.active:
-            found.append("still perturbed")
-        if passes._perturbed_now.keys() & {id(p) for p in self.model.parameters()}:
-            found.append("parameters still held")
-        if any(m._state_dict_hooks for m in self.model.modules()):
-            found.append("state_dict hooks")
+            left.append("still perturbed")
+        if self._is_held():
+            left.append("parameters still held")
+        if any(m._state_dict_hooks or m._forward_pre_hooks for m in self.model.modules()):
+            left.append("hooks")
         if self.pointers() != self.where:
-            found.append("storage")
+            left.append("storage")
         if not torch.is_grad_enabled():
-            found.append("no_grad")
-        return found
+            left.append("no_grad")
+        return left
+
+    def _is_held(self) -> bool:
+        """Whether another perturbation is refused; one that moves nothing."""
+        grads = [p.grad for p in self.model.parameters()]
+        try:
+            with Perturbation(self.model.parameters(), rho=0.0).perturbed():
+                return False
+        except RuntimeError:
+            return True
+        finally:
+            for p, g in zip(self.model.parameters(), grads, strict=True):
+                p.grad = g
 
     def settle(self) -> None:
         """What GradScaler asks for after every iteration, also after one that failed in its `step`."""
@@ -227,8 +235,8 @@ class Rig:
 
 
 def _after_step(rig: weakref.ref[Rig], *_: Any) -> None:
-    if (found := rig()) is not None:
-        found.reach("after step")
+    if (alive := rig()) is not None:
+        alive.reach("after step")
 
 
 def fire(kind: str, rig: Rig) -> None:
@@ -275,9 +283,9 @@ def handlers(rig: Rig) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def differences(found: State, expected: State) -> list[str]:
+def differences(state: State, expected: State) -> list[str]:
     """The names of what is not equal, bit for bit."""
-    return sorted(k for k in found.keys() | expected.keys() if k not in found or found[k] != expected.get(k))
+    return sorted(k for k in state.keys() | expected.keys() if k not in state or state[k] != expected.get(k))
 
 
 def only(state: State, *kinds: str) -> State:
@@ -310,15 +318,3 @@ def batch(i: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(i)
     x, y = torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
     return x.to(dtype), y
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """The generators come out as they went in."""
-    state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state[0])
-        random.setstate(state[1])
-        numpy.random.set_state(state[2])

@@ -50,11 +50,9 @@ def check(rig: Rig, clean: list[State], path: str) -> list[str]:
     if rig.path.give_up is not None:
         rig.path.give_up(rig)
     rig.settle()
-    found = rig.state()
-    kinds = ("weight", "base", "group", "requires_grad")
-    if path in WHOLE:
-        kinds += ("buffer", "gradient", "rng")
-    by_state = [differences(only(found, *kinds), only(s, *kinds)) for s in clean[1:3]]
+    state = rig.state()
+    kinds = ("weight", "base", "group") + (("buffer",) if path in WHOLE else ())
+    by_state = [differences(only(state, *kinds), only(s, *kinds)) for s in clean[1:3]]
     return min(by_state, key=len) + rig.left_open() + next_step(rig, clean)
 
 

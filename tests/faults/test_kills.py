@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint
+from benchmarks.train import checkpoint
 from faults import tally
 from faults.cases import PATHS, VARIANTS, trajectory
 from faults.harness import POINTS, Rig, differences, only

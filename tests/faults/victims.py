@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 
-from benchmarks import checkpoint
+from benchmarks.train import checkpoint
 from faults.cases import PATHS, VARIANTS
 from faults.harness import Rig
 from sam_optim.core import files

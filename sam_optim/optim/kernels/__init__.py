@@ -33,13 +33,25 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
     if fused is not None and fused.fits(buckets):
         return fused.ascend_(buckets, backups)
     backups.save(buckets)
-    norms = [b.body.measure(b) for b in buckets]
-    if any([b.groups for b in buckets]):
+    norms, squares, is_spread = [], [], False
+    for b in buckets:
+        norms.append(b.body.measure(b))
+        is_spread = is_spread or bool(b.groups)
+    if is_spread:
         norms = dtensor.over_ranks(buckets, norms)
-    length = hypot([_counted(n.dual, b.rho) for b, n in zip(buckets, norms, strict=True) if b.p == 2])
-    factors = [_factor(b, length if b.p == 2 else n.dual) for b, n in zip(buckets, norms, strict=True)]
-    retained = [b.body.ascend_(b, factor) for b, factor in zip(buckets, factors, strict=True)]
-    return Ascent([b.p for b in buckets], norms, factors, [b.unit for b in buckets], [x for x in retained if x])
+    for b, n in zip(buckets, norms, strict=True):
+        if b.p == 2:
+            squares.append(n.dual if isinstance(b.rho, float | int) else _counted(n.dual, b.rho))
+    length = hypot(squares)
+    ascent = Ascent([], norms, [], [], [])
+    for b, n in zip(buckets, norms, strict=True):
+        factor = _factor(b, length if b.p == 2 else n.dual)
+        if (retained := b.body.ascend_(b, factor)) is not None:
+            ascent.retained.append(retained)
+        ascent.orders.append(b.p)
+        ascent.factors.append(factor)
+        ascent.units.append(b.unit)
+    return ascent
 
 
 def choose(g: Tensor | None, device: torch.device, foreach_flag: bool | None) -> ModuleType:
@@ -77,18 +89,22 @@ def may_be_fused(params: Sequence[Tensor]) -> bool:
 
 def hypot(values: Sequence[Scalar]) -> Scalar:
     """The root of the sum of squares: a number if all are, else a 0-d float64 tensor on the device of the first one."""
-    if not any(isinstance(x, Tensor) for x in values):
-        return math.hypot(*values)  # type: ignore[arg-type]
     if len(values) == 1:
-        return values[0]
+        return abs(values[0])
+    if not any([isinstance(x, Tensor) for x in values]):
+        return math.hypot(*values)  # type: ignore[arg-type]
     device = next(x.device for x in values if isinstance(x, Tensor))
     return torch.linalg.vector_norm(torch.stack([_scalar(x, device) for x in values]))
 
 
 def all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     """Whether every entry is finite: a bool on the CPU, a 0-d tensor on a device, which is not read."""
-    if len({(type(g), g.dtype, g.layout, g.device) for g in grads}) == 1 and _is_common(grads[0]):
-        return _all_finite(grads)
+    if set(map(type, grads)) == {Tensor} and grads[0].is_cpu:
+        try:
+            if math.isfinite(loop.norm_of(grads).item()):
+                return True
+        except RuntimeError:
+            pass  # sparse, or of several devices
     by_kind: dict[Any, list[Tensor]] = {}
     for g in map(dtensor.local, grads):
         g = g.coalesce().values() if g.is_sparse else g
@@ -102,21 +118,10 @@ def all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     return torch.stack([_scalar(x, on_device[0].device) for x in answers]).all()
 
 
-def _is_common(g: Tensor) -> bool:
-    return type(g) is Tensor and g.layout is torch.strided and g.is_floating_point() and not g.is_meta
-
-
-def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """<x, y> over all entries of all tensors on this rank: 0-d float64."""
-    products = [torch.linalg.vecdot(x.flatten().double(), y.flatten().double()) for x, y in zip(xs, ys, strict=True)]
-    return torch.stack([x.to(products[0].device) for x in products]).sum()
-
-
 def _all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     if grads[0].device.type != "cpu":  # a sum of magnitudes overflows only beyond all gradients that make sense
         return torch.stack(torch._foreach_norm(grads, 1, dtype=torch.float32)).sum().isfinite()
-    total = loop.norm_of(grads).item()  # the fastest pass over memory
-    return math.isfinite(total) or all([bool(g.isfinite().all()) for g in grads])
+    return all([bool(g.isfinite().all()) for g in grads])
 
 
 def _factor(b: Bucket, norm: Scalar) -> Scalar:

@@ -1,4 +1,4 @@
-"""What kernels move: lists of tensors with one radius, one norm and one T; and where their clean values are meanwhile."""
+"""What kernels move: lists of tensors with one radius, one norm and one T; and where their clean values are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Norms(NamedTuple):
 class Ascent(NamedTuple):
     """What was computed on the way, for each bucket: numbers, or 0-d tensors on the device, which are not read.
 
-    orders: p. factors: rho unit / ||T g||_2, or rho where p is inf. retained: <e', e> and <e, e> of bf16 and fp16 weights.
+    orders: p. factors: rho unit / ||T g||_2, or rho where p is inf. retained: <e', e> and <e, e> of low precision.
     """
 
     orders: list[float]
@@ -72,7 +72,7 @@ class Bucket:
 
 
 class Storage:
-    """Tensors like the weights of a bucket, for their clean values. They serve as long as the weights keep their layout.
+    """Tensors like the weights of a bucket, for their clean values; kept as long as the weights keep their layout.
 
     copies: one for each weight. Small ones on the CPU are parts of one tensor for each of `batches`.
     """
@@ -84,9 +84,11 @@ class Storage:
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
-        self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
-        if hasattr(b.body, "batches_of"):
-            self.batches, self.copies = b.body.batches_of(b.weights)
+        with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
+            if hasattr(b.body, "batches_of"):
+                self.batches, self.copies = b.body.batches_of(b.weights)
+            else:
+                self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
 
     def fits(self, b: Bucket) -> bool:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
@@ -103,7 +105,7 @@ class Backups:
         self.launcher: Any = None  # what the fused body keeps for the next step
 
     def save(self, buckets: Sequence[Bucket]) -> Moved:
-        """Copies of all weights, before any of them moves: two may share their memory. Returns what `restore_` reads."""
+        """Copies of all weights, before any of them moves: two may share their memory."""
         for b, storage in zip(buckets, self.storages_for(buckets), strict=True):
             if b.weights:
                 torch._foreach_copy_(storage.copies, b.weights)

@@ -80,6 +80,23 @@ def _powers(b: Bucket, norms: Norms) -> tuple[Scalar, Scalar, Scalar]:
     return norms.dual**2 if b.p == 2 else norms.dual, norms.grad**2, norms.step**2
 
 
+def dot(params: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """<x, y> over all entries of the parameters, on all ranks: 0-d float64. xs, ys: the entries on this rank."""
+    device = xs[0].device
+    sums: dict[Groups, list[Tensor]] = {}
+    for p, x, y in zip(params, xs, ys, strict=True):
+        x, y = (torch.view_as_real(v) if v.is_complex() else v for v in (x, y))
+        product = torch.linalg.vecdot(x.reshape(-1).double(), y.reshape(-1).double())
+        sums.setdefault(groups_of(p) or (), []).append(product.to(device))
+    totals = []
+    for groups, values in sums.items():
+        total = torch.stack(values).sum()
+        for group in groups:
+            torch.distributed.all_reduce(total, group=group)
+        totals.append(total)
+    return torch.stack(totals).sum()
+
+
 def any_over(flag: bool | Tensor, groups: Groups, device: torch.device) -> bool | Tensor:
     """Whether the flag is set on any rank of the groups: all of them then do the same."""
     if not groups:

@@ -13,12 +13,12 @@ from sam_optim.optim.kernels.loop import round_to, total
 
 def measure(b: Bucket) -> Norms:
     """Norms, of g / max |T g|: its powers neither vanish nor overflow."""
-    if not b.weights:
+    if not any([w.numel() for w in b.weights]):  # the largest entry of nothing does not exist
         return Norms(0.0, 0.0, 0.0)
     q = 2 if b.p == 2 else 1
     g, t = _wide(b.grads, b.dtype), _scales(b)
     direction = g if t is None else torch._foreach_mul(g, t)
-    largest = torch.stack(torch._foreach_norm(direction, math.inf)).amax().double()
+    largest = torch.stack(torch._foreach_norm([x for x in direction if x.numel()], math.inf)).amax().double()
     b.unit = torch.where(largest == 0, 1.0, largest)
     direction = torch._foreach_div(direction, b.unit)
     dual = total(torch._foreach_norm(direction, q), q) * b.unit

@@ -48,7 +48,9 @@ def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
         n = 0 if w is None else w.numel()
         if start < i and (w is None or n > SMALL or size + n > PIECE):
             together = weights[start:i]
-            clean, moved = (torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2))
+            clean, moved = (
+                torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2)
+            )
             batches.append(Batch(start, i, clean, moved, unflattened(moved, together)))
             copies += unflattened(clean, together)
             start, size = i, 0
@@ -68,7 +70,7 @@ def measure(b: Bucket) -> Norms:
     """
     b.unit = 1.0
     if b.device.type == "cpu":
-        norms = Norms(*(x.item() for x in _norms(b)))
+        norms = _plain_norms(b) if b.is_plain else Norms(*[x.item() for x in _norms(b)])
         if math.isnan(norms.dual) or SAFE[0] < norms.dual < SAFE[1]:
             return norms
     largest = [torch.linalg.vector_norm(g, math.inf).double() for g in b.grads if g.numel()]
@@ -88,6 +90,12 @@ def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
         return None
     retained = [_move_(b, *piece, factor) for batch in b.storage.batches for piece in _pieces(b, batch)]  # type: ignore[union-attr]
     return retained_of(retained)
+
+
+def _plain_norms(b: Bucket) -> Norms:
+    """Where T = 1 and p = 2, in one go."""
+    norm = norm_of(b.grads).item() if b.grads else 0.0
+    return Norms(norm, norm, norm)
 
 
 def _norms(b: Bucket) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +165,7 @@ def step(g: Tensor, t: Tensor | None, p: float) -> Tensor:
 
 
 def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
-    """x in `dtype`: the nearest value; with `noise` one of the two neighbours, with probabilities that keep the mean."""
+    """x in `dtype`: the nearest value; with `noise` one of its two neighbours, so that the mean is x."""
     near = x.to(dtype)
     if noise is None or dtype not in LOW_PRECISION:
         return near
@@ -191,9 +199,16 @@ def total(norms: Sequence[Tensor], order: float) -> Tensor:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """||.||_2 over all entries of tensors of one dtype; it may overflow."""
-    small = [x for x in tensors if x.numel() <= SMALL]
-    norms = [torch.linalg.vector_norm(x) for x in tensors if x.numel() > SMALL]
+    """||.||_2 over all entries of dense tensors; in float32 it may overflow. The fastest pass over memory."""
+    if sum(map(Tensor.numel, tensors)) <= PIECE:
+        flat = flattened(tensors)
+        return torch.linalg.vector_norm(flat, dtype=wide_dtype(flat.dtype))
+    small, norms = [x for x in tensors if x.numel() <= SMALL], []
+    for x in tensors:
+        if x.numel() > SMALL:
+            x = x.detach()
+            flat = x.as_strided((x.numel(),), (1,)) if torch.ops.aten.is_non_overlapping_and_dense(x) else x.reshape(-1)
+            norms += [torch.linalg.vector_norm(part, dtype=wide_dtype(x.dtype)) for part in flat.split(PIECE)]
     if small:
-        norms.append(torch.linalg.vector_norm(flattened(small)))
+        norms.append(torch.linalg.vector_norm(flattened(small), dtype=wide_dtype(small[0].dtype)))
     return total(norms, 2)

@@ -1,0 +1,262 @@
+"""What the demo's numbers say: differences by seed with intervals, correlations, and the sentences that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.demo.plan import DATA, MEASURES, METHODS, NOISY, TEST, Plan
+from benchmarks.machine import versions
+from benchmarks.paired import Difference, difference
+from sam_optim.core.results import plain, provenance
+from sam_optim.core.text import number, signed, spread, text_table
+from sam_optim.statistics.kendall import correlate
+
+NAN = float("nan")
+Results = Mapping[str, Mapping[str, Any]]
+SHARPNESS = tuple(name for name in MEASURES if name != "loss")
+CONTROL_NAMES = {
+    "sgd_long": "SGD with twice the epochs",
+    "sgd_decay": "SGD with tuned weight decay",
+    "sgd": "plain SGD",
+}
+# (method, which epoch): compared like with like, so SAM stops early, too, where the control does
+CONTROLS = (("sgd_long", "last"), ("sgd_decay", "last"), ("sgd", "best"), ("sgd_decay", "best"))
+
+
+def summary(plan: Plan, chosen: Mapping[str, float], tuning: Results, final: Results) -> dict[str, Any]:
+    """Everything that the page and the terminal say, as strict JSON."""
+    accuracy = {
+        m: {when: values(final, m, when, "test_accuracy", scale=100) for when in ("last", "best")} for m in METHODS
+    }
+    results = {
+        "accuracy": accuracy,
+        "headline": headline(accuracy),
+        "differences": differences(accuracy),
+        "best_control": best_control(accuracy),
+        "correlations": correlations(final),
+        "chosen": dict(chosen),
+        "tuning": tuning_table(plan, tuning),
+        "terminal_table": text_table(*terminal_rows(final)),
+        "plan": asdict(plan),
+        "provenance": provenance() | versions("scikit-learn", "scipy"),
+        "cpu_s": sum(run["cpu_s"] for run in (*tuning.values(), *final.values())),
+    }
+    return plain(results)
+
+
+def values(final: Results, method: str, *path: str, scale: float = 1.0) -> list[float]:
+    """One number for each seed; nan where the run failed."""
+    numbers = []
+    for run in final.values():
+        if run["job"]["method"] == method:
+            value: Any = run
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            numbers.append(NAN if value is None else scale * value)
+    return numbers
+
+
+def select(tuning: Results, method: str, setting: str | None, value: float) -> list[float]:
+    """Validation accuracy at the last epoch, for each tuning seed; 0 where training diverged."""
+    jobs = [run for run in tuning.values() if run["job"]["method"] == method and run["job"][str(setting)] == value]
+    return [run["last"]["validation_accuracy"] or 0.0 for run in jobs]
+
+
+def tuning_table(plan: Plan, tuning: Results) -> dict[str, list[dict[str, Any]]]:
+    return {
+        method: [
+            {"value": value, "validation_accuracy": select(tuning, method, METHODS[method].tuned, value)}
+            for value in grid
+        ]
+        for method, grid in plan.grids.items()
+    }
+
+
+def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    """SAM and ASAM against SGD and each control, at the same kind of epoch, in points (1 %) of test accuracy."""
+    rows = []
+    for ours in ("sam", "asam"):
+        for theirs, when in (("sgd", "last"), *CONTROLS):
+            stopped = ", both stopped early" if when == "best" else ""
+            name = f"{METHODS[ours].name} minus {CONTROL_NAMES[theirs]}{stopped}"
+            numbers = difference(accuracy[ours][when], accuracy[theirs][when])._asdict()
+            rows.append({"name": name, "ours": ours, "theirs": theirs, "when": when} | numbers)
+    return rows
+
+
+def best_control(accuracy: Mapping[str, Mapping[str, list[float]]]) -> tuple[str, str]:
+    """(method, which epoch) of the control with the highest mean test accuracy."""
+    return max(CONTROLS, key=lambda control: _or_low(mean(accuracy[control[0]][control[1]])))
+
+
+def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
+    gain = difference(accuracy["sam"]["last"], accuracy["sgd"]["last"])
+    control, when = best_control(accuracy)
+    rest, name = difference(accuracy["sam"][when], accuracy[control][when]), CONTROL_NAMES[control]
+    first = {
+        1: f"SAM is {gain.mean:.1f} percentage points more accurate than SGD on clean test digits",
+        -1: f"SAM is {-gain.mean:.1f} percentage points less accurate than SGD on clean test digits",
+        0: "SAM and SGD cannot be told apart on clean test digits",
+    }[sign(gain)]
+    second = {
+        1: f"SAM beats the best control, {name}, by {rest.mean:.1f} points",
+        -1: f"the best control, {name}, beats SAM by {-rest.mean:.1f} points",
+        0: f"SAM cannot be told from the best control, {name}",
+    }[sign(rest)]
+    joint = "and" if sign(gain) == sign(rest) else "but"
+    return f"{first}, {joint} {'with early stopping for both, ' if when == 'best' else ''}{second}."
+
+
+def sign(difference: Difference) -> int:
+    """+1 or -1 where the interval excludes 0, else 0."""
+    if difference.low > 0:
+        return 1
+    return -1 if difference.high < 0 else 0
+
+
+def run_table(final: Results) -> list[dict[str, Any]]:
+    """One row for each run: test error in percent, and every measure on every data set as "data / measure"."""
+    rows = []
+    for run in final.values():
+        accuracy = run["last"]["test_accuracy"]
+        row = {
+            "method": run["job"]["method"],
+            "seed": run["job"]["seed"],
+            "test_error": None if accuracy is None else 100 * (1 - accuracy),
+        }
+        for data in DATA:
+            for measure in MEASURES:
+                row[f"{data} / {measure}"] = run.get("measures", {}).get(data, {}).get(measure, {}).get("value")
+        rows.append(row)
+    return rows
+
+
+def correlations(final: Results) -> list[dict[str, Any]]:
+    """tau of every measure on every data set with the test error, over all runs and by factor."""
+    rows = run_table(final)
+    return [
+        {"data": data, "measure": measure}
+        | correlate(rows, f"{data} / {measure}", "test_error", factors=["method", "seed"]).to_dict()
+        for data in DATA
+        for measure in MEASURES
+    ]
+
+
+def directions(taus: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """How many of these correlations say that flatter went with better, with worse, and how many leave it open."""
+    better, worse = (sum(_excludes_zero(c, side) for c in taus) for side in (1, -1))
+    return better, worse, len(taus) - better - worse
+
+
+def verdict(taus: Sequence[Mapping[str, Any]]) -> str:
+    """The answer of all sharpness measures on all data sets, and whether it holds where only chance differs."""
+    better, worse, unclear = directions(taus)
+    n = len(taus)
+    if better == n:
+        first = f"Here it did, by all {n} combinations of a sharpness measure and a data set."
+    elif worse == n:
+        first = f"Here it went with worse, by all {n} combinations of a sharpness measure and a data set."
+    else:
+        first = (
+            f"It depends on what is measured where: of {n} combinations of a sharpness measure and a data set, in "
+            f"{better} flatter went with better, in {worse} with worse, and in {unclear} the interval leaves it open."
+        )
+    between, within = (_mean_tau(taus, factor) for factor in ("method", "seed"))
+    return (
+        f"{first} Among the five methods of one seed τ averages {signed(between)} over these combinations; among the "
+        f"seeds of one method, where only chance differs, {signed(within)}."
+    )
+
+
+def flatter_went_with(taus: Sequence[Mapping[str, Any]]) -> str:
+    names = ("flatter went with better", "flatter went with worse", "no clear direction")
+    parts = [(count, name) for count, name in zip(directions(taus), names, strict=True) if count]
+    return "; ".join(f"{name} by {count} of {len(taus)} measures" for count, name in parts)
+
+
+def interpolation_note(final: Results) -> str:
+    """Does a low training-set curvature mislead, as it does once SGD has memorised the noise?"""
+    paths = {
+        "loss": ("measures", NOISY, "loss", "value"),
+        "curvature": ("measures", NOISY, "lambda_max", "value"),
+        "adaptive": ("measures", NOISY, "asam_ball", "value"),
+        "on test data": ("measures", TEST, "lambda_max", "value"),
+        "accuracy": ("last", "test_accuracy"),
+    }
+    short, long = ({name: values(final, m, *path) for name, path in paths.items()} for m in ("sgd", "sgd_long"))
+    before, after = (100 * mean(numbers["accuracy"]) for numbers in (short, long))
+    change = {name: f"from {number(mean(short[name]))} to {number(mean(long[name]))}" for name in paths}
+    curvature, accuracy = (difference(long[name], short[name]) for name in ("curvature", "accuracy"))
+    numbers = (
+        f"Doubling the epochs of SGD takes the loss on the noisy training labels {change['loss']}, the largest Hessian "
+        f"eigenvalue there {change['curvature']} (lower in {curvature.n - curvature.wins} of {curvature.n} seeds) and "
+        f"test accuracy from {before:.1f} to {after:.1f} %. On test data the eigenvalue goes {change['on test data']}."
+    )
+    adaptive = difference(long["adaptive"], short["adaptive"])
+    if curvature.mean < 0 and accuracy.mean < 0.01:
+        other = (
+            f"In ASAM's ball, where a large weight may move far, the sharpness of the same networks goes "
+            f"{change['adaptive']}: which of the two is flatter depends on the ball."
+        )
+        return (
+            f"{numbers} By that eigenvalue the longer training is the flatter one on its own labels, wrong ones "
+            f"included, and it is no better. {other if adaptive.mean > 0 else ''}"
+        ).strip()
+    return f"{numbers} Here the two move in the direction that flatness would predict."
+
+
+def training_note(final: Results) -> str:
+    """Where SGD's test accuracy is highest, and what the rest of its training does."""
+    test, train = (
+        [100 * mean(column) for column in zip(*values_by_epoch(final, "sgd_long", name), strict=True)]
+        for name in ("test_accuracy", "train_accuracy")
+    )
+    peak = max(range(len(test)), key=lambda epoch: _or_low(test[epoch]))
+    numbers = (
+        f"Averaged over seeds, SGD's test accuracy is highest after {peak + 1} epochs, {test[peak]:.1f} %, and "
+        f"{test[-1]:.1f} % after {len(test)}; the share of noisy labels that it says goes from {train[peak]:.0f} to "
+        f"{train[-1]:.0f} %."
+    )
+    return f"{numbers} What it learns after the peak is the noise." if test[-1] < test[peak] - 2 else numbers
+
+
+def values_by_epoch(final: Results, method: str, curve: str) -> list[list[float]]:
+    """One curve for each seed; nan after a run failed."""
+    runs = [run["curves"][curve] for run in final.values() if run["job"]["method"] == method]
+    return [[NAN if value is None else value for value in run] for run in runs]
+
+
+def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
+    head = ["", "test %, last epoch", "test %, best epoch", "wrong labels learned %", "loss, train", "SAM ball, train"]
+    rows = []
+    for key, method in METHODS.items():
+        columns = [
+            values(final, key, "last", "test_accuracy", scale=100),
+            values(final, key, "best", "test_accuracy", scale=100),
+            values(final, key, "memorised", scale=100),
+            values(final, key, "measures", NOISY, "loss", "value"),
+            values(final, key, "measures", NOISY, "sam_ball", "value"),
+        ]
+        rows.append([method.name, *(spread(c, decimals=1 if i < 3 else None) for i, c in enumerate(columns))])
+    return head, rows
+
+
+def mean(numbers: Sequence[float]) -> float:
+    finite = [v for v in numbers if math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else NAN
+
+
+def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
+    ends = correlation.get("low"), correlation.get("high")
+    return all(end is not None and end * side > 0 for end in ends)
+
+
+def _mean_tau(taus: Sequence[Mapping[str, Any]], factor: str) -> float:
+    return mean([NAN if (tau := c["by_factor"].get(factor)) is None else tau for c in taus])
+
+
+def _or_low(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf

@@ -1,0 +1,1 @@
+"""Small experiments, each of which explains one thing."""

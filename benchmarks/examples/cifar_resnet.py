@@ -1,0 +1,93 @@
+r"""The ResNets for CIFAR of He et al. (2016), arXiv:1512.03385, section 4.2: shortcuts without parameters.
+
+    SAM_OPTIM_CIFAR10=DIR sam-optim measure resnet*.th \
+        --target benchmarks.examples.cifar_resnet:problem --measures worst,trace
+
+measures trained ones on CIFAR-10; DIR holds cifar-10-batches-py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions; the shortcut takes every second pixel and pads the channels with zeros where it must."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        short = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(short, (0, 0, 0, 0, self.padding, self.padding)))
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pretrained ones
+
+
+class ResNet(nn.Module):
+    """(n, 3, 32, 32) -> (n, 10): 3 stages of `blocks`, 6 blocks + 2 layers. Those with 20 have 269,722 parameters."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        width = 16
+        for stage, (outputs, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
+            stack = [Block(width if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks)]
+            self.add_module(f"layer{stage}", nn.Sequential(*stack))
+            width = outputs
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+def pretrained(path: Path | str) -> ResNet:
+    """With the weights of a state dict or a checkpoint that holds one, also one of a DataParallel model."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    state = {name.removeprefix("module."): w for name, w in content.get("state_dict", content).items()}
+    model = ResNet(sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in state))
+    model.load_state_dict(state)
+    return model
+
+
+def problem(checkpoint: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A pretrained one and training images, evenly spread over the training set, in batches of 128. The environment
+    says where they are (SAM_OPTIM_CIFAR10, in torchvision's layout) and how many (SAM_OPTIM_IMAGES, 512)."""
+    from sam_optim.vision.data import open_split
+
+    train = open_split("cifar10", os.environ["SAM_OPTIM_CIFAR10"], "train")
+    x, y = train.x, train.labels
+    num = int(os.environ.get("SAM_OPTIM_IMAGES", "512"))
+    rows = torch.arange(num) * len(x) // num
+    mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
+    images = (x[rows].float() / 255 - mean) / std
+    return pretrained(checkpoint), nn.CrossEntropyLoss(), list(zip(images.split(128), y[rows].split(128), strict=True))
+
+
+def trained(x: Tensor, y: Tensor, *, num_steps: int, batch_size: int = 64, seed: int = 0) -> ResNet:
+    """After a few steps of SGD: at random weights the Hessian is not that of any minimum."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ResNet()
+        order = torch.randint(len(x), (num_steps, batch_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for rows in order:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return model

@@ -1,0 +1,176 @@
+"""What a SAM step costs beside its two backward passes: ascent and restore, on the shapes of timm models.
+
+    python -m benchmarks.speed.step [--device cpu] [--models resnet50 ...] [--rounds 21] [--json FILE]
+    python -m benchmarks.speed.step --device cuda [--models ...] [--rounds 20] [--minutes 6] [--json FILE]
+
+On CUDA: see `benchmarks/speed/cuda.py`. On the CPU everything runs in one process on one thread, in a new random order
+in each round, on clones of the same weights and gradients. Compared are paired ratios of thread CPU time, which hold
+where other processes share the machine. The peer is davda54/sam's algorithm, whose adaptive variant has T = |w|; ours
+is measured in that form (eta = 0) and with the eta of the ASAM paper.
+
+The floor is one norm (in rows that keep it exact) and one out-of-place add for each tensor, no bookkeeping; for ASAM
+the same two of T g and T^2 g, T = |w|, which is one multiplication more.
+
+Rows but "SAM, checked" are without the check of the descent gradient for infinities (`nonfinite="ignore"`), which reads
+it once more, and which neither the peer nor the floor has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import facts
+from benchmarks.speed import timing
+from benchmarks.speed.host import Davda54
+from benchmarks.speed.timing import Run
+from sam_optim import SAM
+from sam_optim.core.errors import run, unknown
+
+MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
+RHO = 0.05
+ROW = 65536  # entries of one float32 sum: a longer one is off by up to 1e-3
+
+
+class NoStep(torch.optim.Optimizer):
+    """A base whose update is nothing: what remains of a step is SAM's own part."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        return None
+
+
+def shapes_of(model: str) -> list[torch.Size]:
+    """Those of the parameters of a timm model, made without memory, or of the WRN-28-10 of the SAM paper."""
+    import timm
+
+    from sam_optim.vision.wide_resnet import WideResNet
+
+    if model != "wide-resnet-28-10" and not timm.is_model(model):
+        raise unknown("model", model, timm.list_models())
+    with torch.device("meta"):
+        network = WideResNet(28, 10, num_classes=10) if model == "wide-resnet-28-10" else timm.create_model(model)
+    return [p.shape for p in network.parameters()]
+
+
+def problem(shapes: list[torch.Size]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The same weights and gradients at every call."""
+    generator = torch.Generator().manual_seed(0)
+    weights, grads = ([torch.randn(s, generator=generator).mul_(0.05) for s in shapes] for _ in range(2))
+    return [nn.Parameter(w) for w in weights], grads
+
+
+def step_of(optimizer_of: Callable[[list[nn.Parameter]], Any], shapes: list[torch.Size]) -> tuple[Run, Run]:
+    """(what comes before the clock, what is timed): `first_step` and `second_step`, which the peer has, too."""
+    params, grads = problem(shapes)
+    optimizer = optimizer_of(params)
+
+    def prepare() -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return prepare, step
+
+
+def floor(shapes: list[torch.Size], *, adaptive: bool = False) -> tuple[Run, Run]:
+    params, grads = problem(shapes)
+    triples = [(p.data.view(-1), g.view(-1), torch.empty_like(g.view(-1))) for p, g in zip(params, grads, strict=True)]
+    norm, result = torch.linalg.vector_norm, torch.empty(())
+    rows = [g[: len(g) // ROW * ROW].view(-1, ROW) for _, g, _ in triples]
+    tails = [g[len(g) // ROW * ROW :] for _, g, _ in triples]
+    norms = [torch.empty(len(r)) for r in rows]
+
+    def plain() -> None:
+        for r, tail, out in zip(rows, tails, norms, strict=True):
+            if len(r):
+                norm(r, 2, 1, out=out)
+            if len(tail):
+                norm(tail, out=result)
+        for w, g, out in triples:
+            torch.add(w, g, alpha=1e-3, out=out)
+
+    def with_t() -> None:
+        for w, g, out in triples:
+            norm(torch.mul(w, g, out=out), out=result)
+        for w, _, out in triples:
+            torch.addcmul(w, w, out, value=1e-3, out=out)
+
+    return lambda: None, with_t if adaptive else plain
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "SAM": {"nonfinite": "ignore"},
+    "SAM, checked": {},
+    "ASAM": {"adaptive": True, "eta": 0.0, "nonfinite": "ignore"},
+    "ASAM eta=0.01": {"adaptive": True, "nonfinite": "ignore"},
+}
+
+
+def compare(model: str, rounds: int) -> dict[str, Any]:
+    shapes = shapes_of(model)
+    runs = {way: step_of(lambda p, o=options: SAM(p, NoStep, rho=RHO, **o), shapes) for way, options in WAYS.items()}
+    for kind, adaptive in (("SAM", False), ("ASAM", True)):
+        runs[f"peer {kind}"] = step_of(lambda p, a=adaptive: Davda54(NoStep(p), a), shapes)
+        runs[f"floor {kind}"] = floor(shapes, adaptive=adaptive)
+    times = timing.interleaved(runs, rounds, model)
+    kinds = {way: "ASAM" if options.get("adaptive") else "SAM" for way, options in WAYS.items()}
+    return {
+        "model": model,
+        "parameters": sum(s.numel() for s in shapes),
+        "tensors": len(shapes),
+        "milliseconds": {name: 1e3 * statistics.median(t) for name, t in times.items()},
+        "peer / ours": {way: timing.ratio(times[f"peer {kind}"], times[way]) for way, kind in kinds.items()},
+        "ours / floor": {way: timing.ratio(times[way], times[f"floor {kind}"]) for way, kind in kinds.items()},
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = f"{'shapes':22s}{'':15s}{'ms':>7s}{'peer ms':>9s}{'peer / ours':>22s}{'ours / floor':>22s}"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        name, ms = f"{r['model']} ({r['parameters'] / 1e6:.1f} M)", r["milliseconds"]
+        for way in r["peer / ours"]:
+            ratios = (r["peer / ours"][way], r["ours / floor"][way])
+            cells = "".join(f"{x['median']:10.2f} [{x['q1']:.2f}, {x['q3']:.2f}]" for x in ratios)
+            peer = ms["peer ASAM" if way.startswith("ASAM") else "peer SAM"]
+            lines.append(f"{name:22.22s}{way:>15s}{ms[way]:7.2f}{peer:9.2f}{cells}")
+            name = ""
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", nargs="+", help="timm models whose shapes to use, or wide-resnet-28-10")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--minutes", type=float, default=6.0, help="on CUDA: what would take longer is left out")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    args = parser.parse_args(argv)
+    timing.check_rounds(args.rounds)
+    if args.device == "cuda":
+        from benchmarks.speed import cuda
+
+        return cuda.measure_all(args.models, args.rounds, args.minutes, args.json)
+    torch.set_num_threads(1)
+    results = [compare(model, args.rounds) for model in args.models or MODELS]
+    print(table(results))
+    print("thread CPU time, medians of paired ratios [quartiles]; the peer is davda54/sam's algorithm")
+    timing.write(args.json, {"facts": facts("timm") | {"rounds": args.rounds}, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

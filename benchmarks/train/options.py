@@ -1,0 +1,312 @@
+"""The options of `benchmarks.train`: declared, checked, written to config.json and read back for a resume."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import SWITCH, Parser, add_options, option
+from sam_optim.core.arguments import number
+from sam_optim.core.arguments import pair as any_pair
+from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.files import read_json
+from sam_optim.vision.cifar import LAYOUT
+from sam_optim.vision.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
+PIXELS = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+MAY_CHANGE = (  # on a resume
+    *("out", "resume", "force", "device", "workers", "data_dir", "checkpoint_steps", "measures"),
+    "initial_checkpoint",
+)
+REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
+NOT_RECORDED = ("out", "resume", "force")
+
+_amount, _positive, _fraction = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
+_count, _natural, _below_one = number(int, 1), number(int, 0), number(float, 0, 0.99)
+_share = number(float, 0, 1, above=True)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, VALUE a Python literal that JSON knows, or a bare word."""
+    key, value = any_pair(text)
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"must be a number, word, list or mapping, got {text!r}") from None
+    return key, value
+
+
+_pairs: dict[str, Any] = {"nargs": "*", "type": _pair, "metavar": "KEY=VALUE"}
+_unless = "; default: that of --initial-checkpoint's model, else"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a run. `parse` makes them from a command line, `restored` from a config.json."""
+
+    model: str = option("cnn3", "any timm name, cnn3 (default), cnn5 or wrn28_10")
+    model_kwargs: dict[str, Any] = option({}, "for timm.create_model", **_pairs)
+    data: str = option("digits", "digits (default), cifar10, cifar100, folder, or a name of timm's create_dataset")
+    data_dir: str | None = option(None, metavar="DIR")
+    img_size: int | None = option(
+        None, "pixels; default: small images as they are, others as the model was made for", type=_count
+    )
+    mean: list[float] | None = option(
+        None, f"of pixels in [0, 1], for each channel or all{_unless} ImageNet's", type=_amount, nargs="+"
+    )
+    std: list[float] | None = option(
+        None, "the same; CIFAR in memory has its own mean and std", type=_positive, nargs="+"
+    )
+    crop_pct: float | None = option(None, f"evaluated part of a side{_unless} 0.875", type=_share)
+    interpolation: str | None = option(None, f"of a resized image{_unless} bilinear", choices=INTERPOLATIONS)
+    crop_mode: str | None = option(None, f"how evaluation crops{_unless} center", choices=CROP_MODES)
+    num_classes: int | None = option(None, "of a streamed data set (wds/NAME); others are counted", type=_count)
+    label_noise: float = option(0.0, "fraction of the training labels that is drawn anew", type=_fraction)
+    train_labels: str | None = option(
+        None, "other labels for the training images, as CIFAR-10N's are", metavar="FILE.npz:ARRAY"
+    )
+    validation_fraction: float = option(0.0, "of the training set, held out", type=_below_one)
+    train_examples: int | None = option(None, "only so many, drawn by --seed; default: all", type=_count, metavar="N")
+    workers: int = option(0, "processes that decode images", type=_natural)
+
+    opt: str = option("sgd", "any timm optimizer")
+    opt_kwargs: dict[str, Any] = option({}, **_pairs)
+    lr: float = option(0.05, type=_positive)
+    momentum: float = option(0.9, type=_fraction)
+    weight_decay: float = option(5e-4, "not on biases and normalisation parameters, as in timm", type=_amount)
+    decay_all: bool = option(False, "weight decay also on biases and normalisation parameters", action=SWITCH)
+    layer_decay: float | None = option(
+        None, "factor on the learning rate from each layer to the one below", type=_positive
+    )
+    sched: str = option("cosine", choices=SCHEDULES)
+    patience_epochs: int = option(
+        10,
+        "of --sched plateau: epochs without a better loss in training; with a validation split evaluations of it",
+        type=_natural,
+    )
+    decay_rate: float = option(0.1, "of --sched plateau, step and multistep", type=_positive)
+    warmup_epochs: float = option(0.0, type=_amount)
+    min_lr: float = option(0.0, type=_amount)
+    epochs: int = option(30, type=_count)
+    batch_size: int = option(64, "of each process, where torchrun starts several", type=_count)
+    accumulate: int = option(1, "batches for one update, each with its own perturbation", type=_count)
+    clip_grad: float | None = option(None, "largest 2-norm of an update's gradient", type=_positive)
+
+    sam_rho: float = option(0.0, "radius; 0 (default) is the base optimizer", type=_amount)
+    adaptive: str | None = option(
+        None, "ASAM", nargs="?", const="elementwise", choices=("elementwise", "filter", "layer")
+    )
+    sam_eta: float = option(0.01, type=_amount)
+    sam_norm: str = option("2", choices=("2", "inf"))
+    sync_ascent: bool = option(False, "one perturbation for all processes, not one for each", action=SWITCH)
+
+    no_aug: bool = option(False, "no augmentation", action="store_true")
+    hflip: float = option(0.5, type=_fraction)
+    aa: str | None = option(None, "timm's auto-augment string, e.g. rand-m9-mstd0.5", metavar="POLICY")
+    color_jitter: float = option(0.0, type=_amount)
+    reprob: float = option(0.0, "random erasing", type=_fraction)
+    crop_scale: float = option(0.08, "smallest area of a resized crop", type=_share)
+    mixup: float = option(0.0, type=_amount, metavar="ALPHA")
+    cutmix: float = option(0.0, type=_amount, metavar="ALPHA")
+    smoothing: float = option(0.0, type=_below_one)
+    model_ema: float | None = option(None, "also evaluate an average of the weights", type=_fraction, metavar="DECAY")
+
+    initial_checkpoint: str | None = option(
+        None, "weights of the timm model, to start from; a new head if it must", metavar="FILE"
+    )
+    grad_checkpointing: bool = option(False, "less memory, one more forward pass", action=SWITCH)
+    fsdp: bool = option(False, "weights, gradients and state spread over the processes (FSDP2)", action=SWITCH)
+
+    device: str = option("auto", "auto (default): CUDA where torch sees a device, else the CPU; cpu, cuda, cuda:1")
+    amp: str | None = option(None, choices=("bf16", "fp16"))
+    channels_last: bool = option(False, action=SWITCH)
+    compile: bool = option(False, action=SWITCH)
+    seed: int = option(0, type=_natural)
+    measures: str = option("worst,average,eigenvalue,trace", "after the last epoch; 'none' for no measures")
+    out: Path = option(None, "default: runs/DATA-MODEL-...", type=Path, metavar="RUN_DIR")
+    eval_every: int = option(1, "and after the last epoch", type=_count, metavar="EPOCHS")
+    checkpoint_steps: int | None = option(None, "also every so many updates, not only after each epoch", type=_count)
+    resume: bool = option(
+        False, "go on from the newest valid checkpoint of --out; its options hold", action="store_true"
+    )
+    force: bool = option(False, "replace the run in --out", action="store_true")
+
+    def recorded(self) -> dict[str, Any]:
+        """For config.json: all but where the run lives and how it was started, as JSON gives them back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_RECORDED}
+        return json.loads(json.dumps(values))
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m benchmarks.train", description="Train an image classifier with or without SAM.")
+    p.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML with any of these options; those given here replace them"
+    )
+    add_options(p, Options)
+    p.add_argument("--aug", action="store_false", dest="no_aug", help="the augmentation that a --config turns off")
+    for action in p._actions:
+        if action.default is None and action.nargs in (None, "?") and action.dest not in ("config", "out"):
+            _may_be_none(action)
+    return p
+
+
+def _may_be_none(action: argparse.Action) -> None:
+    """The word none takes back what a --config says of an option that is unset by default."""
+    convert: Callable[[str], Any] = action.type if callable(action.type) else str
+    action.type = lambda text: None if text == "none" else convert(text)
+    if action.choices:
+        action.metavar = "{" + ",".join([*action.choices, "none"]) + "}"
+        action.choices = [*action.choices, None]
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """The options of a run; on a resume those in its config.json, which options given now may not contradict."""
+    argv = _with_config(sys.argv[1:] if argv is None else argv)
+    options = restored(vars(parser().parse_args(argv)))
+    if options.out is None:
+        options = replace(options, out=Path("runs") / default_name(options))
+    if not (options.resume and (options.out / "config.json").exists()):
+        _check(options)
+        return _as_pretrained(options)
+    recorded = read_json(options.out / "config.json").get("options", {})
+    earlier, now = restored(recorded).recorded(), options.recorded()
+    changed = given(argv) - ({"initial_checkpoint"} if options.initial_checkpoint == REQUIRED else set())
+    for key in changed - set(MAY_CHANGE):
+        if key in recorded and earlier[key] != now[key]:
+            name = "--" + key.replace("_", "-")
+            raise InputError(f"{name} {now[key]} differs from the run's {earlier[key]}; leave it out to resume")
+    values = {key: getattr(options, key) for key in changed}
+    return restored(recorded | values, out=options.out, resume=True, force=False)
+
+
+def restored(recorded: dict[str, Any], **changes: Any) -> Options:
+    """Options from config.json; what it does not have (an older run) is at its default."""
+    names = {f.name for f in fields(Options)}
+    values = {key: value for key, value in recorded.items() if key in names}
+    for key in ("opt_kwargs", "model_kwargs"):
+        values[key] = dict(values.get(key, {}))  # pairs, or what they have become
+    return Options(**values | changes)
+
+
+def of_run(directory: Path, **replaced: Any) -> Options:
+    """The options of a trained run, where its data, workers and device are those given now, unless they are None."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{directory} is not a run directory: it has no config.json; make one with benchmarks.train")
+    changes = {key: value for key, value in replaced.items() if value is not None}
+    return restored(read_json(path).get("options", {}), out=directory, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRun:
+    """The run that a command is about, and what may be another one than where it was trained."""
+
+    run: Path = option(flags=["run"], type=Path, metavar="RUN_DIR")
+    data_dir: str | None = option(None, "default: that of the run", metavar="DIR")
+    device: str | None = option(None, "default: that of the run")
+    workers: int | None = option(None, "processes that decode images; default: as many as the run's", type=_natural)
+    ema: bool = option(False, "the averaged weights of --model-ema", action="store_true")
+
+    def options(self) -> Options:
+        return of_run(self.run, data_dir=self.data_dir, device=self.device, workers=self.workers)
+
+
+def given(argv: Sequence[str]) -> set[str]:
+    """Names of the options that stand on the command line."""
+    p = parser()
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(p.parse_args(argv))) - {"config"}
+
+
+def _with_config(argv: Sequence[str]) -> list[str]:
+    """The options of --config FILE before those of the command line, which so replace them."""
+    p = Parser(add_help=False)
+    p.add_argument("--config", type=Path)
+    path = p.parse_known_args(argv)[0].config
+    return [*from_file(path), *argv] if path else list(argv)
+
+
+def from_file(path: Path) -> list[str]:
+    """A YAML mapping as a command line: `lr: 0.1`, `no-aug: true`, `opt-kwargs: {nesterov: false}`.
+
+    Raises:
+        InputError: no such file, no mapping, an option that does not exist.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path} cannot be read: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must be a mapping of options to values, like `lr: 0.1`")
+    names = {o.removeprefix("--") for action in parser()._actions for o in action.option_strings if o.startswith("--")}
+    argv: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("_", "-")
+        if name not in names - {"help", "config", "out", "resume", "force"}:
+            raise unknown(f"option in {path}", name, names)
+        if value is False and f"no-{name}" in names:
+            argv.append(f"--no-{name}")
+        argv += words(name, value)
+    return argv
+
+
+def words(name: str, value: Any) -> list[str]:
+    """One option on a command line; none for False and None."""
+    flag = "--" + name.replace("_", "-")
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        return [flag, *(f"{k}={v}" for k, v in value.items())]
+    return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+
+
+def default_name(options: Options) -> str:
+    sam = f"-{'asam' if options.adaptive else 'sam'}{options.sam_rho:g}" if options.sam_rho else ""
+    noise = f"-noise{options.label_noise:g}" if options.label_noise else ""
+    noise += f"-{options.train_labels.rpartition(':')[2]}" if options.train_labels else ""
+    name = f"{options.data}-{options.model}-{options.opt}{sam}{noise}-s{options.seed}"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".")[:120]
+
+
+def _as_pretrained(options: Options) -> Options:
+    """Images as the weights of --initial-checkpoint know them, where no option says otherwise. It is in the options of
+    config.json from then on: runs from before that go on, and are measured, as they were trained."""
+    if not options.initial_checkpoint or options.data in ("digits", *LAYOUT):
+        return options
+    of_weights = Preprocessing.of_model(options.model).to_dict()
+    return replace(options, **{name: of_weights[name] for name in PIXELS if getattr(options, name) is None})
+
+
+def _check(options: Options) -> None:
+    if options.initial_checkpoint == REQUIRED:
+        raise InputError(f"this recipe fine-tunes: give --initial-checkpoint FILE (weights of {options.model})")
+    if (options.mixup or options.cutmix) and options.batch_size % 2:
+        raise InputError(
+            f"--mixup and --cutmix pair the images of a batch: --batch-size must be even, got {options.batch_size}"
+        )
+    resizing = options.crop_pct or options.interpolation or options.crop_mode
+    if options.data == "digits" and (options.mean or options.std or resizing):
+        raise InputError("digits are normalised as they are read: leave --mean, --std and --crop-pct out")
+    if options.data in LAYOUT and resizing:
+        raise InputError(f"--data {options.data} is not resized: leave --crop-pct, --crop-mode and --interpolation out")
+    if options.adaptive and not options.sam_rho:
+        raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
+    if options.sync_ascent and not options.sam_rho:
+        raise InputError("--sync-ascent needs a radius: give --sam-rho, e.g. 0.05")
+    if options.fsdp and options.amp == "fp16":
+        raise InputError("--fsdp has no scaler for --amp fp16: use --amp bf16")
+    if options.sched == "plateau" and options.warmup_epochs:
+        raise InputError("--sched plateau follows the loss and has no warm-up: leave --warmup-epochs out")
+    if options.resume and options.force:
+        raise InputError("--resume goes on with a run and --force replaces it: choose one")

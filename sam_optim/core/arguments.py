@@ -1,0 +1,54 @@
+"""Checks of command-line words, for argparse: what is wrong with one is an `InputError` of one line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from sam_optim.core.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises `InputError` instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """Converts to a finite number in [low, high], or in (low, high] with `above`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__}, got {text!r}") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            bound = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return convert
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers > 0, separated by commas, each once."""
+    return list(dict.fromkeys(number(float, 0, above=True)(part) for part in text.split(",")))
+
+
+def numbers_of_any_sign(text: str) -> list[float]:
+    return [number(float)(part) for part in text.split(",")]
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, where VALUE is a Python literal or a bare word."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.replace(".", "_").isidentifier():
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: deep brackets
+        return key, value

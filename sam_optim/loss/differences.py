@@ -1,0 +1,92 @@
+"""Hessian-vector products by central differences of gradients, and the check of those by double backward.
+
+Both work on a copy of the model in float64: in float32 the differences of a network with kinks (ReLU, hard sigmoid) are
+wrong by more than their size, because a step that is long enough for the rounding crosses kinks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_optim.core.random import Stream
+from sam_optim.loss.batches import tree_map
+
+STEP = 1e-6  # of ||w||: the root of the third order of float64's rounding is 6e-6, and shorter steps cross fewer kinks
+TOLERANCE = 1e-3  # relative, between a product and its differences
+
+Vector = Sequence[Tensor]
+
+
+def widened(x: Any) -> Any:
+    """A batch, or a module, with its floating-point numbers in float64."""
+    if isinstance(x, nn.Module):
+        return copy.deepcopy(x).double()
+    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, x)
+
+
+class Differences:
+    """v -> H v ~ (g(w + h v) - g(w - h v)) / 2h, for `gradient_at`: d -> g(w + d), h ||v|| = 1e-6 ||w||.
+
+    error: of the first product, relative: its distance from the one with half the step.
+    """
+
+    def __init__(self, params: Vector, gradient_at: Callable[[Vector], Vector]):
+        self._params, self._gradient_at = params, gradient_at
+        self._length = STEP * (_norm([p.detach() for p in params]) or 1.0)
+        self.error: float | None = None
+
+    def __call__(self, v: Vector) -> list[Tensor]:
+        size = _norm(v)
+        if not size or not math.isfinite(size):
+            return [torch.zeros_like(x) if not size else torch.full_like(x, math.nan) for x in v]
+        product = self._with_step(v, self._length / size)
+        if self.error is None:
+            half = self._with_step(v, self._length / size / 2)
+            self.error = _distance(product, half) / (_norm(half) or 1.0)
+        return product
+
+    def _with_step(self, v: Vector, h: float) -> list[Tensor]:
+        ahead = self._gradient_at([h * x for x in v])
+        behind = self._gradient_at([-h * x for x in v])
+        return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+
+
+def check(product: Callable[[Vector], Vector], differences: Differences, params: Vector) -> str | None:
+    """What is wrong with a product: u.(Hv) = v.(Hu) for random u, v, and one H v against differences of gradients."""
+    stream = Stream(0)
+    u, v = ([stream.normal_like(p.detach()) for p in params] for _ in range(2))
+    hu, hv = product(u), product(v)
+    size = _norm(hv)
+    asymmetry = abs(_dot(u, hv) - _dot(v, hu)) / (max(size * _norm(u), _norm(hu) * _norm(v)) or 1.0)
+    if asymmetry > TOLERANCE:
+        return f"u.(Hv) and v.(Hu) of random u and v differ by {asymmetry:.1e} of their size"
+    reference = differences(v)
+    distance = _distance(hv, reference) / (max(size, _norm(reference)) or 1.0)
+    if distance > TOLERANCE + 10 * (differences.error or 0.0):
+        return f"Hv differs from the difference of two gradients by {distance:.1e} of its size"
+    return None
+
+
+def is_missing(error: RuntimeError) -> bool:
+    """Whether an error of torch says that something has no second derivative."""
+    text = str(error)
+    missing = "is not implemented", "once_differentiable", "double backward", "does not support double"
+    return isinstance(error, NotImplementedError) or any(words in text for words in missing)
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    return math.fsum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+
+def _norm(a: Vector) -> float:
+    return math.sqrt(_dot(a, a))
+
+
+def _distance(a: Vector, b: Vector) -> float:
+    return _norm([x - y for x, y in zip(a, b, strict=True)])

@@ -1,0 +1,118 @@
+"""What all measures share: vectors as long as a model, the matrix T M T, and how a result is written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance
+from sam_optim.loss import Loss
+
+Product = Callable[[Tensor], Tensor]
+Progress = Callable[[int, int], None]
+
+CHUNK = 1 << 20  # entries that are in float64 at once
+FEW_SAMPLES = 4  # below it a standard error is itself uncertain by half
+NOT_FINITE = "the loss or one of its derivatives is not finite"
+
+
+@contextmanager
+def flat_product(
+    loss: Loss, ball: Ball | ProductBall | None, matrix: str, *, seed: int = 0, damping: float = 0.0
+) -> Iterator[Product]:
+    """v -> (T M T + damping) v for vectors of P entries."""
+    scales = None if ball is None else ball.scales(loss.params)
+    with loss.curvature(matrix, seed=seed) as product:
+        yield lambda v: flat(scaled(product(scaled(unflat(v, loss.params), scales)), scales)) + damping * v
+
+
+def scaled(v: Sequence[Tensor], scales: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """T v, for the parts of v."""
+    return v if scales is None else [t * x for t, x in zip(scales, v, strict=True)]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of all entries, in float32 or better."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return torch.cat([x.detach().flatten().to(dtype) for x in tensors])
+
+
+def unflat(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of v in the shapes of `like`: views, in the dtype of v."""
+    parts = v.split([w.numel() for w in like])
+    return [x.view(w.shape) for x, w in zip(parts, like, strict=True)]
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """<a, b>, accumulated in float64: a long float32 sum is off by up to 1e-3."""
+    if a.dtype == torch.float64:
+        return float(torch.dot(a, b))
+    parts = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    return math.fsum(float(torch.dot(x.double(), y.double())) for x, y in parts)
+
+
+def norm(a: Tensor) -> float:
+    """||a||_2, accumulated in float64."""
+    return float(torch.linalg.vector_norm(a, dtype=torch.float64))
+
+
+def mean_and_stderr(x: Sequence[float]) -> tuple[float, float]:
+    """Of independent draws; nan for the error of one."""
+    mean = math.fsum(x) / len(x)
+    if len(x) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((a - mean) ** 2 for a in x) / (len(x) - 1) / len(x))
+
+
+def batch_weights(loss: Loss) -> Tensor:
+    """p_b = W_b / sum W, (B,) float64."""
+    weights = torch.tensor(loss.batch_weights, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def batch_mean(loss: Loss, values: Sequence[float]) -> tuple[float, float]:
+    """sum_b p_b x_b over batches, and its standard error; nan for one batch."""
+    weights: Sequence[Any] = loss.batch_weights
+    return mean_over_batches(values, weights)
+
+
+def settings(measure: str, loss: Loss, **options: Any) -> dict[str, Any]:
+    """The name, what the caller chose, and what the loss says of itself: enough to compute the number again."""
+    return {"measure": measure} | {name: plain(value) for name, value in options.items()} | loss.settings()
+
+
+def estimate(
+    value: float, stderr: float, *, settings: dict[str, Any], reason: str | None = None, **fields: Any
+) -> Estimate:
+    """An Estimate: nan, with a reason, if the value is not finite; says when its standard error is itself a guess."""
+    if not math.isfinite(value):
+        value, stderr = math.nan, math.nan
+        reason = reason or NOT_FINITE
+    elif 0 < stderr < math.inf and (n := fields.get("num_samples", 1)) < FEW_SAMPLES:
+        reason = reason or f"few samples: the standard error is over {n}"
+    fields["converged"] = fields.get("converged", True) and math.isfinite(value)
+    return Estimate(value, stderr, settings=settings, provenance=provenance(), reason=reason, **fields)
+
+
+class Ticks:
+    """Counts steps, and tells `progress` after each."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self.to(self._done + 1)
+
+    def to(self, done: int) -> None:
+        """`done` steps are behind, of which some were not needed."""
+        if done > self._done and self._progress is not None:
+            self._progress(done, self._total)
+        self._done = max(done, self._done)

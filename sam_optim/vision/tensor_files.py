@@ -1,0 +1,196 @@
+"""Files of tensors, read without running anything that is in them, and checked where they can be."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import open_regular
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
+NAMED_BY_CONTENT = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{16})\.pt")  # benchmarks.train: step, SHA-256
+REMEDY = "save the weights alone, torch.save(model.state_dict(), path), or as .safetensors"
+SAFE_TORCH = (2, 10)  # before it, a crafted pickle gets past weights_only=True
+LARGE = 1 << 30  # bytes: up to here nobody asks whether a size is true
+OTHER_FORMATS = {  # how a file begins -> what it is, and what to do
+    b"GGUF": "a GGUF file of llama.cpp, whose weights are quantised; give the checkpoint that it was made from",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras), not one of PyTorch",
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself: run `git lfs pull`",
+    b"<!doctype html": "a web page and not the file itself: download it again",
+    b"<html": "a web page and not the file itself: download it again",
+    b"\x93NUMPY": "an array of NumPy, without the names of the weights",
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+}
+
+
+def read_file(path: Path, sha256: Any = None) -> Any:
+    """What a file holds, if it holds nothing but tensors and plain values.
+
+    Args:
+        sha256: a hash object of hashlib, which is fed with the content that is read.
+
+    Raises:
+        InputError: of another format, damaged, or it needs more than tensors and plain values. The zip format of
+            torch.save has checksums, safetensors and the older format of torch.save have none.
+    """
+    with open_regular(path) as file:
+        named = NAMED_BY_CONTENT.fullmatch(path.name)
+        content = hashlib.sha256()
+        for block in _blocks(file) if named or sha256 else ():
+            content.update(block)
+            if sha256:
+                sha256.update(block)
+        if named and content.hexdigest()[:16] != named[2]:
+            actual = content.hexdigest()[:16]
+            raise InputError(f"{path} is damaged: its SHA-256 begins with {actual}, its name says {named[2]}")
+        file.seek(0)
+        _check_format(path, file)
+        return _read_safetensors(path, file) if path.suffix == ".safetensors" else _read_torch(path, file)
+
+
+def digest(*paths: Path) -> str:
+    """SHA-256 of the content, the first 16 hexadecimal digits."""
+    content = hashlib.sha256()
+    for path in paths:
+        with open_regular(path) as file:
+            for block in _blocks(file):
+                content.update(block)
+    return content.hexdigest()[:16]
+
+
+def check_plain(name: str, x: Tensor) -> None:
+    """Raises InputError for a tensor that holds no plain numbers in memory."""
+    if x.device.type == "meta":
+        raise InputError(f"{name} is a tensor on the device meta, which has no numbers; save the weights themselves")
+    if x.layout != torch.strided:
+        raise InputError(f"{name} is a sparse tensor; save it with .to_dense()")
+    if x.is_quantized:
+        raise InputError(f"{name} is quantised; save it with .dequantize()")
+    if x.is_complex():
+        raise InputError(f"{name} is complex; measures need real weights")
+    if x.is_floating_point() and x.element_size() == 1:
+        raise InputError(f"{name} has the type {str(x.dtype).removeprefix('torch.')}: its scales are elsewhere")
+    if x.numel() * x.element_size() > max(LARGE, x.untyped_storage().nbytes()):
+        raise InputError(f"{name} claims the shape {tuple(x.shape)}, with numbers for a small part of it in the file")
+
+
+def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raises InputError for an archive that unpacks to much more than it is itself."""
+    total = sum(member.file_size for member in archive.infolist())
+    if total > max(LARGE, 20 * path.stat().st_size):
+        raise InputError(f"{path} claims to unpack to {total:,} bytes, which no file of numbers does")
+
+
+def _read_torch(path: Path, file: IO[bytes]) -> Any:
+    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if installed < SAFE_TORCH:
+        raise InputError(
+            f"{path} is a pickle, and torch {torch.__version__} can be made to run what is in one: install torch 2.10 "
+            "or newer, or give .safetensors"
+        )
+    try:
+        if file.read(4) == b"PK\x03\x04":
+            _check_zip(path, file)
+        file.seek(0)
+        # timm's scripts save their options as a Namespace, which is plain attributes, and metrics as NumPy's numbers
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMBERS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle's protocol, sparse tensors; what does not load is an error
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if needs := re.search(r"GLOBAL (\S+)", str(error)):
+            refused = f"it refers to {needs[1]}, and nothing in it was run"
+            raise InputError(f"{path} holds more than weights: {refused}; {REMEDY}") from None
+        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        raise InputError(f"{path} is damaged or no checkpoint of torch: {reason[1] if reason else 'pickle'}") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever a crafted pickle makes of torch's own functions
+        raise InputError(f"{path} is {_damage(path, error)}; copy it again, or leave it out") from None
+
+
+def _check_zip(path: Path, file: IO[bytes]) -> None:
+    """torch.load does not look at the checksums."""
+    with zipfile.ZipFile(file) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            raise InputError(f"{path} is TorchScript; save the state_dict() of torch.jit.load(path)")
+        if names & {"archive_format", "serialized_exported_program.json"}:
+            raise InputError(f"{path} is an exported program (.pt2); save the state_dict of torch.export.load(path)")
+        if "data.pkl" not in names:
+            raise InputError(f"{path} is an archive (.zip), but not of torch.save; unpack it first")
+        check_sizes(path, archive)
+        if (bad := archive.testzip()) is not None:
+            raise InputError(f"{path} is damaged: {bad} does not have the checksum that stands in the file")
+
+
+def _read_safetensors(path: Path, file: IO[bytes]) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError:
+        raise InputError(f"{path} needs safetensors: pip install 'sam_optim[bench]'") from None
+    try:
+        return load(file.read())
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {one_line(error)[:200]}") from None
+
+
+def _check_format(path: Path, file: IO[bytes]) -> None:
+    """Names a file of another format for what it is."""
+    start = file.read(64)
+    file.seek(0)
+    for magic, meaning in OTHER_FORMATS.items():
+        if start.lstrip().lower().startswith(magic.lower()) or start.startswith(magic):
+            raise InputError(f"{path} is {meaning}")
+    if path.suffix == ".onnx" or (start[:1] == b"\x08" and any(word in start for word in (b"onnx", b"pytorch"))):
+        raise InputError(f"{path} is an ONNX file; give the checkpoint that it was exported from")
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(1 << 20):
+        yield block
+
+
+class _Dtype:
+    """Stands for numpy.dtype in a pickle: what rebuilds the real one can be given flags that crash the process."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+def _scalar(dtype: Any, content: Any) -> int | float | bool:
+    """Stands for the function that makes a pickled number of NumPy."""
+    import numpy as np
+
+    if not isinstance(dtype, _Dtype) or not re.fullmatch("[biuf][1248]", str(dtype.code)) or dtype.order not in "<>|=":
+        raise ValueError("it has a number of NumPy of an unknown type")
+    return np.frombuffer(content, np.dtype(dtype.order + dtype.code))[0].item()
+
+
+NUMBERS: list[Any] = [
+    (_Dtype, "numpy.dtype"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch cannot open; the text of a KeyError or EOFError is a byte of it."""
+    if path.stat().st_size == 0:
+        return "empty"
+    reason = "" if isinstance(error, (KeyError, EOFError)) else one_line(error).split(". ")[0][:200]
+    return f"damaged or no checkpoint of torch{reason and ': '}{reason}"

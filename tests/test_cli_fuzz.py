@@ -1,0 +1,234 @@
+"""Readers of files against thousands of damaged ones: an `InputError` of one line or a value, nothing else."""
+
+import gzip
+import io
+import json
+import pickle
+import resource
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import network
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sam_optim.core.errors import InputError
+from sam_optim.core.files import read_json
+from sam_optim.sweep import reports, store
+from sam_optim.vision import arrays, checkpoints, cifar, data, images
+
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+SECONDS, MEMORY = 20, 2 << 30
+EXAMPLES, PAGES = 2000, 60  # a page with pictures takes half a second
+ENTRY = {"checkpoint": "a", "key": "k", "column": "trace", "sha256": "0", "measure": "trace", "rho": 0.1}
+ENTRY |= {"identity": {"checkpoint": "0", "loss": {"model": "m"}, "options": {"ball": {"rho": 0.1}}}, "data": {}}
+RESULT = {"type": "Estimate", "value": 1.0, "stderr": 0.1, "num_samples": 3, "converged": True, "settings": {"m": 3}}
+ENTRY |= {"result": RESULT | {"provenance": {"torch": "2"}}, "quality": {"loss": 1.0, "accuracy": 0.5, "chance": 0.1}}
+
+
+def npz():
+    np.savez_compressed(file := io.BytesIO(), x=np.arange(12.0).reshape(4, 3), y=np.arange(4))
+    return file.getvalue()
+
+
+def lzma():
+    with (
+        zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_LZMA) as archive,
+        zipfile.ZipFile(io.BytesIO(npz())) as a,
+    ):
+        for name in a.namelist():
+            archive.writestr(name, a.read(name))
+    return file.getvalue()
+
+
+def saved(**options):
+    torch.save(
+        {"state_dict": network(0, num_classes=2).state_dict(), "metric": np.float64(1)}, file := io.BytesIO(), **options
+    )
+    return file.getvalue()
+
+
+def safetensors():
+    from safetensors.torch import save
+
+    return save(network(0, num_classes=2).state_dict())
+
+
+def image(kind, mode="RGB"):
+    Image.new(mode, (9, 7), 100).save(file := io.BytesIO(), kind)
+    return file.getvalue()
+
+
+def idx():
+    return bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 3]) + bytes(range(18))
+
+
+def batch():
+    return pickle.dumps({"data": np.ones((2, 3072), np.uint8), "labels": [0, 1], "filenames": ["a", "b"]}, protocol=2)
+
+
+def index():
+    return json.dumps(
+        {"metadata": {"total_size": 3}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
+    ).encode()
+
+
+def config():
+    about = {"image_size": [1, 8, 8], "preprocessing": {"mean": [0.5], "std": [0.2], "crop_pct": 1.0}}
+    options = {"model": "cnn3", "model_kwargs": [], "label_noise": 0.1}
+    return json.dumps({"options": options, "data": about}).encode()
+
+
+def results():
+    return json.dumps({"format": store.FORMAT, "entries": [ENTRY, ENTRY | {"checkpoint": "b"}]}).encode()
+
+
+def result():
+    curve = {
+        "type": "Landscape",
+        "coordinates": [[-1.0, 0.0, 1.0]],
+        "losses": [1.0, 0.5, None],
+        "directions": {"a": [1.0]},
+    }
+    return json.dumps(curve | {"settings": {"n": 3}, "provenance": {}}).encode()
+
+
+def table():
+    return b"checkpoint,loss,accuracy,trace,trace error,test_error\na.pt,1,0.5,2,0.1,3\nb.pt,1,0.5,3,0.1,4\n"
+
+
+def report(path):
+    reports.write_report([path], path.with_name("page.html"))
+
+
+def read_run(path):
+    (path.parent / "checkpoints").mkdir(exist_ok=True)
+    (path.parent / "checkpoints" / f"checkpoint-{1:09d}-{'0' * 16}.pt").write_bytes(b"")
+    checkpoints.find([path.parent])
+
+
+def read_class(path):
+    for row in range(len(split := data.open_split(path.parents[1]))):
+        split.picture(row, "RGB")
+
+
+# what a file is called -> (a good one, how it is read)
+READERS = {
+    "d.npz": (npz, arrays.from_file),
+    "lzma.npz": (lzma, arrays.from_file),
+    "c.pt": (saved, lambda path: checkpoints.read(checkpoints.find([path])[0])),
+    "old.pt": (
+        lambda: saved(_use_new_zipfile_serialization=False),
+        lambda p: checkpoints.read(checkpoints.find([p])[0]),
+    ),
+    "c.safetensors": (safetensors, lambda path: checkpoints.read(checkpoints.find([path])[0])),
+    "a/x.png": (lambda: image("PNG"), read_class),
+    "a/y.png": (lambda: image("PNG", "I;16"), read_class),
+    "a/x.jpg": (lambda: image("JPEG"), read_class),
+    "a/x.gif": (lambda: image("GIF"), read_class),
+    "a/x.webp": (lambda: image("WEBP"), read_class),
+    "a/x.tif": (lambda: image("TIFF"), read_class),
+    "train-images-idx3-ubyte": (idx, lambda path: arrays._idx(path.parent, "train-images-idx3", 3)),
+    "train-images-idx3-ubyte.gz": (
+        lambda: gzip.compress(idx()),
+        lambda path: arrays._idx(path.parent, "train-images-idx3", 3),
+    ),
+    "batch": (batch, lambda path: cifar._read_file(path, "labels")),
+    "model.safetensors.index.json": (index, lambda path: checkpoints.find([path.parent])),
+    "config.json": (config, read_run),
+    "numbers.json": (lambda: b'{"cat": 0, "dog": 1}', images.read_class_to_idx),
+    "o.json": (results, store.read),
+    "page of o.json": (results, report),
+    "page of r.json": (result, report),
+    "t.csv": (table, reports._read_csv),
+    "page of t.csv": (table, report),
+    "any.json": (results, read_json),
+}
+
+
+@st.composite
+def damaged(draw, content):
+    """The content with some bytes changed, inserted, removed or repeated, or its end cut off."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        i = draw(st.integers(0, max(len(changed) - 1, 0)))
+        kind = draw(st.sampled_from(["flip", "set", "insert", "remove", "repeat", "cut"]))
+        if kind == "flip" and changed:
+            changed[i] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "set":
+            word = draw(
+                st.sampled_from(
+                    [b"\xff" * 4, b"\0" * 4, b"[[[[", b'"1"', b"[]", b"{}", b"null", b"1e999", b"-1", b"true"]
+                )
+            )
+            changed[i : i + len(word)] = word
+        elif kind == "insert":
+            changed[i:i] = draw(st.binary(min_size=1, max_size=8))
+        elif kind == "remove":
+            del changed[i : i + draw(st.integers(1, 16))]
+        elif kind == "repeat":
+            changed[i:i] = changed[i : i + draw(st.integers(1, 64))]
+        else:
+            del changed[i:]
+    return bytes(changed)
+
+
+@st.composite
+def other_values(draw, content):
+    """The same JSON with another value in some place."""
+    value = json.loads(content)
+    places = [(value, key) for key in value]
+    for holder, key in places:
+        inside = holder[key]
+        if isinstance(inside, (dict, list)):
+            places += [(inside, k) for k in (inside if isinstance(inside, dict) else range(len(inside)))]
+    holder, key = draw(st.sampled_from(places))
+    simple = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+    holder[key] = draw(simple | st.lists(simple, max_size=3) | st.dictionaries(st.text(max_size=3), simple, max_size=3))
+    return json.dumps(value).encode()
+
+
+def read_or_refuse(path: Path, content: bytes, reader) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    started = time.monotonic()
+    try:
+        reader(path)
+    except (InputError, OSError) as error:
+        assert isinstance(error, OSError) or "\n" not in str(error)  # noqa: PT017
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
+    make, reader = READERS[name]
+    content = make()
+    path = tmp_path_factory.mktemp("fuzz") / "data" / name
+    read_or_refuse(path, content, reader)
+    reader(path)  # the good one is read
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    contents = damaged(content)
+    if name.endswith(".json"):
+        contents = contents | other_values(content)
+
+    @settings(
+        max_examples=PAGES if name.startswith("page") else EXAMPLES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(contents)
+    def try_it(content):
+        read_or_refuse(path, content, reader)
+
+    try_it()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY

@@ -1,0 +1,556 @@
+"""Damaged and hostile files and those of other formats: one line each; nothing in them runs or is measured wrongly."""
+
+import json
+import os
+import pickle
+import stat
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import images, network, run, small, study
+from torch import nn
+
+from sam_optim import sweep
+from sam_optim.core import files
+from sam_optim.core.errors import InputError
+from sam_optim.core.files import locked, read_json, write_atomic
+from sam_optim.sweep import store
+from sam_optim.vision import arrays, checkpoints, cifar, tensor_files, weights
+
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("study_problem", None)
+
+
+def read(path, **options):
+    return checkpoints.read(checkpoints.find([path])[0], **options)
+
+
+KINDS = {
+    "meta": (lambda w: w.to("meta"), "on the device meta"),
+    "sparse": (lambda w: w.to_sparse(), "is a sparse tensor"),
+    "complex": (lambda w: w.to(torch.complex64), "is complex"),
+    "fp8": (lambda w: w.to(torch.float8_e4m3fn), "has the type float8_e4m3fn"),
+    "quantised": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantised"),
+    "codes": (lambda w: w.to(torch.int8), r"holds codes \(int8\) and not weights"),
+    "stride 0": (lambda w: torch.zeros(1).expand(1 << 32), "claims the shape"),
+}
+
+
+class TestCheckpoints:
+    def test_every_flipped_bit_of_a_pt_is_found_or_changes_nothing(self, tmp_path):
+        """One bit in each of 150 places, spread over the file: an error, or the weights of before bit for bit."""
+        state = network(0).state_dict()
+        torch.save(state, tmp_path / "c.pt")
+        content = (tmp_path / "c.pt").read_bytes()
+        refused = 0
+        for i in np.linspace(0, len(content) - 1, 150).astype(int):
+            damaged = bytearray(content)
+            damaged[i] ^= 1 << (i % 8)
+            (tmp_path / "d.pt").write_bytes(damaged)
+            error, read_back = None, {}
+            try:
+                read_back = read(tmp_path / "d.pt").state
+            except InputError as caught:
+                error = str(caught)
+            refused += error is not None
+            assert error is None or ("d.pt" in error and "\n" not in error)
+            assert error or all(torch.equal(read_back[k], w) for k, w in state.items())
+        assert refused > 100
+
+    @pytest.mark.parametrize("value", [1e11, -3e35, float("inf"), float("nan")])
+    @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+    def test_values_that_no_training_gives(self, tmp_path, value, suffix):
+        from safetensors.torch import save_file
+
+        state = {k: w.clone() for k, w in network(0).state_dict().items()}
+        state["0.weight"][0, 0, 0, 0] = value
+        (torch.save if suffix == "pt" else save_file)(state, tmp_path / f"c.{suffix}")
+        with pytest.raises(InputError, match=r"0\.weight (has values of up to .*damaged|is not finite everywhere)"):
+            read(tmp_path / f"c.{suffix}")
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.filterwarnings("ignore:.*quantize")
+    def test_tensors_that_are_no_plain_weights(self, tmp_path, kind):
+        change, message = KINDS[kind]
+        state = network(0).state_dict()
+        state["9.weight"] = change(state["9.weight"])
+        torch.save(state, tmp_path / "c.pt")
+        with pytest.raises(InputError, match=message):
+            weights.load_(network(1), read(tmp_path / "c.pt").state, "c.pt")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"GGUF\x03\0\0\0", "a GGUF file"),
+            (b"\x89HDF\r\n\x1a\n\0\0", "an HDF5 file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a Git LFS pointer"),
+            (b"\n<!DOCTYPE html><html>", "a web page"),
+            (b"\x08\x07\x12\x07pytorch\x1a\x032.1", "an ONNX file"),
+            (b"\x93NUMPY\x01\0", "an array of NumPy"),
+        ],
+    )
+    @pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+    def test_other_formats_are_named(self, tmp_path, content, message, suffix):
+        (tmp_path / f"c.{suffix}").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / f"c.{suffix}")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
+    def test_programs_of_torch_are_named(self, tmp_path):
+        torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "c.pt")
+        with pytest.raises(InputError, match="is TorchScript"):
+            read(tmp_path / "c.pt")
+        torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "e.pt2")
+        with pytest.raises(InputError, match=r"is an exported program \(\.pt2\)"):
+            read(tmp_path / "e.pt2")
+        with zipfile.ZipFile(tmp_path / "z.pt", "w") as archive:
+            archive.writestr("readme.txt", "hello")
+        with pytest.raises(InputError, match="is an archive"):
+            read(tmp_path / "z.pt")
+
+    def test_pickles_are_refused_where_torch_reads_them_unsafely(self, tmp_path, monkeypatch):
+        from safetensors.torch import save_file
+
+        torch.save(network(0).state_dict(), tmp_path / "c.pt")
+        save_file(network(0).state_dict(), tmp_path / "c.safetensors")
+        monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+        with pytest.raises(InputError, match=r"install torch 2\.10 or newer, or give \.safetensors"):
+            read(tmp_path / "c.pt")
+        assert read(tmp_path / "c.safetensors").state.keys() == network(0).state_dict().keys()
+
+    def test_numbers_of_numpy_cannot_bring_flags_of_their_own(self, tmp_path):
+        """The state of a rebuilt numpy.dtype says where pointers are: with others it crashes the process."""
+
+        class Dtype:
+            def __reduce__(self):
+                return np.dtype, ("i8", False, True), (3, "<", None, None, None, -1, -1, 255)
+
+        class Number:
+            def __reduce__(self):
+                return np.float64(0).__reduce__()[0], (Dtype(), b"A" * 8)
+
+        torch.save({"state_dict": network(0).state_dict(), "best": Number()}, tmp_path / "c.pt")
+        assert tensor_files.read_file(tmp_path / "c.pt")["best"] == int.from_bytes(b"A" * 8, "little")
+
+    def test_the_entry_that_holds_the_weights_can_be_named(self, tmp_path):
+        a, b = network(0).state_dict(), network(1).state_dict()
+        both = {f"student.{k}": w for k, w in a.items()} | {f"teacher.{k}": w for k, w in b.items()}
+        torch.save({"best": {"net": a}, "epoch": 3, "last": both}, tmp_path / "c.pt")
+        assert torch.equal(read(tmp_path / "c.pt", key="best.net").state["0.weight"], a["0.weight"])
+        torch.save(both, tmp_path / "d.pt")
+        assert torch.equal(read(tmp_path / "d.pt", key="teacher").state["0.weight"], b["0.weight"])
+        with pytest.raises(InputError, match=r"no weights under state_dict, .*; it has best, epoch, last; --key NAME"):
+            read(tmp_path / "c.pt")
+        with pytest.raises(InputError, match="no weights under --key worst; it has best, epoch, last"):
+            read(tmp_path / "c.pt", key="worst")
+
+    def test_averaged_weights_are_taken_only_when_asked_for_and_the_choice_is_said(self, here):
+        path, *_ = images(here / "d.npz")
+        a, b = network(0).state_dict(), network(1).state_dict()
+        torch.save({"state_dict": a, "state_dict_ema": b}, "both.pt")
+        torch.save({"state_dict_ema": b}, "only.pt")
+        torch.save({f"ema_model.{k}": w for k, w in b.items()}, "prefix.pt")
+        common = ["--model", "cnn3", "--data", path, "--measures", "trace", "--num-probes", 2]
+        _, _, err = run("measure", "both.pt", *common)
+        assert "the weights under 'state_dict' are taken; --ema takes the averaged ones under 'state_dict_ema'" in err
+        _, _, err = run("measure", "both.pt", *common, "--ema")
+        assert "the weights under 'state_dict_ema' are taken, the averaged ones" in err
+        for name, remedy in (("only.pt", "--ema takes those under state_dict_ema"), ("prefix.pt", "--key ema_model")):
+            code, _, err = run("measure", name, *common)
+            assert code == 1
+            assert remedy in err
+        assert run("measure", "prefix.pt", *common, "--key", "ema_model")[0] == 0
+
+    def test_a_file_that_changes_between_hashing_and_reading_is_not_measured(self, tmp_path):
+        torch.save(network(0).state_dict(), tmp_path / "c.pt")
+        (checkpoint,) = checkpoints.find([tmp_path / "c.pt"])
+        checkpoint.digest()
+        torch.save(network(1).state_dict(), tmp_path / "c.pt")
+        with pytest.raises(InputError, match="has changed while it was read"):
+            checkpoints.read(checkpoint)
+
+    def test_a_pipe_is_no_checkpoint(self, tmp_path):
+        os.mkfifo(tmp_path / "c.pt")
+        with pytest.raises(InputError, match="is no regular file"):
+            read(tmp_path / "c.pt")
+
+
+class TestRuns:
+    """config.json of a run: names and plain values, nothing else."""
+
+    def made(self, folder, config):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        (folder / "checkpoints" / f"checkpoint-{7:09d}-{'0' * 16}.pt").write_bytes(b"")
+        return folder
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            [["checkpoint_path", "evil.pth"]],
+            [["pretrained", True]],
+            [["pretrained_cfg_overlay", {"url": "http://127.0.0.1/x"}]],
+            [["pretrained_cfg", "x"]],
+            [["cache_dir", "x"]],
+            [["scriptable", True]],
+            [["act_layer", "../x"]],
+            [["act_layer", {"a": 1}]],
+            [["act_layer", "http://x"]],
+            ["drop_rate"],
+            3,
+        ],
+    )
+    def test_options_that_could_be_more_are_refused(self, tmp_path, kwargs):
+        run_ = self.made(tmp_path / "run", {"options": {"model": "test_resnet", "model_kwargs": kwargs}})
+        with pytest.raises(InputError, match=r"config\.json is not of a run of benchmarks\.train"):
+            checkpoints.find([run_])
+
+    @pytest.mark.parametrize("model", ["hf-hub:x/y", "local-dir:/tmp", "../x", 3, None, ["a"], "no_such_model"])
+    def test_models_that_are_no_names_are_refused(self, tmp_path, model):
+        with pytest.raises(InputError, match=r"config\.json is not of a run"):
+            checkpoints.find([self.made(tmp_path / "run", {"options": {"model": model}})])
+
+    def test_options_of_the_model_are_taken(self, tmp_path):
+        kwargs = [["drop_path_rate", 0.1], ["act_layer", "gelu"]]
+        config = {"options": {"model": "test_vit", "model_kwargs": kwargs}}
+        (checkpoint,) = checkpoints.find([self.made(tmp_path / "run", config)])
+        assert checkpoint.run.model_kwargs == {"drop_path_rate": 0.1, "act_layer": "gelu"}
+
+    @pytest.mark.parametrize(
+        "config",
+        ["[]", "{", "[" * 100_000, '{"options": []}', '{"options": 3}', '{"options": {"model_kwargs": {"a": 1}}}',
+         '{"data": {"image_size": [1, 2], "preprocessing": {"mean": [0.5]}}}', '{"options": {"model": NaN}}',
+         '{"data": {"image_size": [3, 8, 8], "preprocessing": {"mean": "abc"}}}', '{"data": [1]}',
+         '{"data": {"image_size": [3, 8, 1e9], "preprocessing": {"crop_pct": 1}}}', "1" * 5000,
+         '{"data": {"image_size": [3, 8, 8], "preprocessing": {"interpolation": "os.system"}}}'],
+    )  # fmt: skip
+    def test_configs_of_other_shapes(self, tmp_path, config):
+        if config == '{"options": []}':
+            assert checkpoints.find([self.made(tmp_path / "run", config)])[0].run.model == "cnn3"
+            return
+        with pytest.raises(InputError, match=r"config\.json"):
+            checkpoints.find([self.made(tmp_path / "run", config)])
+
+    @pytest.mark.parametrize(
+        "content", ['{"weight_map": []}', '{"weight_map": {"a": 3}}', "{}", "[]", '{"weight_map": {}}']
+    )
+    def test_wrong_lists_of_parts(self, tmp_path, content):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InputError, match=r"model\.safetensors\.index\.json"):
+            checkpoints.find([tmp_path])
+
+
+def batch_file(folder, content):
+    (folder / "cifar-10-batches-py").mkdir(exist_ok=True)
+    good = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, protocol=2)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        (folder / "cifar-10-batches-py" / name).write_bytes(good)
+    (folder / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
+
+
+class TestCifar:
+    @pytest.mark.parametrize("protocol", [2, 3, 4])
+    def test_every_protocol_is_read(self, tmp_path, protocol):
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)
+        batch = {"batch_label": "x", "labels": [1, 2, 3], "data": pixels, "filenames": ["a.png", "b.png", "c.png"]}
+        batch_file(tmp_path, pickle.dumps(batch, protocol=protocol))
+        (x, y), _ = cifar.read("cifar10", tmp_path)
+        assert np.array_equal(x[4:7].reshape(3, 3072).numpy(), pixels)
+        assert y[4:7].tolist() == [1, 2, 3]
+
+    def hostile(self):
+        class Dtype:
+            def __reduce__(self):
+                return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 63)
+
+        class Array:
+            def __reduce__(self):
+                maker, arguments, state = np.zeros((2, 3072), np.uint8).__reduce__()
+                return maker, arguments, (state[0], state[1], Dtype(), False, b"A" * 8 * 6144)
+
+        class Sized:
+            def __reduce__(self):
+                maker, arguments, state = np.zeros((2, 3072), np.uint8).__reduce__()
+                return maker, arguments, (state[0], (1 << 40, 3072), state[2], False, b"")
+
+        labels = {"labels": [0, 1]}
+        yield "dtype of objects", pickle.dumps({"data": Array(), **labels})
+        yield "size", pickle.dumps({"data": Sized(), **labels})
+        yield "table of objects", b"\x80\x02}r\xff\xff\xff\x7f."
+        text = b"X\x00\x10\x00\x00" + b"a" * 4096
+        encode = b"c_codecs\nencode\n"
+        yield "codecs", b"\x80\x02" + text + b"q\x000" + (encode + b"h\x00X\x06\x00\x00\x00latin1\x86R") * 64 + b"."
+        yield "codec", b"\x80\x02" + encode + b"X\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R."
+        yield "names", pickle.dumps({"data": Path, **labels})
+        yield "state of a function", b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb."
+
+    def test_nothing_else_is_made_of_a_pickle(self, tmp_path):
+        for _, content in self.hostile():
+            batch_file(tmp_path, content)
+            with pytest.raises(InputError, match=r"data_batch_3 is not a CIFAR file"):
+                cifar.read("cifar10", tmp_path)
+
+
+class TestArrays:
+    def test_an_array_that_claims_more_than_it_holds(self, tmp_path):
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
+        header += b" " * (-(10 + len(header) + 1) % 64) + b"\n"
+        npy = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header
+        with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+            archive.writestr("x.npy", npy)
+            archive.writestr("y.npy", npy)
+        with pytest.raises(InputError, match="an array claims the shape"):
+            arrays.from_file(tmp_path / "d.npz")
+
+    def test_an_archive_that_unpacks_to_far_more_than_it_is(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tensor_files, "LARGE", 1000)
+        np.savez_compressed(tmp_path / "d.npz", x=np.zeros((2000, 100)), y=np.zeros(2000, np.int64))
+        with pytest.raises(InputError, match="claims to unpack to"):
+            arrays.from_file(tmp_path / "d.npz")
+
+
+ENTRY = {"checkpoint": "a", "key": "k", "column": "trace", "identity": {"loss": {}}, "result": {"type": "Estimate"}}
+
+
+class TestResults:
+    @pytest.mark.parametrize(
+        "change",
+        [{"result": {"type": "Estimate", "value": "1"}}, {"result": []}, {"identity": 3}, {"key": 1}, {"column": []},
+         {"result": {"eigenvalues": 3}}, {"result": {"eigenvalues": [[1]]}}, {"result": {"settings": []}},
+         {"result": {"value": True}}, {"error": 3}, {"identity": {"loss": []}}, {"quality": {"loss": "1"}},
+         {"result": {"reason": 1}}, {"result": {"value": 10**400}}],
+    )  # fmt: skip
+    def test_an_entry_that_was_changed_is_named_and_the_file_left_alone(self, here, change):
+        study(here, count=1)
+        content = json.dumps({"format": store.FORMAT, "entries": [ENTRY | change]})
+        (here / "o.json").write_text(content)
+        argv = ["--target", "study_problem:problem", "--measures", "trace", "--num-probes", 2, "--json", "o.json"]
+        for command in (["measure", "c0.pt", *argv], ["report", "o.json", "-o", "r.html"]):
+            code, _, err = run(*command)
+            assert (code, err.count("\n")) == (2, 1)
+            assert "o.json" in err
+        assert (here / "o.json").read_text() == content
+
+    @pytest.mark.parametrize(
+        "content",
+        ['{"type": "Estimate", "value": "1"}', '{"type": "Landscape", "coordinates": 3, "losses": []}',
+         '{"type": "Landscape", "coordinates": [[0, 1]], "losses": [["a"]]}', '{"type": "Landscape"}',
+         '{"type": "Spectrum", "eigenvalues": [{}]}', '{"type": "Correlation", "tau": []}', '{"type": []}'],
+    )  # fmt: skip
+    def test_a_result_of_another_shape_is_one_line(self, here, content):
+        (here / "r.json").write_text(content)
+        code, _, err = run("report", "r.json", "-o", "r.html")
+        assert (code, err.count("\n")) == (2, 1)
+
+    def test_a_name_that_begins_like_a_formula_cannot_run_in_a_spreadsheet_and_is_found_again(self, here):
+        study(here, count=1)
+        os.rename("c0.pt", "=1+1.pt")
+        argv = ["--target", "study_problem:problem", "--measures", "trace", "--num-probes", 2]
+        assert run("measure", "=1+1.pt", *argv, "--csv", "t.csv", "--json", "o.json")[0] == 0
+        assert (here / "t.csv").read_text().splitlines()[1].startswith("'=1+1.pt,")
+        (here / "e.csv").write_text("checkpoint,error\n=1+1.pt,0.5\n")
+        assert run("report", "t.csv", "--targets", "e.csv", "-o", "r.html")[0] == 0
+
+    def test_control_characters_do_not_reach_the_terminal(self, here):
+        study(here, count=1)
+        os.rename("c0.pt", "a\x1b[2J.pt")
+        (here / "b\x1b]0;x\x07.pt").write_bytes(b"no checkpoint")
+        _, out, err = run("measure", ".", "--target", "study_problem:problem", "--measures", "trace", "--num-probes", 2)
+        assert "\x1b" not in out + err
+        assert "\x07" not in out + err
+
+
+class TestWriting:
+    def test_a_planted_link_is_not_followed_and_the_mode_stays(self, tmp_path, monkeypatch):
+        path, victim = tmp_path / "o.json", tmp_path / "victim"
+        victim.write_text("mine")
+        path.write_text("old")
+        path.chmod(0o600)
+        monkeypatch.setattr(files.secrets, "token_hex", lambda n: "guessed")
+        (tmp_path / ".o.json.guessed.tmp").symlink_to(victim)
+        with pytest.raises(InputError, match="File exists"):
+            write_atomic(path, b"new")
+        assert (victim.read_text(), path.read_text()) == ("mine", "old")
+        monkeypatch.undo()
+        write_atomic(path, b"new")
+        assert path.read_text() == "new"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert victim.read_text() == "mine"
+
+    def test_a_planted_link_in_the_place_of_the_lock_is_not_followed(self, tmp_path):
+        (tmp_path / ".o.json.lock").symlink_to(tmp_path / "victim")
+        with pytest.raises(OSError), locked(tmp_path / "o.json"):
+            pass
+        assert not (tmp_path / "victim").exists()
+
+    def test_the_lock_of_a_killed_process_holds_nobody_up(self, tmp_path):
+        code = "import os, sys; from pathlib import Path; from sam_optim.core.files import locked\n"
+        code += "with locked(Path('o.json')): print('held', flush=True); sys.stdin.read()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=f"is being written by process {process.pid}"), locked(tmp_path / "o.json"):
+            pass
+        process.kill()
+        process.communicate()
+        with locked(tmp_path / "o.json"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def command(self, here, *argv, environment=None, **options):
+        study(here, count=1)
+        words = ["measure", "c0.pt", "--target", "study_problem:problem", "--measures", "trace", "--num-probes", "2"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
+        return subprocess.run(
+            [sys.executable, "-m", "sam_optim", *words, *argv], env=environment, timeout=120, **options
+        )
+
+    def test_results_on_standard_output(self, here):
+        done = self.command(here, "--json", "/dev/stdout", "--quiet", capture_output=True)
+        assert done.returncode == 0, done.stderr
+        first, _, _ = done.stdout.decode().partition("checkpoint  ")
+        assert json.loads(first)["format"] == store.FORMAT
+
+    def test_ascii_terminals_and_closed_standard_error(self, here):
+        with open("out", "wb") as out:
+            done = self.command(
+                here, "--json", "o.json", environment={"PYTHONIOENCODING": "ascii"}, stdout=out,
+                preexec_fn=lambda: os.close(2),
+            )  # fmt: skip
+        assert done.returncode == 0
+        table = Path("out").read_bytes()
+        assert table.startswith(b"checkpoint")
+        assert b"\\xb1" in table
+        assert len(store.read(here / "o.json")) == 1
+
+    def test_file_names_that_are_not_utf_8(self, here):
+        study(here, count=1)
+        os.rename("c0.pt", b"caf\xe9.pt")
+        argv = ["--target", "study_problem:problem", "--measures", "trace", "--num-probes", 2]
+        code, out, _ = run("measure", ".", *argv, "--json", "o.json", "--csv", "t.csv")
+        assert code == 0
+        assert out.count("caf") == 1
+        assert run("report", "o.json", "-o", "r.html")[0] == 0
+
+
+class TestQuality:
+    def test_loss_and_accuracy_stand_beside_every_checkpoint(self, here):
+        path, x, y = images(here / "d.npz")
+        for seed in range(2):
+            torch.save(network(seed).state_dict(), f"c{seed}.pt")
+        common = ["--model", "cnn3", "--data", path, "--measures", "trace", "--num-probes", 2, "--batch-size", 10]
+        code, out, _ = run("measure", "c0.pt", "c1.pt", *common, "--json", "o.json", "--csv", "t.csv")
+        assert code == 0
+        head, _, *lines = out.splitlines()
+        assert head.split() == ["checkpoint", "loss", "accuracy", "trace"]
+        for seed, line, entry in zip(range(2), lines, store.read(here / "o.json"), strict=True):
+            outputs = network(seed)(x).detach()
+            loss = float(nn.functional.cross_entropy(outputs, y))
+            accuracy = float((outputs.argmax(1) == y).double().mean())
+            assert entry["quality"]["loss"] == pytest.approx(loss, rel=1e-6)
+            assert entry["quality"]["accuracy"] == pytest.approx(accuracy, rel=1e-12)
+            assert [float(word) for word in line.split()[1:3]] == pytest.approx([loss, accuracy], abs=1e-3)
+        assert (here / "t.csv").read_text().splitlines()[0] == "checkpoint,loss,accuracy,trace,trace error"
+        assert run("measure", "c0.pt", "c1.pt", *common, "--json", "o.json")[1] == out  # nothing is measured again
+
+    def test_a_network_no_better_than_a_guess_on_its_training_data_has_a_warning(self, here):
+        common = ["--model", "cnn3", "--data", "digits", "--measures", "gradient_regret", "--examples", 300, "--quiet"]
+        torch.save(network(0).state_dict(), "c0.pt")
+        _, _, err = run("measure", "c0.pt", *common)
+        assert ("warning: c0.pt: the accuracy is no better than a guess") in err
+        from sam_optim.vision.arrays import digits
+
+        x, y = (v[:300] for v in digits())
+        model = network(0)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(30):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        torch.save(model.state_dict(), "c1.pt")
+        _, _, err = run("measure", "c1.pt", *common)
+        assert "warning" not in err
+        _, _, err = run("measure", "c0.pt", *common, "--split", "test")
+        assert "warning" not in err
+
+    def test_outputs_that_are_no_classes_have_a_loss_alone(self, here):
+        def problem():
+            torch.manual_seed(0)
+            return nn.Linear(4, 1), nn.MSELoss(), [(torch.randn(5, 4), torch.randn(5, 1))]
+
+        measures = sweep.Measures(["trace"], num_probes=2)
+        measured = sweep.measure_checkpoints([], sweep.FunctionProblem(problem), measures)
+        assert measured.text().split()[:3] == ["checkpoint", "loss", "trace"]
+        model, criterion, [(x, y)] = problem()
+        expected = float(criterion(model(x), y).detach())
+        ((_, entry),) = measured.entries.items()
+        assert entry["quality"] == {"loss": pytest.approx(expected, rel=1e-6)}
+
+
+FAMILIES = ["gpt2", "bert", "vit"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_folders_of_save_pretrained_with_tied_weights_and_other_names(here, family):
+    transformers = pytest.importorskip("transformers")
+    tiny = {"vocab_size": 40, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    tiny |= {"intermediate_size": 16, "bos_token_id": 0, "eos_token_id": 0}
+    ids = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    if family == "gpt2":
+        kind, config = transformers.GPT2LMHeadModel, transformers.GPT2Config(n_positions=16, **tiny)
+    elif family == "bert":
+        kind, config = transformers.BertForMaskedLM, transformers.BertConfig(**tiny)
+    else:
+        config = transformers.ViTConfig(image_size=32, patch_size=16, num_labels=3, **tiny)
+        kind, batch = transformers.ViTForImageClassification, {"pixel_values": torch.randn(2, 3, 32, 32)}
+        batch |= {"labels": torch.tensor([0, 1])}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained, other = kind(config), kind(config)
+    trained.save_pretrained(here / "model")
+    problem = sweep.FunctionProblem(lambda: (other, None, [batch]))
+    sweep.measure_checkpoints([here / "model"], problem, sweep.Measures(["average"], num_samples=2))
+    for (name, w), v in zip(trained.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(w, v), name
+
+
+def test_a_function_gets_what_the_user_named(here):
+    torch.save(small(0).state_dict(), "c0.pt")
+    (here / "folder").mkdir()
+    torch.save(small(0).state_dict(), here / "folder" / "pytorch_model.bin")
+    paths = []
+
+    def problem(path):
+        paths.append(path)
+        return small(0), nn.CrossEntropyLoss(), [(torch.ones(2, 4), torch.tensor([0, 1]))]
+
+    sweep.measure_checkpoints(
+        ["c0.pt", "folder"], sweep.FunctionProblem(problem), sweep.Measures(["average"], num_samples=2)
+    )
+    assert paths == ["c0.pt", "folder"]
+
+
+def test_json_is_strict(tmp_path):
+    for content in ("NaN", "[Infinity]", "[" * 100_000, "1" * 5000, "\xff", ""):
+        (tmp_path / "x.json").write_text(content, encoding="latin1")
+        with pytest.raises(InputError, match=r"x\.json is not valid JSON"):
+            read_json(tmp_path / "x.json")

@@ -1,0 +1,134 @@
+"""Second derivatives that torch lacks or gets wrong: products by differences of gradients, and an error."""
+
+import pytest
+import torch
+from networks import NETWORKS, Dense, batches, flat, like, mlp, network
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from sam_optim.loss import Loss
+from sam_optim.measures import hessian_eigenvalues, hessian_trace
+
+cross_entropy = nn.CrossEntropyLoss()
+
+
+class HardSigmoid(nn.Module):
+    """torch's own has no double backward; by clamp it has one."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, x):
+        return nn.functional.hardsigmoid(x) if self.fused else (x / 6 + 0.5).clamp(0, 1)
+
+
+def gated(fused, dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), HardSigmoid(fused), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_model_without_double_backward_has_products_by_differences(dtype):
+    (x, y) = batches(mlp, (9,))[0]
+    data = [(x[:5].to(dtype), y[:5]), (x[5:].to(dtype), y[5:])]
+    dense = Dense(gated(False), cross_entropy, (x, y)).matrix("hessian")
+    model = gated(True, dtype)
+    loss = Loss(model, cross_entropy, data)
+    before = [p.detach().clone() for p in model.parameters()]
+    found = hessian_eigenvalues(loss, num=2, which="magnitude", tol=1e-5)
+    values = torch.linalg.eigvalsh(dense)
+    expected = values[values.abs().topk(2).indices].sort(descending=True).values
+    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-5, atol=1e-6)
+    assert found.settings["products"] == "central differences"
+    assert 0 < found.settings["product_error"] < 1e-5
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    assert hessian_trace(loss, num_probes=1000).value == pytest.approx(float(dense.trace()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_differences_by_name_are_the_products_of_double_backward(kind):
+    model, data = network(kind), batches(kind)
+    loss, exact = Loss(model, cross_entropy, data, differences=True), Loss(model, cross_entropy, data)
+    v = like(torch.linspace(-1, 1, sum(p.numel() for p in loss.params), dtype=torch.float64), loss.params)
+    a, b = flat(loss.hessian_product(v)), flat(exact.hessian_product(v))
+    assert float((a - b).norm()) < 1e-6 * float(b.norm())
+    assert loss.block("0" if kind is not NETWORKS[2] else "head").settings()["products"] == "central differences"
+    assert "products" not in exact.settings()
+
+
+class Square(torch.autograd.Function):
+    """x^2, whose backward hides from autograd that it depends on x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * g
+
+
+class Once(Square):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Custom(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.function = nn.Linear(4, 5).double(), nn.Linear(5, 3).double(), function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("function", [Square, Once])
+def test_second_derivatives_that_are_wrong_are_an_error(function):
+    """torch does not refuse `once_differentiable` here: its products come out wrong."""
+    data = batches(mlp)
+    exact = hessian_eigenvalues(Loss(Custom(torch.square), cross_entropy, data), tol=1e-6)
+    with pytest.raises(ValueError, match=r"second derivatives .* are wrong: .*differences=True"):
+        hessian_eigenvalues(Loss(Custom(function.apply), cross_entropy, data))
+    by_name = hessian_eigenvalues(Loss(Custom(function.apply), cross_entropy, data, differences=True), tol=1e-6)
+    assert float(by_name.eigenvalues) == pytest.approx(float(exact.eigenvalues), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_check_costs_less_than_a_gradient_of_ten_batches_and_refuses_nothing_right(kind, dtype):
+    model = network(kind).to(dtype)
+    data = [(x.to(dtype), y) for x, y in batches(kind, (64,) * 10)]
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    loss = Loss(model, cross_entropy, data)
+    loss.value_and_gradient()
+    assert sum(seen) == 10 * 64 + 2 * 64  # one batch without gradients, and once more with them
+    with loss.curvature():
+        pass
+
+
+class Foreign(nn.Module):
+    """Cannot be computed in float64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(x.float()) * torch.ones(3, dtype=torch.float32)
+
+
+def test_a_model_that_stays_in_float32_has_its_products():
+    data = [(x.float(), y) for x, y in batches(mlp)]
+    loss = Loss(Foreign(), cross_entropy, data)
+    found = hessian_eigenvalues(loss)
+    assert found.converged
+    assert "products" not in found.settings

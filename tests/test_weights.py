@@ -1,0 +1,212 @@
+"""What batches and examples weigh: the loss over batches is that of one batch, whatever its mean is over."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from networks import Dense, batches, flat, like, mlp, network
+from torch import nn
+from torch.nn import functional as F
+
+from sam_optim.loss import Loss
+from sam_optim.measures import gradient_noise_scale, hessian_eigenvalues
+
+ULPS = 1e4 * torch.finfo(torch.float64).eps
+SIZES = (9, 4, 7)
+CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+CRITERIA = {
+    "ignored labels": nn.CrossEntropyLoss(ignore_index=0),
+    "class weights": nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+    "both, smoothed": nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=1, label_smoothing=0.1),
+    "partial": functools.partial(F.cross_entropy, ignore_index=2),
+    "a function": lambda o, y: F.cross_entropy(o, y, weight=CLASS_WEIGHTS, ignore_index=0),
+    "an ignoring function": lambda o, y: F.cross_entropy(o, y, ignore_index=1),
+}
+RULES = {"ignored labels": "counted labels", "partial": "counted labels"}
+RULES |= {"class weights": "weights of classes", "both, smoothed": "weights of classes"}
+
+
+def joined(data):
+    return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_several_batches_are_one_batch(name, chunk_size):
+    model, data, criterion = network(mlp).eval(), batches(mlp, SIZES), CRITERIA[name]
+    dense = Dense(model, criterion, joined(data))
+    w = dense.w.clone().requires_grad_()
+    expected = dense.loss(w)
+    loss = Loss(model, criterion, data, chunk_size=chunk_size)
+    value, gradient = loss.value_and_gradient()
+    torch.testing.assert_close(value, expected.detach(), rtol=ULPS, atol=ULPS)
+    torch.testing.assert_close(loss.value(), expected.detach(), rtol=ULPS, atol=ULPS)
+    torch.testing.assert_close(flat(gradient), torch.autograd.grad(expected, w)[0], rtol=ULPS, atol=ULPS)
+    v = torch.linspace(-1, 1, len(dense.w), dtype=torch.float64)
+    for matrix in ("hessian", "ggn"):
+        with loss.curvature(matrix) as product:
+            torch.testing.assert_close(
+                flat(product(like(v, loss.params))), dense.matrix(matrix) @ v, rtol=1e-9, atol=1e-9
+            )
+    assert loss.settings()["weights"] == RULES.get(name, "criterion")
+    assert loss.batch_sizes == SIZES
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_fisher_matrices_have_the_weights_of_the_criterion(name):
+    model, data, criterion = network(mlp).eval(), batches(mlp, SIZES), CRITERIA[name]
+    loss = Loss(model, criterion, data, chunk_size=3)
+    v = like(torch.linspace(-1, 1, 51, dtype=torch.float64), loss.params)
+    if "smoothed" not in name:  # with it the Hessian of the criterion is that of another model of the labels
+        torch.testing.assert_close(flat(loss.fisher_product(v)), flat(loss.ggn_product(v)), rtol=1e-9, atol=1e-9)
+    x, y = joined(data)
+    total = torch.zeros(51, 51, dtype=torch.float64)
+    weight_of = {
+        "ignored labels": [0, 1, 1],
+        "class weights": [1, 2, 5],
+        "both, smoothed": [1, 0, 5],
+        "partial": [1, 1, 0],
+    }
+    weight_of |= {"a function": [0, 2, 5], "an ignoring function": [1, 0, 1]}
+    weights = torch.tensor(weight_of[name], dtype=torch.float64)[y]
+    for i in range(len(x)):
+        if weights[i]:
+            dense = Dense(model, criterion, (x[i : i + 1], y[i : i + 1]))
+            w = dense.w.clone().requires_grad_()
+            g = torch.autograd.grad(dense.loss(w), w)[0]
+            total += weights[i] * torch.outer(g, g) / weights.sum()
+    torch.testing.assert_close(flat(loss.empirical_fisher_product(v)), total @ flat(v), rtol=1e-9, atol=1e-9)
+
+
+def test_examples_alone_and_a_batch_without_labels():
+    data = batches(mlp, SIZES)
+    loss = Loss(network(mlp), CRITERIA["ignored labels"], data)
+    alone = loss.split(1)
+    assert alone.num_batches == sum(int((y != 0).sum()) for _, y in data)
+    torch.testing.assert_close(alone.value(), loss.value(), rtol=ULPS, atol=ULPS)
+    data[1] = (data[1][0], torch.zeros_like(data[1][1]))
+    with pytest.raises(ValueError, match="batch 1 has the weight 0"):
+        Loss(network(mlp), CRITERIA["ignored labels"], data).value()
+
+
+def test_the_noise_scale_is_over_counted_labels():
+    model, data = network(mlp).eval(), batches(mlp, SIZES)
+    x, y = joined(data)
+    kept = y != 0
+    expected = gradient_noise_scale(Loss(model, nn.CrossEntropyLoss(), [(x[kept], y[kept])])).value
+    loss = Loss(model, CRITERIA["ignored labels"], data)
+    assert gradient_noise_scale(loss.split(1)).value == pytest.approx(expected, rel=1e-9)
+    assert gradient_noise_scale(Loss(model, CRITERIA["ignored labels"], [(x, y)])).value == pytest.approx(expected)
+
+
+def test_weights_that_are_given():
+    data = batches(mlp, SIZES)
+    values = torch.stack([Loss(network(mlp), nn.CrossEntropyLoss(), [b]).value() for b in data])
+    for given in ([1.0, 3.0, 2.0], lambda batch: {9: 1.0, 4: 3.0, 7: 2.0}[len(batch[1])]):
+        loss = Loss(network(mlp), nn.CrossEntropyLoss(), data, batch_weights=given)
+        expected = (values * torch.tensor([1.0, 3.0, 2.0]).double()).sum() / 6
+        torch.testing.assert_close(loss.value(), expected, rtol=ULPS, atol=ULPS)
+        assert loss.settings()["weights"] == "given"
+        assert loss.over_batches(lambda single: float(single.value())) == pytest.approx(values.tolist())
+    with pytest.raises(ValueError, match="one number for each batch, got 2 for 3"):
+        Loss(network(mlp), nn.CrossEntropyLoss(), data, batch_weights=[1.0, 2.0]).value()
+
+
+def test_elements_of_sequences_of_different_lengths():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1).double()
+    data = [(torch.randn(n, t, 2).double(), torch.randn(n, t, 1).double()) for n, t in ((3, 5), (4, 2), (2, 7))]
+    loss = Loss(model, nn.MSELoss(), data)
+    errors = torch.cat([(model(x) - y).square().flatten() for x, y in data]).detach()
+    torch.testing.assert_close(loss.value(), errors.mean(), rtol=ULPS, atol=ULPS)
+
+
+class Tokens(nn.Module):
+    """A language model in the form of Hugging Face's: labels of the same or of the next token, -100 is padding."""
+
+    def __init__(self, shift):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+        self.shift = shift
+
+    def forward(self, input_ids, labels=None):
+        logits = self.body(input_ids)
+        shifted = logits[:, : logits.shape[1] - self.shift], labels[:, self.shift :]
+        loss = F.cross_entropy(shifted[0].flatten(0, 1), shifted[1].flatten(), ignore_index=-100)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_padded_language_batches_weigh_their_tokens(shift):
+    model, data, losses = Tokens(shift), [], []
+    for n, t in ((2, 6), (3, 9), (4, 3)):
+        ids = torch.randint(7, (n, t))
+        labels = ids.masked_fill(torch.rand(n, t) < 0.4, -100)
+        data.append({"input_ids": ids, "labels": labels})
+        logits, wanted = model.body(ids)[:, : t - shift], labels[:, shift:]
+        losses.append(
+            F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")[wanted.flatten() != -100]
+        )
+    loss = Loss(model, None, data)
+    torch.testing.assert_close(loss.value(), torch.cat(losses).mean().detach(), rtol=ULPS, atol=ULPS)
+    w = torch.cat([p.flatten() for p in model.parameters()])
+    grads = torch.autograd.grad(torch.cat(losses).mean(), list(model.parameters()), create_graph=True)
+    g = torch.cat([x.flatten() for x in grads])
+    rows = [torch.autograd.grad(x, list(model.parameters()), retain_graph=True, materialize_grads=True) for x in g]
+    dense = torch.stack([torch.cat([x.flatten() for x in row]) for row in rows])
+    top = float(hessian_eigenvalues(loss, tol=1e-8).eigenvalues)
+    assert top == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-7)
+    assert loss.settings()["weights"] == "counted labels"
+    assert len(w) == loss.settings()["num_parameters"]
+
+
+def test_a_sum_over_the_batch_is_refused():
+    criterion = lambda o, y: F.cross_entropy(o, y, reduction="sum")  # noqa: E731
+    with pytest.raises(ValueError, match="sum over the batch"):
+        Loss(network(mlp), criterion, batches(mlp)).value()
+    pairs = Loss(network(mlp), lambda o, y: (o @ o.T).square().mean(), batches(mlp))
+    assert pairs.settings()["weights"] == "examples"
+
+
+class TwoFunctions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = network(mlp)
+
+    def forward(self, x):
+        return self.inner(x) if torch.is_grad_enabled() else 1.01 * self.inner(x)
+
+
+def test_a_model_of_two_functions_is_refused():
+    with pytest.raises(ValueError, match=r"without gradients and .* with them"):
+        Loss(TwoFunctions(), nn.CrossEntropyLoss(), batches(mlp)).value()
+
+
+def test_values_and_gradients_of_an_encoder_with_padding_are_of_one_function():
+    """torch's fast path, which only inference takes, computes another one where the padding is not on the right."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, x, mask):
+            return self.head(self.encoder(x, src_key_padding_mask=mask).mean(dim=1))
+
+    model = Encoder().eval()
+    x, mask = torch.randn(6, 5, 8), torch.zeros(6, 5, dtype=torch.bool)
+    mask[::2, 0] = True
+    y = torch.randint(3, (6,))
+    loss = Loss(model, nn.CrossEntropyLoss(), [(x, mask, y)])
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    value, gradient = loss.value_and_gradient()
+    assert float(loss.value()) == pytest.approx(float(value), rel=1e-6)
+    size = float(flat(gradient).norm())
+    with loss.displaced([1e-3 * g / size for g in gradient]):
+        rise = float(loss.value() - value)
+    assert rise == pytest.approx(1e-3 * size, rel=0.02)
+    assert torch.backends.mha.get_fastpath_enabled() == enabled

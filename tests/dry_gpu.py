@@ -71,11 +71,6 @@ def machine(monkeypatch):
     for name, fake in replaced.items():
         assert hasattr(torch.cuda, name), name
         monkeypatch.setattr(torch.cuda, name, fake)
-    # what runs below would believe in the device: pinned memory, generators
-    monkeypatch.setattr(
-        "sam_optim.optim.kernels.tables.staged", lambda values, dtype, _: torch.tensor(values, dtype=dtype)
-    )
-    monkeypatch.setattr("sam_optim.optim.kernels.tables.constant", lambda v, dtype, *_: torch.as_tensor(v, dtype=dtype))
     monkeypatch.setattr(device, "DEVICE", "cpu")
     monkeypatch.setattr(device, "COPIED", 2**16)
     monkeypatch.setattr(device, "FLUSHED", 2**10)

@@ -151,7 +151,7 @@ def test_the_steady_state_leaves_nothing_to_torch_but_one_copy_back(variant, lau
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_a_model_over_two_devices_has_one_norm(flags, variant, dtype, launches):
-    """Nothing meets a tensor of another device, which fake tensors refuse as real ones do. Not fused: a launch has one."""
+    """Nothing meets a tensor of another device, which fake tensors refuse as real ones do. Nothing is fused there."""
     params = [torch.nn.Parameter(torch.empty(s, dtype=dtype, device=f"cuda:{i % 2}")) for i, s in enumerate(SHAPES)]
     sam = VARIANTS[variant](params, **flags)
     sam._has_warned = True  # the first step reads what the rounding of low precision left, to warn of it

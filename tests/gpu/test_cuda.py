@@ -23,9 +23,9 @@ pytestmark = [
 
 
 def on_device(shapes, dtype=torch.float32):
-    made = make(shapes, dtype)
-    params = [nn.Parameter(p.detach().to(DEVICE)) for p in made]
-    for p, q in zip(params, made, strict=True):
+    on_host = make(shapes, dtype)
+    params = [nn.Parameter(p.detach().to(DEVICE)) for p in on_host]
+    for p, q in zip(params, on_host, strict=True):
         p.grad = q.grad.to(DEVICE)
     return params
 
@@ -35,10 +35,11 @@ def moved(sam, params, grads=None):
     for p, g in zip(params, grads or [p.grad for p in params], strict=True):
         p.grad = g
     before = [p.detach().clone() for p in params]
-    with sam.perturbed():
-        found = [p.detach().clone() for p in params]
+    sam.enter()
+    perturbed = [p.detach().clone() for p in params]
+    sam.exit(failed=True)  # no backward runs here
     assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
-    return found
+    return perturbed
 
 
 @pytest.mark.parametrize(("dtype", "adaptive", "norm"), KINDS, ids=str)
@@ -48,11 +49,11 @@ def test_ascent_is_the_formula_of_the_paper(flags, adaptive, norm, dtype):
     truth = expected(params, 0.1, adaptive, norm=norm)
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, norm=norm, **flags)
     grads = [p.grad for p in params]
-    found = moved(sam, params, grads)
-    for a, w in zip(found, truth, strict=True):
+    weights = moved(sam, params, grads)
+    for a, w in zip(weights, truth, strict=True):
         close_to([a.cpu()], [w.cpu()], dtype)
     again = moved(sam, params, grads)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
 def test_unaligned_gradients_and_shared_layouts():
@@ -69,16 +70,31 @@ def test_unaligned_gradients_and_shared_layouts():
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": True}], ids=str)
-def test_a_gradient_that_leads_nowhere_moves_nothing_and_is_counted(flags, bad):
+def test_a_gradient_of_0_moves_nothing_and_one_that_is_not_finite_makes_nan(flags, bad):
     params = on_device(SHAPES)
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad.fill_(0.0)
     params[-1].grad[7] = bad
-    sam = Perturbation(params, rho=0.1, **flags)
-    with sam.perturbed():
-        assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
-    assert int(sam.num_unperturbed) == 1
+    weights = moved(Perturbation(params, rho=0.1, **flags), params)
+    if bad == 0:
+        assert all(torch.equal(p, w) for p, w in zip(weights, before, strict=True))
+    else:
+        assert all(bool(w.isnan().all()) for w in weights)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-18, 1e18, 1e25, 3e36])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_finite_gradient_moves_by_rho_whatever_its_size(adaptive, size):
+    """Also where its squares, or rho / ||T g||, are beyond float32: a device must not flush small numbers to 0."""
+    params = on_device(SHAPES)
+    for p in params:
+        p.grad.mul_(size)
+    truth = expected(params, 0.1, adaptive)
+    sam = Perturbation(params, rho=0.1, adaptive=adaptive, fused=True)
+    for a, w in zip(moved(sam, params), truth, strict=True):
+        close_to([a.cpu()], [w.cpu()], torch.float32)
+    assert float(sam.last_step.radius) == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.cuda
@@ -90,8 +106,8 @@ def test_the_steady_state_waits_for_nothing_and_allocates_nothing():
     def once():
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        sam.enter(keep_gradients=False)
-        sam.exit()
+        sam.enter()
+        sam.exit(failed=True)  # no backward runs here
 
     for _ in range(3):
         once()
@@ -148,7 +164,7 @@ def test_a_replayed_step_is_the_eager_one(flags, kind, base):
         torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-3, atol=1e-4, msg=f"step {i}")
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert int(graphed.num_unperturbed) == 0
+    assert int(graphed.num_skipped) == 0
 
 
 @pytest.mark.cuda
@@ -160,7 +176,7 @@ def test_grad_scaler(fused):
         model = network()
         optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.01, module=model, fused=fused)
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=is_scaled)
-        found = []
+        curve = []
         for x, y in batches(10):
             with torch.autocast("cuda", torch.float16, enabled=is_scaled):
                 loss = nn.functional.cross_entropy(model(x), y)
@@ -170,8 +186,8 @@ def test_grad_scaler(fused):
                 scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
             scaler.step(optimizer)
             scaler.update()
-            found.append(float(loss))
-        losses.append(found)
+            curve.append(float(loss))
+        losses.append(curve)
     assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.02)
 
 
@@ -183,61 +199,6 @@ def closure_of(model, optimizer, x, y):
         return loss.detach()
 
     return closure
-
-
-def trained(base, steps, *, shares=False, parts=1, **flags):
-    """Weights after some steps, and the state of the base. shares: the step in two, as davda54/sam has it."""
-    factory, options = BASES[base]
-    model = network()
-    optimizer = SAM.wrap(factory(model.parameters(), fused=True, **options), module=model, **flags)
-    for x, y in batches(steps):
-        closures = [closure_of(model, optimizer, *half) for half in zip(x.chunk(parts), y.chunk(parts), strict=True)]
-        if shares:
-            closures[0]()
-            optimizer.first_step(zero_grad=True)
-            closures[0]()
-            optimizer.second_step()
-        else:
-            optimizer.step(closures if parts > 1 else closures[0])
-    state = [v for p in model.parameters() for v in optimizer.state[p].values()]
-    return [p.detach().clone() for p in model.parameters()], state, optimizer
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("how", [{}, {"shares": True}, {"parts": 2}], ids=str)
-def test_the_update_that_restores_is_torchs_own_after_a_copy(base, how):
-    """And the same bits every time."""
-    weights, state, optimizer = trained(base, 6, fused=True, **how)
-    assert optimizer._update._descent is not None
-    assert optimizer._update._descent._update is not None  # it was not torch's
-    others, other_state, _ = trained(base, 6, foreach=True, **how)
-    for a, b in zip([*weights, *state], [*others, *other_state], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    again, again_state, _ = trained(base, 6, fused=True, **how)
-    assert all(torch.equal(a, b) for a, b in zip([*weights, *state], [*again, *again_state], strict=True))
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_one_update_from_saved_weights_is_torchs_own(base):
-    """From the same gradients: what differs is rounding."""
-    from sam_optim.optim.kernels.triton_descent import Descent
-
-    factory, options = BASES[base]
-    pairs = [on_device(SHAPES) for _ in range(2)]
-    optimizers = [factory(params, fused=True, **options) for params in pairs]
-    for optimizer in optimizers:
-        optimizer.step()
-    descent = Descent(optimizers[0])
-    for _ in range(3):
-        saved = [p.detach().clone() for p in pairs[0]]
-        for p in pairs[0]:
-            p.data.fill_(math.nan)
-        descent.run(descent.update(pairs[0], saved))
-        optimizers[1].step()
-    for p, q in zip(*pairs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
-        for name, value in optimizers[0].state[p].items():
-            torch.testing.assert_close(value, optimizers[1].state[q][name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -257,16 +218,17 @@ def test_a_descent_gradient_that_is_not_finite_leaves_weights_and_state(base):
                 optimizer.first_step()
         optimizer.second_step()
         assert int(optimizer.num_skipped) == (i >= 3)
-        kept = all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
-        assert kept == (i == 3)
-    assert len(state) == sum(len(optimizer.state[p]) for p in params)
+        assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True)) == (i == 3)
+        if i == 3:
+            after = [v for p in params for v in optimizer.state[p].values()]
+            assert all(torch.equal(a, b) for a, b in zip(after, state, strict=True))
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("fused", [True, None])
 def test_grad_scaler_in_two_steps(fused):
     """As davda54/sam has it: `first_step`, backward, `scaler.step(optimizer)`, against the same without a scale."""
-    found = []
+    results = []
     for is_scaled in (True, False):
         model = network()
         base = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
@@ -279,45 +241,15 @@ def test_grad_scaler_in_two_steps(fused):
             scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
             scaler.step(optimizer)
             scaler.update()
-        found.append([p.detach().clone() for p in model.parameters()])
-    for a, b in zip(*found, strict=True):
+        results.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("nonfinite", [None, "ignore"])
-@pytest.mark.parametrize("base", BASES)
-def test_a_whole_step_waits_for_nothing_and_allocates_nothing(base, nonfinite):
-    """SAM's part of it: gradients are given, with the addresses that they had."""
-    factory, options = BASES[base]
-    params = on_device(SHAPES)
-    grads = [p.grad for p in params]
-    optimizer = SAM.wrap(factory(params, fused=True, **options), rho=0.05, fused=True, nonfinite=nonfinite)
-
-    def once():
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        optimizer.first_step()
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        optimizer.second_step()
-
-    for _ in range(4):
-        once()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        once()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("flags", [{"fused": True}, {}], ids=str)
-def test_a_whole_step_with_its_passes_waits_for_nothing(base, flags):
+def test_a_whole_step_waits_for_nothing(base, flags):
     factory, options = BASES[base]
     model = network()
     optimizer = SAM.wrap(factory(model.parameters(), fused=True, **options), module=model, **flags)
@@ -345,4 +277,4 @@ def test_a_graph_is_captured_again(base):
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         loss = step(x, y)
     assert math.isfinite(float(loss))
-    assert int(optimizer.num_unperturbed) == int(optimizer.num_skipped) == 0
+    assert int(optimizer.num_skipped) == 0

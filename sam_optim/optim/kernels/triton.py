@@ -307,6 +307,7 @@ class _Launcher:
         self._number = 0  # of the ascent
         self._sent: Any = None  # the radii and addresses that are in the table
         self._table: Any = None
+        self._spare: Tensor | None = None
         self._parts: list[_Part] = []
         self._order: list[int] = []  # of the buckets in the table of tensors: those of a part side by side
         bounds: list[list[float]] = [[]] * len(buckets)
@@ -335,7 +336,6 @@ class _Launcher:
         table = numpy.array(bounds)
         table[:, : RHO.value].view(numpy.int64)[:] = table[:, : RHO.value].astype(numpy.int64)
         self._host = numpy.concatenate([table.view(numpy.int64).ravel(), numpy.array(tensors).ravel()])
-        self._spare = self._pinned(self._host)
         owners = [i for i, tensor in enumerate(tensors) for _ in range(-(-tensor[LENGTH.value] // CHUNK.value))]
         self._owners = self._pinned(numpy.array(owners, dtype=numpy.int32)).to(self._device, non_blocking=True)
         self._sums = 1 if all(b.is_plain for b in buckets) else 3
@@ -387,13 +387,13 @@ class _Launcher:
         grads = addresses([g for k in self._order for g in buckets[k].grads])
         scales = [x for k in self._order for x in addresses(buckets[k].t or ()) or [0] * len(buckets[k].grads)]
         is_captured, table = is_capturing(self._device), self._table
+        if self._spare is None and not is_captured:  # for a capture, which must not ask for pinned memory
+            self._spare = self._pinned(self._host)
         if is_captured or self._sent != (rhos, grads, scales):
             bounds, tensors = numpy.split(self._host, [BOUNDS.value * self._num_buckets])
             bounds.view(numpy.float64)[RHO.value :: BOUNDS.value] = rhos
             tensors[G_.value :: RECORD.value], tensors[T_.value :: RECORD.value] = grads, scales
-            if self._spare is None:
-                raise RuntimeError(_TOO_EARLY)
-            host, self._spare = self._spare.copy_(torch.as_tensor(self._host)), None
+            host = self._take_spare() if is_captured else self._pinned(self._host)
             table = torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
             if is_captured:
                 self.captured += [host, table, self]
@@ -401,12 +401,16 @@ class _Launcher:
                 self._sent = None  # whatever an interrupt leaves, the table is not taken for another one
                 self._table = table
                 self._sent = rhos, grads, scales
-        if self._spare is None and not is_captured:  # a capture must not ask for pinned memory
-            self._spare = self._pinned(self._host)
         for k, b in enumerate(buckets):
             if isinstance(b.rho, Tensor):
                 table[BOUNDS.value * k + RHO.value].view(torch.float64).copy_(b.rho, non_blocking=True)
         return table[BOUNDS.value * self._num_buckets :], table
+
+    def _take_spare(self) -> Tensor:
+        host, self._spare = self._spare, None
+        if host is None:
+            raise RuntimeError(_TOO_EARLY)
+        return host.copy_(torch.as_tensor(self._host))
 
     def _pinned(self, values: Any) -> Tensor:
         """In host memory from which a CUDA device copies without waiting."""

@@ -58,9 +58,16 @@ class Record:
         if self.ascent is None:  # a step without an ascent has moved nothing
             none = None if loss is None else torch.zeros_like(loss)
             return LastStep(loss, perturbed, sharpness, radius=none, perturbation_norm=none)
-        values = [_dual_norm(self.ascent), hypot([n.grad for n in self.ascent.norms]), *_lengths(self.ascent)]
+        radius, length = _lengths(self.ascent)
         return LastStep(
-            loss, perturbed, sharpness, *(_tensor(x, dtype) for x in values), _tensor(retained(self.ascent), dtype)
+            loss,
+            perturbed,
+            sharpness,
+            dual_norm=_tensor(_dual_norm(self.ascent), dtype),
+            grad_norm=_tensor(hypot([n.grad for n in self.ascent.norms]), dtype),
+            radius=_tensor(radius, dtype),
+            perturbation_norm=_tensor(length, dtype),
+            realized=_tensor(retained(self.ascent), dtype),
         )
 
 
@@ -88,10 +95,10 @@ def _dual_norm(ascent: Ascent) -> Scalar:
 def _lengths(ascent: Ascent) -> tuple[Scalar, Scalar]:
     """||T^-1 e||_p and ||e||_2."""
     parts = list(zip(ascent.orders, ascent.norms, ascent.factors, ascent.units, strict=True))
-    radii = [hypot([f * (n.dual / unit) for p, n, f, unit in parts if p == 2])]
+    radii: list[Any] = [hypot([f * (n.dual / unit) for p, n, f, unit in parts if p == 2])]
     radii += [abs(f) for p, _, f, _ in parts if p != 2]
     if not any(isinstance(r, Tensor) for r in radii):
-        radius: Scalar = math.nan if any(math.isnan(r) for r in radii) else max(radii)
+        radius: Any = math.nan if any(math.isnan(r) for r in radii) else max(radii)
     else:
         radius = torch.stack([torch.as_tensor(r, dtype=torch.float64).to(_device(radii)) for r in radii]).max()
     return abs(radius), hypot([f * (n.step / unit if p == 2 else n.step) for p, n, f, unit in parts])

@@ -91,7 +91,7 @@ def may_be_fused(params: Sequence[Tensor]) -> bool:
 def hypot(values: Sequence[Scalar]) -> Scalar:
     """The root of the sum of squares: a number if all are, else a 0-d float64 tensor on the device of the first one."""
     if len(values) == 1:
-        return abs(values[0])
+        return abs(values[0])  # type: ignore[return-value]
     if not any([isinstance(x, Tensor) for x in values]):
         return math.hypot(*values)  # type: ignore[arg-type]
     device = next(x.device for x in values if isinstance(x, Tensor))
@@ -121,7 +121,7 @@ def all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
 
 def _all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     if grads[0].device.type != "cpu":  # a sum of magnitudes overflows only beyond all gradients that make sense
-        return torch.stack(torch._foreach_norm(grads, 1, dtype=torch.float32)).sum().isfinite()
+        return torch.stack(torch._foreach_norm(list(grads), 1, dtype=torch.float32)).sum().isfinite()
     return all([bool(g.isfinite().all()) for g in grads])
 
 

@@ -87,7 +87,7 @@ def measure(b: Bucket) -> Norms:
 def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
     """w <- w + e. Returns <e', e> and <e, e> over bf16 and fp16 weights, e' what their rounding left of e."""
     if b.is_plain and isinstance(b.unit, float) and b.dtype == b.grads[0].dtype and b.dtype not in LOW_PRECISION:
-        torch._foreach_add_(b.weights, b.grads, alpha=factor)
+        torch._foreach_add_(b.weights, b.grads, alpha=factor)  # type: ignore[arg-type]
         return None
     retained = []
     for batch in b.storage.batches:  # type: ignore[union-attr]

@@ -38,7 +38,7 @@ class FriendlySAM(SAM):
         self.configure(sigma=sigma, lmbda=lmbda)
         super().__init__(params, base_optimizer, **kwargs)
 
-    def configure(self, *, sigma: float, lmbda: float) -> None:
+    def configure(self, *, sigma: float, lmbda: float) -> None:  # type: ignore[override]
         self.sigma, self.lmbda = check_number("sigma", sigma), check_number("lmbda", lmbda, below=1.0)
 
     def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:

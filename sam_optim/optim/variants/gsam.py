@@ -37,7 +37,7 @@ class GSAM(SAM):
         self.configure(alpha=alpha)
         super().__init__(params, base_optimizer, **kwargs)
 
-    def configure(self, *, alpha: float) -> None:
+    def configure(self, *, alpha: float) -> None:  # type: ignore[override]
         self.alpha = check_number("alpha", alpha)
 
     def descent_gradient(

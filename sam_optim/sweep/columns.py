@@ -106,5 +106,5 @@ class Column:
         """All that the number depends on but the loss: function, every option, versions."""
         about = provenance()
         versions = {"sam_optim": about["sam_optim"], "torch": about["torch"]}
-        function = registry.MEASURES[self.measure].function
+        function = registry.MEASURES[self.measure].function.__name__
         return {"measure": self.measure, "function": function, "options": plain(self.options), "versions": versions}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -33,10 +32,8 @@ def quality(loss: Loss) -> dict[str, Any]:
         num_classes = outputs.shape[1]
         return (outputs.argmax(1) != target).double().mean()
 
-    errors = copy.copy(loss)
-    errors.criterion = error_rate
     try:
-        accuracy = 1 - float(errors.value())
+        accuracy = 1 - float(loss.with_criterion(error_rate).value())
     except _NoClasses:
         return values
     p = 1 / num_classes

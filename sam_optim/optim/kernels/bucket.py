@@ -120,10 +120,11 @@ class Backups:
         """Where copies of all weights go; nothing is copied. same_strides: laid out as the weights are now."""
         storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
         for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
-            fits = storage is not None and storage.fits(b)
-            if fits and same_strides:
-                fits = storage.strides == list(map(Tensor.stride, b.weights))
-            b.storage = storages[i] = storage if fits else Storage(b)
+            if storage is None or not storage.fits(b):
+                storage = Storage(b)
+            elif same_strides and storage.strides != list(map(Tensor.stride, b.weights)):
+                storage = Storage(b)
+            b.storage = storages[i] = storage
         self._storages = storages  # type: ignore[assignment]
         return self._storages
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_device import Watched
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sam_optim import ASAM, SAM, Perturbation
 from sam_optim.optim import kernels
@@ -69,7 +69,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(body, "addresses", lambda tensors: [address(x) for x in tensors])
     monkeypatch.setattr(body, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(body, "is_capturing", lambda device: False)
-    monkeypatch.setattr(body, "is_plain", lambda x: True)  # which fake tensors stand for
+    monkeypatch.setattr(body, "PLAIN", {*body.PLAIN, FakeTensor})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that no generator is asked
     with FakeTensorMode():
         yield recorded

@@ -391,6 +391,16 @@ def test_low_precision_says_what_its_rounding_left(adaptive, dtype):
     assert float(sam.last_step.realized) == pytest.approx(float(left @ e / (e @ e)), rel=1e-4)
 
 
+def test_a_step_in_inference_mode_leaves_nothing_that_others_may_not_use():
+    params = make(SHAPES)
+    grads = [p.grad for p in params]
+    sam = Perturbation(params, rho=torch.tensor(0.1), fused=True)
+    with torch.inference_mode():
+        first = moved(sam, params, grads)
+    assert all(torch.equal(a, b) for a, b in zip(first, moved(sam, params, grads), strict=True))
+    moved(sam, params, [2 * g for g in grads])
+
+
 def test_gradients_are_not_held_on_to():
     """The next pass needs their memory."""
     params = make(SHAPES)

@@ -254,7 +254,8 @@ def perturb(
 
 IS_INTERPRETED = not isinstance(perturb, JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
 _SELF = sys.modules[__name__]
-_KIND = operator.attrgetter("dtype", "layout", "device")
+PLAIN = {Tensor, torch.nn.Parameter}
+_DTYPE, _ITEMSIZE = operator.attrgetter("dtype"), operator.attrgetter("itemsize")
 
 
 def fits(buckets: Sequence[Bucket]) -> bool:
@@ -274,13 +275,15 @@ def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
     """As `kernels.ascend_`. The next ascent overwrites what this one returns."""
     for b in buckets:
         b.body = _SELF  # so that the copies are laid out as the weights
-    storages = backups.storages_for(buckets, same_strides=True)
-    key = [_key(b) for b in buckets]
-    launcher = backups.launcher
-    if launcher is None or launcher.key != key:
-        captured = [] if launcher is None else launcher.captured
-        backups.launcher = launcher = _Launcher(buckets, storages, key, captured)
-    return launcher.ascend_(buckets, backups)
+    with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
+        storages = backups.storages_for(buckets)
+        key = [_key(b) for b in buckets]
+        launcher = backups.launcher
+        if launcher is None or launcher.key != key:
+            captured = [] if launcher is None else launcher.captured
+            backups.launcher = launcher = _Launcher(buckets, storages, key, captured)
+        with torch.no_grad():
+            return launcher.ascend_(buckets, backups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +345,8 @@ class _Launcher:
         self._partials = self._zeros(chunk, self._sums)
         self._out = self._zeros(len(buckets), 4)
         self._flags = torch.zeros(len(self._parts), dtype=torch.int32, device=self._device)
-        rows = [row.unbind() for row in self._out.unbind()]
-        self._norms, self._factors = [Norms(*row[:3]) for row in rows], [row[3] for row in rows]
+        rows: Any = [row.unbind() for row in self._out.unbind()]
+        self._norms, self._factors = [Norms(*row[:3]) for row in rows], [row[3] for row in rows]  # views of _out
 
     def ascend_(self, buckets: Sequence[Bucket], backups: Backups) -> Ascent:
         tables = self._tables(buckets)
@@ -351,18 +354,18 @@ class _Launcher:
         torch.autograd.graph.increment_version(self._weights)  # a backward through the graph of pass 1 must fail
         with on(self._device):
             for part in self._parts:
-                args = *tables, self._owners, self._partials, part.first
+                args: tuple[Any, ...] = *tables, self._owners, self._partials, part.first
                 launch(norm_partials, part.programs, *args, **part.constants, SUMS=self._sums)
             lanes = max(2, next_power_of_2(self._num_buckets))
-            args = tables[1], self._partials, self._out
-            launch(finalise, 1, *args, NUM=self._num_buckets, LANES=lanes, SUMS=self._sums)
+            sizes = {"NUM": self._num_buckets, "LANES": lanes, "SUMS": self._sums}
+            launch(finalise, 1, tables[1], self._partials, self._out, **sizes)
             backups.expect(self._moved, self._complete)
             for k, part in enumerate(self._parts):
                 retained = self._out if part.retained is None else part.retained
                 args = *tables, self._owners, self._out, retained, self._flags, part.first, k, self._number
                 launch(perturb, part.programs, *args, **part.constants)
         backups.note(self._moved)
-        sums = [part.retained.sum(0).unbind() for part in self._parts if part.retained is not None]
+        sums: Any = [part.retained.sum(0).unbind() for part in self._parts if part.retained is not None]
         return Ascent([b.p for b in buckets], self._norms, self._factors, [1.0] * len(buckets), sums)
 
     def _complete(self) -> bool:
@@ -436,7 +439,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -450,24 +453,21 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def is_plain(x: Tensor) -> bool:
-    return type(x) is torch.nn.Parameter or type(x) is Tensor
-
-
 def _fits(b: Bucket) -> bool:
-    if not b.weights or b.groups or b.noise is not None or not all(map(is_plain, b.weights + b.grads)):
+    if not b.weights or b.groups or b.noise is not None or not PLAIN.issuperset(map(type, b.weights + b.grads)):
         return False
-    kinds = [*set(map(_KIND, b.weights)), *set(map(_KIND, b.grads))]
-    is_one = len(kinds) == 2 and all(x in TYPES and y == torch.strided and z == b.device for x, y, z in kinds)
-    if not is_one or not all(map(_are_alike, b.weights, b.grads)):
+    g = b.grads[0]  # all have one layout and device
+    if set(map(_DTYPE, b.grads)) != {g.dtype} or not TYPES.keys() >= {b.dtype, g.dtype}:
+        return False
+    if g.layout != torch.strided or g.device != b.device:
+        return False
+    if not all(map(Tensor.is_contiguous, b.weights + b.grads)) and not all(map(_are_alike, b.weights, b.grads)):
         return False
     return b.t is None or all(map(_is_by_slice, b.t, b.weights))
 
 
 def _are_alike(w: Tensor, g: Tensor) -> bool:
     """Whether the same place in memory holds the same entry, without gaps; sizes of 1 do not matter."""
-    if w.is_contiguous():
-        return g.is_contiguous()
     alike = all(a == b or n == 1 for a, b, n in zip(w.stride(), g.stride(), w.shape, strict=True))
     return alike and bool(torch.ops.aten.is_non_overlapping_and_dense(w))
 
@@ -480,7 +480,8 @@ def _is_by_slice(t: Tensor, w: Tensor) -> bool:
 
 def _are_apart(tensors: Sequence[Tensor]) -> bool:
     """Programs run in any order: of two that overlap one would copy what the other has moved."""
-    spans = sorted(zip(addresses(tensors), [x.nbytes for x in tensors], strict=True))
+    sizes = map(operator.mul, map(Tensor.numel, tensors), map(_ITEMSIZE, tensors))
+    spans = sorted(zip(addresses(tensors), sizes, strict=True))
     return all(a + size <= b for (a, size), (b, _) in itertools.pairwise(spans))
 
 

@@ -1,4 +1,4 @@
-"""What a device would see, without one: what SAM's own part reads back, and what it allocates."""
+"""What a device would see, without one: what SAM's own part reads back, and what it launches."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.speed.shapes import shapes_of
-from sam_optim import ASAM, SAM, GraphedStep, Perturbation
+from sam_optim import ASAM, SAM, GraphedStep
 
 VARIANTS = {
     "SAM": functools.partial(SAM, rho=0.05),
@@ -26,30 +26,18 @@ READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default
 
 
 class Watched(TorchDispatchMode):
-    """Counts what reads a tensor back to the host, and lists storage that was made."""
+    """Lists the operations that run, and which of them read a tensor back to the host."""
 
     def __init__(self):
         super().__init__()
-        self.reads = []
-        self.allocated = []
-        self.calls = 0
         self.names = []
+        self.reads = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.calls += 1
         self.names.append(str(func))
         if func in READS:
             self.reads.append(str(func))
-        given = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(x)}
-        for x in torch.utils._pytree.tree_leaves(result):
-            if _is_tensor(x) and x.untyped_storage()._cdata not in given:
-                self.allocated.append((str(func), x.numel()))
-        return result
-
-
-def _is_tensor(x):
-    return isinstance(x, torch.Tensor)
+        return func(*args, **(kwargs or {}))
 
 
 def parameters(dtype=torch.float32, device="cpu"):
@@ -62,30 +50,25 @@ def parameters(dtype=torch.float32, device="cpu"):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sams_own_part_reads_nothing_back_and_allocates_nothing_in_the_steady_state(variant):
-    """The bodies for devices, run on the CPU: `foreach=True`. Norms, one number for each tensor, are all it makes."""
+def test_sams_own_part_reads_nothing_back_and_keeps_its_copies(variant):
+    """The body for devices, run on the CPU: `foreach=True`. Only the first step makes room for the clean weights."""
     params = parameters()
     sam = VARIANTS[variant](params, torch.optim.SGD, lr=0.1, foreach=True)
     for i in range(4):
-        grads = [torch.randn_like(p) for p in params]
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
+        for p in params:
+            p.grad = torch.randn_like(p)
         with Watched() as watched:
             sam.first_step()
             sam.perturbation.exit()
         sam.zero_grad()
-        if i > 0:
-            assert not watched.reads
-            assert max(size for _, size in watched.allocated) <= len(params)
-            assert watched.calls <= 40
+        assert any(name.startswith("aten.empty") for name in watched.names) == (i == 0)
+        assert not watched.reads
 
 
-def test_the_watch_sees_what_reads_and_allocates():
-    w = torch.ones(100)
+def test_the_watch_sees_what_reads():
     with Watched() as watched:
-        (w + 1).sum().item()
+        torch.ones(100).sum().item()
     assert watched.reads
-    assert ("aten.add.Tensor", 100) in watched.allocated
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="operators on fake CUDA tensors ask for a driver")
@@ -96,7 +79,7 @@ def test_a_whole_step_reads_nothing_back_on_cuda_tensors(monkeypatch, variant, b
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     factory, options = {
         "sgd": (torch.optim.SGD, {"momentum": 0.9}),
-        "adamw fused": (torch.optim.AdamW, {"fused": True}),
+        "adamw fused": (functools.partial(torch.optim.AdamW, fused=True), {}),
         "adamw capturable": (torch.optim.AdamW, {"capturable": True, "foreach": True}),
     }[base]
     with FakeTensorMode():
@@ -109,21 +92,24 @@ def test_a_whole_step_reads_nothing_back_on_cuda_tensors(monkeypatch, variant, b
                 p.grad = 2 * p.detach()
             return sum(p.detach().square().sum() for p in params)
 
+        counts = []
         for _ in range(3):
             loss = sam.step(closure)
+            counts.append(sam.num_skipped)
         with pytest.raises(Exception, match=r"_local_scalar_dense|[Dd]ata-dependent|DataDependent"):
             loss.item()  # the fake tensors do refuse
         assert sam.last_step.dual_norm.device.type == "cuda"
-        assert sam.num_unperturbed.device.type == "cuda"
-        if base == "adamw fused":
-            assert sam.num_skipped.device.type == "cuda"
+        if base == "adamw fused":  # counted in place: a graph repeats the addition, and never the Python around it
+            assert counts[0].device.type == "cuda"
+            assert counts[0] is counts[1] is counts[2]
 
 
-@pytest.mark.parametrize(("variant", "most"), [("SAM", 12), ("ASAM", 18)])
-def test_the_launches_of_foreach_on_a_resnet50(monkeypatch, variant, most):
-    """Ascent, count of steps that did not move, and restore; views and questions to a tensor launch nothing."""
+@pytest.mark.parametrize(("variant", "most"), [("SAM", 24), ("ASAM", 41)])
+@pytest.mark.parametrize("num_tensors", [3, 161])
+def test_foreach_launches_as_much_for_a_resnet50_as_for_three_tensors(monkeypatch, num_tensors, variant, most):
+    """Ascent and way back; views and questions to a tensor launch nothing."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    shapes = shapes_of("resnet50")
+    shapes = shapes_of("resnet50")[:num_tensors]
     with FakeTensorMode():
         params = [nn.Parameter(torch.empty(s, device="cuda")) for s in shapes]
         sam = VARIANTS[variant](params, torch.optim.SGD, lr=0.1).perturbation
@@ -131,11 +117,11 @@ def test_the_launches_of_foreach_on_a_resnet50(monkeypatch, variant, most):
             for p in params:
                 p.grad = torch.empty_like(p)
             with Watched() as watched:
-                sam.enter(keep_gradients=False)
+                sam.enter()
                 sam.exit()
+    assert len(params) == num_tensors
     launched = [name for name in watched.names if not re.match(r"prim\.device|aten\.(empty|detach)\.", name)]
     assert len(launched) <= most, launched
-    assert sum("foreach" in name or "fused" in name for name in launched) <= most - 8
 
 
 def test_a_graph_needs_a_device():
@@ -206,18 +192,3 @@ def test_what_is_captured_has_run_as_it_is_before(graphed):
         sam.param_groups[0]["weight_decay"] = 0.1 * i
         step(x)
     assert kinds[7:] == ["_eagerly"] * 3
-
-
-def test_unperturbed_steps_are_counted_in_place():
-    """A replayed graph runs the addition again, and never the Python around it."""
-    params = parameters()
-    sam = Perturbation(params, foreach=True)
-    counts = []
-    for value in (1.0, math.nan, math.nan):
-        for p in params:
-            p.grad = torch.full_like(p, value)
-        with sam.perturbed():
-            pass
-        counts.append(sam.num_unperturbed)
-    assert counts[0] is counts[1] is counts[2]
-    assert int(counts[0]) == 2

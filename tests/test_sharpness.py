@@ -455,7 +455,7 @@ def test_searches_that_disagree_are_said():
 FITTED = [(mlp, Ball(0.5)), (mlp, Ball(0.1, norm=math.inf)), (Attention, Ball(0.3)), (cnn, Ball(1.0, adaptive=True))]
 
 
-@pytest.mark.parametrize(("kind", "ball"), FITTED, ids=str)
+@pytest.mark.parametrize(("kind", "ball"), FITTED, ids=["mlp", "mlp, sup", "attention", "cnn"])
 def test_the_default_reaches_the_best_of_many_long_searches(kind, ball):
     model, data = network(kind), batches(kind, (16,))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)

@@ -176,7 +176,7 @@ class Perturbation:
     def microbatch(self) -> Iterator[None]:
         """Sets earlier gradients aside, and adds those of the perturbed pass inside to them at the end.
 
-        On an exception inside, weights and buffers are as before.
+        On an exception inside, weights, buffers and the earlier gradients are as before: a micro-batch may be left out.
 
         Raises:
             RuntimeError: no perturbed pass inside: the gradients would be those of the plain optimizer.
@@ -223,10 +223,13 @@ class Perturbation:
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def exit(self, *, failed: bool = False) -> None:
-        """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are no use."""
+        """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are dropped."""
         if self._pass is not None:
             self._return(failed=failed)
-            if not failed and self._stash is None:
+            if failed:
+                for p in self._params:
+                    p.grad = None
+            elif self._stash is None:
                 self._earlier = EarlierGradients(self._params)
                 if self._draws is not None:
                     self._draws.wait()
@@ -340,7 +343,7 @@ class Perturbation:
         if self._first is not None:
             self._first.end()
         if self._stash is not None:
-            self._stash.stop(add_back=not failed)
+            self._stash.stop(failed=failed)
         if self._draws is not None:
             self._draws.wait()
         self._first = self._stash = None
@@ -411,7 +414,7 @@ class Perturbation:
             members.append(params)
         if len(self._params) != self._num_listed:  # one listed twice moves once
             members = [list({id(p): p for p in params}.values()) for params in members]
-        if self._float32 is not None:
+        if self._float32 is not None and any(members):  # where nothing moves, the second pass is that of the base
             self._float32.enter([p for params in members for p in params if p.dtype in LOW_PRECISION])
         grads = [[dtensor.local_gradient(p) if is_sharded else p.grad for p in params] for params in members]
         if self.rule is not None:

@@ -390,14 +390,19 @@ class GradientStash:
         return grad if earlier is None else grad + earlier
 
     @torch.no_grad()
-    def stop(self, *, add_back: bool) -> None:
-        """The earlier gradients are added to those that are there now, if they are not under them already."""
+    def stop(self, *, failed: bool) -> None:
+        """The earlier gradients are added to those that are there now, or, after a fault, put in their place.
+
+        Not if they are under them already.
+        """
         for hook in self._hooks:
             hook.remove()
-        if self._is_under or not add_back:
+        if self._is_under:
             return
         for p, g in zip(self._params, self._earlier, strict=True):
-            if g is not None:
+            if failed:
+                p.grad = g
+            elif g is not None:
                 p.grad = g if p.grad is None else g.add_(p.grad)
 
 

@@ -84,7 +84,7 @@ class Storage:
         self._kind = b.dtype, b.device, b.body
         self._params = b.params
         self._shapes = list(map(_SHAPE, b.weights))
-        self.strides = list(map(Tensor.stride, b.weights))
+        self._strides = list(map(Tensor.stride, b.weights))
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
@@ -94,9 +94,10 @@ class Storage:
             else:
                 self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
 
-    def fits(self, b: Bucket) -> bool:
+    def fits(self, b: Bucket, *, same_strides: bool = False) -> bool:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
-        return same and self._kind == (b.dtype, b.device, b.body) and self._shapes == list(map(_SHAPE, b.weights))
+        same = same and self._kind == (b.dtype, b.device, b.body) and self._shapes == list(map(_SHAPE, b.weights))
+        return same and (not same_strides or self._strides == list(map(Tensor.stride, b.weights)))
 
 
 class Backups:
@@ -120,9 +121,7 @@ class Backups:
         """Where copies of all weights go; nothing is copied. same_strides: laid out as the weights are now."""
         storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
         for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
-            if storage is None or not storage.fits(b):
-                storage = Storage(b)
-            elif same_strides and storage.strides != list(map(Tensor.stride, b.weights)):
+            if storage is None or not storage.fits(b, same_strides=same_strides):
                 storage = Storage(b)
             b.storage = storages[i] = storage
         self._storages = storages  # type: ignore[assignment]

@@ -276,7 +276,7 @@ def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
     for b in buckets:
         b.body = _SELF  # so that the copies are laid out as the weights
     with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
-        storages = backups.storages_for(buckets)
+        storages = backups.storages_for(buckets, same_strides=True)
         key = [_key(b) for b in buckets]
         launcher = backups.launcher
         if launcher is None or launcher.key != key:

@@ -16,7 +16,6 @@ from faults.control import Control
 from faults.harness import POINTS, POISON, Rig, differences, only
 from sam_optim import ASAM, SAM
 
-
 # the policy warns of the first step that it leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:a gradient at w")
 
@@ -121,7 +120,9 @@ def test_one_bad_entry_of_each_parameter_in_turn_stops_the_update(kind, dtype, b
         for optimizer, model, closure in in_turn(kind, dtype):
             for _ in range(3):
                 optimizer.step(functools.partial(closure, bad, bad_pass))
-            stood = all(torch.equal(p, q) for p, q in zip(model.parameters(), small_network(dtype).parameters(), strict=True))
+            stood = all(
+                torch.equal(p, q) for p, q in zip(model.parameters(), small_network(dtype).parameters(), strict=True)
+            )
             stood &= not optimizer.state
             stood &= int(optimizer.num_skipped) == 3
             tally.add(poisoned=3, poisoned_wrong=0 if stood else 3)

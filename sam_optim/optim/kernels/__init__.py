@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.optim.kernels import dtensor, foreach, loop, sparse
-from sam_optim.optim.kernels.bucket import Backups, Bucket, Norms, Scalar
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, Backups, Bucket, Norms, Scalar
 
 
 class Ascent(NamedTuple):
@@ -52,6 +52,9 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
     length = hypot([_counted(n.dual, b.rho) for b, n in zip(buckets, norms, strict=True) if b.p == 2])
     factors = [_factor(b, length if b.p == 2 else n.dual) for b, n in zip(buckets, norms, strict=True)]
     retained = [b.body.ascend_(b, factor) for b, factor in zip(buckets, factors, strict=True)]
+    if any([b.groups and b.dtype in LOW_PRECISION for b in buckets]):  # also of ranks that have nothing to round
+        parts = [x or (0.0, 0.0) if b.dtype in LOW_PRECISION else () for b, x in zip(buckets, retained, strict=True)]
+        retained = dtensor.summed(buckets, parts)
     return Ascent([b.p for b in buckets], norms, factors, [b.unit for b in buckets], [x for x in retained if x])
 
 

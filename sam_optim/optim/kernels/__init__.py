@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.optim.kernels import dtensor, foreach, loop, sparse
-from sam_optim.optim.kernels.bucket import Ascent, Backups, Bucket, Scalar
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, Ascent, Backups, Bucket, Scalar
 
 
 def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None = None) -> Ascent:
@@ -45,13 +45,17 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
             squares.append(n.dual if isinstance(b.rho, float | int) else _counted(n.dual, b.rho))
     length = hypot(squares)
     ascent = Ascent([], norms, [], [], [])
+    retained = []
     for b, n in zip(buckets, norms, strict=True):
         factor = _factor(b, length if b.p == 2 else n.dual)
-        if (retained := b.body.ascend_(b, factor)) is not None:
-            ascent.retained.append(retained)
+        retained.append(b.body.ascend_(b, factor))
         ascent.orders.append(b.p)
         ascent.factors.append(factor)
         ascent.units.append(b.unit)
+    if is_spread and any([b.dtype in LOW_PRECISION for b in buckets]):  # also of ranks that have nothing to round
+        parts = [x or (0.0, 0.0) if b.dtype in LOW_PRECISION else () for b, x in zip(buckets, retained, strict=True)]
+        retained = dtensor.summed(buckets, parts)
+    ascent.retained.extend([x for x in retained if x])
     return ascent
 
 

@@ -59,20 +59,31 @@ def own_group(optimizer: Any) -> Groups:
 
 
 def over_ranks(buckets: Sequence[Bucket], norms: Sequence[Norms]) -> list[Norms]:
-    """The norms of buckets that are spread over ranks, over all of their entries: one collective for each mesh."""
+    """The norms of buckets that are spread over ranks, over all of their entries."""
     norms = list(norms)
+    sums = summed(buckets, [_powers(b, n) for b, n in zip(buckets, norms, strict=True)])
+    for i, (b, (dual, grad, step)) in enumerate(zip(buckets, sums, strict=True)):
+        if b.groups:
+            norms[i] = Norms(dual**0.5 if b.p == 2 else dual, grad**0.5, step**0.5)
+    return norms
+
+
+def summed(buckets: Sequence[Bucket], values: Sequence[tuple[Scalar, ...]]) -> list[tuple[Scalar, ...]]:
+    """Sums over ranks for the buckets that are spread over them: one collective for each mesh."""
+    values = list(values)
     for groups in dict.fromkeys(b.groups for b in buckets if b.groups):
-        spread = [i for i, b in enumerate(buckets) if b.groups == groups]
-        powers = [_powers(buckets[i], norms[i]) for i in spread]
+        spread = [i for i, b in enumerate(buckets) if b.groups == groups and values[i]]
+        if not spread:
+            continue
         device = buckets[spread[0]].device
-        total = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for three in powers for x in three])
+        flat = [torch.as_tensor(x, dtype=torch.float64, device=device) for i in spread for x in values[i]]
+        total = torch.stack(flat)
         for group in groups:
             torch.distributed.all_reduce(total, group=group)
-        sums = total.tolist() if device.type == "cpu" else list(total.unbind())
-        for k, i in enumerate(spread):
-            dual, grad, step = sums[3 * k : 3 * k + 3]
-            norms[i] = Norms(dual**0.5 if buckets[i].p == 2 else dual, grad**0.5, step**0.5)
-    return norms
+        sums = iter(total.tolist() if device.type == "cpu" else total.unbind())
+        for i in spread:
+            values[i] = tuple(next(sums) for _ in values[i])
+    return values
 
 
 def _powers(b: Bucket, norms: Norms) -> tuple[Scalar, Scalar, Scalar]:

@@ -1,4 +1,4 @@
-"""Measured numbers in tables are those of the committed results. Nothing is measured again: times are of one machine."""
+"""Measured numbers in tables are those of the committed results. Nothing is measured again: it was one machine."""
 
 import json
 import math

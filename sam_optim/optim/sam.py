@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -202,7 +203,8 @@ class SAM(Optimizer):
                 "scaler.step(optimizer, closure) steps with gradients that are still scaled: run scaled backwards "
                 "around `with optimizer.perturbed():` and call scaler.step(optimizer) without a closure"
             )
-        refuse_to_lose_micro_batches()
+        if "accelerate.optimizer" in sys.modules:
+            refuse_to_lose_micro_batches()
         perturbation = self.perturbation
         with perturbation.transaction():
             if perturbation.active and callable(closure):  # first_step(), and a closure that is pass 2 or does nothing

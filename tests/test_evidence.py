@@ -1,4 +1,4 @@
-"""Measured numbers in tables are those of the committed results. Nothing is measured again: times are of one machine."""
+"""Measured numbers in tables are those of the committed results. Nothing is measured again: a time has its machine."""
 
 import json
 import math

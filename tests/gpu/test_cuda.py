@@ -202,6 +202,7 @@ def closure_of(model, optimizer, x, y):
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.filterwarnings("ignore:a gradient at w or w . e has an inf or NaN")  # on the CPU
 def test_a_descent_gradient_that_is_not_finite_leaves_weights_and_state(base):
     factory, options = BASES[base]
     params = on_device(SHAPES)

@@ -169,7 +169,8 @@ def test_of_sam_and_its_base_nothing_is_compiled(way, base):
     calls = [[str(n.target) for n in g.graph.nodes if n.op.startswith("call")] for g in counter.graphs]
     assert all(any("cross_entropy" in call for call in graph) for graph in calls)
     assert len(calls) == (way in (all_in_two_phases, in_two_steps))  # what is in the user's function, not in a closure
-    ours = {f for reason in counters["graph_break"] for f in re.findall(r"`(?:SAM|Perturbation|sam_optim)\.\w+`", reason)}
+    functions = re.compile(r"`(?:SAM|Perturbation|sam_optim)\.\w+`")
+    ours = {function for reason in counters["graph_break"] for function in functions.findall(reason)}
     assert ours
     assert ours <= {"`SAM.step`", "`SAM.zero_grad`", "`SAM.perturbed`", "`SAM.first_step`", "`SAM.second_step`"}
 

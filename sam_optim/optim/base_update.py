@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -90,7 +89,7 @@ class BaseUpdate:
         if not is_bad:
             return self._run()
         if self.nonfinite == "raise":
-            raise FloatingPointError("the gradient at w + e has an inf or NaN, and nonfinite='raise'")
+            raise FloatingPointError("a gradient at w or w + e has an inf or NaN, and nonfinite='raise'")
         self._count(True)
         self.base._opt_called = True  # type: ignore[attr-defined]
         return False
@@ -114,8 +113,8 @@ class BaseUpdate:
         self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
         if is_bad is True and str(self.num_skipped).strip("0") == "1":  # 1, 10, 100, ...
             warnings.warn(
-                f"a gradient at w or w + e has an inf or NaN, and the step was left out ({self.num_skipped} so far): if "
-                "this goes on, lower lr or rho, or look for the operation with torch.autograd.detect_anomaly(); "
+                f"a gradient at w or w + e has an inf or NaN, and the step was left out ({self.num_skipped} so far): "
+                "if this goes on, lower lr or rho, or look for the operation with torch.autograd.detect_anomaly(); "
                 "nonfinite='raise' stops at once",
                 stacklevel=6,
             )

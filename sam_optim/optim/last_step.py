@@ -37,7 +37,7 @@ class LastStep:
 
 @dataclass(slots=True)
 class Record:
-    """What a step leaves behind. `same_loss`: both losses are of one function, so that their difference means something."""
+    """What a step leaves behind. `same_loss`: both losses are of one function, and may be compared."""
 
     ascent: Ascent | None = None
     loss: Any = None
@@ -58,8 +58,9 @@ class Record:
         if self.ascent is None:  # a step without an ascent has moved nothing
             none = None if loss is None else torch.zeros_like(loss)
             return LastStep(loss, perturbed, sharpness, radius=none, perturbation_norm=none)
-        values = [_dual_norm(self.ascent), hypot([n.grad for n in self.ascent.norms]), *_lengths(self.ascent)]
-        return LastStep(loss, perturbed, sharpness, *(_tensor(x, dtype) for x in values), _tensor(retained(self.ascent), dtype))
+        grad_norm = hypot([n.grad for n in self.ascent.norms])
+        values = [_dual_norm(self.ascent), grad_norm, *_lengths(self.ascent), retained(self.ascent)]
+        return LastStep(loss, perturbed, sharpness, *[_tensor(x, dtype) for x in values])
 
 
 def mean_loss(losses: Sequence[Any]) -> Any:
@@ -86,13 +87,17 @@ def _dual_norm(ascent: Ascent) -> Scalar:
 def _lengths(ascent: Ascent) -> tuple[Scalar, Scalar]:
     """||T^-1 e||_p and ||e||_2."""
     parts = list(zip(ascent.orders, ascent.norms, ascent.factors, ascent.units, strict=True))
-    radii = [hypot([f * (n.dual / unit) for p, n, f, unit in parts if p == 2])]
-    radii += [abs(f) for p, _, f, _ in parts if p != 2]
-    if not any(isinstance(r, Tensor) for r in radii):
-        radius: Scalar = math.nan if any(math.isnan(r) for r in radii) else max(radii)
+    radii: list[Scalar] = [hypot([f * (n.dual / unit) for p, n, f, unit in parts if p == 2])]
+    radii += [_magnitude(f) for p, _, f, _ in parts if p != 2]
+    if any(isinstance(r, Tensor) for r in radii):
+        radius: Scalar = torch.stack([torch.as_tensor(r, dtype=torch.float64).to(_device(radii)) for r in radii]).max()
     else:
-        radius = torch.stack([torch.as_tensor(r, dtype=torch.float64).to(_device(radii)) for r in radii]).max()
-    return abs(radius), hypot([f * (n.step / unit if p == 2 else n.step) for p, n, f, unit in parts])
+        radius = math.nan if any(math.isnan(r) for r in radii) else max(radii)
+    return _magnitude(radius), hypot([f * (n.step / unit if p == 2 else n.step) for p, n, f, unit in parts])
+
+
+def _magnitude(x: Scalar) -> Scalar:
+    return x.abs() if isinstance(x, Tensor) else abs(x)
 
 
 def _device(values: Sequence[Scalar]) -> torch.device:

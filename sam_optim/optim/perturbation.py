@@ -402,7 +402,7 @@ class Perturbation:
         self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
-        """What moves: the weights in groups with rho > 0 that have a gradient, by group and by what kernels tell apart."""
+        """What moves: the weights with a gradient in groups with rho > 0, by group and by what kernels tell apart."""
         is_sharded = self._ranks.is_sharded
         members: list[list[Tensor]] = []
         for group in self.param_groups:
@@ -437,7 +437,7 @@ class Perturbation:
         return [self._bucket(group, same, same, gradients) for same, gradients in chosen]
 
     def _split_spread(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
-        """Weights that are spread over ranks have their bucket also without a gradient here: all add up the same sums."""
+        """Weights that are spread over ranks have a bucket also without a gradient here: all add up the same sums."""
         by_kind: dict[Any, list[tuple[Tensor, Tensor, Any]]] = {}
         for p, g in zip(params, grads, strict=True):
             w, groups = dtensor.local(p), self._ranks.groups_of(p) or ()
@@ -447,7 +447,8 @@ class Perturbation:
                     same.append((p, w, g))
         buckets = []
         for (dtype, device, groups, _), same in by_kind.items():
-            bucket = self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
+            columns = map(list, zip(*same, strict=True))
+            bucket = self._bucket(group, *columns) if same else self._empty(group, dtype, device)
             bucket.groups = groups
             buckets.append(bucket)
         return buckets
@@ -482,9 +483,9 @@ class Perturbation:
     def _replace_gradients(self, second: _SecondPass) -> None:
         """The gradients at w + e become what the rule makes of them and of those at w."""
         params = [p for p in second.params if p.grad is not None]
-        grads = [dtensor.local_gradient(p) for p in params]
-        at_w = [second.grads_at_w.get(p) for p in params]
-        at_w = [torch.zeros_like(g) if a is None else a for a, g in zip(at_w, grads, strict=True)]
+        grads: list[Any] = [dtensor.local_gradient(p) for p in params]
+        before = [second.grads_at_w.get(p) for p in params]
+        at_w = [torch.zeros_like(g) if a is None else a for a, g in zip(before, grads, strict=True)]
         descent = self.rule.descent_gradient(params, at_w, grads)
         for g, d in zip(grads, descent, strict=True):
             if d is not g:
@@ -594,7 +595,8 @@ class Perturbation:
         if self._earlier is not None:
             self._earlier.stop()
             self._earlier = None
-        if self._draws is not None and not self.active and self._first is None and self._stash is None and not self._in_transaction:
+        between_steps = not self.active and not self._in_transaction and self._first is None and self._stash is None
+        if self._draws is not None and between_steps:
             self._draws.wait()
 
     @property

@@ -218,7 +218,7 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it.
 
-        The gradients are cleared whether or not `zero_grad` says so: those of the second pass must not be added to them.
+        The gradients are cleared whatever `zero_grad` says: those of the second pass must not be added to them.
         """
         self._follow_base()
         self.perturbation.enter()

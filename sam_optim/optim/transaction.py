@@ -1,4 +1,4 @@
-"""What surrounds the moves of the weights: the model that must not notice them, and the gradients that were there before.
+"""What surrounds the moves of the weights: the model that must not notice them, and the gradients of before.
 
 The model: its buffers, its frozen parameters and its `state_dict()` are those of the clean pass at every moment.
 """
@@ -6,7 +6,6 @@ The model: its buffers, its frozen parameters and its `state_dict()` are those o
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import warnings
 import weakref
@@ -125,7 +124,10 @@ def _roots(module: Any) -> list[nn.Module]:
         if not isinstance(m, nn.Module):
             raise TypeError(f"module must be the model, a torch.nn.Module, or a list of them, got {type(m).__name__}")
         if isinstance(m, torch.jit.ScriptModule):
-            raise TypeError("module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was made from")
+            raise TypeError(
+                "module is a ScriptModule, whose buffers and hooks are out of reach: pass the nn.Module that it was "
+                "made from"
+            )
     return roots
 
 
@@ -352,7 +354,7 @@ class GradientStash:
     """
 
     def __init__(self, params: Sequence[Tensor], *, in_backward: bool = False):
-        """`in_backward`: what is put under goes there when the next gradient arrives, for a closure that zeroes first."""
+        """in_backward: what is put under goes there when the next gradient arrives, for a closure that zeroes first."""
         self._params = params
         self._in_backward = in_backward
         self._earlier = [None if p.grad is None else _owned(p.grad) for p in params]

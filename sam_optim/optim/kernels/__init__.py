@@ -25,7 +25,8 @@ from sam_optim.optim.kernels.bucket import Backups, Bucket, Norms, Scalar
 class Ascent(NamedTuple):
     """What was computed on the way, for each bucket: numbers, or 0-d tensors on the device, which are not read.
 
-    orders: p. factors: rho unit / ||T g||_2, or rho where p is inf. retained: <e', e> and <e, e> of bf16 and fp16 weights.
+    orders: p. factors: rho unit / ||T g||_2, or rho where p is inf. retained: <e', e> and <e, e> of bf16 and fp16
+    weights.
     """
 
     orders: list[float]
@@ -71,7 +72,7 @@ def fused_body(params: Sequence[Tensor], fused: bool | None, foreach_flag: bool 
         raise ValueError("fused=True and foreach=True are two ways of moving the weights: pass one of them")
     if not may_be_fused(params):
         devices = sorted({p.device.type for p in params})
-        raise ValueError(f"fused=True needs parameters on CUDA, got {devices}: move the model there first, or pass None")
+        raise ValueError(f"fused=True needs parameters on CUDA, got {devices}: move the model there, or pass None")
     try:
         from sam_optim.optim.kernels import triton
     except ImportError as error:
@@ -126,7 +127,7 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 def _all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     if grads[0].device.type != "cpu":  # a sum of magnitudes overflows only beyond all gradients that make sense
-        return torch.stack(torch._foreach_norm(grads, 1, dtype=torch.float32)).sum().isfinite()
+        return torch.stack(torch._foreach_norm(list(grads), 1, dtype=torch.float32)).sum().isfinite()
     total = loop.norm_of(grads).item()  # the fastest pass over memory
     return math.isfinite(total) or all([bool(g.isfinite().all()) for g in grads])
 

@@ -1,4 +1,4 @@
-"""What kernels move: lists of tensors with one radius, one norm and one T; and where their clean values are meanwhile."""
+"""What kernels move: lists of tensors with one radius, one norm and one T; and where their clean values are."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Backups:
         self._moved: Moved = []
 
     def save(self, buckets: Sequence[Bucket]) -> Moved:
-        """Copies of all weights, before any of them moves: two may share their memory. Returns what `restore_` reads."""
+        """Copies all weights before any of them moves: two may share their memory. Returns what `restore_` reads."""
         storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
         for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
             b.storage = storages[i] = storage if storage is not None and storage.fits(b) else Storage(b)
@@ -128,7 +128,7 @@ class Backups:
 
     def differ(self) -> bool:
         """Whether any weight that was moved last is not what it was before."""
-        pairs = [(p, copy) for storage in self._storages for p, copy in zip(storage._params, storage.copies, strict=True)]
+        pairs = [pair for storage in self._storages for pair in zip(storage._params, storage.copies, strict=True)]
         return any(not torch.equal(_entries(p, copy), copy) for p, copy in pairs)
 
 

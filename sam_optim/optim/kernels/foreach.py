@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,22 +37,24 @@ def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
         return None
     g, t = _wide(b.grads, b.dtype), _scales(b)
     e = torch._foreach_div(g, b.unit) if b.p == 2 else torch._foreach_sign(g)
-    for _ in range(0 if t is None else 2 if b.p == 2 else 1):
-        torch._foreach_mul_(e, t)
+    for _ in range(2 if b.p == 2 else 1):
+        if t is not None:
+            torch._foreach_mul_(e, t)
     torch._foreach_mul_(e, factor)
     if e[0].dtype == b.dtype:
         torch._foreach_add_(b.weights, e)
         return None
-    moved = torch._foreach_add(_wide(b.weights, e[0].dtype), e)
+    moved: Any = torch._foreach_add(_wide(b.weights, e[0].dtype), e)
     if b.noise is not None:
         moved = [round_to(x, b.dtype, b.noise) for x in moved]
     torch._foreach_copy_(b.weights, moved)
     return _retained(b, e) if b.dtype in LOW_PRECISION else None
 
 
-def _retained(b: Bucket, e: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _retained(b: Bucket, e: Any) -> tuple[Tensor, Tensor]:
     """<e', e> and <e, e> from norms alone: 2 <e', e> = ||e'||^2 + ||e||^2 - ||e' - e||^2."""
-    left = torch._foreach_sub(_wide(b.weights, torch.float32), _wide(b.storage.copies, torch.float32))  # type: ignore[union-attr]
+    clean = b.storage.copies  # type: ignore[union-attr]
+    left: Any = torch._foreach_sub(_wide(b.weights, torch.float32), _wide(clean, torch.float32))  # type: ignore[arg-type]
     square, left_square = (total(torch._foreach_norm(x), 2).square() for x in (e, left))
     rest = total(torch._foreach_norm(torch._foreach_sub(left, e)), 2).square()
     return (left_square + square - rest) / 2, square
@@ -61,7 +64,7 @@ def _scales(b: Bucket) -> list[Tensor] | None:
     """T at the clean weights, in the precision of the arithmetic; None is 1."""
     if b.eta is None:
         return b.t
-    scales = torch._foreach_abs(_wide(b.storage.copies, b.grads[0].dtype))  # type: ignore[union-attr]
+    scales = list(torch._foreach_abs(_wide(b.storage.copies, b.grads[0].dtype)))  # type: ignore[union-attr]
     torch._foreach_add_(scales, b.eta)
     return scales
 

@@ -48,7 +48,8 @@ def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
         n = 0 if w is None else w.numel()
         if start < i and (w is None or n > SMALL or size + n > PIECE):
             together = weights[start:i]
-            clean, moved = (torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2))
+            clean = torch.empty(size, dtype=weights[start].dtype, device=weights[start].device)
+            moved = torch.empty_like(clean)
             batches.append(Batch(start, i, clean, moved, unflattened(moved, together)))
             copies += unflattened(clean, together)
             start, size = i, 0
@@ -84,7 +85,7 @@ def measure(b: Bucket) -> Norms:
 def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
     """w <- w + e. Returns <e', e> and <e, e> over bf16 and fp16 weights, e' what their rounding left of e."""
     if b.is_plain and b.unit == 1.0 and b.dtype == b.grads[0].dtype and b.dtype not in LOW_PRECISION:
-        torch._foreach_add_(b.weights, b.grads, alpha=factor)
+        torch._foreach_add_(b.weights, b.grads, alpha=factor)  # type: ignore[arg-type]
         return None
     retained = [_move_(b, *piece, factor) for batch in b.storage.batches for piece in _pieces(b, batch)]  # type: ignore[union-attr]
     return retained_of(retained)
@@ -157,7 +158,7 @@ def step(g: Tensor, t: Tensor | None, p: float) -> Tensor:
 
 
 def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
-    """x in `dtype`: the nearest value; with `noise` one of the two neighbours, with probabilities that keep the mean."""
+    """x in `dtype`: the nearest value; with `noise` one of both neighbours, with probabilities that keep the mean."""
     near = x.to(dtype)
     if noise is None or dtype not in LOW_PRECISION:
         return near

@@ -97,7 +97,7 @@ class BaseUpdate:
         if not is_bad:
             return self._run()
         if self.nonfinite == "raise":
-            raise FloatingPointError("the gradient at w + e has an inf or NaN, and nonfinite='raise'")
+            raise FloatingPointError("a gradient at w or w + e has an inf or NaN, and nonfinite='raise'")
         self._count(True)
         self.base._opt_called = True  # type: ignore[attr-defined]
         return False

@@ -24,9 +24,11 @@ _held: set[int] = set()  # ids of parameters that a pass has moved, and keeps al
 _lock = threading.Lock()
 
 
-def claim(params: Sequence[Tensor]) -> set[int]:
+def claim(params: Sequence[Tensor], claimed: set[int]) -> None:
     """Raises RuntimeError if another pass holds one of the parameters: two perturbations would save each other's w + e.
-    Returns what `release` takes."""
+
+    claimed: for `release`. It has them before anybody else is refused, so that an interrupt leaves nothing held.
+    """
     ids = set(map(id, params))
     with _lock:
         if not _held.isdisjoint(ids):
@@ -34,14 +36,14 @@ def claim(params: Sequence[Tensor]) -> set[int]:
                 "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
                 "pass, or give it up with its exit(failed=True)"
             )
+        claimed.update(ids)
         _held.update(ids)
-    return ids
 
 
-def release(ids: set[int]) -> None:
+def release(claimed: set[int]) -> None:
     with _lock:
-        _held.difference_update(ids)
-    ids.clear()
+        _held.difference_update(claimed)
+    claimed.clear()
 
 
 class ModelGuard:

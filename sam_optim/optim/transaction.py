@@ -19,6 +19,7 @@ from torch.utils.weak import TensorWeakRef
 
 from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
+from sam_optim.optim.kernels import dtensor
 
 _held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
 _lock = threading.Lock()
@@ -359,6 +360,9 @@ def has_values(grad: Tensor) -> bool:
     """Whether any entry is not zero. Waits for the device; while a graph is captured it cannot, and says no."""
     if grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
+    if dtensor.is_dtensor(grad):  # all ranks must come to one answer
+        norm = torch.linalg.vector_norm(grad)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) != 0
     return bool((grad.coalesce().values() if grad.is_sparse else grad).count_nonzero())
 
 

@@ -6,7 +6,6 @@ The model: its buffers, its frozen parameters and its `state_dict()` are those o
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -22,28 +21,26 @@ from sam_optim.core.module_state import Buffers, modules_of
 from sam_optim.optim.kernels import dtensor
 
 _held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
-_lock = threading.Lock()
 
 
 def claim(params: Sequence[Tensor], claimed: set[int]) -> None:
-    """Raises RuntimeError if another pass holds one of the parameters: two perturbations would save each other's w + e.
+    """Adds their ids to `claimed`, which `release` takes: also what an interrupt on the way has left there.
 
-    claimed: for `release`. It has them before anybody else is refused, so that an interrupt leaves nothing held.
+    Raises RuntimeError if another pass holds one of them: two perturbations would save each other's w + e. There is no
+    lock, which an interrupt could leave locked for ever.
     """
     ids = set(map(id, params))
-    with _lock:
-        if not _held.isdisjoint(ids):
-            raise RuntimeError(
-                "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
-                "pass, or give it up with its exit(failed=True)"
-            )
-        claimed.update(ids)
-        _held.update(ids)
+    if not _held.isdisjoint(ids):
+        raise RuntimeError(
+            "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
+            "pass, or give it up with its exit(failed=True)"
+        )
+    claimed.update(ids)
+    _held.update(ids)
 
 
 def release(claimed: set[int]) -> None:
-    with _lock:
-        _held.difference_update(claimed)
+    _held.difference_update(claimed)
     claimed.clear()
 
 

@@ -1,4 +1,4 @@
-"""What `measure_cost` compares: two functions that compute the same thing, and the data they compute it on."""
+"""What `speed.measures` compares: two functions that compute the same thing, and the data they compute it on."""
 
 from __future__ import annotations
 

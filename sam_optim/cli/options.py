@@ -106,8 +106,13 @@ def _measure(p: argparse.ArgumentParser) -> None:
     add("--eta", type=number(float, 0), default=0.01, help="added to |w| where adaptive (default: 0.01)")
     add("--norm", choices=("2", "inf"), default="2", help="of the ball (default: 2)")
     add("--matrix", type=_matrices, metavar="NAME,...", help=f"curvature of {', '.join(MATRICES)} (default: hessian)")
-    add("--num-steps", type=count, help="of the search for the worst point (default: 20)")
-    add("--restarts", type=count, metavar="N", help="searches for the worst point, the later ones from random points")
+    add("--num-steps", type=count, help="of each search for the worst point (default: 40)")
+    add(
+        "--restarts",
+        type=count,
+        metavar="N",
+        help="searches for the worst point (default: 4), all but one from random points",
+    )
     add("--num-samples", type=count, help="draws of noise for average (default: 100)")
     add("--num-probes", type=count, help="random vectors for trace (default: 100)")
     add("--set", action="append", type=_setting, default=[], metavar="MEASURE.OPTION=VALUE", help="any other option")
@@ -169,7 +174,7 @@ def _landscape(p: argparse.ArgumentParser) -> None:
     add("--range", type=number(float, 0, above=True), default=1.0, help="from -RANGE to RANGE (default: 1)")
     add("--points", type=number(int, 2), default=21, help="in each direction (default: 21)")
     add("--seed", type=number(int, 0), default=0)
-    add("--out", type=Path, required=True, metavar="FILE", help=".html, .json, .png or .svg (the last two: matplotlib)")
+    add("--out", type=Path, required=True, metavar="FILE", help=".html, .json, .png or .svg (.json without matplotlib)")
     add("--quiet", action="store_true", help="no progress on standard error")
 
 

@@ -17,7 +17,7 @@ class GSAM(SAM):
 
     What is subtracted is the part of g that is orthogonal to g': to first order that lowers L(w + e) - L(w) and leaves
     L(w + e) alone. Inner products run over all groups, tensors and ranks. The radius of the paper follows the learning
-    rate: `schedule=proportional_to_lr(rho_min, rho_max)`.
+    rate: set `rho` in `param_groups` beside it.
 
     Args:
         params, base_optimizer, kwargs: as for `SAM`.

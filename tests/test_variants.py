@@ -207,6 +207,24 @@ def test_a_fault_in_the_second_pass_leaves_a_variants_state_as_it_was(name):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:a gradient at w")
+def test_a_step_that_is_left_out_leaves_a_variants_state_as_it_was():
+    model = network()
+    optimizer = make("FriendlySAM", model)
+    for i in range(2):
+        by_closure(model, optimizer, i)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+
+    def poisoned():
+        loss = closure_of(model, optimizer, 2)()
+        model[0].weight.grad[0, 0] = math.nan
+        return loss
+
+    optimizer.step(poisoned)
+    assert optimizer.num_skipped == 1
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+
+
 def worker(rank, name, way):
     model = network()
     ddp = DDP(model)

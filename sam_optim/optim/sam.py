@@ -283,13 +283,21 @@ class SAM(Optimizer):
         """The base's update with the gradients in `p.grad`, as GradScaler has set it up if it calls."""
         self.perturbation.watch_update()
         if "found_inf" in self.__dict__:
-            self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
+            has_updated = self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
         else:
-            self._base_update(self.perturbation.together)
-        for (p, name), value in self._pending.items():
-            self.state[p][name] = dtensor.whole(value, p)
+            has_updated = self._base_update(self.perturbation.together)
+        if has_updated and self._pending:
+            self._keep_pending()
         self._pending.clear()
         self.perturbation.forget()
+
+    def _keep_pending(self) -> None:
+        """What a variant remembers goes into `state`; on a device, where a step is left out unseen, only what is finite."""
+        for (p, name), value in self._pending.items():
+            if value.device.type != "cpu":
+                earlier = dtensor.local(self.state[p][name]) if name in self.state[p] else torch.zeros_like(value)
+                value = torch.where(value.isfinite().all(), value, earlier)
+            self.state[p][name] = dtensor.whole(value, p)
 
     def _parameters(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))

@@ -218,7 +218,7 @@ def test_the_scale_goes_as_without_sam(way):
 @pytest.mark.parametrize("way", ["closure", "contexts", "first_step", "list"])
 def test_one_region_around_both_passes_or_one_around_each_gives_the_same_bits(way, region):
     """Autocast keeps low-precision copies of the weights for the length of a region, which are of w, not of w + e."""
-    region, found = REGIONS[region], []
+    region, runs = REGIONS[region], []
     for around_both, rho in ((False, 2.0), (True, 2.0), (False, 0.0)):
         model = network()
         optimizer = SAM(model.parameters(), BASES["momentum"], rho=rho, module=model)
@@ -246,8 +246,8 @@ def test_one_region_around_both_passes_or_one_around_each_gives_the_same_bits(wa
                     optimizer.first_step(zero_grad=True)
                     closure()
                     optimizer.second_step(zero_grad=True)
-        found.append(copies((*model.parameters(), *model.buffers())))
-    each, both, plain = found
+        runs.append(copies((*model.parameters(), *model.buffers())))
+    each, both, plain = runs
     assert equal(each, both)
     assert not equal(each, plain)
 
@@ -301,12 +301,12 @@ def test_a_closure_given_to_the_scaler_is_refused_in_every_state_and_leaves_none
                     return torch.ones(())
 
                 def attempt(backward=backward, model=model, optimizer=optimizer, scaler=scaler, how=how, state=state):
-                    kept = copies(model.parameters())
+                    weights = copies(model.parameters())
                     message = "still scaled" if how == "positional" else "Closure use is not currently supported"
                     given = ((backward,), {}) if how == "positional" else ((), {"closure": backward})
                     with pytest.raises(RuntimeError, match=message):
                         scaler.step(optimizer, *given[0], **given[1])
-                    assert equal(model.parameters(), kept)
+                    assert equal(model.parameters(), weights)
                     assert optimizer.perturbation.active == (state == "perturbed")
 
                 backward()

@@ -372,7 +372,7 @@ class TestFolders:
         else:
             bad.write_bytes({"cut": bad.read_bytes()[:300], "empty": b"", "text": b"not an image"}[fault])
         with pytest.raises(InputError, match=r"cannot read image .*(cat/0|dog/2)\.png.*replace or remove it"):
-            list(batches(splits.train, 4, splits.preprocessing, workers=workers))
+            list(batches(splits.train, 4, splits.preprocessing, loading=Loading(workers=workers)))
 
     @pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA", "1"])
     def test_other_modes_are_converted(self, tmp_path, mode):

@@ -424,8 +424,8 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_before_it_or_after_it():
         except KeyboardInterrupt:
             interrupted += 1
             sys.settrace(previous)
-            found = state(model)
-            assert same(found, before) or same(found, after), f"a mixture after line {stop}"
+            now = state(model)
+            assert same(now, before) or same(now, after), f"a mixture after line {stop}"
             assert not optimizer.perturbation.active
             assert_free(model)
         finally:

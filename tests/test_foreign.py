@@ -33,11 +33,11 @@ def train(model, optimizer, steps):
 def checkpoint(model, *, scratch, **group):
     """As davda54/sam writes it: the groups of the base with rho and adaptive, and a weight for each weight."""
     base = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.8, nesterov=True)
-    found = base.state_dict()
-    found["param_groups"][0] |= {"rho": 0.07, "adaptive": True} | group
-    found["state"] = {i: {scratch: p.detach().clone()} for i, p in enumerate(model.parameters())}
+    checkpoint = base.state_dict()
+    checkpoint["param_groups"][0] |= {"rho": 0.07, "adaptive": True} | group
+    checkpoint["state"] = {i: {scratch: p.detach().clone()} for i, p in enumerate(model.parameters())}
     stored = io.BytesIO()
-    torch.save(found, stored)
+    torch.save(checkpoint, stored)
     stored.seek(0)
     return torch.load(stored, weights_only=True)
 
@@ -46,7 +46,7 @@ def checkpoint(model, *, scratch, **group):
 def test_hyperparameters_are_loaded_scratch_is_not_and_what_is_lost_is_said_once(scratch):
     model, twin = network(), network()
     given = checkpoint(model, scratch=scratch, **({"epsilon": 1e-12} if scratch == "e_w" else {}))
-    kept = copy.deepcopy(given)
+    before = copy.deepcopy(given)
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.1, eta=0.0)
     train(model, optimizer, 2)
     model.load_state_dict(twin.state_dict())
@@ -54,9 +54,9 @@ def test_hyperparameters_are_loaded_scratch_is_not_and_what_is_lost_is_said_once
         optimizer.load_state_dict(given)
     assert len(warned) == 1
     assert warned[0].filename == __file__
-    assert given.keys() == kept.keys()
-    assert given["param_groups"] == kept["param_groups"]
-    assert all(torch.equal(s[scratch], kept["state"][i][scratch]) for i, s in given["state"].items())
+    assert given.keys() == before.keys()
+    assert given["param_groups"] == before["param_groups"]
+    assert all(torch.equal(s[scratch], before["state"][i][scratch]) for i, s in given["state"].items())
     assert not optimizer.state
     assert optimizer.ball == Ball(0.07, adaptive=True, eta=0.0)
     group = optimizer.state_dict()["param_groups"][0]
@@ -88,9 +88,9 @@ def test_the_state_of_the_base_is_taken_from_where_others_put_it():
         resumed = SAM(start.parameters(), torch.optim.AdamW, lr=1.0, rho=0.5)
         resumed.load_state_dict(given)
         assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in resumed.state.values())
-        found = train(start, resumed, 3)
+        resumed_run = train(start, resumed, 3)
         truth = train(model, plain, 3) if truth is None else truth
-        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(resumed_run, truth, strict=True))
 
 
 def test_pytorch_optimizers_own_checkpoint_goes_on_in_ours():

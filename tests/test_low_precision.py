@@ -52,9 +52,12 @@ def tensors_of(model):
 
 def intact(model, state):
     """The same bits of the same dtype in the same storage, the module's own forward, and autocast off as before."""
-    found = tensors_of(model)
+    tensors = tensors_of(model)
     return (
-        all((found[k].dtype, found[k].data_ptr()) == v[:2] and torch.equal(found[k], v[2]) for k, v in state.items())
+        all(
+            (tensors[k].dtype, tensors[k].data_ptr()) == v[:2] and torch.equal(tensors[k], v[2])
+            for k, v in state.items()
+        )
         and "forward" not in vars(model)
         and not torch.is_autocast_enabled("cpu")
     )
@@ -281,10 +284,10 @@ def test_what_does_not_move_computes_in_float32_too():
     expected = LOSS(truth(x.float()), y)
     expected.backward()
     with optimizer.perturbed():
-        found = loss_of(wrapped, x, y)
-        found.backward()
+        loss = loss_of(wrapped, x, y)
+        loss.backward()
         assert {p.dtype for p in wrapped.parameters()} == {torch.float32}
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for p, q in zip(wrapped.parameters(), truth.parameters(), strict=True):
         assert (p.grad is None) == (not p.requires_grad)
         if p.grad is not None:
@@ -389,7 +392,7 @@ def test_autocast_does_not_round_the_copies(around):
     """Nor in the backward, unless that is inside the region, too, where torch advises against it."""
     region = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     x, y = batch()
-    found = []
+    runs = []
     for inside in (True, False):
         model = network()
         sam = Perturbation(model, rho=0.1, rounding="float32")
@@ -406,8 +409,8 @@ def test_autocast_does_not_round_the_copies(around):
             if around != "each":
                 loss.backward()
         assert outputs.dtype == torch.float32
-        found.append((loss, outputs, [p.grad for p in model.parameters()]))
-    (loss, outputs, grads), (same_loss, same_outputs, truth) = found
+        runs.append((loss, outputs, [p.grad for p in model.parameters()]))
+    (loss, outputs, grads), (same_loss, same_outputs, truth) = runs
     assert torch.equal(loss, same_loss)
     assert torch.equal(outputs, same_outputs)
     for g, h in zip(grads, truth, strict=True):
@@ -500,10 +503,10 @@ def test_state_dict_while_perturbed_holds_the_clean_weights_in_low_precision():
     clean, where = {k: v.clone() for k, v in model.state_dict().items()}, model[0].weight.data_ptr()
     with sam.perturbed():
         loss_of(model, x, y).backward()
-        for found in (model.state_dict(), {k.removeprefix("inner."): v for k, v in wrapper.state_dict().items()}):
-            assert found.keys() == clean.keys()
-            assert all(v.dtype == clean[k].dtype and torch.equal(v, clean[k]) for k, v in found.items())
-        assert found["0.weight"].data_ptr() == where
+        for state in (model.state_dict(), {k.removeprefix("inner."): v for k, v in wrapper.state_dict().items()}):
+            assert state.keys() == clean.keys()
+            assert all(v.dtype == clean[k].dtype and torch.equal(v, clean[k]) for k, v in state.items())
+        assert state["0.weight"].data_ptr() == where
         with pytest.raises(RuntimeError, match="weights are perturbed"):
             copy.deepcopy(model)
     pickle.loads(pickle.dumps(copy.deepcopy(model)))

@@ -78,21 +78,21 @@ def test_every_scheduler_does_to_sam_what_it_does_to_its_base(name, cls, tensor_
     plain_groups[1]["lr"] = lr(0.3)
     optimizer = cls(groups, torch.optim.SGD, lr=lr(0.1), momentum=0.9)
     base = torch.optim.SGD(plain_groups, lr=lr(0.1), momentum=0.9)
-    made = [MAKERS[name](o) for o in (optimizer, base)]
+    both = [MAKERS[name](o) for o in (optimizer, base)]
     keys = ("lr", "momentum", "initial_lr", "swa_lr")
     for i in range(12):
         step(model, optimizer, ("closure", "contexts", "two steps")[i % 3])
         base.step()
         if i < 11:
-            for scheduler in made:
+            for scheduler in both:
                 scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
         for a, b in zip(optimizer.param_groups, base.param_groups, strict=True):
             assert {k: float(a[k]) for k in keys if k in a} == {k: float(b[k]) for k in keys if k in b}
             assert isinstance(a["lr"], torch.Tensor) == isinstance(b["lr"], torch.Tensor)
     assert optimizer.base_optimizer.param_groups is optimizer.param_groups
     restored = MAKERS[name](copy.deepcopy(optimizer))
-    restored.load_state_dict(made[0].state_dict())
-    assert restored.get_last_lr() == made[0].get_last_lr()
+    restored.load_state_dict(both[0].state_dict())
+    assert restored.get_last_lr() == both[0].get_last_lr()
 
 
 @pytest.mark.parametrize("on", ["sam", "base"])

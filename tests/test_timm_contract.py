@@ -199,7 +199,7 @@ def test_timms_schedulers_drive_it(sam, sched):
     weight, bias, x = problem()
     optimizer = SAMS[sam]([weight, bias], torch.optim.SGD, lr=0.1)
     plain = torch.optim.SGD([Parameter(torch.ones(1))], lr=0.1)
-    made = [
+    schedulers = [
         create_scheduler_v2(
             o, sched=sched, num_epochs=12, warmup_epochs=3, min_lr=1e-4, decay_epochs=2, decay_milestones=(4, 8),
             patience_epochs=1,
@@ -211,7 +211,7 @@ def test_timms_schedulers_drive_it(sam, sched):
     for epoch in range(12):
         loss = optimizer.step(closure)
         assert math.isfinite(loss.item())
-        for scheduler in made:
+        for scheduler in schedulers:
             scheduler.step(epoch + 1, metric=1.0)
         rates.append(optimizer.param_groups[0]["lr"])
         assert rates[-1] == plain.param_groups[0]["lr"] == optimizer.base_optimizer.param_groups[0]["lr"]

@@ -71,8 +71,8 @@ every = pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 
 def keywords(info, *, skip=("differentiable",)):
     """Each of the base's inputs, for-loop, foreach and fused."""
-    found = database._get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, info, skip=skip)
-    return [copy.deepcopy(i.kwargs) for i in found]
+    inputs = database._get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, info, skip=skip)
+    return [copy.deepcopy(i.kwargs) for i in inputs]
 
 
 def bias_and_weight(seed=0, *, dtype=torch.float32, contiguous=True):
@@ -209,12 +209,12 @@ def test_the_loss_goes_in_the_right_direction(info, contiguous, scheduled):
             weight, bias, x = bias_and_weight(contiguous=contiguous)
             groups = [{"params": [weight]}, {"params": [bias], "lr": 0.01}]
             optimizer = info.optim_cls(groups if scheduled and "lr" not in kwargs else [weight, bias], **kwargs)
-            made = [s(optimizer) for s in schedulers]
+            chain = [s(optimizer) for s in schedulers]
             closure = closure_of(optimizer, weight, bias, x)
             first = closure().item()
             for _ in range(10):
                 loss = optimizer.step(closure)
-                for s in made:
+                for s in chain:
                     plateau = isinstance(s, torch.optim.lr_scheduler.ReduceLROnPlateau)
                     s.step(loss.item()) if plateau else s.step()
             last = closure().item()
@@ -461,14 +461,14 @@ def test_groups_have_their_own_decay_and_rate(info):
             return torch.autograd.grad(loss, params)
 
         class Bases:
-            made = (
+            bases = (
                 info.optim_cls.base([twins[0]], **copy.deepcopy(kwargs)),
                 info.optim_cls.base([twins[1]], **copy.deepcopy(without_decay)),
                 info.optim_cls.base([twins[2]], lr=1e-28),
             )
 
             def step(self):
-                for base in self.made:
+                for base in self.bases:
                     base.step()
 
         def closure(optimizer=optimizer, params=(weight, bias, still), gradients=gradients):
@@ -497,10 +497,10 @@ def test_nothing_moves_without_gradients_or_with_zero_ones(info):
         if kwargs.get("weight_decay", 0) or info.optim_cls.base is torch.optim.AdamW:
             continue  # these decay
         p = torch.randn(5, 1, requires_grad=True)
-        kept = p.detach().clone()
+        before = p.detach().clone()
         p.grad = torch.zeros_like(p)
         info.optim_cls([p], **kwargs).step(lambda: torch.tensor([1.0]))
-        assert torch.equal(p, kept)
+        assert torch.equal(p, before)
 
 
 @every
@@ -513,9 +513,9 @@ def test_fused_does_not_step_if_infinities_were_found(info, scaled):
             p.grad = torch.ones_like(p)
         optimizer = info.optim_cls(params, fused=True, **given.kwargs)
         optimizer.grad_scale = torch.ones(1) if scaled else None
-        for found in (1.0, 0.0):
-            optimizer.found_inf = torch.tensor(found)
-            if not found:
+        for value in (1.0, 0.0):
+            optimizer.found_inf = torch.tensor(value)
+            if not value:
                 with pytest.raises(RuntimeError, match="plain gradients"):
                     optimizer.step()
                 continue
@@ -577,7 +577,7 @@ def test_gradients_are_read_only(info):
 
         for _ in range(3):
             optimizer.step(closure)
-        assert all(torch.equal(g, kept) for g, kept in given)
+        assert all(torch.equal(g, copy_of_it) for g, copy_of_it in given)
 
 
 # state
@@ -657,7 +657,7 @@ def test_hooks_of_state_dicts_run_in_torchs_order(info):
         calls.append("pre")
         optimizer.state["note"] = 1
 
-    def saved(optimizer, state_dict):
+    def mark(optimizer, state_dict):
         calls.append("post")
         assert state_dict["state"].pop("note") == 1
         return state_dict | {"hooked": True}
@@ -675,13 +675,13 @@ def test_hooks_of_state_dicts_run_in_torchs_order(info):
         optimizer = info.optim_cls([torch.rand(2, 3, requires_grad=True)], **kwargs)
         calls.clear()
         optimizer.register_state_dict_pre_hook(save)
-        optimizer.register_state_dict_post_hook(saved)
-        found = optimizer.state_dict()
-        assert found["hooked"]
+        optimizer.register_state_dict_post_hook(mark)
+        saved = optimizer.state_dict()
+        assert saved["hooked"]
         optimizer.register_load_state_dict_pre_hook(load(0.002, "second"))
         optimizer.register_load_state_dict_pre_hook(load(0.003, "first"), prepend=True)
         optimizer.register_load_state_dict_post_hook(lambda o: calls.append(o.param_groups[0]["lr"]))
-        optimizer.load_state_dict(found)
+        optimizer.load_state_dict(saved)
         assert calls == ["pre", "post", "first", "second", 0.002]
 
 

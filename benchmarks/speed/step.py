@@ -57,6 +57,7 @@ def step_of(optimizer_of: Callable[[list[nn.Parameter]], Any], shapes: list[torc
 
     def step() -> None:
         optimizer.first_step()
+        prepare()  # the gradients of the second pass
         optimizer.second_step()
 
     return prepare, step

@@ -666,14 +666,16 @@ class _SecondPass:
     def __init__(self, params: list[Tensor], guard: ModelGuard, backups: Backups, float32: Float32Pass | None):
         self._is_open = False
         self._process = os.getpid()
-        self._claimed = transaction.claim(params)
+        self._claimed: set[int] = set()
         self.params = params
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
 
     def begin(self, *, look: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
+        transaction.claim(self.params, self._claimed)
         self._is_open = True
+        transaction.claim(self.params, self._claimed)
         self._guard.begin_pass(self.params, self.clean, look=look)
 
     def clean(self, tensor: Tensor) -> Tensor | None:

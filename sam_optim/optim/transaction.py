@@ -6,7 +6,6 @@ The model: its buffers, its frozen parameters and its `state_dict()` are those o
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -19,29 +18,30 @@ from torch.utils.weak import TensorWeakRef
 
 from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
+from sam_optim.optim.kernels import dtensor
 
 _held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
-_lock = threading.Lock()
 
 
-def claim(params: Sequence[Tensor]) -> set[int]:
-    """Raises RuntimeError if another pass holds one of the parameters: two perturbations would save each other's w + e.
-    Returns what `release` takes."""
+def claim(params: Sequence[Tensor], claimed: set[int]) -> None:
+    """Adds their ids to `claimed`, which `release` takes: also what an interrupt on the way has left there.
+
+    Raises RuntimeError if another pass holds one of them: two perturbations would save each other's w + e. There is no
+    lock, which an interrupt could leave locked for ever.
+    """
     ids = set(map(id, params))
-    with _lock:
-        if not _held.isdisjoint(ids):
-            raise RuntimeError(
-                "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
-                "pass, or give it up with its exit(failed=True)"
-            )
-        _held.update(ids)
-    return ids
+    if not _held.isdisjoint(ids):
+        raise RuntimeError(
+            "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
+            "pass, or give it up with its exit(failed=True)"
+        )
+    claimed.update(ids)
+    _held.update(ids)
 
 
-def release(ids: set[int]) -> None:
-    with _lock:
-        _held.difference_update(ids)
-    ids.clear()
+def release(claimed: set[int]) -> None:
+    _held.difference_update(claimed)
+    claimed.clear()
 
 
 class ModelGuard:
@@ -357,6 +357,9 @@ def has_values(grad: Tensor) -> bool:
     """Whether any entry is not zero. Waits for the device; while a graph is captured it cannot, and says no."""
     if grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
+    if dtensor.is_dtensor(grad):  # all ranks must come to one answer
+        norm = torch.linalg.vector_norm(grad)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) != 0
     return bool((grad.coalesce().values() if grad.is_sparse else grad).count_nonzero())
 
 

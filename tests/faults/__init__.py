@@ -7,13 +7,12 @@ numbers of signals and kills in brackets.
 
 | fault | expected | test |
 |---|---|---|
-| an error, Ctrl-C, SIGTERM, out of memory, full disk at 9 points | all of the state as before, or after | test_grid |
+| an error, Ctrl-C, SIGTERM, no memory, full disk; 9 points | weights, buffers, state: before or after | test_grid |
 | Ctrl-C at a line of the package | the same | test_every_line; tests/test_edges |
 | half an update of the base | what the base alone leaves | test_odd_models |
 | SIGKILL in a step | a whole checkpoint, of the last step saved | test_kills |
 | SIGKILL while saving (200), power cut | one of the last two, whole | test_kills; damage: tests/test_checkpoint |
-| NaN, inf in pass 1 | e = 0, counted, update with the gradient at w | test_nonfinite: also each parameter, 4 dtypes |
-| NaN, inf in pass 2 | no update, momentum untouched, counted; "raise"; "ignore" | test_nonfinite |
+| NaN, inf in either pass | no update, counted; "raise"; "ignore" | test_nonfinite: also each parameter, 4 dtypes |
 | a loss that is not finite, gradients that are | reported | test_nonfinite; in a run: tests/test_train |
 | signals to a training run (200) | saved, 130 or 143, goes on; a second ends it | test_stops; tests/test_train |
 | a checkpoint from a signal handler (every line, random times) | clean weights, buffers | test_signals |
@@ -21,7 +20,7 @@ numbers of signals and kills in brackets.
 | a full disk | old files stay, path and bytes are named, --resume goes on | test_disk |
 | stopping at each of 20 steps, 2 bases, with GradScaler (80) | no bit differs | test_resume; tests/test_train |
 | what a checkpoint holds | the base's state, 2 kB at most; loads others' | test_resume; tests/test_foreign |
-| GradScaler overflow in each pass of each iteration | as unscaled training that skips the same | test_scaler |
+| GradScaler overflow in each pass of each iteration | as unscaled training without that update | test_scaler |
 | a closure through GradScaler.step | an error with the remedy | tests/test_optimizers |
 | a gradient in one pass only | moved by the first, updated by the second | test_odd_models, tests/test_perturbation |
 | zero gradients, bare step() | a step of the base | test_odd_models; tests/test_optimizers, test_kernels |

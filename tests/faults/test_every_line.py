@@ -75,7 +75,7 @@ def stop_at(variant: str, path: str, stops) -> None:
 
 @pytest.mark.parametrize(("variant", "path"), CASES)
 def test_ctrl_c_at_lines_here_and_there(variant, path):
-    stop_at(variant, path, range(7, 10_000, 61))
+    stop_at(variant, path, range(7, 10_000, 53))
 
 
 @pytest.mark.slow

@@ -673,7 +673,6 @@ class _SecondPass:
 
     def begin(self, *, look: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
-        transaction.claim(self.params, self._claimed)
         self._is_open = True
         transaction.claim(self.params, self._claimed)
         self._guard.begin_pass(self.params, self.clean, look=look)

@@ -6,8 +6,6 @@ The model: its buffers, its frozen parameters and its `state_dict()` are those o
 from __future__ import annotations
 
 import functools
-import os
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -21,30 +19,27 @@ from torch.utils.weak import TensorWeakRef
 from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
 
-_held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
-_lock = threading.Lock()
+_held: dict[int, object] = {}  # id of a parameter that a pass moves, and keeps alive -> whose it is
 
 
-def claim(params: Sequence[Tensor], claimed: set[int]) -> None:
+def claim(params: Sequence[Tensor], owner: object) -> None:
     """Raises RuntimeError if another pass holds one of the parameters: two perturbations would save each other's w + e.
 
-    claimed: for `release`. It has them before anybody else is refused, so that an interrupt leaves nothing held.
+    Without a lock, which an interrupt could leave locked: each entry is set in one operation.
     """
-    ids = set(map(id, params))
-    with _lock:
-        if not _held.isdisjoint(ids):
-            raise RuntimeError(
-                "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
-                "pass, or give it up with its exit(failed=True)"
-            )
-        claimed.update(ids)
-        _held.update(ids)
+    if any(_held.setdefault(id(p), owner) is not owner for p in params):
+        release(params, owner)
+        raise RuntimeError(
+            "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
+            "pass, or give it up with its exit(failed=True)"
+        )
 
 
-def release(claimed: set[int]) -> None:
-    with _lock:
-        _held.difference_update(claimed)
-    claimed.clear()
+def release(params: Sequence[Tensor], owner: object) -> None:
+    """May be called again after an interrupt."""
+    for p in params:
+        if _held.get(id(p)) is owner:
+            del _held[id(p)]
 
 
 class ModelGuard:

@@ -1,5 +1,6 @@
 """The pages on several ranks: their examples, word for word, started by torchrun."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ def test_the_example_prints_what_the_page_shows(page, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=DOCS.parents[1])
+    environment = os.environ | {"PYTHONPATH": str(DOCS.parents[1])}  # the package of these tests
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ran.returncode == 0, ran.stderr
     printed = [line for line in ran.stdout.splitlines() if ":" in line]
     assert len(printed) == len(shown.splitlines())

@@ -7,12 +7,12 @@ numbers of signals and kills in brackets.
 
 | fault | expected | test |
 |---|---|---|
-| an error, Ctrl-C, SIGTERM, out of memory, full disk at 9 points | weights, buffers, optimizer: as before, or after | test_grid |
+| an error, Ctrl-C, SIGTERM, out of memory, full disk at 9 points | the states as before, or after | test_grid |
 | Ctrl-C at a line of the package | the same | test_every_line; tests/test_edges |
 | half an update of the base | what the base alone leaves | test_odd_models |
 | SIGKILL in a step | a whole checkpoint, of the last step saved | test_kills |
 | SIGKILL while saving (200), power cut | one of the last two, whole | test_kills; damage: tests/test_checkpoint |
-| NaN, inf in either pass | no update, momentum untouched, counted; "raise"; "ignore" | test_nonfinite: also each parameter, 4 dtypes |
+| NaN, inf in either pass | no update, counted; "raise"; "ignore" | test_nonfinite: also each parameter, 4 dtypes |
 | a loss that is not finite, gradients that are | reported | test_nonfinite; in a run: tests/test_train |
 | signals to a training run (200) | saved, 130 or 143, goes on; a second ends it | test_stops; tests/test_train |
 | a checkpoint from a signal handler (every line, random times) | clean weights, buffers | test_signals |

@@ -112,7 +112,7 @@ def measure(model: nn.Module, splits: Splits, job: Mapping[str, Any]) -> dict[st
 def _numbers(mini: Loss, whole: Loss, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Sharpness and regret are over batches of the training's size (m-sharpness), curvature over all examples."""
     sharpness = {
-        name: _short(worst_case_sharpness(mini, as_ball(ball), num_steps=settings["num_steps"]))
+        name: _short(worst_case_sharpness(mini, as_ball(ball), num_steps=settings["num_steps"], num_restarts=1))
         for name, ball in settings["balls"].items()
     }
     spectrum = hessian_eigenvalues(whole, num=1, tol=1e-3)

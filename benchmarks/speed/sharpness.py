@@ -47,7 +47,7 @@ def rows(problem: Problem) -> list[Row]:
 def _worst(problem: Problem, ball: Ball) -> tuple[Callable[[], Any], Callable[[], Any]]:
     loss, model = _loss(problem), problem.make_model().eval()
     return (
-        lambda: worst_case_sharpness(loss, ball, num_steps=STEPS),
+        lambda: worst_case_sharpness(loss, ball, num_steps=STEPS, num_restarts=1),
         lambda: published_worst_case(model, problem.criterion, problem.batches, ball.rho, norm=ball.norm),
     )
 

@@ -666,7 +666,7 @@ class _SecondPass:
     def __init__(self, params: list[Tensor], guard: ModelGuard, backups: Backups, float32: Float32Pass | None):
         self._is_open = False
         self._process = os.getpid()
-        self._claimed: set[int] = set()
+        self._owner = object()  # not this pass, which must be freed when its optimizer is dropped
         self.params = params
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
@@ -674,7 +674,7 @@ class _SecondPass:
     def begin(self, *, look: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
         self._is_open = True
-        transaction.claim(self.params, self._claimed)
+        transaction.claim(self.params, self._owner)
         self._guard.begin_pass(self.params, self.clean, look=look)
 
     def clean(self, tensor: Tensor) -> Tensor | None:
@@ -698,7 +698,7 @@ class _SecondPass:
                 try:
                     self._guard.end_pass()
                 finally:
-                    transaction.release(self._claimed)
+                    transaction.release(self.params, self._owner)
         self._is_open = False
 
     def __del__(self) -> None:

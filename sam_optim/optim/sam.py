@@ -292,7 +292,7 @@ class SAM(Optimizer):
         self.perturbation.forget()
 
     def _keep_pending(self) -> None:
-        """What a variant remembers goes into `state`; on a device, where a step is left out unseen, only what is finite."""
+        """What a variant remembers goes into `state`; on a device, where a skip is not seen, only what is finite."""
         for (p, name), value in self._pending.items():
             if value.device.type != "cpu":
                 earlier = dtensor.local(self.state[p][name]) if name in self.state[p] else torch.zeros_like(value)

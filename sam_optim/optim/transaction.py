@@ -20,28 +20,27 @@ from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
 from sam_optim.optim.kernels import dtensor
 
-_held: set[int] = set()  # ids of parameters that a pass has moved, and keeps alive
+_held: dict[int, object] = {}  # id of a parameter that a pass moves, and keeps alive -> whose it is
 
 
-def claim(params: Sequence[Tensor], claimed: set[int]) -> None:
-    """Adds their ids to `claimed`, which `release` takes: also what an interrupt on the way has left there.
+def claim(params: Sequence[Tensor], owner: object) -> None:
+    """Raises RuntimeError if another pass holds one of the parameters: two perturbations would save each other's w + e.
 
-    Raises RuntimeError if another pass holds one of them: two perturbations would save each other's w + e. There is no
-    lock, which an interrupt could leave locked for ever.
+    Without a lock, which an interrupt could leave locked: each entry is set in one operation.
     """
-    ids = set(map(id, params))
-    if not _held.isdisjoint(ids):
+    if any(_held.setdefault(id(p), owner) is not owner for p in params):
+        release(params, owner)
         raise RuntimeError(
             "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
             "pass, or give it up with its exit(failed=True)"
         )
-    claimed.update(ids)
-    _held.update(ids)
 
 
-def release(claimed: set[int]) -> None:
-    _held.difference_update(claimed)
-    claimed.clear()
+def release(params: Sequence[Tensor], owner: object) -> None:
+    """May be called again after an interrupt."""
+    for p in params:
+        if _held.get(id(p)) is owner:
+            del _held[id(p)]
 
 
 class ModelGuard:

@@ -7,7 +7,7 @@ numbers of signals and kills in brackets.
 
 | fault | expected | test |
 |---|---|---|
-| an error, Ctrl-C, SIGTERM, no memory, full disk; 9 points | weights, buffers, state: before or after | test_grid |
+| an error, Ctrl-C, SIGTERM, out of memory, full disk at 9 points | the states as before, or after | test_grid |
 | Ctrl-C at a line of the package | the same | test_every_line; tests/test_edges |
 | half an update of the base | what the base alone leaves | test_odd_models |
 | SIGKILL in a step | a whole checkpoint, of the last step saved | test_kills |

@@ -113,10 +113,11 @@ def _norms(b: Bucket) -> tuple[Tensor, Tensor, Tensor]:
     for batch in b.storage.batches:  # type: ignore[union-attr]
         for _, g, t, _, _ in _pieces(b, batch):
             g = scaled(g, b)
-            duals.append(torch.linalg.vector_norm(g if t is None else g * t, q))
+            scaled_g = g if t is None else g * t
+            duals.append(torch.linalg.vector_norm(scaled_g, q))
             if b.is_plain:
                 continue
-            e = step(g, t, b.p)
+            e = step(g, t, b.p) if b.p != 2 or t is None else scaled_g.mul_(t)
             grads.append(torch.linalg.vector_norm(g))
             steps.append(torch.linalg.vector_norm(e))
             batch.step = None if batch.moved is None else e
@@ -165,7 +166,8 @@ def scaled(g: Tensor, b: Bucket) -> Tensor:
 def scale(b: Bucket, clean: Tensor, t: Tensor | None) -> Tensor | None:
     """T in the precision of the arithmetic; None is 1."""
     if b.eta is not None:
-        return clean.to(wide_dtype(clean.dtype)).abs().add_(b.eta)
+        t = clean.to(wide_dtype(clean.dtype)).abs()
+        return t.add_(b.eta) if b.eta else t
     return t
 
 

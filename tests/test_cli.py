@@ -126,11 +126,14 @@ class TestNumbers:
         rows = [line.split(",") for line in (here / "t.csv").read_text().splitlines()]
         found = entries(here / "o.json")
         assert code == 0
-        assert rows[0] == ["checkpoint", "trace", "trace error", "eigenvalues", "eigenvalues error"]
+        measured = ["trace", "trace error", "eigenvalues", "eigenvalues error"]
+        assert rows[0] == ["checkpoint", "loss", "accuracy", *measured]
         for row in rows[1:]:
             trace, spectrum = (found[row[0], column]["result"] for column in ("trace", "eigenvalues"))
             expected = [trace["value"], trace["stderr"], spectrum["eigenvalues"][0], spectrum["errors"][0]]
-            assert [float(x) for x in row[1:]] == expected
+            assert [float(x) for x in row[3:]] == expected
+            assert float(row[1]) > 0
+            assert 0 <= float(row[2]) <= 1
         assert [line.split()[0] for line in out.splitlines()[2:]] == names
 
 

@@ -227,7 +227,8 @@ class TestInitialCheckpoint:
         assert run("--out", tmp_path / "run", "--resume") == 0
 
     @pytest.mark.parametrize(
-        ("content", "message"), [(None, "is not a file"), (b"", "holds no weights"), (b"PK\x03\x04x", "no weights")]
+        ("content", "message"),
+        [(None, "is not a file"), (b"", "is empty"), (b"PK\x03\x04x", "is damaged")],
     )
     def test_bad_files(self, tmp_path, content, message):
         path = tmp_path / "weights.pth"

@@ -99,8 +99,8 @@ class Watched(nn.Module):
         ("SAM, 25 % ascent", [(4, torch.float32, 6), (16, torch.float32, 6)]),
         ("SAM, bf16 ascent", [(16, torch.bfloat16, 6), (16, torch.float32, 6)]),
         ("SAM, 25 % bf16 ascent", [(4, torch.bfloat16, 6), (16, torch.float32, 6)]),
-        ("SAM-ON", [(16, torch.float32, 2), (16, torch.float32, 6)]),
-        ("SAM-ON, 25 % ascent", [(4, torch.float32, 2), (16, torch.float32, 6)]),
+        ("SAM-ON", [(16, torch.float32, 6)] * 2),
+        ("SAM-ON, 25 % ascent", [(4, torch.float32, 6), (16, torch.float32, 6)]),
         ("SAM, 2 micro-batches", [(8, torch.float32, 6)] * 4),
     ],
 )

@@ -320,7 +320,7 @@ class Perturbation:
                 "came from. Zero them in the closure, and call loss.backward() there; to accumulate, loop over the "
                 "micro-batches inside the closure, pass step a list of closures, or use microbatch() and perturbed()"
             )
-        if self._ranks.may_lack_gradients or any(p.grad is not None for p in self._params):
+        if self._ranks.may_lack_gradients or any([p.grad is not None for p in self._params]):
             return True
         if isinstance(loss, Tensor) and loss.requires_grad:
             raise RuntimeError(
@@ -398,7 +398,7 @@ class Perturbation:
             return
         if self.rule is not None:
             self._replace_gradients(second)
-        self.was_empty = all(p.grad is None for p in second.params) and not self._ranks.may_lack_gradients
+        self.was_empty = all([p.grad is None for p in second.params]) and not self._ranks.may_lack_gradients
         self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
@@ -529,7 +529,7 @@ class Perturbation:
                 "the parameters have gradients of single examples (Opacus), which every backward adds to and counts: "
                 "SAM would use every example twice, and the privacy budget would be wrong"
             )
-        if ranks.may_lack_gradients or not self.ascends or any(p.grad is not None for p in self._params):
+        if ranks.may_lack_gradients or not self.ascends or any([p.grad is not None for p in self._params]):
             return
         raise RuntimeError(
             "no parameter has a gradient: run loss.backward() before the perturbed pass"
@@ -611,7 +611,7 @@ class Perturbation:
             self._earlier = None
         if (
             self._draws is not None
-            and not self.active
+            and self._pass is None
             and self._first is None
             and self._stash is None
             and not self._in_transaction
@@ -635,7 +635,7 @@ class Perturbation:
     @property
     def keeps_zeros(self) -> bool:
         """Whether gradients have to be zeros now where they would be None."""
-        return self.active and self._ranks.needs_zeros
+        return self._pass is not None and self._ranks.needs_zeros
 
     def refresh(self) -> list[Tensor]:
         """The parameters as they are: groups come and go, FSDP exchanges what is in them and the class of the model."""

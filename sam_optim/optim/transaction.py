@@ -28,7 +28,7 @@ def claim(params: Sequence[Tensor], owner: object) -> None:
 
     Without a lock, which an interrupt could leave locked: each entry is set in one operation.
     """
-    if any(_held.setdefault(id(p), owner) is not owner for p in params):
+    if any([_held.setdefault(id(p), owner) is not owner for p in params]):
         release(params, owner)
         raise RuntimeError(
             "another perturbation holds some of these parameters, and only one at a time can move them: finish its "
@@ -276,8 +276,9 @@ class _Calls:
 class EarlierGradients:
     """Watches whether new gradients are added to earlier ones that nobody has cleared.
 
-    Looks at the last parameter that has a gradient, at the moment when a new one arrives: is the earlier one still
-    there, and not zero? Values are read only where it is; one that was set to None costs nothing.
+    Looks at the first and the last parameter that have a gradient, at the moment when a new one arrives: is the earlier
+    one still there, and not zero? One of the two may be of a part that this loss does not use. Values are read only
+    where an earlier gradient still is; one that was set to None costs nothing.
 
     Args:
         may_be_assigned: a tensor that somebody assigns to `p.grad` again is a new gradient. So that the two can be told
@@ -290,14 +291,17 @@ class EarlierGradients:
 
     def __init__(self, params: Sequence[Tensor], *, may_be_assigned: bool = False):
         last = next(filter(_has_gradient, reversed(params)), None)
-        self._watched = [] if last is None else [_Watched(last, may_be_assigned)]
+        first = None if last is None else next(filter(_has_gradient, params))
+        ends = [] if last is None else [last] if first is last else [first, last]
+        self._watched = [_Watched(p, may_be_assigned) for p in ends]  # type: ignore[arg-type]
 
     def stop(self) -> EarlierGradients:
         """Ends the watch. What it has seen can be asked for afterwards."""
         watched, self._watched = self._watched, []
         if watched:
-            self.are_mixed = any([w.is_mixed and not w.was_replaced() for w in watched])
-            self.are_untouched = all([w.is_untouched() for w in watched])
+            for w in watched:
+                self.are_mixed = self.are_mixed or (w.is_mixed and not w.was_replaced())
+            self.are_untouched = all(map(_Watched.is_untouched, watched))
             self.are_left = self.are_untouched and any([has_values(w.p.grad) for w in watched])  # type: ignore[arg-type]
             for w in watched:
                 w.stop()

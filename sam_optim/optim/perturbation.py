@@ -208,10 +208,10 @@ class Perturbation:
         try:
             self.enter()
             yield
-        except BaseException:  # also an interrupt on the way in
+            self.exit()
+        except BaseException:  # also an interrupt on the way in or out
             self.exit(failed=True)
             raise
-        self.exit()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def enter(self) -> None:

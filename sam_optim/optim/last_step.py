@@ -87,9 +87,9 @@ def retained(ascent: Ascent) -> Scalar:
 
 def _dual_norm(ascent: Ascent) -> Scalar:
     """Groups of p = 2 have one norm together, and add to the rise of those of p = inf."""
-    squares = [n.dual for p, n in zip(ascent.orders, ascent.norms, strict=True) if p == 2]
-    others = [n.dual for p, n in zip(ascent.orders, ascent.norms, strict=True) if p != 2]
-    return _sum([hypot(squares), *others] if squares else others)
+    euclidean = [n.dual for p, n in zip(ascent.orders, ascent.norms, strict=True) if p == 2]
+    of_max_norm = [n.dual for p, n in zip(ascent.orders, ascent.norms, strict=True) if p != 2]
+    return _sum([hypot(euclidean), *of_max_norm] if euclidean else of_max_norm)
 
 
 def _lengths(ascent: Ascent) -> tuple[Scalar, Scalar]:

@@ -188,10 +188,10 @@ class Perturbation:
                 yield
                 if not self.completed:
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
-            except BaseException:
+                self._end_first_pass()
+            except BaseException:  # also an interrupt on the way out
                 self._end_first_pass(failed=True)
                 raise
-            self._end_first_pass()
             self._earlier = EarlierGradients(self._params)
 
     @contextmanager
@@ -283,7 +283,7 @@ class Perturbation:
         self, closure: Closure, ascent_closure: Closure | None, stash: GradientStash | None = None
     ) -> tuple[Any, Any]:
         """The losses at w and at w + e."""
-        others = [(p, None if p.grad is None else p.grad.clone()) for p in self._guard.other_params]
+        grads_of_others = [(p, None if p.grad is None else p.grad.clone()) for p in self._guard.other_params]
         was_completed = self.completed
         self._begin_first_pass(stash)
         failed = True
@@ -302,7 +302,7 @@ class Perturbation:
                         self.completed = True
                     elif self._has_ascent_gradient(loss, earlier):
                         self._ascend()
-                        for p, grad in others:  # as the first pass found them
+                        for p, grad in grads_of_others:  # as the first pass found them
                             p.grad = grad
                         perturbed = closure()
                         self._return()

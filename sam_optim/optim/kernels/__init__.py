@@ -34,7 +34,7 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
     if fused is not None and fused.fits(buckets):
         return fused.ascend_(buckets, backups)
     backups.save(buckets)
-    norms, squares, is_spread = [], [], False
+    norms, duals, is_spread = [], [], False
     for b in buckets:
         norms.append(b.body.measure(b))
         is_spread = is_spread or bool(b.groups)
@@ -42,12 +42,12 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
         norms = dtensor.over_ranks(buckets, norms)
     for b, n in zip(buckets, norms, strict=True):
         if b.p == 2:
-            squares.append(n.dual if isinstance(b.rho, float | int) else _counted(n.dual, b.rho))
-    length = hypot(squares)
+            duals.append(n.dual if isinstance(b.rho, float | int) else _counted(n.dual, b.rho))
+    together = duals[0] if len(duals) == 1 else hypot(duals)
     ascent = Ascent([], norms, [], [], [])
     retained = []
     for b, n in zip(buckets, norms, strict=True):
-        factor = _factor(b, length if b.p == 2 else n.dual)
+        factor = _factor(b, together if b.p == 2 else n.dual)
         retained.append(b.body.ascend_(b, factor))
         ascent.orders.append(b.p)
         ascent.factors.append(factor)

@@ -41,13 +41,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def problem(args: argparse.Namespace) -> ImageProblem | FunctionProblem | TextProblem:
     """Which model, loss and data."""
-    if args.target:
-        common = {field.name: getattr(args, field.name) for field in fields(FunctionProblem)[1:]}
-        return FunctionProblem(args.target, **common)
-    if args.text:
-        return TextProblem(**{field.name: getattr(args, field.name) for field in fields(TextProblem)})
-    values = {field.name: getattr(args, field.name) for field in fields(ImageProblem)}
-    return ImageProblem(**values | {"model_kwargs": dict(args.model_kwargs)})
+    kind: Any = FunctionProblem if args.target else TextProblem if args.text else ImageProblem
+    values = vars(args) | {"function": args.target, "model_kwargs": dict(args.model_kwargs)}
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
 
 
 def measures(args: argparse.Namespace) -> Measures:
@@ -224,8 +220,6 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(
             "say what the loss is over: --data WHERE (with --model), --text FILE, or --target MODULE:FUNCTION"
         )
-    if not args.target and not args.checkpoints:
-        raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
     if args.command == "landscape":
         if args.out.suffix not in (".html", ".json", ".png", ".svg"):
             raise InputError(f"--out must end in .html, .json, .png or .svg, got {args.out}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from sam_optim.core.errors import InputError, one_line, unknown
 from sam_optim.core.results import plain
 from sam_optim.loss import Loss
-from sam_optim.loss.batches import moved
+from sam_optim.loss.batches import tree_map
 from sam_optim.sweep.processes import Processes
-from sam_optim.sweep.text import DTYPES, TextProblem
-from sam_optim.vision import checkpoints, models, weights
+from sam_optim.sweep.settings import Losses, Settings
+from sam_optim.sweep.text import TextProblem
+from sam_optim.vision import models, weights
 from sam_optim.vision.checkpoints import Checkpoint
 from sam_optim.vision.data import Examples, evaluation_batches, open_split
 from sam_optim.vision.images import TRAIN_FOLDERS, read_class_to_idx
@@ -33,7 +34,7 @@ from sam_optim.vision.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
-class ImageProblem:
+class ImageProblem(Settings):
     """Cross-entropy of a timm model over the first examples of a data set.
 
     Args:
@@ -44,8 +45,7 @@ class ImageProblem:
         model, model_kwargs: as for timm.create_model, or a name of `vision.models`; None: what the run says.
         num_classes: None: the rows of the checkpoint's last layer.
         small_stem: the stem for small images, as in `vision.models.build`.
-        ema, key: which weights of a checkpoint, as in `vision.checkpoints.read`.
-        normalize_logits, batch_statistics: as in `Loss`. dtype: "float32" or "float64".
+        ema, key, normalize_logits, batch_statistics, dtype: as in `Settings`.
     """
 
     data: str
@@ -63,39 +63,28 @@ class ImageProblem:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
     small_stem: bool = False
-    ema: bool = False
-    key: str | None = None
-    normalize_logits: bool = False
-    batch_statistics: bool = False
-    dtype: str | None = None
 
     @property
     def name(self) -> str:
         return self.model or ""
 
     def open(self, here: Processes, rows: Sequence[Checkpoint]) -> ImageLosses:
-        if not rows:
-            raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
         return ImageLosses(self, here, rows)
 
 
 @dataclass(frozen=True)
-class FunctionProblem:
+class FunctionProblem(Settings):
     """What a function returns: a Loss, or (model, criterion, batches).
 
     Args:
         function: a callable, or "MODULE:FUNCTION", imported from the working directory. One with a parameter is called
             with the path of each checkpoint (None without checkpoints) and loads the weights itself. One without is
             called once; each checkpoint is then loaded into its model.
-        ema, key, normalize_logits, batch_statistics: as in `ImageProblem`. dtype: None: as the function makes it.
+        ema, key, normalize_logits, batch_statistics, dtype: as in `Settings`.
     """
 
     function: str | Callable[..., Any]
-    ema: bool = False
-    key: str | None = None
-    normalize_logits: bool = False
-    batch_statistics: bool = False
-    dtype: str | None = None
+    default_dtype: ClassVar[None] = None
 
     @property
     def name(self) -> str:
@@ -111,32 +100,36 @@ class FunctionProblem:
 Problem = ImageProblem | FunctionProblem | TextProblem
 
 
-class ImageLosses:
-    """The losses of an `ImageProblem`."""
-
+class ImageLosses(Losses):
     def __init__(self, problem: ImageProblem, here: Processes, rows: Sequence[Checkpoint]):
-        self._problem, self._here = problem, here
-        self._dtype = DTYPES[problem.dtype or "float32"]
-        runs = [checkpoint.run for checkpoint in rows]
-        name = problem.model or next((run.model for run in runs if run), None)
+        super().__init__(problem, here)
+        if not rows:
+            raise InputError("no CHECKPOINT is given; name files, a directory or a glob")
+        self._problem = problem
+        runs = [checkpoint.run for checkpoint in rows if checkpoint.run]
+        name = problem.model or (runs[0].model if runs else None)
         if name is None:
             raise InputError("say which model the checkpoints are of: --model NAME, as timm calls it, or --target")
         models.check_name(name)
-        seen = runs[0].preprocessing if runs[0] else None
-        if any((run and run.preprocessing) != seen for run in runs):
-            seen = None
+        preprocessings = [checkpoint.run and checkpoint.run.preprocessing for checkpoint in rows]
+        shared = preprocessings[0] if all(p == preprocessings[0] for p in preprocessings) else None
         channels = problem.model_kwargs.get("in_chans")
-        usual = seen or Preprocessing.of_model(name, channels=channels, image_size=problem.image_size)
+        usual = shared or Preprocessing.of_model(name, channels=channels, image_size=problem.image_size)
         self.data = load_examples(problem, usual)
-        if "mean" in self.data.about and not (problem.mean or seen) and any(runs):
+        if "mean" in self.data.about and not (problem.mean or shared) and runs:
             raise InputError(
                 "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
                 "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
         # the examples of a file are those that somebody chose
         self.is_training = problem.split in (None, *TRAIN_FOLDERS) and self.data.about["source"] != "arrays"
-        self.notes = [*self.data.notes, *self._notes_on_runs([run for run in runs if run])]
-        self.choice: str | None = None  # which weights were taken, where there was a choice
+        self.notes = list(self.data.notes)
+        changed = dict.fromkeys(option for run in runs for option in run.changed_examples)
+        if self.is_training and changed:
+            self.notes.append(
+                "the examples are those of --data, and not the runs' own, which were trained with "
+                f"{', '.join(changed)}; python -m benchmarks.measure RUN_DIR takes those"
+            )
         self._built: tuple[str, nn.Module] = ("", nn.Module())
 
     @property
@@ -147,56 +140,26 @@ class ImageLosses:
     def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         """All that the loss depends on but the content of the checkpoint."""
         assert checkpoint is not None
-        problem = self._problem
         name, kwargs, small = self._recipe(checkpoint)
-        return {
+        return self._identity() | {
             "model": name,
             "model_kwargs": plain(kwargs),
-            "num_classes": problem.num_classes,
+            "num_classes": self._problem.num_classes,
             "small_stem": small,
-            "ema": problem.ema,
-            **({"key": problem.key} if problem.key else {}),
             "data": self.data.checksum,
-            "batch_size": problem.batch_size,
-            "normalize_logits": problem.normalize_logits,
-            "batch_statistics": problem.batch_statistics,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "device": self._here.device.type,
+            "batch_size": self._problem.batch_size,
         }
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None
-        loaded = self._read(checkpoint)
-        model = self._model(checkpoint, loaded.state)
-        weights.load_(model, loaded.state, checkpoint.name)
-        self.choice = loaded.choice
-        return Loss(
-            model,
-            nn.CrossEntropyLoss(),
-            self._here.share(self.data.batches),
-            normalize_logits=self._problem.normalize_logits,
-            batch_statistics=self._problem.batch_statistics,
-            device=self._here.device,
-        )
+        state = self._read(checkpoint)
+        model = self._model(checkpoint, state)
+        weights.load_(model, state, checkpoint.name)
+        return self._loss(model, nn.CrossEntropyLoss(), self._here.share(self.data.batches))
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of another checkpoint under the names of the model."""
-        return weights.fitted(model, self._read(checkpoint).state, checkpoint.name)
-
-    def _read(self, checkpoint: Checkpoint) -> checkpoints.Weights:
-        return checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
-
-    def _notes_on_runs(self, runs: Sequence[checkpoints.Run]) -> list[str]:
-        """A note where runs saw fewer training examples than the data set has, or other labels."""
-        if not self.is_training:
-            return []
-        changed = [option for run in runs for option in run.changed_examples]
-        if not changed:
-            return []
-        return [
-            "the examples are those of --data, and not the runs' own, which were trained with "
-            f"{', '.join(dict.fromkeys(changed))}; python -m benchmarks.measure RUN_DIR takes those"
-        ]
+        return weights.fitted(model, self._read(checkpoint), checkpoint.name)
 
     def _recipe(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any], bool]:
         """Name and options of the model, and whether its stem is that for small images."""
@@ -211,24 +174,23 @@ class ImageLosses:
 
     def _model(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> nn.Module:
         """The model with as many outputs as the checkpoint has; the last one again, if it is the same."""
-        name, kwargs, small = self._recipe(checkpoint)
+        data, (name, kwargs, small) = self.data, self._recipe(checkpoint)
         in_kwargs = kwargs.pop("num_classes", None)
         num = self._problem.num_classes or in_kwargs or models.num_outputs(name, state)
         if num is None:
             raise InputError(
                 f"{checkpoint.name} has no last layer of {name}: choose its --model, or give --num-classes"
             )
-        if self.data.largest >= num or self.data.num_classes not in (None, num):
-            has = f"{self.data.num_classes} classes" if self.data.num_classes else f"labels up to {self.data.largest}"
+        if data.largest >= num or data.num_classes not in (None, num):
+            has = f"{data.num_classes} classes" if data.num_classes else f"labels up to {data.largest}"
             raise InputError(f"the data have {has}, {checkpoint.name} has {num} outputs: other --data or --model")
         key = json.dumps([name, plain(kwargs), small, num])
         if self._built[0] != key:
-            shape = self.data.shape
-            if len(shape) != 3:
-                raise InputError(f"{name} takes images, (C, H, W), and x has the shape {shape}")
-            size = (shape[0], shape[1], shape[2])
-            model = models.build(name, num_classes=num, image_size=size, small_stem=small, **kwargs)
-            self._built = (key, model.to(self._here.device, self._dtype))
+            if len(data.shape) != 3:
+                raise InputError(f"{name} takes images, (C, H, W), and x has the shape {data.shape}")
+            channels, height, width = data.shape
+            size = (channels, height, width)
+            self._built = (key, models.build(name, num_classes=num, image_size=size, small_stem=small, **kwargs))
         return self._built[1]
 
 
@@ -254,23 +216,18 @@ def load_examples(problem: ImageProblem, usual: Preprocessing) -> Examples:
         num=problem.examples,
         mixed=problem.order == "mixed",
         batch_size=problem.batch_size,
-        dtype=DTYPES[problem.dtype or "float32"],
+        dtype=problem.torch_dtype or torch.float32,
     )
 
 
-class FunctionLosses:
-    """The losses of a `FunctionProblem`."""
-
-    notes: tuple[str, ...] = ()
-    is_training = False
-
+class FunctionLosses(Losses):
     def __init__(self, problem: FunctionProblem, here: Processes):
-        self._problem, self._here = problem, here
+        super().__init__(problem, here)
+        self._problem = problem
         self._function = _imported(problem.function) if isinstance(problem.function, str) else problem.function
-        self._loads = bool(inspect.signature(self._function).parameters)
+        self._loads_weights = bool(inspect.signature(self._function).parameters)
         self._cached: tuple[Checkpoint | None, Loss] | None = None
-        self.choice: str | None = None
-        if self._loads and (problem.ema or problem.key):
+        if self._loads_weights and (problem.ema or problem.key):
             raise InputError(f"{problem.name} loads the weights itself: leave --ema and --key out")
 
     @property
@@ -278,50 +235,41 @@ class FunctionLosses:
         return {"source": self._problem.name}
 
     def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        loss = self._called(checkpoint)
+        loss = self._call(checkpoint)
         file = inspect.getsourcefile(_unwrapped(self._function))
         source = Path(file).read_bytes() if file and Path(file).is_file() else b""
-        about = loss.settings() | {"target": self._problem.name, "ema": self._problem.ema}
-        about |= {"key": self._problem.key} if self._problem.key else {}
-        return plain(about | {"source": hashlib.sha256(source).hexdigest()[:16], "m": list(loss.batch_sizes)})
+        about = self._identity() | loss.settings() | {"target": self._problem.name, "m": list(loss.batch_sizes)}
+        return plain(about | {"source": hashlib.sha256(source).hexdigest()[:16]})
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
-        loss = self._called(checkpoint)
-        if checkpoint is not None and not self._loads:
-            loss.model.load_state_dict(self._state(checkpoint, loss.model), strict=False)
+        loss = self._call(checkpoint)
+        if checkpoint is not None and not self._loads_weights:
+            loss.model.load_state_dict(self.state(checkpoint, loss.model), strict=False)
         return loss
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
-        if not self._loads:
-            return self._state(checkpoint, model)
+        """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
+        if not self._loads_weights:
+            return weights.fitted_or_converted(model, self._read(checkpoint), checkpoint.name)
         before = {name: x.clone() for name, x in model.state_dict().items()}
-        other = self._called(checkpoint).model
+        other = self._call(checkpoint).model
         state = {name: x.clone() for name, x in other.state_dict().items()}
         if other is model:  # a function that loads into one model of its own
             model.load_state_dict(before)
         return state
 
-    def _state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
-        """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
-        loaded = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
-        self.choice = loaded.choice
-        return weights.fitted_or_converted(model, loaded.state, checkpoint.name)
-
-    def _called(self, checkpoint: Checkpoint | None) -> Loss:
-        if self._cached is None or (self._loads and self._cached[0] != checkpoint):
-            path = checkpoint.name if checkpoint is not None else None
+    def _call(self, checkpoint: Checkpoint | None) -> Loss:
+        if self._cached is None or (self._loads_weights and self._cached[0] != checkpoint):
             try:
-                returned = self._function(path) if self._loads else self._function()
+                returned = self._function(checkpoint and checkpoint.name) if self._loads_weights else self._function()
             except Exception as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
-                where = f"{last.filename}, line {last.lineno}"
-                raise InputError(
-                    f"{self._problem.name} raised {type(error).__name__}: {one_line(error)} ({where})"
-                ) from error
-            self._cached = (checkpoint, self._loss(returned))
+                reason = f"{type(error).__name__}: {one_line(error)} ({last.filename}, line {last.lineno})"
+                raise InputError(f"{self._problem.name} raised {reason}") from error
+            self._cached = (checkpoint, self._loss_of(returned))
         return self._cached[1]
 
-    def _loss(self, returned: Any) -> Loss:
+    def _loss_of(self, returned: Any) -> Loss:
         problem = self._problem
         if isinstance(returned, Loss):
             if problem.normalize_logits or problem.batch_statistics or problem.dtype:
@@ -334,15 +282,9 @@ class FunctionLosses:
             got = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
             raise InputError(f"{problem.name} must return a Loss or (model, criterion, batches), got {got}")
         model, criterion, batches = returned
-        dtype = DTYPES[problem.dtype] if problem.dtype else None
-        return Loss(
-            model.to(self._here.device, dtype),
-            criterion,
-            _Share(batches, self._here, dtype) if self._here.count > 1 or dtype else batches,
-            normalize_logits=problem.normalize_logits,
-            batch_statistics=problem.batch_statistics,
-            device=self._here.device,
-        )
+        if self._here.count > 1 or problem.dtype:
+            batches = _Share(batches, self._here, problem.torch_dtype)
+        return self._loss(model, criterion, batches)
 
 
 class _Share:
@@ -353,17 +295,10 @@ class _Share:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in islice(iter(self._batches), self._here.rank, None, self._here.count):
-            yield batch if self._dtype is None else _converted(batch, self._dtype)
+            yield tree_map(self._convert, batch)
 
-
-def _converted(batch: Any, dtype: torch.dtype) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {key: _converted(value, dtype) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        return type(batch)(_converted(value, dtype) for value in batch)
-    return moved(batch, torch.device("cpu"))
+    def _convert(self, x: Any) -> Any:
+        return x.to(self._dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _unwrapped(function: Any) -> Any:

@@ -18,15 +18,14 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import plain
 from sam_optim.loss import Loss
 from sam_optim.sweep.processes import Processes
-from sam_optim.vision import checkpoints, weights
+from sam_optim.sweep.settings import Losses, Settings
+from sam_optim.vision import weights
 from sam_optim.vision.checkpoints import Checkpoint
 from sam_optim.vision.images import read_class_to_idx
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
 
 @dataclass(frozen=True)
-class TextProblem:
+class TextProblem(Settings):
     """Cross-entropy of models for the classification of texts, each a folder of `save_pretrained` with its tokenizer.
 
     Args:
@@ -34,7 +33,8 @@ class TextProblem:
         text_columns: one, or two for pairs of texts. label_column: classes, by name or number.
         class_to_idx: a JSON file with the number of each name; None: what the config.json of the model says.
         max_length: tokens of an example; longer ones are cut off.
-        examples, order, batch_size, ema, key, normalize_logits, batch_statistics, dtype: as in `ImageProblem`.
+        examples, order, batch_size: as in `ImageProblem`.
+        ema, key, normalize_logits, batch_statistics, dtype: as in `Settings`.
     """
 
     text: Path
@@ -45,11 +45,6 @@ class TextProblem:
     examples: int = 512
     order: str = "file"
     batch_size: int = 128
-    ema: bool = False
-    key: str | None = None
-    normalize_logits: bool = False
-    batch_statistics: bool = False
-    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,20 +56,18 @@ class TextProblem:
         return TextLosses(self, here)
 
 
-class TextLosses:
-    """The losses of a `TextProblem`."""
-
+class TextLosses(Losses):
     is_training = True  # a table of the task that the model was fine-tuned for
 
     def __init__(self, problem: TextProblem, here: Processes):
-        self._problem, self._here = problem, here
+        super().__init__(problem, here)
+        self._problem = problem
         self._numbers = read_class_to_idx(problem.class_to_idx) if problem.class_to_idx else None
         lines = read_table(problem.text, [*problem.text_columns, problem.label_column])
         count = min(problem.examples or len(lines), len(lines))
         order = Stream(0).permutation(len(lines)).tolist() if problem.order == "mixed" else range(len(lines))
         self._lines = [lines[i] for i in order[:count]]
         self.notes = [f"{count} of {len(lines)} lines of {problem.text}"]
-        self.choice: str | None = None
         self._cached: tuple[str, Any, list[dict[str, Tensor]]] = ("", None, [])
 
     @property
@@ -85,27 +78,17 @@ class TextLosses:
 
     def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         assert checkpoint is not None
-        problem = self._problem
-        config, batches = self._prepared(checkpoint)
+        config, batches = self._prepare(checkpoint)
         content = hashlib.sha256()
         for batch in batches:
             for name, x in sorted(batch.items()):
                 content.update(f"{name} {tuple(x.shape)}".encode() + x.contiguous().numpy().tobytes())
-        return {
-            "model": plain(config.to_dict()),
-            "ema": problem.ema,
-            "key": problem.key,
-            "data": content.hexdigest()[:16],
-            "batch_size": problem.batch_size,
-            "normalize_logits": problem.normalize_logits,
-            "batch_statistics": problem.batch_statistics,
-            "dtype": problem.dtype or "float32",
-            "device": self._here.device.type,
-        }
+        about = {"model": plain(config.to_dict()), "data": content.hexdigest()[:16]}
+        return self._identity() | about | {"batch_size": self._problem.batch_size}
 
     def loss(self, checkpoint: Checkpoint | None) -> Loss:
         assert checkpoint is not None
-        config, batches = self._prepared(checkpoint)
+        config, batches = self._prepare(checkpoint)
         if getattr(config, "quantization_config", None):
             raise InputError(f"{checkpoint.name} is quantised; measures need the weights that it was made from")
         kind = _transformers().AutoModelForSequenceClassification
@@ -115,35 +98,25 @@ class TextLosses:
             reason = one_line(error)[:200]
             raise InputError(f"{checkpoint.name} is no classifier of texts by transformers: {reason}") from None
         model.load_state_dict(self.state(checkpoint, model), strict=False)
-        return Loss(
-            model.to(self._here.device, DTYPES[self._problem.dtype or "float32"]),
-            nn.CrossEntropyLoss(),
-            self._here.share(batches),
-            normalize_logits=self._problem.normalize_logits,
-            batch_statistics=self._problem.batch_statistics,
-            device=self._here.device,
-        )
+        return self._loss(model, nn.CrossEntropyLoss(), self._here.share(batches))
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
-        loaded = checkpoints.read(checkpoint, ema=self._problem.ema, key=self._problem.key)
-        self.choice = loaded.choice
-        return weights.fitted_or_converted(model, loaded.state, checkpoint.name)
+        return weights.fitted_or_converted(model, self._read(checkpoint), checkpoint.name)
 
-    def _prepared(self, checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Tensor]]]:
+    def _prepare(self, checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Tensor]]]:
         """The configuration of the model in a folder, and the batches as its tokenizer makes them."""
         if self._cached[0] != checkpoint.name:
             folder = Path(checkpoint.name)
             if not (folder / "config.json").is_file():
                 raise InputError(f"{folder} is no folder of save_pretrained: it has no config.json")
             library = _transformers()
+            safely: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
             try:
-                safely: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
                 config = library.AutoConfig.from_pretrained(str(folder), **safely)
                 tokenizer = library.AutoTokenizer.from_pretrained(str(folder), **safely)
             except Exception as error:  # whatever transformers makes of a damaged file
-                raise InputError(
-                    f"{folder} has no model or tokenizer of transformers: {one_line(error)[:200]}"
-                ) from None
+                reason = one_line(error)[:200]
+                raise InputError(f"{folder} has no model or tokenizer of transformers: {reason}") from None
             self._cached = (checkpoint.name, config, self._batches(config, tokenizer))
         return self._cached[1], self._cached[2]
 
@@ -151,14 +124,12 @@ class TextLosses:
         problem = self._problem
         numbers = self._numbers or {str(name): int(i) for name, i in (config.label2id or {}).items()}
         labels = class_numbers([line[problem.label_column] for line in self._lines], numbers, config.num_labels)
+        options = {"padding": True, "truncation": True, "max_length": problem.max_length, "return_tensors": "pt"}
         batches = []
         for i in range(0, len(labels), problem.batch_size):
             lines = self._lines[i : i + problem.batch_size]
             texts = [[line[column] for line in lines] for column in problem.text_columns]
-            tokens = tokenizer(
-                *texts, padding=True, truncation=True, max_length=problem.max_length, return_tensors="pt"
-            )
-            batches.append({**tokens, "labels": labels[i : i + problem.batch_size]})
+            batches.append({**tokenizer(*texts, **options), "labels": labels[i : i + problem.batch_size]})
         return batches
 
 

@@ -12,6 +12,8 @@ The words are compared to the letter. A number is free by what the page itself c
   a training carries that on. The test of a page states it, from what `tests/matrix.py` measured.
 
 A whole number is a count, and exact.
+
+    python tests/examples.py docs/gallery/*.md      # runs pages where they are: writes their outputs and pictures
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import contextlib
 import io
 import math
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +37,26 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text())
 
 
+def output(code: str, page: Path, names: dict) -> str:
+    """What a block prints; `names` are those that the blocks of its page share."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, str(page), "exec"), names)
+    return printed.getvalue()
+
+
+def rewrite(page: Path) -> None:
+    """Runs a page in its folder, where it saves its pictures, and puts what it prints into its text blocks."""
+    names: dict = {}
+
+    def filled(block: re.Match) -> str:
+        printed = output(block[1], page, names)
+        return block[0] if block[2] is None else block[0][: block.start(2) - block.start()] + printed + "```"
+
+    with contextlib.chdir(page.parent):
+        page.write_text(BLOCK.sub(filled, page.read_text()))
+
+
 def run(page: Path, names: dict | None = None, *, leave_out: str | None = None) -> list[tuple[str, str]]:
     """(printed, shown) of each block that shows its output; the blocks share their names, as in a notebook.
 
@@ -41,11 +64,9 @@ def run(page: Path, names: dict | None = None, *, leave_out: str | None = None) 
     """
     names, pairs = {} if names is None else names, []
     for code, shown in blocks(page):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(code, str(page), "exec"), names)
+        printed = output(code, page, names)
         if shown:
-            lines = out.getvalue().splitlines()
+            lines = printed.splitlines()
             pairs.append(("\n".join(line for line in lines if not (leave_out and re.match(leave_out, line))), shown))
     return pairs
 
@@ -91,3 +112,8 @@ def differences(printed: str, shown: str, spread: float) -> list[str]:
 def check(pairs: list[tuple[str, str]], *, spread: float) -> None:
     wrong = [line for printed, shown in pairs for line in differences(printed, shown, spread)]
     assert not wrong, "\n".join(wrong)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        rewrite(Path(name).resolve())

@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import examples
 import pytest
-import torch
-from test_docs import TRAINED
 
 from benchmarks import accuracies
 from benchmarks.train import options
@@ -16,13 +13,6 @@ from sam_optim.core import errors, files
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {p.stem for p in (ROOT / "benchmarks" / "recipes").glob("*.yaml")}
-
-
-def test_the_example_prints_what_it_shows():
-    pytest.importorskip("sklearn")
-    with torch.random.fork_rng(devices=[]):
-        pairs = examples.run(ROOT / "docs" / "training.md")
-    examples.check(pairs, spread=TRAINED)
 
 
 def test_every_option_that_a_page_names_exists():

@@ -29,7 +29,10 @@ def is_rounded(shown, number):
     return math.isfinite(number) and abs(float(shown) - number) <= half * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"], ids=lambda p: str(p.relative_to(ROOT)))
+PAGES = [ROOT / "README.md", ROOT / "docs" / "performance.md", RESULTS / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_interval_of_a_table_is_in_a_committed_file(page):
     committed = [s for path in sorted(RESULTS.glob("*.json")) for s in summaries(json.loads(path.read_text()))]
     rows = [line for line in page.read_text().splitlines() if line.startswith("|")]

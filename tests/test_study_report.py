@@ -9,10 +9,8 @@ import math
 import random
 import re
 
-import examples
 import pytest
 from chromium import BINARY, REASON, Browser
-from test_docs import DOCS, ROUNDING
 from test_report import HOSTILE, Reader, read
 
 from benchmarks.study import __main__ as study
@@ -341,11 +339,6 @@ class TestBrowser:
             )
             browser.open(path)
             assert browser.run("document.documentElement.scrollWidth") <= width
-
-
-def test_the_documentation_prints_what_it_shows():
-    """From the committed results, so that only rounding differs."""
-    examples.check(examples.run(DOCS / "study.md"), spread=ROUNDING)
 
 
 ACCURACIES = {

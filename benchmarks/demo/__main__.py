@@ -11,12 +11,12 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo.findings import mean, select, summary
+from benchmarks.demo.findings import mean, summary, tuning_table
 from benchmarks.demo.page import page
 from benchmarks.demo.plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
 from sam_optim.core.arguments import Parser, number
@@ -75,10 +75,7 @@ def run_all(jobs: Mapping[str, Job], folder: Path, workers: int, title: str) -> 
 
 def choose(plan: Plan, tuning: Results) -> dict[str, float]:
     """For each tuned method the value with the highest mean validation accuracy at the last epoch."""
-    return {
-        method: max(grid, key=lambda value: mean(select(tuning, method, METHODS[method].tuned, value)))
-        for method, grid in plan.grids.items()
-    }
+    return {m: max(values, key=lambda v: mean(values[v])) for m, values in tuning_table(plan, tuning).items()}
 
 
 def report(
@@ -104,22 +101,19 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
             yield name, execute(jobs[name])
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts)
-    running = {}
-    try:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts) as pool:
         running = {pool.submit(execute, jobs[name]): name for name in names}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+        try:
+            for future in as_completed(running):
                 yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        raise InputError("a worker process died (out of memory?); start again with --workers 1") from None
-    except KeyboardInterrupt:
-        print("\nFinishing the runs in progress (seconds) ...", file=sys.stderr)
-        for future in [f for f in running if not f.cancel()]:
-            yield running[future], future.result()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        except BrokenProcessPool:
+            raise InputError("a worker process died (out of memory?); start again with --workers 1") from None
+        except KeyboardInterrupt:
+            print("\nFinishing the runs in progress (seconds) ...", file=sys.stderr)
+            yield from [(running[future], future.result()) for future in running if not future.cancel()]
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _progress(jobs: Mapping[str, Job], results: Mapping[str, Any], title: str) -> Any:
@@ -129,14 +123,13 @@ def _progress(jobs: Mapping[str, Job], results: Mapping[str, Any], title: str) -
         raise InputError("the demo needs tqdm and scikit-learn: pip install 'sam_optim[bench]'") from None
     done, total = (sum(_cost(jobs[name]) for name in names) for names in (results, jobs))
     shape = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left  {postfix}"
-    return tqdm(total=total, initial=done, desc=title, bar_format=shape, dynamic_ncols=True, leave=True)
+    return tqdm(total=total, initial=done, desc=title, bar_format=shape, dynamic_ncols=True)
 
 
 def _cost(job: Job) -> float:
     """What a job costs, in epochs of SGD: SAM takes two passes, the measures of a reported run as much as 90 epochs."""
-    passes = 1 if job["rho"] is None else 1.8
-    measured = job.get("measuring")
-    return job["epochs"] * passes + (90 + 80 * job["plane"] if measured else 0)
+    training = job["epochs"] * (1 if job["rho"] is None else 1.8)
+    return training + (90 + 80 * job["plane"] if job["kind"] == "final" else 0)
 
 
 def _prepare(out: Path) -> None:

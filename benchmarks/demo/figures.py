@@ -27,14 +27,8 @@ def key() -> Markup:
 
 
 def accuracy_table(final: Results) -> Markup:
-    head = [
-        "method",
-        "last epoch, %",
-        "best epoch, %",
-        "best epoch, number",
-        "wrong labels learned, %",
-        "wrong labels seen through, %",
-    ]
+    head = ["method", "last epoch, %", "best epoch, %", "best epoch, number"]
+    head += ["wrong labels learned, %", "wrong labels seen through, %"]
     rows = [
         [
             method.name,
@@ -89,10 +83,7 @@ def training_curves(final: Results) -> Markup:
 def sharpness_table(final: Results, data: str) -> Markup:
     head = ["method", *(text[0].upper() + text[1:] for text in MEASURES.values())]
     rows = [
-        [
-            method.name,
-            *(spread(values(final, name, "measures", data, measure, "value")) for measure in MEASURES),
-        ]
+        [method.name, *(spread(values(final, name, "measures", data, measure, "value")) for measure in MEASURES)]
         for name, method in METHODS.items()
     ]
     return html_table(head, rows, f"On {data}: mean ± standard deviation over seeds, weights of the last epoch.")
@@ -102,9 +93,8 @@ def sharpness_dots(final: Results, data: str) -> Markup:
     strips = []
     for measure, title in MEASURES.items():
         groups = _groups(final, "measures", data, measure, "value")
-        log = all(v > 0 for group in groups for v in _reach(group.values)) and _is_wide(
-            v for g in groups for v in g.values
-        )
+        is_positive = all(v > 0 for group in groups for v in _reach(group.values))
+        log = is_positive and _is_wide(v for group in groups for v in group.values)
         label = _unit(measure) + (" (logarithmic)" if log else "")
         strips.append(strip(title[0].upper() + title[1:], groups, x_label=label, log=log))
     return figure(panels(*strips), f"On {data}: one marker for each seed, their mean, one standard deviation.")
@@ -127,15 +117,10 @@ def correlation_scatters(rows: Sequence[Mapping[str, Any]], taus: Correlations, 
 def correlation_intervals(taus: Correlations) -> Markup:
     plots = []
     for data in DATA:
-        rows = [
-            Interval(
-                MEASURES[c["measure"]],
-                *(_float(c[key]) for key in ("tau", "low", "high")),
-                style=GREY if c["measure"] == "loss" else 3,
-            )
-            for c in taus
-            if c["data"] == data
-        ]
+        rows = []
+        for c in (c for c in taus if c["data"] == data):
+            numbers = [_float(c[key]) for key in ("tau", "low", "high")]
+            rows.append(Interval(MEASURES[c["measure"]], *numbers, style=GREY if c["measure"] == "loss" else 3))
         plots.append(intervals(f"On {data}", rows, x_label="tau with the test error", span=(-1.0, 1.0)))
     caption = (
         "Kendall's tau with its 95 % bootstrap interval over all runs. To the right of 0 flatter went with better; to "
@@ -156,11 +141,9 @@ def slices(final: Results) -> Markup:
                 lines.append(Curves(method.name, along[0]["coordinates"][0], losses, STYLE[name]))
         if lines:
             log = _is_wide(v for line in lines for run in line.runs for v in run)
-            labels = {
-                "x_label": "random direction, in filter norms",
-                "y_label": "loss (logarithmic)" if log else "loss",
-            }
-            pictures.append(curves(f"On {data}", lines, **labels, log=log))
+            y_label = "loss (logarithmic)" if log else "loss"
+            x_label = "random direction, in filter norms"
+            pictures.append(curves(f"On {data}", lines, x_label=x_label, y_label=y_label, log=log))
     caption = (
         "One filter-normalised random direction for each seed, the same draw for every method; mean and range over "
         "seeds. At ±1 every filter has moved by its own norm."

@@ -59,20 +59,13 @@ def values(final: Results, method: str, *path: str, scale: float = 1.0) -> list[
     return numbers
 
 
-def select(tuning: Results, method: str, setting: str | None, value: float) -> list[float]:
-    """Validation accuracy at the last epoch, for each tuning seed; 0 where training diverged."""
-    jobs = [run for run in tuning.values() if run["job"]["method"] == method and run["job"][str(setting)] == value]
-    return [run["last"]["validation_accuracy"] or 0.0 for run in jobs]
-
-
-def tuning_table(plan: Plan, tuning: Results) -> dict[str, list[dict[str, Any]]]:
-    return {
-        method: [
-            {"value": value, "validation_accuracy": select(tuning, method, METHODS[method].tuned, value)}
-            for value in grid
-        ]
-        for method, grid in plan.grids.items()
-    }
+def tuning_table(plan: Plan, tuning: Results) -> dict[str, dict[float, list[float]]]:
+    """method -> value -> validation accuracy at the last epoch, for each tuning seed; 0 where training diverged."""
+    table: dict[str, dict[float, list[float]]] = {m: {value: [] for value in grid} for m, grid in plan.grids.items()}
+    for run in tuning.values():
+        job = run["job"]
+        table[job["method"]][job[METHODS[job["method"]].tuned]].append(run["last"]["validation_accuracy"] or 0.0)
+    return table
 
 
 def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
@@ -89,7 +82,7 @@ def differences(accuracy: Mapping[str, Mapping[str, list[float]]]) -> list[dict[
 
 def best_control(accuracy: Mapping[str, Mapping[str, list[float]]]) -> tuple[str, str]:
     """(method, which epoch) of the control with the highest mean test accuracy."""
-    return max(CONTROLS, key=lambda control: _or_low(mean(accuracy[control[0]][control[1]])))
+    return max(CONTROLS, key=lambda control: mean(accuracy[control[0]][control[1]], empty=-math.inf))
 
 
 def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -155,10 +148,9 @@ def verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     """The answer of all sharpness measures on all data sets, and whether it holds where only chance differs."""
     better, worse, unclear = directions(taus)
     n = len(taus)
-    if better == n:
-        first = f"Here it did, by all {n} combinations of a sharpness measure and a data set."
-    elif worse == n:
-        first = f"Here it went with worse, by all {n} combinations of a sharpness measure and a data set."
+    if n in (better, worse):
+        did = "did" if better else "went with worse"
+        first = f"Here it {did}, by all {n} combinations of a sharpness measure and a data set."
     else:
         first = (
             f"It depends on what is measured where: of {n} combinations of a sharpness measure and a data set, in "
@@ -214,7 +206,7 @@ def training_note(final: Results) -> str:
         [100 * mean(column) for column in zip(*values_by_epoch(final, "sgd_long", name), strict=True)]
         for name in ("test_accuracy", "train_accuracy")
     )
-    peak = max(range(len(test)), key=lambda epoch: _or_low(test[epoch]))
+    peak = max(range(len(test)), key=lambda epoch: mean(test[epoch : epoch + 1], empty=-math.inf))
     numbers = (
         f"Averaged over seeds, SGD's test accuracy is highest after {peak + 1} epochs, {test[peak]:.1f} %, and "
         f"{test[-1]:.1f} % after {len(test)}; the share of noisy labels that it says goes from {train[peak]:.0f} to "
@@ -231,22 +223,23 @@ def values_by_epoch(final: Results, method: str, curve: str) -> list[list[float]
 
 def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
     head = ["", "test %, last epoch", "test %, best epoch", "wrong labels learned %", "loss, train", "SAM ball, train"]
-    rows = []
-    for key, method in METHODS.items():
-        columns = [
-            values(final, key, "last", "test_accuracy", scale=100),
-            values(final, key, "best", "test_accuracy", scale=100),
-            values(final, key, "memorised", scale=100),
-            values(final, key, "measures", NOISY, "loss", "value"),
-            values(final, key, "measures", NOISY, "sam_ball", "value"),
+    rates = (("last", "test_accuracy"), ("best", "test_accuracy"), ("memorised",))
+    measures = [("measures", NOISY, measure, "value") for measure in ("loss", "sam_ball")]
+    rows = [
+        [
+            method.name,
+            *(spread(values(final, key, *path, scale=100), decimals=1) for path in rates),
+            *(spread(values(final, key, *path)) for path in measures),
         ]
-        rows.append([method.name, *(spread(c, decimals=1 if i < 3 else None) for i, c in enumerate(columns))])
+        for key, method in METHODS.items()
+    ]
     return head, rows
 
 
-def mean(numbers: Sequence[float]) -> float:
+def mean(numbers: Sequence[float], empty: float = NAN) -> float:
+    """Of those that are finite; `empty` where none is."""
     finite = [v for v in numbers if math.isfinite(v)]
-    return math.fsum(finite) / len(finite) if finite else NAN
+    return math.fsum(finite) / len(finite) if finite else empty
 
 
 def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
@@ -256,7 +249,3 @@ def _excludes_zero(correlation: Mapping[str, Any], side: int) -> bool:
 
 def _mean_tau(taus: Sequence[Mapping[str, Any]], factor: str) -> float:
     return mean([NAN if (tau := c["by_factor"].get(factor)) is None else tau for c in taus])
-
-
-def _or_low(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf

@@ -68,7 +68,7 @@ def page(plan: Plan, results: Mapping[str, Any], final: Results) -> Markup:
         "SAM, ASAM and SGD on noisy digits",
         _header(plan, results),
         _accuracy(results, final),
-        _training(final),
+        section("Training", paragraph(training_note(final)), draw.training_curves(final), identifier="training"),
         _sharpness(plan, results, final),
         _flat_and_better(results, final),
         _landscapes(final),
@@ -113,32 +113,22 @@ def _accuracy(results: Mapping[str, Any], final: Results) -> Markup:
     caption = "Differences by seed, in points of test accuracy, with the 95 % t-interval of their mean."
     sgd_learned, sam_learned = (mean(values(final, m, "memorised", scale=100)) for m in ("sgd", "sam"))
     accuracy = results["accuracy"]
-    early, decay, both, stopped = (
-        signed(difference(accuracy[method][when], accuracy["sgd"]["last"]).mean, 1)
-        for method, when in (("sgd", "best"), ("sgd_decay", "last"), ("sgd_decay", "best"), ("sam", "best"))
+    ways = (("sgd", "best"), ("sgd_decay", "last"), ("sgd_decay", "best"), ("sam", "last"), ("sam", "best"))
+    early, decay, both, sam, stopped = (
+        signed(difference(accuracy[method][when], accuracy["sgd"]["last"]).mean, 1) for method, when in ways
     )
-    gain = results["differences"][0]["mean"] or 0.0
     return section(
         "Accuracy on clean test labels",
         paragraph(
             f"SGD ends up saying {sgd_learned:.0f} % of the wrong labels it was shown, SAM {sam_learned:.0f} %. "
             f"Against SGD's last epoch, stopping SGD early is worth {early} points, tuned weight decay {decay}, both "
-            f"together {both}; SAM {signed(gain, 1)}, stopped early {stopped}. Compare SAM with these controls, not "
+            f"together {both}; SAM {sam}, stopped early {stopped}. Compare SAM with these controls, not "
             "with plain SGD: the table of differences does."
         ),
         draw.accuracy_table(final),
         draw.accuracy_dots(final),
         html_table(["", "difference", "95 % interval", "seeds where positive"], rows, caption),
         identifier="accuracy",
-    )
-
-
-def _training(final: Results) -> Markup:
-    return section(
-        "Training",
-        paragraph(training_note(final)),
-        draw.training_curves(final),
-        identifier="training",
     )
 
 
@@ -225,12 +215,11 @@ def _caveats(plan: Plan, results: Mapping[str, Any]) -> Markup:
 
 def _settings(plan: Plan, results: Mapping[str, Any]) -> Markup:
     rows = []
-    for method, grid in results["tuning"].items():
-        chosen = results["chosen"][method]
-        for row in grid:
-            mark = "chosen" if row["value"] == chosen else ""
-            accuracy = spread([100 * v for v in row["validation_accuracy"]], decimals=1)
-            rows.append([METHODS[method].name, METHODS[method].tuned, f"{row['value']:g}", accuracy, mark])
+    for name, accuracies in results["tuning"].items():
+        for value, accuracy in accuracies.items():
+            mark = "chosen" if float(value) == results["chosen"][name] else ""
+            cells = [METHODS[name].name, METHODS[name].tuned, f"{float(value):g}"]
+            rows.append([*cells, spread([100 * v for v in accuracy], decimals=1), mark])
     best = [i for i, row in enumerate(rows) if row[-1]]
     settings = {
         "network": "3 convolutions (32, 64, 64 channels), ReLU, no normalisation, no dropout",

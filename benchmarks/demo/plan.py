@@ -109,14 +109,9 @@ def tuning_jobs(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def final_jobs(plan: Plan, chosen: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """name -> settings of every reported run; `chosen` are the tuned settings."""
-    measuring = {
-        "num_measured": plan.num_measured,
-        "num_steps": plan.num_steps,
-        "num_probes": plan.num_probes,
-        "points_1d": plan.points_1d,
-        "points_2d": plan.points_2d,
-        "balls": {name: ball.to_dict() for name, ball in balls(chosen).items()},
-    }
+    names = ("num_measured", "num_steps", "num_probes", "points_1d", "points_2d")
+    measuring: dict[str, Any] = {name: getattr(plan, name) for name in names}
+    measuring["balls"] = {name: ball.to_dict() for name, ball in balls(chosen).items()}
     return {
         f"{method}-seed{seed}": recipe(plan, method, chosen.get(method), seed)
         | {"kind": "final", "plane": seed == plan.seeds[0], "measuring": measuring}
@@ -126,18 +121,10 @@ def final_jobs(plan: Plan, chosen: Mapping[str, float]) -> dict[str, dict[str, A
 
 
 def recipe(plan: Plan, method: str, value: float | None, seed: int) -> dict[str, Any]:
-    settings = {
-        "method": method,
-        "seed": seed,
-        "epochs": plan.epochs * METHODS[method].epochs_factor,
-        "lr": plan.lr,
-        "momentum": plan.momentum,
-        "weight_decay": 0.0,
-        "rho": None,
-        "batch_size": plan.batch_size,
-        "label_noise": plan.label_noise,
-        "validation_fraction": plan.validation_fraction,
-    }
+    names = ("lr", "momentum", "batch_size", "label_noise", "validation_fraction")
+    settings: dict[str, Any] = {name: getattr(plan, name) for name in names}
+    settings |= {"method": method, "seed": seed, "epochs": plan.epochs * METHODS[method].epochs_factor}
+    settings |= {"weight_decay": 0.0, "rho": None}
     tuned = METHODS[method].tuned
     return settings | ({tuned: value} if tuned else {})
 

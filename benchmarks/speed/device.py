@@ -62,43 +62,33 @@ def device_seconds(run: Run, prepare: Run, rounds: int, *, ahead: float) -> floa
 
 def host_seconds(run: Run, prepare: Run, rounds: int) -> float:
     """Median time of the calls, over an empty queue."""
-    times = []
-    for i in range(rounds + WARM_UP):
-        prepare()
-        wait()
-        start = time.perf_counter()
-        run()
-        if i >= WARM_UP:
-            times.append(time.perf_counter() - start)
-    wait()
-    return statistics.median(times)
+    return statistics.median(interleaved({"": run}, rounds, prepare, waiting=False)[""])
 
 
 def whole_seconds(run: Run, prepare: Run, rounds: int) -> float:
     """Median time from an empty queue to an empty queue: of the device or of the host, whatever is slower."""
-    times = []
-    for i in range(rounds + WARM_UP):
-        prepare()
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        if i >= WARM_UP:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(interleaved({"": run}, rounds, prepare)[""])
 
 
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """As `whole_seconds`, one after another in every round: the clocks of a device change with its temperature."""
+def interleaved(
+    runs: dict[str, Run], rounds: int, prepare: Run = lambda: None, *, waiting: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of the runs, one after another in every round: the clocks of a device change with its temperature.
+
+    prepare: before each run, not timed. waiting: until the device is done.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + WARM_UP):
         for name, run in runs.items():
+            prepare()
             wait()
             start = time.perf_counter()
             run()
-            wait()
+            if waiting:
+                wait()
             if i >= WARM_UP:
                 times[name].append(time.perf_counter() - start)
+    wait()
     return times
 
 

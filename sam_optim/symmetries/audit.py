@@ -62,12 +62,11 @@ class Audit(_Result):
     @property
     def moved(self) -> dict[str, bool | None]:
         """For each measure: True if any change moved it, None if that cannot be said."""
-        by_measure: dict[str, list[bool | None]] = {}
+        moved: dict[str, bool | None] = {}
         for row in self.rows:
-            by_measure.setdefault(row.measure, []).append(row.moved)
-        return {
-            name: True if True in moved else (None if None in moved else False) for name, moved in by_measure.items()
-        }
+            before = moved.get(row.measure, False)
+            moved[row.measure] = True if before or row.moved else (None if None in (before, row.moved) else False)
+        return moved
 
     def __str__(self) -> str:
         """A table: a row for each measure, a column for each change with the ratio, starred where it moved."""
@@ -91,7 +90,7 @@ def audit(
     criterion: Criterion | None = None,
     batches: Iterable[Any] | None = None,
     make_loss: Callable[[nn.Module], Loss] | None = None,
-    inputs: Inputs | None = None,
+    inputs: Inputs = None,
     tolerance: float = 0.01,
     seed: int = 0,
     progress: Progress | None = None,
@@ -134,7 +133,7 @@ def audit(
     if batches is not None and make_loss is not None:
         raise ValueError("pass batches= or make_loss=, not both")
     if batches is not None:
-        make_loss = partial(_loss_of, criterion=criterion, batches=batches)
+        make_loss = partial(Loss, criterion=criterion, batches=batches)
         inputs = _inputs_of(batches, next(model.parameters()).device) if inputs is None else inputs
     arguments = inputs_for(model, inputs)
     changed, skipped = _changed(model, transforms, arguments, seed)
@@ -197,18 +196,14 @@ def _measured(measure: Measure, subject: Any) -> _Value:
 def _row(measure: str, transform: str, before: _Value, after: _Value, tolerance: float) -> AuditRow:
     a, b = before.number, after.number
     noise = math.hypot(before.noise, after.noise)
-    is_known = math.isfinite(a) and math.isfinite(b)
-    moved = abs(b - a) > max(tolerance * max(abs(a), abs(b)), 3 * noise) if is_known else None
-    ratio = b / a if is_known and a else math.nan
+    is_finite = math.isfinite(a) and math.isfinite(b)
+    moved = abs(b - a) > max(tolerance * max(abs(a), abs(b)), 3 * noise) if is_finite else None
+    ratio = b / a if is_finite and a else math.nan
     return AuditRow(measure, transform, a, b, ratio, noise, moved, after.reason or before.reason)
 
 
 def _ratio(row: AuditRow) -> str:
     return MISSING if row.moved is None else f"x {row.ratio:.4g} " + ("*" if row.moved else " ")
-
-
-def _loss_of(model: nn.Module, *, criterion: Criterion | None, batches: Iterable[Any]) -> Loss:
-    return Loss(model, criterion, batches)
 
 
 def _inputs_of(batches: Iterable[Any], device: torch.device) -> Inputs:

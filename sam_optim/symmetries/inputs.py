@@ -12,12 +12,12 @@ from sam_optim.core.module_state import measured
 from sam_optim.core.random import Aside, Stream
 from sam_optim.symmetries.tracing import tensors_in
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | None  # None: examples that fit the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
 SIZES = (32, 64, 224)  # of images, tried in this order where the model does not say
 
 
-def inputs_for(model: nn.Module, inputs: Inputs | None) -> tuple[Any, ...] | Mapping[str, Any]:
+def inputs_for(model: nn.Module, inputs: Inputs) -> tuple[Any, ...] | Mapping[str, Any]:
     """The arguments of the forward pass: those given, or normal examples of the size that the model takes."""
     if inputs is not None:
         return inputs if isinstance(inputs, (tuple, Mapping)) else (inputs,)
@@ -40,14 +40,13 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Of one example."""
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
-    if size is not None and isinstance(first, nn.modules.conv._ConvNd):
-        yield (first.in_channels, *size[1:])
     if isinstance(first, nn.Linear):
         yield (first.in_features,)
-    elif isinstance(first, nn.modules.conv._ConvNd):
-        axes = len(first.kernel_size)
+    elif first is not None:
+        if size is not None:
+            yield (first.in_channels, *size[1:])
         for n in (*SIZES, *range(1, 32)):
-            yield (first.in_channels, *[n] * axes)
+            yield (first.in_channels, *[n] * len(first.kernel_size))
 
 
 @torch.no_grad()

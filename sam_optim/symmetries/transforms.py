@@ -6,6 +6,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sam_optim.core.module_state import measured
 from sam_optim.core.random import Stream
-from sam_optim.symmetries.channels import FIXED, Occurrence, Trace
+from sam_optim.symmetries.channels import FIXED, Trace
 from sam_optim.symmetries.inputs import Inputs, check_outputs, inputs_for, outputs_of
 from sam_optim.symmetries.rules import Permutations, Scales
 from sam_optim.symmetries.tracing import Tracer
@@ -30,7 +31,7 @@ def rescale(
     alpha: float = 2.0,
     *,
     seed: int | None = None,
-    inputs: Inputs | None = None,
+    inputs: Inputs = None,
     tolerance: float | None = None,
 ) -> nn.Module:
     """A copy of the model with channels rescaled between layers; the function is the same.
@@ -46,7 +47,7 @@ def rescale(
     Args:
         model: any module whose forward pass runs on `inputs`. It is not changed.
         alpha: the factor, of every channel. A layer between two others takes alpha and 1 / alpha: its weights stay.
-        seed: None, or each class of tied channels has a factor of its own, alpha ** u with u uniform on (-1, 1).
+        seed: None, or each class of tied channels has its own factor, alpha ** u with u uniform on (-1, 1).
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on which the model is traced and its
             outputs compared; None for two normal examples, of the size that timm's `default_cfg` or the first
             convolution or linear layer names.
@@ -63,7 +64,8 @@ def rescale(
 
     Source: Dinh et al. (2017), arXiv:1703.04933.
     """
-    return _scaled(model, alpha, seed, inputs, tolerance, normalized=False)
+    change_ = partial(_scale_, alpha=alpha, seed=seed, normalized=False)
+    return _transformed(model, inputs, tolerance, Scales, change_)
 
 
 def rescale_normalized(
@@ -71,7 +73,7 @@ def rescale_normalized(
     alpha: float = 2.0,
     *,
     seed: int | None = None,
-    inputs: Inputs | None = None,
+    inputs: Inputs = None,
     tolerance: float | None = None,
 ) -> nn.Module:
     """A copy of the model with what goes into normalisation layers rescaled; the function is the same.
@@ -86,12 +88,11 @@ def rescale_normalized(
 
     Args, Returns, Raises: as in `rescale`. One factor for everything that one layer normalises.
     """
-    return _scaled(model, alpha, seed, inputs, tolerance, normalized=True)
+    change_ = partial(_scale_, alpha=alpha, seed=seed, normalized=True)
+    return _transformed(model, inputs, tolerance, Scales, change_)
 
 
-def permute(
-    model: nn.Module, seed: int = 0, *, inputs: Inputs | None = None, tolerance: float | None = None
-) -> nn.Module:
+def permute(model: nn.Module, seed: int = 0, *, inputs: Inputs = None, tolerance: float | None = None) -> nn.Module:
     """A copy of the model with hidden units in another order; the function is the same.
 
         W_b f(W_a x + c_a) = (W_b P^T) f(P W_a x + P c_a),   P a permutation, f elementwise
@@ -107,21 +108,10 @@ def permute(
     Raises:
         ValueError: the model has no units that can change places (`NoSymmetry`). RuntimeError: as `rescale`.
     """
-    return _transformed(model, inputs, tolerance, Permutations, lambda copied, trace: _permute_(copied, trace, seed))
+    return _transformed(model, inputs, tolerance, Permutations, partial(_permute_, seed=seed))
 
 
-def _scaled(model: nn.Module, alpha: float, seed: int | None, inputs: Inputs | None, tolerance: float | None, *,
-            normalized: bool) -> nn.Module:  # fmt: skip
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha multiplies channels ahead of a ReLU and must be a number > 0, got {alpha!r}")
-
-    def change_(copied: nn.Module, trace: Trace) -> None:
-        _scale_(copied, trace, alpha, seed, normalized)
-
-    return _transformed(model, inputs, tolerance, Scales, change_)
-
-
-def _transformed(model: nn.Module, inputs: Inputs | None, tolerance: float | None, tracer: type[Tracer],
+def _transformed(model: nn.Module, inputs: Inputs, tolerance: float | None, tracer: type[Tracer],
                  change_: Callable[[nn.Module, Trace], None]) -> nn.Module:  # fmt: skip
     """A copy of the model, changed by what a trace of it allows; its outputs are compared."""
     arguments = inputs_for(model, inputs)
@@ -136,8 +126,10 @@ def _transformed(model: nn.Module, inputs: Inputs | None, tolerance: float | Non
     return copied
 
 
-def _scale_(model: nn.Module, trace: Trace, alpha: float, seed: int | None, normalized: bool) -> None:
+def _scale_(model: nn.Module, trace: Trace, *, alpha: float, seed: int | None, normalized: bool) -> None:
     """Each class of tied channels takes a factor; every tensor the factors of the channels that occur in it."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha multiplies channels ahead of a ReLU and must be a number > 0, got {alpha!r}")
     classes = _free_classes(trace, normalized=normalized)
     if not len(classes):
         kind = "normalisation layers whose input is made by weights" if normalized else "layers joined by ReLU alone"
@@ -171,12 +163,12 @@ def _free_classes(trace: Trace, *, normalized: bool) -> Tensor:
     return torch.unique(free[free != FIXED])
 
 
-def _permute_(model: nn.Module, trace: Trace, seed: int) -> None:
+def _permute_(model: nn.Module, trace: Trace, *, seed: int) -> None:
     """Units that occur at equally many places of the same axes change places with each other."""
     state = _state(model)
     places: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
     for occurrence in trace.occurrences:
-        axis = _axis_of(occurrence)
+        axis = next((axis for axis, n in enumerate(occurrence.ids.shape) if n > 1), None)
         if axis is None:
             continue  # one unit alone, or fixed
         assert occurrence.ids.numel() == state[occurrence.name].shape[axis]
@@ -186,22 +178,18 @@ def _permute_(model: nn.Module, trace: Trace, seed: int) -> None:
     alike: dict[Any, list[int]] = defaultdict(list)
     for unit, axes in places.items():
         alike[tuple(sorted((axis, len(at)) for axis, at in axes.items()))].append(unit)
-    sets = [(kind, units) for kind, units in alike.items() if len(units) > 1]
+    sets = {kind: units for kind, units in alike.items() if len(units) > 1}
     if not sets:
         raise NoSymmetry(f"nothing to permute: found no exchangeable hidden units in {type(model).__name__}")
     stream = Stream(seed)
     sources: dict[Axis, Tensor] = {}
-    for kind, units in sets:
+    for kind, units in sets.items():
         order = stream.permutation(len(units))
         for (name, axis), _ in kind:
             at = torch.tensor([places[unit][name, axis] for unit in units])
             sources.setdefault((name, axis), torch.arange(state[name].shape[axis]))[at] = at[order]
     for (name, axis), source in sources.items():
         state[name].copy_(state[name].index_select(axis, source.to(state[name].device)))
-
-
-def _axis_of(occurrence: Occurrence) -> int | None:
-    return next((axis for axis, n in enumerate(occurrence.ids.shape) if n > 1), None)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

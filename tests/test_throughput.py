@@ -22,7 +22,7 @@ def arguments(tmp_path, n: int):
 def test_losses_of_three_updates_are_equal(tmp_path, prefetcher):
     """One batch holds all images, so that the order in which each side draws them does not matter."""
     args = arguments(tmp_path, 20)
-    with rng.kept():
+    with rng.preserved():
         ours, theirs = throughput.our_epoch(args), throughput.timm_epoch(args, prefetcher=prefetcher)
         found = [(ours(), theirs()) for _ in range(3)]
     for own, control in found:

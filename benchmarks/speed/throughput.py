@@ -119,7 +119,7 @@ def picture_tree(root: Path, images: int, size: int, classes: int = 10) -> None:
 
 def compared(options: Options, rounds: int) -> dict[str, Any]:
     """Ratios of thread CPU time, ours to timm's, and images per second of CPU time."""
-    with rng.kept():
+    with rng.preserved():
         ours = our_epoch(options)
         controls = {"timm, prefetcher": timm_epoch(options, prefetcher=True)}
         controls["timm, no prefetcher"] = timm_epoch(options, prefetcher=False)

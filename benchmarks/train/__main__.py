@@ -41,7 +41,7 @@ def train(options: Options) -> int:
     measures = measure.chosen(options.measures)
     with ranks.joined(options.device) as world:
         resumed = _check_out(options, world)
-        with rng.kept():
+        with rng.preserved():
             device, splits = recipe.device(options, world), data.load(options)
             training = Training(options, splits, device, world=world, initial=resumed is None)
             world.barrier()  # all have seen what is in --out, and found their options good

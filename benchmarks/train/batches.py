@@ -170,7 +170,7 @@ class Transformed(Dataset):
 
     def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
         """What DataLoader asks for: a batch."""
-        with rng.kept():
+        with rng.preserved():
             return [self._transformed(i) for i in rows]
 
     def _transformed(self, i: int) -> tuple[Tensor, int]:

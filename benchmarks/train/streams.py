@@ -96,7 +96,7 @@ class _Transformed(IterableDataset):
         info = get_worker_info()
         worker = info.id if info else 0
         for k, (image, label) in enumerate(self.source):
-            with rng.kept():
+            with rng.preserved():
                 seed_here(derive(self.seed, *self.purpose, worker, k))
                 shown = self.transform(image)
             yield shown, int(label)

@@ -54,7 +54,7 @@ def load(options: Options, *, ema: bool = False) -> TrainedRun:
     if state[weights] is None:
         raise InputError(f"{options.out} was trained without --model-ema: leave --ema out")
     device = recipe.device(options)
-    with rng.kept():
+    with rng.preserved():
         splits = data.load(options)
         model = recipe.model(options, splits)
     model.load_state_dict(state[weights])

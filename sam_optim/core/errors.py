@@ -23,9 +23,9 @@ class InputError(ValueError):
 def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> InputError:
     """An error that lists the choices; the nearest ones where there are too many to read."""
     choices = sorted(choices)
-    shown = (
-        choices if len(choices) <= limit else get_close_matches(name, choices, n=limit, cutoff=0.4) or choices[:limit]
-    )
+    shown = choices
+    if len(choices) > limit:
+        shown = get_close_matches(name, choices, n=limit, cutoff=0.4) or choices[:limit]
     rest = f" ... ({len(choices)} in all)" if len(shown) < len(choices) else ""
     return InputError(f"unknown {kind} {name!r}; choose from {', '.join(shown)}{rest}")
 

@@ -35,9 +35,7 @@ def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
 
     A file that is there keeps its mode. A device or pipe is written to.
     """
-    temporary = path.with_name(
-        f".{path.name}.{secrets.token_hex(8)}.tmp"
-    )  # a link that somebody put there is no danger
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody can put a link there beforehand
     try:
         if is_stream(path):
             with open(path, "ab") as stream:

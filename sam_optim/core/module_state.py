@@ -44,14 +44,14 @@ class Buffers:
         self._slots: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
 
     @torch.no_grad()
-    def save(self, model: nn.Module | Sequence[nn.Module], others: Sequence[Tensor] = ()) -> None:
-        """Of a model, or of the modules listed and not of their children; `others`: tensors that are no buffers."""
+    def save(self, model: nn.Module | Sequence[nn.Module], extra: Sequence[Tensor] = ()) -> None:
+        """Of a model, or of the modules listed and not of their children; `extra`: tensors that are no buffers."""
         modules = modules_of(model) if isinstance(model, nn.Module) else model
         self._slots = [(m._buffers, name, b) for m in modules if m._buffers for name, b in m._buffers.items()]
-        if not self._slots and not others:
+        if not self._slots and not extra:
             self._copies = {}
             return
-        tensors = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)} | {id(x): x for x in others}
+        tensors = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)} | {id(x): x for x in extra}
         stale, self._copies = self._copies, {}
         copies = {}
         for key, b in tensors.items():

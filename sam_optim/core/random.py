@@ -23,16 +23,15 @@ class Stream:
 
     def normal_like(self, w: Tensor) -> Tensor:
         """z ~ N(0, 1) for each entry, of the shape, dtype and device of w."""
-        return self._like(torch.randn(w.shape, generator=self._generator, dtype=_draw_dtype(w)), w)
+        return torch.randn(w.shape, generator=self._generator, dtype=_draw_dtype(w)).to(w)
 
     def rademacher_like(self, w: Tensor) -> Tensor:
         """+1 or -1 with equal probability."""
-        bits = torch.randint(0, 2, w.shape, generator=self._generator, dtype=torch.int8)
-        return self._like(bits.mul_(2).sub_(1), w)
+        return torch.randint(0, 2, w.shape, generator=self._generator, dtype=torch.int8).mul_(2).sub_(1).to(w)
 
     def uniform_like(self, w: Tensor) -> Tensor:
         """U(0, 1) for each entry."""
-        return self._like(torch.rand(w.shape, generator=self._generator, dtype=_draw_dtype(w)), w)
+        return torch.rand(w.shape, generator=self._generator, dtype=_draw_dtype(w)).to(w)
 
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self._generator)
@@ -40,10 +39,6 @@ class Stream:
     def integers(self, high: int, size: tuple[int, ...]) -> Tensor:
         """Uniform on 0 .. high - 1, int64."""
         return torch.randint(high, size, generator=self._generator)
-
-    @staticmethod
-    def _like(draw: Tensor, w: Tensor) -> Tensor:
-        return draw.to(device=w.device, dtype=w.dtype)
 
 
 def _draw_dtype(w: Tensor) -> torch.dtype:
@@ -68,14 +63,8 @@ class GlobalState:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
-def state_for(params: Iterable[Tensor]) -> GlobalState:
-    """Of the generators that passes over these parameters draw from; not of a device on which a graph is captured."""
-    devices = {p.device for p in params if p.is_cuda}
-    return GlobalState(set() if devices and torch.cuda.is_current_stream_capturing() else devices)
-
-
 @contextmanager
-def kept(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
+def preserved(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """The global generators come out as they went in."""
     state = GlobalState(cuda_devices)
     try:
@@ -95,24 +84,22 @@ class Aside:
     def __init__(self, seed: int, cuda_devices: Iterable[torch.device] = ()):
         self._seed = seed
         self._devices = tuple(cuda_devices)
-        self._own: GlobalState | None = None
+        self._seeded: GlobalState | None = None
 
     def __enter__(self) -> None:
-        self._theirs = GlobalState(self._devices)
-        if self._own is not None:
-            self._own.restore()
+        self._before = GlobalState(self._devices)
+        if self._seeded is not None:
+            self._seeded.restore()
         else:
             _seed_global(self._seed, self._devices)
 
     def __exit__(self, *exc: object) -> None:
-        self._own = GlobalState(self._devices)
-        self._theirs.restore()
+        self._seeded = GlobalState(self._devices)
+        self._before.restore()
 
 
 def _seed_global(seed: int, cuda_devices: Iterable[torch.device]) -> None:
-    torch.default_generator.manual_seed(
-        seed
-    )  # not torch.manual_seed: that seeds every CUDA device, also those not kept
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every CUDA device, also those not restored
     for device in cuda_devices:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)

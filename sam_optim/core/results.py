@@ -41,8 +41,8 @@ def plain(value: Any) -> Any:
 class _Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python for `json.dumps(..., allow_nan=False)`; what is not finite is None, and `reason` says why."""
-        found = {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return {"type": type(self).__name__} | {name: value for name, value in found.items() if value is not None}
+        values = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.repr}  # type: ignore[arg-type]
+        return {"type": type(self).__name__} | {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,6 @@ class Spectrum(_Result):
     def __str__(self) -> str:
         text = ", ".join(f"{x:.4g}" for x in self.eigenvalues.tolist())
         return text + ("" if self.converged else f" (not converged: {self.reason or 'see residuals'})")
-
-    def to_dict(self) -> dict[str, Any]:
-        found = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "eigenvectors"}
-        return {"type": "Spectrum"} | {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)

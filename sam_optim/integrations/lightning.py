@@ -147,7 +147,7 @@ class SAMCallback(Callback):
         if self._before is None:
             yield
             return
-        with rng.kept(self._devices):
+        with rng.preserved(self._devices):
             self._before.restore()
             yield
 

@@ -72,9 +72,9 @@ def register() -> None:
         from timm.optim._optim_factory import default_registry
     except ImportError as error:
         raise missing("timm", error) from error
-    known = default_registry.list_optimizers()
+    registered = default_registry.list_optimizers()
     for name, (cls, base) in NAMES.items():
-        if name not in known:
+        if name not in registered:
             info: OptimInfo = get_optimizer_info(base)
             kind = "Adaptive Sharpness-Aware Minimization" if issubclass(cls, ASAM) else "Sharpness-Aware Minimization"
             default_registry.register(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.core.results import _Result, plain, provenance
+from sam_optim.core.results import _Result, provenance
 from sam_optim.landscape.directions import Direction, Weights, normalized, weights_and_buffers
 from sam_optim.loss import Loss
 
@@ -32,10 +32,6 @@ class Trajectory(_Result):
     distances: Tensor
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        names = ("coordinates", "explained", "distances", "settings", "provenance")
-        return {"type": "Trajectory"} | {name: plain(getattr(self, name)) for name in names}
 
 
 def trajectory_directions(

@@ -399,11 +399,12 @@ class Loss:
     def _evaluating(self, *, grad: bool) -> Iterator[None]:
         cuda = [self.device] if self.device.type == "cuda" else []
         measured = module_state.measured(self.model, batch_statistics=self.batch_statistics)
-        kept, aside = rng.kept(cuda), rng.Aside(0, cuda)  # a model that draws in eval mode draws the same in every pass
+        # a model that draws in eval mode draws the same in every pass
+        preserved, aside = rng.preserved(cuda), rng.Aside(0, cuda)
         before, fast_path = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, of another function for padding
-            with kept, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
+            with preserved, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)

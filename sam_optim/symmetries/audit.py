@@ -208,7 +208,7 @@ def _ratio(row: AuditRow) -> str:
 
 def _inputs_of(batches: Iterable[Any], device: torch.device) -> Inputs:
     """Those of the first batch."""
-    with rng.kept():  # a DataLoader draws a seed from the global generator
+    with rng.preserved():  # a DataLoader draws a seed from the global generator
         batch = moved(next(iter(batches)), device)
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}

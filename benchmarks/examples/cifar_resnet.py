@@ -1,4 +1,4 @@
-r"""The ResNets for CIFAR of He et al. (2016), arXiv:1512.03385, section 4.2: shortcuts without parameters.
+r"""Trained ResNets for CIFAR (`sam_optim.vision.cifar_resnet`), and the images to measure them on.
 
     SAM_OPTIM_CIFAR10=DIR sam-optim measure resnet*.th \
         --target benchmarks.examples.cifar_resnet:problem --measures worst,trace
@@ -15,45 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class Block(nn.Module):
-    """Two 3x3 convolutions; the shortcut takes every second pixel and pads the channels with zeros where it must."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.padding = stride, (outputs - inputs) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        short = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(short, (0, 0, 0, 0, self.padding, self.padding)))
-
+from sam_optim.vision.cifar_resnet import ResNet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pretrained ones
-
-
-class ResNet(nn.Module):
-    """(n, 3, 32, 32) -> (n, 10): 3 stages of `blocks`, 6 blocks + 2 layers. Those with 20 have 269,722 parameters."""
-
-    def __init__(self, blocks: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        width = 16
-        for stage, (outputs, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1):
-            stack = [Block(width if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(blocks)]
-            self.add_module(f"layer{stage}", nn.Sequential(*stack))
-            width = outputs
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean(dim=(2, 3)))
 
 
 def pretrained(path: Path | str) -> ResNet:

@@ -25,19 +25,19 @@ class NonFiniteLoss(InputError):
 class Totals:
     """Sums over the examples of an epoch, on the device, so that no step waits for a number."""
 
-    NAMES = ("loss", "perturbed_loss", "correct", "count")
+    NAMES = ("loss", "perturbed_loss", "correct", "count", "passes")
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.newest = self.sums
 
-    def add(self, loss: Tensor, perturbed: Tensor, correct: Tensor, n: int) -> None:
-        values = [loss.double() * n, perturbed.double() * n, correct.double(), correct.new_tensor(n).double()]
-        self.newest = torch.stack(values)
+    def add(self, loss: Tensor, perturbed: Tensor, correct: Tensor, n: int, passes: int = 0) -> None:
+        counts = correct.new_tensor([n, n * passes]).double()
+        self.newest = torch.cat([torch.stack([loss.double() * n, perturbed.double() * n, correct.double()]), counts])
         self.sums += self.newest
 
     def means(self) -> dict[str, float]:
-        """loss, perturbed_loss and sharpness in units of the loss, accuracy in [0, 1]."""
+        """loss, perturbed_loss and sharpness in units of the loss, accuracy in [0, 1], passes for each example."""
         return self._means(self.sums)
 
     def last(self) -> dict[str, float]:
@@ -46,7 +46,7 @@ class Totals:
 
     @staticmethod
     def _means(sums: Tensor) -> dict[str, float]:
-        loss, perturbed, correct, count = sums.tolist()
+        loss, perturbed, correct, count, passes = sums.tolist()
         count = max(count, 1.0)
         loss, perturbed = loss / count, perturbed / count
         return {
@@ -54,6 +54,7 @@ class Totals:
             "accuracy": correct / count,
             "perturbed_loss": perturbed,
             "sharpness": perturbed - loss,
+            "passes": passes / count,
         }
 
 
@@ -91,7 +92,8 @@ def train_epoch(
 
     Returns:
         loss, perturbed_loss and sharpness (their difference; 0 for a plain optimizer) in units of the loss, accuracy
-        against the largest entry of the targets, images_per_s, num_updates.
+        against the largest entry of the targets, passes (forward and backward) for each example, images_per_s,
+        num_updates.
 
     Raises:
         NonFiniteLoss: the mean loss of the epoch, or of a batch on the CPU, is nan or inf.
@@ -137,11 +139,12 @@ class _Step:
         if x.ndim == 4:
             x = x.contiguous(memory_format=self.memory_format)
         with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+            self.passes = 0
             outputs, loss, perturbed = self._gradient(x, y, weight)
         if self.device.type == "cpu":
             check_finite(loss.item())
         labels = y.argmax(1) if y.ndim == 2 else y
-        totals.add(loss, perturbed, (outputs.argmax(1) == labels).sum(), len(y))
+        totals.add(loss, perturbed, (outputs.argmax(1) == labels).sum(), len(y), self.passes)
 
     def _gradient(self, x: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
         if not self.sharpness_aware:
@@ -149,6 +152,8 @@ class _Step:
             return outputs, loss, loss
         with self.optimizer.microbatch():
             outputs, loss = self._pass(x, y, weight)
+            if not getattr(self.optimizer, "ascends", True):  # a step in which the schedule says 0
+                return outputs, loss, loss
             with self.optimizer.perturbed():
                 perturbed = self._pass(x, y, weight)[1]
         return outputs, loss, perturbed
@@ -157,6 +162,7 @@ class _Step:
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             outputs = self.model(x)
             loss = self.criterion(outputs, y)
+        self.passes += 1
         scaled = loss if weight == 1 else loss * weight
         (self.scaler.scale(scaled) if self.scaler else scaled).backward()
         return outputs.detach(), loss.detach()

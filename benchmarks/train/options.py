@@ -24,6 +24,14 @@ MAY_CHANGE = (  # on a resume
     *("out", "resume", "force", "device", "workers", "data_dir", "checkpoint_steps", "measures"),
     "initial_checkpoint",
 )
+SAM_VARIANTS = {  # their names here -> the classes of the package
+    "gsam": "GSAM",
+    "friendly": "FriendlySAM",
+    "msam": "MSAM",
+    "looksam": "LookSAM",
+    "vasso": "VaSSO",
+    "stale": "StaleSAM",
+}
 REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
 NOT_RECORDED = ("out", "resume", "force")
 
@@ -50,7 +58,7 @@ _unless = "; default: that of --initial-checkpoint's model, else"
 class Options:
     """The options of a run. `parse` makes them from a command line, `restored` from a config.json."""
 
-    model: str = option("cnn3", "any timm name, cnn3 (default), cnn5 or wrn28_10")
+    model: str = option("cnn3", "any timm name, cnn3 (default), cnn5, wrn28_10, cifar_resnet20")
     model_kwargs: dict[str, Any] = option({}, "for timm.create_model", **_pairs)
     data: str = option("digits", "digits (default), cifar10, cifar100, folder, or a name of timm's create_dataset")
     data_dir: str | None = option(None, metavar="DIR")
@@ -104,6 +112,12 @@ class Options:
     )
     sam_eta: float = option(0.01, type=_amount)
     sam_norm: str = option("2", choices=("2", "inf"))
+    sam_variant: str | None = option(None, "default: SAM itself", choices=tuple(SAM_VARIANTS))
+    sam_kwargs: dict[str, Any] = option({}, "of the variant, e.g. alpha=0.4", **_pairs)
+    sam_schedule: str | None = option(
+        None, "of the radius: late_phase:0.7, periodic:5, warmup:0.1; below 1: as a share of all updates"
+    )
+    sam_norm_only: bool = option(False, "SAM-ON: perturbs normalisation parameters alone", action=SWITCH)
     sync_ascent: bool = option(False, "one perturbation for all processes, not one for each", action=SWITCH)
 
     no_aug: bool = option(False, "no augmentation", action="store_true")
@@ -130,7 +144,7 @@ class Options:
     seed: int = option(0, type=_natural)
     measures: str = option("worst,average,eigenvalue,trace", "after the last epoch; 'none' for no measures")
     out: Path = option(None, "default: runs/DATA-MODEL-...", type=Path, metavar="RUN_DIR")
-    eval_every: int = option(1, "and after the last epoch", type=_count, metavar="EPOCHS")
+    eval_every: int = option(1, "and after the last epoch; 0: never", type=_natural, metavar="EPOCHS")
     checkpoint_steps: int | None = option(None, "also every so many updates, not only after each epoch", type=_count)
     resume: bool = option(
         False, "go on from the newest valid checkpoint of --out; its options hold", action="store_true"
@@ -189,7 +203,7 @@ def restored(recorded: dict[str, Any], **changes: Any) -> Options:
     """Options from config.json; what it does not have (an older run) is at its default."""
     names = {f.name for f in fields(Options)}
     values = {key: value for key, value in recorded.items() if key in names}
-    for key in ("opt_kwargs", "model_kwargs"):
+    for key in ("opt_kwargs", "model_kwargs", "sam_kwargs"):
         values[key] = dict(values.get(key, {}))  # pairs, or what they have become
     return Options(**values | changes)
 
@@ -272,7 +286,12 @@ def words(name: str, value: Any) -> list[str]:
 
 
 def default_name(options: Options) -> str:
-    sam = f"-{'asam' if options.adaptive else 'sam'}{options.sam_rho:g}" if options.sam_rho else ""
+    sam = (
+        f"-{options.sam_variant or ('asam' if options.adaptive else 'sam')}{options.sam_rho:g}"
+        if options.sam_rho
+        else ""
+    )
+    sam += f"-{options.sam_schedule}" if options.sam_schedule else ""
     noise = f"-noise{options.label_noise:g}" if options.label_noise else ""
     noise += f"-{options.train_labels.rpartition(':')[2]}" if options.train_labels else ""
     name = f"{options.data}-{options.model}-{options.opt}{sam}{noise}-s{options.seed}"
@@ -300,10 +319,12 @@ def _check(options: Options) -> None:
         raise InputError("digits are normalised as they are read: leave --mean, --std and --crop-pct out")
     if options.data in LAYOUT and resizing:
         raise InputError(f"--data {options.data} is not resized: leave --crop-pct, --crop-mode and --interpolation out")
-    if options.adaptive and not options.sam_rho:
-        raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
-    if options.sync_ascent and not options.sam_rho:
-        raise InputError("--sync-ascent needs a radius: give --sam-rho, e.g. 0.05")
+    for name in ("adaptive", "sync_ascent", "sam_variant", "sam_kwargs", "sam_schedule", "sam_norm_only"):
+        if getattr(options, name) and not options.sam_rho:
+            rho = 0.5 if name == "adaptive" else 0.05
+            raise InputError(f"--{name.replace('_', '-')} needs a radius: give --sam-rho, e.g. {rho}")
+    if options.adaptive and options.sam_norm_only:
+        raise InputError("--adaptive leaves normalisation parameters at T = 1, and --sam-norm-only moves no others")
     if options.fsdp and options.amp == "fp16":
         raise InputError("--fsdp has no scaler for --amp fp16: use --amp bf16")
     if options.sched == "plateau" and options.warmup_epochs:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+import sam_optim
 from benchmarks.train.batches import Augment
 from benchmarks.train.data import Splits
-from benchmarks.train.options import Options
+from benchmarks.train.options import SAM_VARIANTS, Options
 from benchmarks.train.order import derive, seed_all
 from benchmarks.train.ranks import ALONE, World, named
-from sam_optim import SAM, asam_param_groups
+from sam_optim import SAM, asam_param_groups, norm_only_param_groups
 from sam_optim.core.errors import InputError, one_line, unknown
 from sam_optim.vision import models
 
+SAM_SCHEDULES = ("late_phase", "periodic", "warmup")
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
@@ -65,18 +67,25 @@ def model(options: Options, splits: Splits, *, initial: bool = False) -> nn.Modu
     return network.to(memory_format=torch.channels_last) if options.channels_last else network
 
 
-def optimizer(options: Options, network: nn.Module, module: nn.Module | None = None) -> torch.optim.Optimizer:
-    """timm's optimizer, with SAM around it where --sam-rho is not 0.
+def optimizer(
+    options: Options, network: nn.Module, module: nn.Module | None = None, *, num_updates: int = 0
+) -> torch.optim.Optimizer:
+    """timm's optimizer, with SAM or its variant around it where --sam-rho is not 0.
 
-    module: the model as it is called, in its DDP wrapper if it has one.
+    module: the model as it is called, in its DDP wrapper if it has one. num_updates: of the run, for --sam-schedule.
     """
     base = _base(options, network)
     if not options.sam_rho:
         return base
     if options.adaptive:
-        split_groups_(base, network, options.adaptive)
+        split_groups_(base, asam_param_groups(network, adaptive=options.adaptive))
+    arguments = dict(options.sam_kwargs)
+    if options.sam_schedule:
+        arguments["schedule"] = sam_schedule(options.sam_schedule, num_updates)
     try:
-        return SAM.wrap(
+        if options.sam_norm_only:
+            split_groups_(base, norm_only_param_groups(network))
+        return variant(options.sam_variant).wrap(
             base,
             rho=options.sam_rho,
             adaptive=options.adaptive or False,
@@ -84,9 +93,27 @@ def optimizer(options: Options, network: nn.Module, module: nn.Module | None = N
             norm=float(options.sam_norm),
             module=network if module is None else module,
             sync_ascent=True if options.sync_ascent else None,
+            **arguments,
         )
     except (ValueError, TypeError) as error:
         raise InputError(f"--opt {options.opt} cannot be the base of SAM: {one_line(error)}") from None
+
+
+def variant(name: str | None) -> type[SAM]:
+    """The class of --sam-variant."""
+    return getattr(sam_optim, SAM_VARIANTS[name]) if name else SAM
+
+
+def sam_schedule(text: str, num_updates: int) -> Callable[[int], float]:
+    """NAME:NUMBER[:NUMBER], a schedule of the package; numbers below 1 are shares of `num_updates`."""
+    name, *numbers = text.split(":")
+    if name not in SAM_SCHEDULES:
+        raise unknown("schedule of --sam-schedule", name, SAM_SCHEDULES)
+    try:
+        values = [float(n) for n in numbers]
+        return getattr(sam_optim, name)(*(round(v * num_updates) if 0 < v < 1 else int(v) for v in values))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--sam-schedule {text}: {one_line(error)}; give e.g. late_phase:0.7") from None
 
 
 def _base(options: Options, network: nn.Module) -> torch.optim.Optimizer:
@@ -119,16 +146,16 @@ def _base(options: Options, network: nn.Module) -> torch.optim.Optimizer:
         raise InputError(f"--opt {options.opt} cannot be made: {one_line(error)}") from None
 
 
-def split_groups_(base: torch.optim.Optimizer, network: nn.Module, adaptive: str) -> None:
-    """Each of timm's groups (weight decay, layer decay) in two: T = 1 for biases and normalisation parameters."""
-    scaled = {id(p) for g in asam_param_groups(network, adaptive=adaptive) if g["adaptive"] for p in g["params"]}
-    result = []
-    for group in base.param_groups:
-        for value in (False, adaptive):
-            params = [p for p in group["params"] if (id(p) in scaled) == bool(value)]
-            if params:
-                result.append({**group, "params": params, "adaptive": value})
-    base.param_groups[:] = result  # in place: Lookahead shares the list with its own base
+def split_groups_(base: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Splits timm's groups (weight decay, layer decay) by those of `groups`, whose settings the parts take."""
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+    where = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
+    base.param_groups[:] = [  # in place: Lookahead shares the list with its own base
+        {**group, "params": params, **added}
+        for group in base.param_groups
+        for i, added in enumerate(settings)
+        if (params := [p for p in group["params"] if where[id(p)] == i])
+    ]
 
 
 class Plateau:

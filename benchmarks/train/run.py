@@ -67,10 +67,13 @@ class Training:
         self.model = recipe.model(options, splits, initial=initial).to(device)
         self.ema = self._ema()
         self.network = self._network()
-        self.optimizer = recipe.optimizer(options, self.model, self.network if self.ddp else None)
+        updates = -(-len(self.train_batches) // options.accumulate)
+        self.optimizer = recipe.optimizer(
+            options, self.model, self.network if self.ddp else None, num_updates=updates * options.epochs
+        )
         self.scaler = torch.amp.GradScaler(device.type) if options.amp == "fp16" else None
         self.mixup = recipe.mixup(options, splits.num_classes)
-        self._set_rates = recipe.scheduler(options, self.optimizer, -(-len(self.train_batches) // options.accumulate))
+        self._set_rates = recipe.scheduler(options, self.optimizer, updates)
         self._check_mixup()
 
     def _network(self) -> nn.Module:
@@ -157,7 +160,7 @@ class Training:
                 self._set_rates.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
             if self.world.main:  # the sums of all ranks
-                self.totals.sums.copy_(state["totals"])
+                self.totals.sums[: len(state["totals"])].copy_(state["totals"])  # older ones do not count passes
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"the checkpoint does not fit this run's options: {one_line(error)}") from None
 
@@ -223,8 +226,9 @@ class Training:
         number, start = self.position.epoch + 1, time.perf_counter()
         trained = self.train_epoch()
         record = {"epoch": number, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
-        record |= {f"train_{k}": trained[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness")}
-        if number % self.options.eval_every == 0 or number == self.options.epochs:
+        record |= {f"train_{k}": trained[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness", "passes")}
+        every = self.options.eval_every
+        if every and (number % every == 0 or number == self.options.epochs):
             record |= self._evaluate()
         record |= {"images_per_s": trained["images_per_s"], "seconds": time.perf_counter() - start}
         followed = "validation_loss" if "validation" in self.held_out else "train_loss"

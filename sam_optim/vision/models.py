@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_optim.core.errors import InputError, one_line, say, unknown
-from sam_optim.vision import state_dicts, weights, wide_resnet
+from sam_optim.vision import cifar_resnet, state_dicts, weights, wide_resnet
 from sam_optim.vision.tensor_files import read_file
 
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
@@ -31,7 +31,7 @@ def build(
     small_stem: bool | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A timm model, "cnn3", "cnn5" or "wrn28_10".
+    """A timm model, "cnn3", "cnn5", "wrn28_10" or "cifar_resnet20".
 
     Args:
         image_size: (C, H, W).
@@ -46,11 +46,15 @@ def build(
     """
     options = {key: value for key, value in options.items() if value is not None}
     if make := builtin(name):
-        if checkpoint:
-            raise InputError(f"--initial-checkpoint is for timm's models; {name} starts from random weights")
         if options:
             raise InputError(f"{name} takes no options, got {', '.join(sorted(options))}; choose a timm model for them")
-        return make(num_classes, image_size)
+        model = make(num_classes, image_size)
+        if checkpoint:
+            try:
+                model.load_state_dict(weights.without_prefix(_state(checkpoint), model.state_dict()))
+            except RuntimeError as error:
+                raise InputError(f"--initial-checkpoint {checkpoint} does not fit {name}: {one_line(error)}") from None
+        return model
     small = image_size[1] <= SMALL if small_stem is None else small_stem
     options |= _pretrained(name, checkpoint) if checkpoint else {}
     model = _from_timm(name, num_classes, image_size, small, options)
@@ -67,12 +71,7 @@ def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
     check_name(name)
     from timm.models import get_pretrained_cfg
 
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
-    state = state_dicts.choose(read_file(path), path).state
-    for key, value in state.items():
-        state_dicts.check_values(checkpoint, key, value)
+    state = _state(checkpoint)
     with torch.device("meta"):
         state = weights.without_prefix(state, _timm().create_model(name).state_dict())
     config = get_pretrained_cfg(name)
@@ -81,6 +80,16 @@ def _pretrained(name: str, checkpoint: str) -> dict[str, Any]:
     classes = len(state.get(f"{head}.weight", ()))
     overlay = {"state_dict": state, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
     return {"pretrained": True, "pretrained_cfg_overlay": overlay | {"num_classes": classes}}
+
+
+def _state(checkpoint: str) -> Mapping[str, Tensor]:
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise InputError(f"--initial-checkpoint {checkpoint} is not a file")
+    state = state_dicts.choose(read_file(path), path).state
+    for key, value in state.items():
+        state_dicts.check_values(checkpoint, key, value)
+    return state
 
 
 def checkpoint_gradients_(model: nn.Module, name: str) -> None:
@@ -126,17 +135,19 @@ BUILTIN: dict[str, Make] = {"cnn3": cnn3, "cnn5": cnn5}
 
 
 def builtin(name: str) -> Make | None:
-    """Makes a model that timm does not have, one of `BUILTIN` or a wide ResNet; None for every other name."""
+    """Makes a model that timm does not have: `BUILTIN`, wide and CIFAR ResNets; None for every other name."""
     if name in BUILTIN:
         return BUILTIN[name]
     if size := wide_resnet.named(name):
         return lambda num_classes, image_size: wide_resnet.WideResNet(*size, num_classes, image_size[0])
+    if blocks := cifar_resnet.named(name):
+        return lambda num_classes, image_size: cifar_resnet.ResNet(blocks, num_classes, image_size[0])
     return None
 
 
 def model_names() -> list[str]:
     """All that can be built, wide ResNets by the example of the SAM paper."""
-    return [*BUILTIN, "wrn28_10", *_timm().list_models()]
+    return [*BUILTIN, "wrn28_10", "cifar_resnet20", *_timm().list_models()]
 
 
 def default_size(name: str) -> tuple[int, int]:

@@ -1,0 +1,87 @@
+"""Compare SAM, its variants and controls, each tuned on held-out data, on one task.
+
+    python -m benchmarks.frontier run benchmarks/studies/frontier_digits.toml
+    python -m benchmarks.frontier status benchmarks/studies/frontier_*.toml
+
+Each training is a file when it is done: a run that was stopped goes on where it was with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.command import Parser
+from benchmarks.frontier import plan as plans
+from benchmarks.frontier.plan import Plan
+from benchmarks.frontier.runs import available, execute
+from benchmarks.study.queue import duration
+from benchmarks.study.trial import Here
+from benchmarks.study.worker import terminating
+from sam_optim.core.arguments import number
+from sam_optim.core.errors import run
+from sam_optim.core.files import read_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    code: int = args.function(args)
+    return code
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m benchmarks.frontier", description=(__doc__ or "").splitlines()[0])
+    commands = p.add_subparsers(required=True, metavar="run | status")
+    running = commands.add_parser("run", help="tune and train what is not done yet")
+    running.set_defaults(function=_run)
+    running.add_argument("--data-dir", metavar="DIR", help="of images, or of the texts and their model")
+    running.add_argument("--limit", type=number(int, 1), metavar="N", help="train at most so many, then leave")
+    status = commands.add_parser("status", help="how far each comparison is, and how long the rest takes")
+    status.set_defaults(function=_status)
+    for sub in (running, status):
+        sub.add_argument("plans", type=Path, nargs="+", metavar="FILE")
+        sub.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    return p
+
+
+def _run(args: argparse.Namespace) -> int:
+    trained = 0
+    with terminating():
+        for path in args.plans:
+            plan = plans.load(path)
+            out = args.out / plan.name
+            print(status(plan, out), flush=True)
+            for current, record, new in execute(plan, out, Here(out / "runs", args.data_dir)):
+                if not new:
+                    continue
+                key = "validation_accuracy" if current.tuning else "test_accuracy"
+                print(f"{current.name}: {key} {record[key]}, {record['cpu_seconds']:.1f} s of CPU", flush=True)
+                trained += 1
+                if trained == args.limit:
+                    return 0
+            print(status(plan, out), flush=True)
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    for path in args.plans:
+        plan = plans.load(path)
+        print(status(plan, args.out / plan.name))
+    return 0
+
+
+def status(plan: Plan, out: Path) -> str:
+    """One line. The guess is from the mean CPU time of what is done, else from the plan's `seconds`."""
+    records = [read_json(path) for path in sorted((out / "records").glob("*.json"))]
+    seconds = sum(r["cpu_seconds"] for r in records) / len(records) if records else plan.seconds
+    left = plan.total - len(records)
+    missing = [method for method in plan.methods if not available(plan, method)]
+    text = f"{plan.name}: {len(records)} of {plan.total} runs done"
+    text += f", about {duration(left * seconds)} of one CPU thread left" if left else ""
+    return text + (f"; this version lacks {', '.join(missing)}" if missing else "")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

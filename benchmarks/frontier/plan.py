@@ -1,0 +1,110 @@
+"""A comparison of methods in a plain file: what is fixed, the methods and what is tuned of each, the seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sam_optim.core.errors import InputError, one_line, unknown
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """options: of the program. candidates: the settings that tuning chooses from; one where nothing is tuned."""
+
+    options: Settings
+    candidates: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. tuning: its held-out accuracy helps to choose a candidate; else its test accuracy is reported."""
+
+    method: str
+    condition: str
+    candidate: Settings
+    seed: int
+    tuning: bool
+    options: Settings
+
+    @property
+    def name(self) -> str:
+        """Readable, and another one for other options."""
+        digest = hashlib.blake2b(json.dumps(self.options, sort_keys=True).encode(), digest_size=6).hexdigest()
+        words = "".join(c if c.isalnum() else "-" for c in f"{self.condition}-{self.method}")
+        return f"{words}-{self.seed}-{digest}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The file. program: "train" (benchmarks.train) or "finetune_text". baseline: costs are over its. control: what
+    differences are to. seconds: a guess for one run."""
+
+    name: str
+    task: str
+    program: str
+    baseline: str
+    control: str
+    seeds: list[int]
+    tuning_seeds: list[int]
+    seconds: float
+    methods: dict[str, Method]
+    conditions: dict[str, Settings]
+    fixed: Settings
+    evaluate: Settings = field(default_factory=dict)
+
+    def run(self, method: str, condition: str, candidate: Settings, seed: int, *, tuning: bool) -> Run:
+        options = dict(self.fixed) | self.conditions[condition] | self.methods[method].options | candidate
+        return Run(method, condition, candidate, seed, tuning, options | {"seed": seed})
+
+    def tuning_runs(self, method: str, condition: str) -> list[Run]:
+        """None where there is nothing to choose."""
+        candidates = self.methods[method].candidates
+        chosen = itertools.product(candidates, self.tuning_seeds) if len(candidates) > 1 else ()
+        return [self.run(method, condition, candidate, seed, tuning=True) for candidate, seed in chosen]
+
+    def final_runs(self, method: str, condition: str, candidate: Settings) -> list[Run]:
+        return [self.run(method, condition, candidate, seed, tuning=False) for seed in self.seeds]
+
+    @property
+    def total(self) -> int:
+        each = [len(self.tuning_runs(m, c)) + len(self.seeds) for m in self.methods for c in self.conditions]
+        return sum(each)
+
+
+def load(path: Path | str) -> Plan:
+    """The plan of a TOML file.
+
+    Raises:
+        InputError: it cannot be read, or lacks a table.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+    try:
+        methods = {name: _method(dict(table)) for name, table in content.pop("methods").items()}
+        plan = Plan(**{"name": Path(path).stem} | content, methods=methods)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no plan of a comparison: {one_line(error)}") from None
+    for name in (plan.baseline, plan.control):
+        if name not in methods:
+            raise unknown("method", name, methods)
+    if set(plan.seeds) & set(plan.tuning_seeds):
+        raise InputError(f"{path}: seeds that tune and seeds that report must differ")
+    return plan
+
+
+def _method(table: dict[str, Any]) -> Method:
+    """tune: option -> values; candidates are all their combinations."""
+    tuned = table.pop("tune", {})
+    values = itertools.product(*tuned.values())
+    return Method(table, [dict(zip(tuned, chosen, strict=True)) for chosen in values])

@@ -7,15 +7,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from benchmarks.command import read_jsonl
-from benchmarks.frontier.plan import Plan, Run
+from benchmarks.frontier.plan import Plan, Run, Settings
 from benchmarks.machine import facts
 from benchmarks.study import config, trial
+from benchmarks.train.data import Examples, Splits
+from benchmarks.train.epoch import evaluate
 from sam_optim.core.errors import InputError
 from sam_optim.core.files import read_json, write_json
+from sam_optim.core.random import Stream
 
 Record = dict[str, Any]
 
@@ -28,10 +34,8 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
     program: Callable[[Plan, Run, Path, trial.Here], Record] = {"train": image_run, "finetune_text": text_run}[
         plan.program
     ]
-    for method in plan.methods:
-        if not available(plan, method):
-            continue
-        for condition in plan.conditions:
+    for condition in plan.conditions:
+        for method in filter(partial(available, plan), plan.methods):
             done: list[tuple[Run, Record]] = []
             for run in _both(plan, method, condition, done):
                 path = out / "records" / f"{run.name}.json"
@@ -74,28 +78,38 @@ def available(plan: Plan, method: str) -> bool:
 
 def image_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
     """By benchmarks.train, from the newest checkpoint of the run if there is one."""
-    evaluated = plan.evaluate | ({"test_examples": 1} if run.tuning else {})
-    options = dict(run.options) | {"eval_every": 0}
+    options = dict(run.options)
     if weights := options.get("initial_checkpoint"):
         options["initial_checkpoint"] = str(Path(here.data_dir or "") / weights)
-    grid = {"run": {run.name: options}}
-    study = config.checked({"name": plan.name, "grid": grid, "measures": [], "evaluate": evaluated})
+    study = config.checked({"name": plan.name, "grid": {"run": {run.name: options | {"eval_every": 0}}}})
     start = time.process_time()
-    record = trial.execute(study, {"run": run.name}, directory, here)
+    failed, model_run = trial.trained_run(study, {"run": run.name}, directory, here)
     passes = sum(line["train_passes"] for line in read_jsonl(directory / "metrics.jsonl"))
-    result = {"failed": record["failed"], "passes": passes, "cpu_seconds": time.process_time() - start}
-    if record["failed"]:
-        return result | {"validation_accuracy": 0.0, "test_accuracy": None}
-    targets = record["targets"]
-    if run.tuning:
-        shutil.rmtree(directory / "checkpoints")
-        return result | {"validation_accuracy": 100 - targets["validation_error"]}
-    return result | {
-        "test_accuracy": 100 - targets["test_error"],
-        "test_loss": targets["test_loss"],
-        "train_accuracy": 100 - targets["train_error"],
-        "train_loss": targets["train_loss"],
-    }
+    record: Record = {"failed": failed, "passes": passes, "validation_accuracy": 0.0, "test_accuracy": None}
+    if model_run is not None:
+        held_out, test = split_test(model_run.splits, plan.evaluate)
+        split = {"validation": held_out} if run.tuning else {"test": test}
+        for name, examples in split.items():
+            batches = model_run.batches(examples, trial.BATCH)
+            result = evaluate(model_run.model, batches, nn.CrossEntropyLoss(), device=model_run.device)
+            record |= {f"{name}_accuracy": 100 * result["accuracy"], f"{name}_loss": result["loss"]}
+        if run.tuning:
+            shutil.rmtree(directory / "checkpoints")
+    return record | {"cpu_seconds": time.process_time() - start}
+
+
+def split_test(splits: Splits, settings: Settings) -> tuple[Any, Examples]:
+    """What tunes and what is reported. With `held_out` so many of the test images tune, and `test` others report: of a
+    pretrained model whose training set all of the training images were. The same ones in every run."""
+    if "held_out" not in settings:
+        return splits.validation, splits.test
+    order = Stream(0).permutation(len(splits.test))
+    parts = order[: settings["held_out"]], order[settings["held_out"] :][: settings["test"]]
+    held_out, test = (
+        Examples(splits.test.split, splits.test.mode, splits.test.rows[rows], splits.test.labels[rows])
+        for rows in (part.sort().values for part in parts)
+    )
+    return held_out, test
 
 
 def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:

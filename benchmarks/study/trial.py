@@ -124,28 +124,43 @@ def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: He
         InputError: this machine cannot run it, e.g. its data are not where --data-dir says.
     """
     start = time.perf_counter()
-    options = here.options(config, levels, directory)
-    begun = (directory / "config.json").exists()
-    directory.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"levels": dict(levels), "failed": None, "targets": {}, "measures": {}, "details": {}}
     record["checkpoint"] = directory.name
-    with open(directory / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        try:
-            if code := train(replace(options, resume=begun, force=not begun)):
-                raise Stopped(code - 128)
-        except NonFiniteLoss as error:
-            record["failed"] = one_line(error)
-        if record["failed"] is None:
-            model_run = trained.load(options)
+    record["failed"], model_run = trained_run(config, levels, directory, here)
+    if model_run is not None:
+        with logged(directory):
             record |= evaluate(config, model_run, published(config, here))
             for block in config.measures:
                 values, record["details"][block.label] = _measured(block, model_run)
                 record["measures"] |= values
-            about = read_json(directory / "config.json")
-            record["run"] = {"data": about["data"], "num_parameters": about["num_parameters"]}
-            record["commit"] = about["provenance"].get("commit")
+        about = read_json(directory / "config.json")
+        record["run"] = {"data": about["data"], "num_parameters": about["num_parameters"]}
+        record["commit"] = about["provenance"].get("commit")
     record["provenance"] = provenance(threads=torch.get_num_threads())
     return plain(record | {"seconds": time.perf_counter() - start})
+
+
+def trained_run(
+    config: Config, levels: Mapping[str, Any], directory: Path, here: Here
+) -> tuple[str | None, TrainedRun | None]:
+    """Trains on from the last checkpoint in `directory`, if there is one: (None, the run), or (why it diverged, None)."""
+    options = here.options(config, levels, directory)
+    begun = (directory / "config.json").exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    with logged(directory):
+        try:
+            if code := train(replace(options, resume=begun, force=not begun)):
+                raise Stopped(code - 128)
+        except NonFiniteLoss as error:
+            return one_line(error), None
+        return None, trained.load(options)
+
+
+@contextlib.contextmanager
+def logged(directory: Path) -> Iterator[None]:
+    """What is printed goes to log.txt of the run."""
+    with open(directory / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
 
 
 def evaluate(config: Config, model_run: TrainedRun, files: Published | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from chromium import BINARY, REASON, Browser
@@ -27,14 +28,14 @@ LRS, RHOS, SEEDS = (0.02, 0.06, 0.2), (0.0, 0.05, 0.1, 0.2), (0, 1, 2, 3)
 
 
 def models(measure, target, seed=0):
-    """48 models; measure and target are functions of (learning rate, rho, noise)."""
+    """48 models; measure and target are functions of (learning rate, rho, what the seeds of a setting share, noise)."""
     draw = random.Random(seed)
     rows = []
     for lr in LRS:
         for rho in RHOS:
+            z = draw.gauss(0, 1)
             for s in SEEDS:
                 values = {"lr": lr, "sam_rho": rho, "seed": s}
-                z = draw.gauss(0, 1)
                 values["sharpness"] = measure(math.log(lr), rho, z, draw.gauss(0, 1))
                 values["test_error"] = target(math.log(lr), rho, z, draw.gauss(0, 1))
                 rows.append(values)
@@ -127,10 +128,47 @@ def test_a_measure_that_follows_the_learning_rate_more_closely_is_named():
     assert said.endswith("for a and b. A follows the learning rate more closely.")
 
 
+def test_seeds_of_one_setting_are_no_independent_evidence():
+    """Copies of models give no smaller p, and no narrower interval; Q is that of the shown taus and intervals."""
+    table = CASES["no evidence"]
+    single = [row for row in table.rows if row["seed"] == 0]
+    copies = [dict(row, seed=seed) for row in single for seed in range(4)]
+    alone, copied = (
+        analyse(replace(table, rows=rows), num_resamples=500)["comparisons"][0] for rows in (single, copies)
+    )
+    assert copied["p"] > 0.7 * alone["p"] - 0.01
+    assert copied["high"] - copied["low"] > 0.7 * (alone["high"] - alone["low"])
+    groups = copied["groups"]
+    taus, widths = zip(*[(t["tau"], t["high"] - t["low"]) for t in groups["taus"].values()], strict=True)
+    weights = [(2 * 1.959964 / width) ** 2 for width in widths]
+    mean = sum(w * t for w, t in zip(weights, taus, strict=True)) / sum(weights)
+    q = sum(w * (t - mean) ** 2 for w, t in zip(weights, taus, strict=True))
+    assert groups["heterogeneity_p"] == pytest.approx(math.exp(-q / 2), rel=1e-4)  # chi-squared, 2 degrees of freedom
+
+
+def test_a_report_can_be_made_again_from_its_results(tmp_path):
+    """With other factors held fixed, and of a part of the models."""
+    table = CASES["no evidence"]
+    report.write(table, tmp_path / "first", num_resamples=20)
+    again = report.from_results(tmp_path / "first" / "results.json", None, None, given="lr,sam_rho")
+    assert (again.rows, list(again.measures), again.held) == (
+        [dict(r) for r in table.rows],
+        table.measures,
+        ["lr", "sam_rho"],
+    )
+    part = report.where(again, "test_error<0")
+    assert part.rows == [row for row in table.rows if row["test_error"] < 0]
+    with pytest.raises(InputError, match="COLUMN<NUMBER"):
+        report.where(again, "test_error>0")
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no results\.json"):
+        report.from_results(tmp_path / "empty.json", None, None)
+
+
 def test_all_tests_of_the_page_are_corrected_together():
     """2 measures x 2 targets, each over all models and at a fixed learning rate: 8 tests."""
     rows = [dict(r, other=-r["sharpness"], gap=r["test_error"] ** 2) for r in CASES["no evidence"].rows]
-    table = Table("t", rows, ["sharpness", "other"], ["test_error", "gap"], ["lr", "seed"], "lr")
+    table = Table("t", rows, ["sharpness", "other"], ["test_error", "gap"], ["lr", "sam_rho", "seed"], "lr")
     found = analyse(table, num_resamples=20)
     assert found["num_tests"] == 8
     smallest = min(c["p"] for c in found["comparisons"])

@@ -63,11 +63,14 @@ def parser() -> Parser:
             metavar="URL",
             help=f"sqlite:///FILE or postgresql://USER@HOST/DATABASE; default: ${storage.ENVIRONMENT}, or OUT/study.db",
         )
-    report.add_argument("--csv", type=Path, metavar="FILE", help="somebody's table, one row for each model")
+    report.add_argument(
+        "--csv", type=Path, metavar="FILE", help="somebody's table, one row for each model, or a report's results.json"
+    )
     report.add_argument("--measures", type=_names, help="its columns; for a study: only these")
     report.add_argument("--targets", type=_names, help="its columns; for a study: only these")
     report.add_argument("--factors", type=_names, default=[], help="its columns that were varied")
-    report.add_argument("--given", metavar="FACTOR", help="the factor to hold fixed; default: lr, else the first")
+    report.add_argument("--given", metavar="FACTOR[,FACTOR]", help="what to hold fixed; default: lr, else the first")
+    report.add_argument("--where", metavar="COLUMN<NUMBER", help="only these models, e.g. train_error<21")
     report.add_argument("--resamples", type=count, default=2000, help="of the bootstrap")
     report.add_argument("--seed", type=natural, default=0, help="of the bootstrap")
     return p
@@ -100,11 +103,17 @@ def _report(args: argparse.Namespace) -> int:
     if (args.csv is None) == (args.config is None):
         raise InputError("give a study's CONFIG or --csv FILE, one of them")
     if args.csv:
-        table = report.from_csv(args.csv, args.measures, args.targets, args.factors, given=args.given)
+        named = args.measures, args.targets
+        if args.csv.suffix == ".json":
+            table = report.from_results(args.csv, *named, given=args.given)
+        else:
+            table = report.from_csv(args.csv, *named, args.factors, given=args.given)
         out = args.out or Path("runs") / f"study-{args.csv.stem}"
     else:
         study, out, url = _started(args)
         table = report.from_study(study, url, args.measures, args.targets, given=args.given)
+    if args.where:
+        table = report.where(table, args.where)
     return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
 
 

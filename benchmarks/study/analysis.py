@@ -37,8 +37,8 @@ Row = Mapping[str, Any]
 class Table:
     """Models, one row each, and which of their columns are what.
 
-    given: the factor that is held fixed; None where there is none to hold. about: for the page: settings, versions.
-    failed: models that have no numbers, with the reason.
+    given: the factor that is held fixed, or several ("lr,augmentation"); None where there is none to hold.
+    about: for the page: settings, versions. failed: models that have no numbers, with the reason.
     """
 
     title: str
@@ -50,22 +50,35 @@ class Table:
     about: Mapping[str, Any] = field(default_factory=dict)
     failed: Sequence[Row] = ()
 
+    @property
+    def held(self) -> list[str]:
+        """The factors of `given`; the first gives models their colours."""
+        return self.given.split(",") if self.given else []
+
+    @property
+    def cluster(self) -> list[str] | None:
+        """What models share that differ in their seed alone: they are no independent evidence. None without seeds."""
+        setting = [f for f in self.factors if f != "seed"]
+        return setting if setting and len(setting) < len(self.factors) else None
+
 
 def analyse(table: Table, *, num_resamples: int = 2000, seed: int = 0, level: float = LEVEL) -> dict[str, Any]:
     """Every comparison with its tests corrected for their number, and the conclusions, as plain values.
 
+    Models that differ in their seed alone are one cluster: intervals draw, and tests exchange, whole clusters.
     Holm's correction runs over all tests of the page: one for each measure and target over all models, and one more
     with `given` held fixed. The chance of even one false finding on the page is then at most 1 - level.
     """
-    options = {"level": level, "num_resamples": num_resamples, "seed": seed}
+    options = {"level": level, "num_resamples": num_resamples, "seed": seed, "cluster": table.cluster}
     comparisons = []
     for target in table.targets:
         for measure in table.measures:
             overall = correlate(table.rows, measure, target, factors=table.factors, **options)
             row: dict[str, Any] = {"measure": measure, "target": target} | _picked(overall)
             if table.given:
-                fixed = conditional(table.rows, measure, target, table.given, **options).to_dict()
+                fixed = conditional(table.rows, measure, target, table.held, **options).to_dict()
                 row["fixed"] = {k: v for k, v in fixed.items() if k not in ("type", "settings", "provenance")}
+                row["groups"] = by_group(table, measure, target, table.held[0], options)
             comparisons.append(row)
     follows = [followed(table, measure, options) for measure in table.measures] if table.given else []
     _correct(comparisons)
@@ -77,6 +90,7 @@ def analyse(table: Table, *, num_resamples: int = 2000, seed: int = 0, level: fl
         "num_tests": sum(1 for row in comparisons for p in _p_values(row) if p is not None),
         "correction": "Holm (1979)",
         "given": table.given,
+        "cluster": table.cluster,
         "follows": follows,
         "level": level,
         "num_resamples": num_resamples,
@@ -86,15 +100,33 @@ def analyse(table: Table, *, num_resamples: int = 2000, seed: int = 0, level: fl
     }
 
 
+def by_group(table: Table, measure: str, target: str, factor: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """tau at each value of a factor, and whether they differ: Q = sum (tau_k - mean)^2 / se_k^2, chi-squared with one
+    degree of freedom less than groups where they do not (Cochran, 1954); se from the width of the intervals."""
+    from scipy.stats import chi2, norm
+
+    taus = {}
+    for value in sorted({row[factor] for row in table.rows if row.get(factor) is not None}, key=str):
+        rows = [row for row in table.rows if row.get(factor) == value]
+        tau = correlate(rows, measure, target, **options).to_dict()
+        taus[str(value)] = {key: tau[key] for key in ("tau", "low", "high", "n")}
+    known = [t for t in taus.values() if t["low"] is not None and t["high"] > t["low"]]
+    width = 2 * norm.ppf(0.5 + options["level"] / 2)
+    weights = [(width / (t["high"] - t["low"])) ** 2 for t in known]
+    mean = sum(w * t["tau"] for w, t in zip(weights, known, strict=True)) / sum(weights) if known else math.nan
+    q = sum(w * (t["tau"] - mean) ** 2 for w, t in zip(weights, known, strict=True))
+    p = float(chi2.sf(q, len(known) - 1)) if len(known) > 1 else None
+    return {"factor": factor, "taus": taus, "heterogeneity_p": p}
+
+
 def followed(table: Table, measure: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """tau of a measure with the factor that is held fixed; None where that is no number."""
     about = {"measure": measure, "tau": None, "low": None, "high": None}
-    values = [row.get(str(table.given)) for row in table.rows]
+    factor = table.held[0]
+    values = [row.get(factor) for row in table.rows]
     if not all(isinstance(v, (int, float)) for v in values if v is not None):
         return about
-    return about | {
-        k: v for k, v in _picked(correlate(table.rows, measure, str(table.given), **options)).items() if k in about
-    }
+    return about | {k: v for k, v in _picked(correlate(table.rows, measure, factor, **options)).items() if k in about}
 
 
 def _picked(overall: Any) -> dict[str, Any]:
@@ -231,7 +263,7 @@ def conclusion(
     if closer:
         who = "every measure" if len(closer) == len(computed) else listed(closer)
         verb = "follow" if len(closer) > 1 and len(closer) < len(computed) else "follows"
-        text += f". {capitalised(who)} {verb} the {name(table.given)} more closely"
+        text += f". {capitalised(who)} {verb} the {name(table.held[0])} more closely"
     return f"{capitalised(name(target))}: {text}."
 
 
@@ -241,7 +273,8 @@ def table_size(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def name(column: str | None) -> str:
-    return NAMES.get(str(column), str(column))
+    """In words; of several columns, "lr,augmentation", too."""
+    return listed([NAMES.get(part, part) for part in str(column).split(",")])
 
 
 def labelled(column: str) -> str:

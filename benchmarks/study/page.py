@@ -97,7 +97,7 @@ def _map(table: Table, results: Row) -> Markup:
 def _given(table: Table, results: Row) -> Markup | None:
     if not table.given:
         return None
-    given, goal = name(table.given), table.targets[0]
+    given, first, goal = name(table.given), name(table.held[0]), table.targets[0]
     plots = []
     for target in table.targets:
         rows = []
@@ -106,10 +106,15 @@ def _given(table: Table, results: Row) -> Markup | None:
             rows += [Interval(measure, *_numbers(row, OVERALL), 3), Interval("", *_numbers(row, FIXED), 0)]
         plots.append(intervals(capitalised(name(target)), rows, x_label="tau", span=(-1.0, 1.0)))
     of_goal = [_row(results, measure, goal) for measure in table.measures]
-    lines = [[row["measure"], signed(row["fixed"].get("measure_given")), signed(row["tau"])] for row in of_goal]
+    follows = {row["measure"]: row["tau"] for row in results["follows"]}
+    lines = []
+    for row in of_goal:
+        taus, p = (row["groups"][key] for key in ("taus", "heterogeneity_p"))
+        each = ", ".join(f"{signed(t['tau'])} ({value})" for value, t in taus.items())
+        lines.append([row["measure"], signed(follows[row["measure"]]), signed(row["tau"]), each, _p(p)])
     caption = (
-        f"Does a measure say more than the {given}? {capitalised(name(goal))} itself has tau "
-        f"{signed(of_goal[0]['fixed'].get('target_given'))} with the {given}."
+        f"Does a measure say more than the {first}, and is tau the same at each? p: that they are, by Cochran's Q, not "
+        "corrected."
     )
     return section(
         f"Is it the measure, or the {given} behind it?",
@@ -121,7 +126,7 @@ def _given(table: Table, results: Row) -> Markup | None:
         figure(
             panels(*plots), f"Intervals of {100 * results['level']:g} % by bootstrap, not corrected for their number."
         ),
-        html_table(["measure", f"tau with {given}", f"tau with {name(goal)}"], lines, caption),
+        html_table(["measure", f"tau with {first}", f"with {name(goal)}", f"at each {first}", "p"], lines, caption),
         identifier="given",
     )
 
@@ -155,7 +160,7 @@ def _scatters(table: Table, results: Row) -> Markup:
     names, style_of = _levels(table)
     parts: list[Child] = []
     if table.given:
-        parts += [paragraph(f"Colour and shape: {name(table.given)}."), drawing(legend(names, ordered=True))]
+        parts += [paragraph(f"Colour and shape: {name(table.held[0])}."), drawing(legend(names, ordered=True))]
     for target in table.targets:
         plots = []
         for measure in table.measures:
@@ -207,12 +212,12 @@ def _cell(value: Any, is_factor: bool) -> str:
 
 
 def _reading(table: Table, results: Row) -> Markup:
+    sample = "settings; models that differ in their seed alone are drawn together" if table.cluster else "models"
     items = [
         "Tau counts pairs of models: +1 where every model with the larger measure has the larger target, 0 where the "
         "order of one says nothing about the other. It does not depend on scales, and no cause follows from it.",
-        f"The intervals treat the {table_size(results['comparisons'])} models as a sample of models of this kind. "
-        "Models that share settings are more alike than that; what holds here need not hold for other data and "
-        "networks.",
+        f"The intervals treat the {table_size(results['comparisons'])} models as a sample of {sample}. What holds here "
+        "need not hold for other data and networks.",
         "No evidence is not evidence of none: look at the width of the interval.",
     ]
     if "train_loss" in table.targets:
@@ -239,7 +244,8 @@ def _levels(table: Table) -> tuple[list[tuple[str, int]], Callable[[Row], int]]:
     """Names and numbers of the colours, and for a row the number of its colour."""
     if not table.given:
         return [("models", 0)], lambda row: 0
-    values = {row.get(table.given) for row in table.rows if row.get(table.given) is not None}
+    factor = table.held[0]
+    values = {row.get(factor) for row in table.rows if row.get(factor) is not None}
     ordered = sorted(values, key=lambda v: (isinstance(v, str), v))
     size = math.ceil(len(ordered) / LEVELS)
     bins = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -249,7 +255,7 @@ def _levels(table: Table) -> tuple[list[tuple[str, int]], Callable[[Row], int]]:
         ends = [f"{v:g}" if isinstance(v, (int, float)) else v for v in dict.fromkeys((values_[0], values_[-1]))]
         names.append((" to ".join(ends), round(i * step)))
     styles = {v: style for (_, style), values_ in zip(names, bins, strict=True) for v in values_}
-    return names, lambda row: styles.get(row.get(table.given), -1)
+    return names, lambda row: styles.get(row.get(factor), -1)
 
 
 def _row(results: Row, measure: str, target: str) -> Row:

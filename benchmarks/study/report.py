@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, identifier
 from benchmarks.study.page import page
 from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.core.files import write_atomic, write_json
+from sam_optim.core.files import read_json, write_atomic, write_json
 from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
 
@@ -103,7 +104,7 @@ def from_csv(
     head = [h for h in reader.fieldnames or [] if h is not None]
     if len(set(head)) < len(head):
         raise InputError(f"{path} has a column twice: {', '.join(sorted({h for h in head if head.count(h) > 1}))}")
-    for column in (*measures, *targets, *factors, *([given] if given else [])):
+    for column in (*measures, *targets, *factors, *(given.split(",") if given else [])):
         if column not in head:
             raise unknown("column", column, head)
     numeric, lines = (*measures, *targets), list(reader)
@@ -119,6 +120,31 @@ def from_csv(
             raise InputError(f"column {column!r} of {path} has no number, only text like {words[0]!r}: choose another")
     varied = _varied(rows, factors)
     return Table(path.stem, rows, list(measures), list(targets), varied, _given(given, varied), {"source": path.name})
+
+
+def from_results(
+    path: Path, measures: Sequence[str] | None, targets: Sequence[str] | None, *, given: str | None = None
+) -> Table:
+    """The table of an earlier report, from its results.json."""
+    earlier = read_json(path)
+    try:
+        models, about, compared = (earlier[key] for key in ("models", "about", "comparisons"))
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is no results.json of a study's report") from None
+    columns = [list(dict.fromkeys(row[key] for row in compared)) for key in ("measure", "target")]
+    factors = list(about.get("config", {}).get("grid", compared[0].get("by_factor", {})))
+    varied = _varied(models, factors)
+    chosen = _chosen("measure", measures, columns[0]), _chosen("target", targets, columns[1], also=EXTRA_TARGETS)
+    return Table(path.parent.name, models, *chosen, varied, _given(given, varied), about, earlier.get("failed", []))
+
+
+def where(table: Table, text: str) -> Table:
+    """The models that "COLUMN<NUMBER" is true of."""
+    column, _, limit = text.partition("<")
+    if column not in table.rows[0] or number(limit) is None:
+        raise InputError(f"--where is COLUMN<NUMBER, e.g. train_error<21, got {text!r}")
+    rows = [row for row in table.rows if (value := row[column]) is not None and float(value) < float(limit)]
+    return replace(table, rows=rows, about=dict(table.about) | {"where": text})
 
 
 def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) -> int:
@@ -161,9 +187,10 @@ def _varied(rows: Sequence[Mapping[str, Any]], factors: Sequence[str]) -> list[s
 
 
 def _given(given: str | None, varied: Sequence[str]) -> str | None:
+    for factor in given.split(",") if given is not None else ():
+        if factor not in varied:
+            raise InputError(f"--given {factor}: not a factor that varies; those are {', '.join(varied) or 'none'}")
     if given is not None:
-        if given not in varied:
-            raise InputError(f"--given {given}: not a factor that varies; those are {', '.join(varied) or 'none'}")
         return given
     return "lr" if "lr" in varied else (varied[0] if varied else None)
 

@@ -143,7 +143,7 @@ def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: He
 def trained_run(
     config: Config, levels: Mapping[str, Any], directory: Path, here: Here
 ) -> tuple[str | None, TrainedRun | None]:
-    """Trains on from the last checkpoint in `directory`, if there is one: (None, the run), or (why it diverged, None)."""
+    """Trains, from the last checkpoint in `directory` if there is one: (None, the run), or (why it diverged, None)."""
     options = here.options(config, levels, directory)
     begun = (directory / "config.json").exists()
     directory.mkdir(parents=True, exist_ok=True)

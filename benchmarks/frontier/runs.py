@@ -117,7 +117,7 @@ def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
     from benchmarks import finetune_text
 
     directory.mkdir(parents=True, exist_ok=True)
-    settings = finetune_text.Settings(**_located(run.options, here), out=directory, device="cpu")
+    settings = finetune_text.Settings(**located(run.options, here), out=directory, device="cpu")
     start = time.process_time()
     with open(directory / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         result = finetune_text.finetune(replace(settings, test=[] if run.tuning else settings.test))
@@ -128,7 +128,7 @@ def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
     return cost | tested | {"train_loss": result["train_loss"]}
 
 
-def _located(options: Mapping[str, Any], here: trial.Here) -> dict[str, Any]:
+def located(options: Mapping[str, Any], here: trial.Here) -> dict[str, Any]:
     if here.data_dir is None:
         raise InputError("give --data-dir, where the model and the texts are")
     root, located = Path(here.data_dir), dict(options)

@@ -42,18 +42,18 @@ def html_page(title: str, *content: Child, data: Any = None, sortable: bool = Fa
     return _templates().page(title, policy, _file("page.css"), content, block, script)
 
 
-def element(name: str, *content: Child, kind: str = "") -> Markup:
-    """<name class=kind>content</name>, such as h1, h3, header, strong, code, span."""
-    return _templates().element(name, content, kind)
+def element(name: str, *content: Child, kind: str = "", **attributes: str) -> Markup:
+    """<name class=kind ...>content</name>, such as h1, h3, header, strong, code, span."""
+    return _templates().element(name, content, {"class": kind or None} | attributes)
 
 
 def section(heading: Child, *content: Child, identifier: str = "") -> Markup:
-    return _templates().section(heading, content, identifier)
+    return element("section", element("h2", heading), *content, **({"id": identifier} if identifier else {}))
 
 
 def folded(heading: Child, *content: Child) -> Markup:
     """Hidden until a reader opens it."""
-    return _templates().folded(heading, content)
+    return element("details", element("summary", heading), *content)
 
 
 def paragraph(*content: Child, kind: str = "") -> Markup:
@@ -62,16 +62,17 @@ def paragraph(*content: Child, kind: str = "") -> Markup:
 
 
 def bullets(items: Sequence[Child]) -> Markup:
-    return _templates().bullets(items)
+    return element("ul", *(element("li", item) for item in items))
 
 
 def definitions(items: Sequence[tuple[Child, Child]], *, kind: str) -> Markup:
     """Pairs of a name and its value. kind: "facts", a few numbers set large, or "pairs", line by line."""
-    return _templates().definitions(items, kind)
+    pairs = (element("div", element("dt", name), element("dd", value)) for name, value in items)
+    return element("dl", *pairs, kind=kind)
 
 
 def code_block(source: str) -> Markup:
-    return _templates().code_block(source)
+    return element("pre", element("code", source), tabindex="0")
 
 
 def drawing(figure: Figure) -> Markup:
@@ -86,7 +87,7 @@ def panels(*figures: Figure, wide: bool = False) -> Markup:
 
 def figure(content: Markup, caption: Child) -> Markup:
     """Drawings above their caption."""
-    return _templates().figure(content, caption)
+    return element("figure", content, element("figcaption", caption))
 
 
 def html_table(

@@ -13,7 +13,7 @@ from sam_optim.core.text import cell, csv_text, headline, is_finite, number, tex
 from sam_optim.measures import registry
 from sam_optim.sweep.columns import Column, Measures
 from sam_optim.sweep.problems import Problem
-from sam_optim.sweep.processes import Processes, started
+from sam_optim.sweep.processes import started
 from sam_optim.sweep.progress import Progress
 from sam_optim.sweep.quality import QUALITY, quality
 from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
@@ -47,11 +47,11 @@ class Sweep:
 
     def text(self) -> str:
         """The table, with the loss, and for classes the accuracy, on the measured examples."""
-        qualities = {name: [number(self._quality(row).get(name), 4) for row in self.rows] for name in QUALITY}
-        shown = [name for name in QUALITY if any(self._quality(row).get(name) is not None for row in self.rows)]
+        qualities = {row: self._quality(row) for row in self.rows}
+        shown = [name for name in QUALITY if any(quality.get(name) is not None for quality in qualities.values())]
         lines = [
-            [row, *(qualities[name][i] for name in shown), *(self._cell(row, column) for column in self.columns)]
-            for i, row in enumerate(self.rows)
+            [row, *(number(quality.get(name), 4) for name in shown), *(self._cell(row, c) for c in self.columns)]
+            for row, quality in qualities.items()
         ]
         return text_table(["checkpoint", *shown, *self.columns], lines)
 
@@ -62,15 +62,11 @@ class Sweep:
             if reason := entry.get("error") or entry["result"].get("reason"):
                 rows_by_remark.setdefault((column, reason), []).append(row)
         remarks = [_about(row, reason) for row, reason in self.failures.items()]
-        for (column, reason), rows in rows_by_remark.items():
-            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-            remarks.append(f"{rows[0]}{more}, {column}: {reason}")
-        guesses = [row for row in self.rows if self.is_training and self._is_guess(row)]
-        if guesses:
-            more = f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
+        remarks += [f"{_first(rows)}, {column}: {reason}" for (column, reason), rows in rows_by_remark.items()]
+        if guesses := [row for row in self.rows if self.is_training and self._is_guess(row)]:
             remarks.append(
-                f"warning: {guesses[0]}{more}: the accuracy is no better than a guess; look at "
-                "the numbers of the classes (--class-to-idx), the model, and the mean and size of its images"
+                f"warning: {_first(guesses)}: the accuracy is no better than a guess; look at the numbers of the "
+                "classes (--class-to-idx), the model, and the mean and size of its images"
             )
         return remarks
 
@@ -124,43 +120,38 @@ def measure_checkpoints(
     """
     with started(device) as here:
         with opened(json, here) as store:
-            study = _Study(find(checkpoints), problem, measures, here, store, quiet)
+            rows, columns = find(checkpoints), measures.columns()
+            losses = problem.open(here, rows)
+            names = [checkpoint.name for checkpoint in rows] or [problem.name]
+            sweep = Sweep(names, [column.label for column in columns], is_training=losses.is_training)
+            progress = Progress(len(names) * len(columns), shown=here.is_first and not quiet)
+            study = _Study(rows or [None], columns, losses, store, sweep, progress)
             try:
                 study.run()
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; {study.how_to_go_on(json)}" if here.is_first else "") from None
             finally:
-                study.progress.close()
+                progress.close()
         if csv is not None and here.is_first:
-            write_atomic(csv, study.sweep.csv().encode(), "--csv")
-        return study.sweep
+            write_atomic(csv, sweep.csv().encode(), "--csv")
+        return sweep
 
 
+@dataclass
 class _Study:
-    def __init__(
-        self,
-        checkpoints: Sequence[Checkpoint],
-        problem: Problem,
-        measures: Measures,
-        here: Processes,
-        store: Store,
-        quiet: bool,
-    ):
-        self._checkpoints: list[Checkpoint | None] = list(checkpoints) or [None]
-        self._columns = measures.columns()
-        self._store = store
-        self._losses = problem.open(here, checkpoints)
-        rows = [checkpoint.name if checkpoint else problem.name for checkpoint in self._checkpoints]
-        labels = [column.label for column in self._columns]
-        self.sweep = Sweep(rows, labels, is_training=self._losses.is_training)
-        self._num_cached = 0
-        self._choice: str | None = None  # what was said last of it
-        self.progress = Progress(len(rows) * len(self._columns), shown=here.is_first and not quiet)
+    checkpoints: Sequence[Checkpoint | None]
+    columns: Sequence[Column]
+    losses: Any  # of the problem
+    store: Store
+    sweep: Sweep
+    progress: Progress
+    num_cached: int = 0
+    choice: str | None = None  # which weights were taken, as it was last said
 
     def run(self) -> None:
-        for note in self._losses.notes:
+        for note in self.losses.notes:
             self.progress.say(f"note: {note}")
-        for row, checkpoint in zip(self.sweep.rows, self._checkpoints, strict=True):
+        for row, checkpoint in zip(self.sweep.rows, self.checkpoints, strict=True):
             try:
                 self._measure_all(row, checkpoint)
             except Unwritable:
@@ -168,36 +159,30 @@ class _Study:
             except FAULTS as error:
                 self._fail(row, one_line(error))
             else:
-                self._store.discard(row, LOADING)
-        if self._num_cached:
-            self.progress.say(f"{self._num_cached} of {len(self.sweep.entries)} numbers were there already")
+                self.store.discard(row, LOADING)
+        if self.num_cached:
+            self.progress.say(f"{self.num_cached} of {len(self.sweep.entries)} numbers were there already")
 
     def how_to_go_on(self, json: Path | None) -> str:
-        done = f"{len(self.sweep.entries)} of {len(self.sweep.rows) * len(self._columns)} numbers are done"
+        done = f"{len(self.sweep.entries)} of {len(self.sweep.rows) * len(self.columns)} numbers are done"
         return f"{done}; the same command goes on" if json else f"{done}; with --json they would be kept"
 
     def _measure_all(self, row: str, checkpoint: Checkpoint | None) -> None:
         content = checkpoint.digest() if checkpoint else None
-        about = {"checkpoint": content, "loss": self._losses.identity(checkpoint)}
+        about = {"checkpoint": content, "loss": self.losses.identity(checkpoint)}
         missing = list(self._without_cached(row, about))
         if not missing:
             return
-        loss = self._losses.loss(checkpoint)
-        if self._losses.choice not in (None, self._choice):
-            self._choice = self._losses.choice
-            self.progress.say(f"note: {row}: {self._choice}")
-        good = quality(loss)
+        loss = self.losses.loss(checkpoint)
+        if self.losses.choice not in (None, self.choice):
+            self.choice = self.losses.choice
+            self.progress.say(f"note: {row}: {self.choice}")
+        measured_quality = quality(loss)
         for column, identity, key in missing:
             step = self.progress.start(f"{row} {column.label}")
-            entry: dict[str, Any] = {"checkpoint": row, "sha256": content, "column": column.label}
-            entry |= {
-                "measure": column.measure,
-                "rho": column.rho,
-                "key": key,
-                "identity": identity,
-                "data": self._losses.about,
-                "quality": good,
-            }
+            entry: dict[str, Any] = {"checkpoint": row, "sha256": content, "column": column.label, "key": key}
+            entry |= {"measure": column.measure, "rho": column.rho, "identity": identity}
+            entry |= {"data": self.losses.about, "quality": measured_quality}
             try:
                 result = registry.call(column.measure, loss, column.options, step).to_dict()
                 entry |= {"result": result}
@@ -205,31 +190,35 @@ class _Study:
             except FAULTS as error:
                 text = one_line(error)
                 entry |= {"error": text}
-            self._store.put(entry)
+            self.store.put(entry)
             self.sweep.entries[row, column.label] = entry
             self.progress.done(f"{row}  {column.label}: {text}")
 
     def _without_cached(self, row: str, about: Mapping[str, Any]) -> Iterator[tuple[Column, dict[str, Any], str]]:
         """The columns that the store does not have yet, with all that the number depends on, and a digest of that."""
-        for column in self._columns:
+        for column in self.columns:
             identity = {**about, **column.identity()}
             key = digest(identity)
-            entry = self._store.find(row, key)
+            entry = self.store.find(row, key)
             if entry is None:
                 yield column, identity, key
                 continue
             if entry["checkpoint"] != row:  # a file with the same content
                 entry = dict(entry) | {"checkpoint": row}
-                self._store.put(entry)
+                self.store.put(entry)
             self.sweep.entries[row, column.label] = entry
-            self._num_cached += 1
+            self.num_cached += 1
             self.progress.skip(1)
 
     def _fail(self, row: str, reason: str) -> None:
         self.sweep.failures[row] = reason
-        self._store.put({"checkpoint": row, "key": LOADING, "column": None, "error": reason})
-        self.progress.skip(len(self._columns) - 1)
+        self.store.put({"checkpoint": row, "key": LOADING, "column": None, "error": reason})
+        self.progress.skip(len(self.columns) - 1)
         self.progress.done(_about(row, reason))
+
+
+def _first(rows: Sequence[str]) -> str:
+    return rows[0] + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
 
 
 def _about(name: str, reason: str) -> str:

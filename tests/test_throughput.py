@@ -32,7 +32,7 @@ def test_losses_of_three_updates_are_equal(tmp_path, prefetcher):
 
 def test_the_command(tmp_path, capsys):
     argv = ["--model", "test_vit", "--images", "20", "--batch-size", "10", "--rounds", "2"]
-    assert errors.run(throughput.main, [*argv, "--out", str(tmp_path / "t.json")]) == 0
+    assert errors.run(throughput.main, [*argv, "--json", str(tmp_path / "t.json")]) == 0
     report = files.read_json(tmp_path / "t.json")
     assert report["models"]["test_vit"]["timm, prefetcher"]["ratio"]["n"] == 2
     assert "CPU time ours / timm" in capsys.readouterr().out

@@ -150,8 +150,8 @@ def test_the_command_writes_a_table_and_strict_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "1"], "--rounds must be >= 2"),
-        (["--batch-size", "3"], "--batch-size must be >= 4"),
+        (["--rounds", "1"], "--rounds: must be >= 2"),
+        (["--batch-size", "3"], "--batch-size: must be >= 4"),
         (["--models", "resnet18x", "--rounds", "2"], "unknown model 'resnet18x'; choose from"),
     ],
 )

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,8 @@ from benchmarks.speed.whole_step import Setting, base_step, sam_step
 from sam_optim import Perturbation
 from sam_optim.core.errors import one_line
 
-MODELS = (
-    "resnet50",
-    "vit_base_patch16_224",
-    "wide-resnet-28-10",
-    "efficientnet_b0",
-    "resnet18",
-    "vit_giant_patch14_224",
-)
+MODELS = ("resnet50", "vit_base_patch16_224", "wide-resnet-28-10", "efficientnet_b0", "resnet18")
+MODELS += ("vit_giant_patch14_224",)
 COMPILED = ("resnet18", "efficientnet_b0", "resnet50")  # torch.compile takes up to a minute for so many tensors
 # Bytes for each float32 entry: the norm reads g (and w where adaptive), the ascent reads w and g and writes w and its
 # copy, the restore reads the copy and writes w.
@@ -92,7 +87,7 @@ DESIGNS: dict[str, Callable[[list[nn.Parameter]], Run]] = {
 }
 
 
-def own_part(model: str, name: str, roofline: float, rounds: int) -> dict[str, Any]:
+def own_part(model: str, name: str, roofline: float, rounds: int) -> Rows:
     """One row."""
     shapes = shapes_of(model)
     params = [nn.Parameter(torch.randn(s, device=device.DEVICE).mul_(0.05)) for s in shapes]
@@ -112,7 +107,7 @@ def own_part(model: str, name: str, roofline: float, rounds: int) -> dict[str, A
     number = sum(s.numel() for s in shapes)
     needed = BYTES_ADAPTIVE if "ASAM" in name else BYTES
     rate = needed * number / max(on_device, 1e-9)
-    return {
+    row = {
         "model": model,
         "design": name,
         "tensors": len(shapes),
@@ -125,6 +120,7 @@ def own_part(model: str, name: str, roofline: float, rounds: int) -> dict[str, A
         "bytes_per_second": rate,
         "roofline": rate / roofline,
     }
+    return [row]
 
 
 # whole steps
@@ -173,16 +169,16 @@ def _step_row(
 # targets
 
 
-def targets(own: Rows, steps: Rows) -> Rows:
-    """Those of an H200, each with what was measured, None where it was not."""
-    rows = {(r["model"], r["design"]): r for r in own}
+def targets(parts: Rows, steps: Rows) -> Rows:
+    """Those of an H200, each with what was measured, None where it was not. parts: rows of SAM's own part."""
+    rows = {(r["model"], r["design"]): r for r in parts}
     compared: Rows = []
 
     def add(what: str, measured: float | None, bound: float, *, at_least: bool) -> None:
         met = None if measured is None else bool(measured >= bound if at_least else measured <= bound)
         compared.append({"what": what, "measured": measured, "bound": bound, "at_least": at_least, "met": met})
 
-    large = {r["model"] for r in own if r["parameters"] >= 25e6}
+    large = {r["model"] for r in parts if r["parameters"] >= 25e6}
     for model in [m for m in MODELS if m in large] or ["from 25 M parameters up"]:
         row = rows.get((model, "fused SAM"))
         add(f"{model}: share of the roofline, fused SAM", row and row["roofline"], 0.85, at_least=True)
@@ -234,16 +230,16 @@ def until(deadline: float) -> Iterator[None]:
     def late(*_: Any) -> None:
         raise TimeoutError("the time was over before it had ended")
 
-    begun = time.monotonic()
-    before = signal.signal(signal.SIGALRM, late)
-    others, _ = signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - begun))
+    start = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, late)
+    earlier, _ = signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - start))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if others:
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, others - (time.monotonic() - begun)))
+        signal.signal(signal.SIGALRM, handler)
+        if earlier:  # an alarm that was set before
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, earlier - (time.monotonic() - start)))
 
 
 def measure(
@@ -251,31 +247,29 @@ def measure(
 ) -> dict[str, Any]:
     """save: gets the results after every row, so that a crash of the process costs no more than one."""
     plan = Plan(time.monotonic() + seconds, [])
-    own: Rows = []
+    parts: Rows = []
     steps: Rows = []
-    results = {"facts": device.facts(rounds), "own part": own, "whole step": steps, "missing": plan.missing}
+    results = {"facts": device.facts(rounds), "own part": parts, "whole step": steps, "missing": plan.missing}
     results["copy_bytes_per_second"] = roofline = device.bandwidth(rounds)
     device.forget()
 
-    def attempt(rows: Rows, what: str, run: Callable[[], Rows], needed: float) -> None:
-        rows += plan.attempt(what, run, needed) or []
-        save(results | {"targets": targets(own, steps)})
+    def attempt(rows: Rows, what: str, needed: float, run: Callable[..., Rows], *args: Any, **kwargs: Any) -> None:
+        rows += plan.attempt(what, partial(run, *args, **kwargs), needed) or []
+        save(results | {"targets": targets(parts, steps)})
 
     for model in models:
         for name in [name for name in DESIGNS if name != "compiled SAM"]:
-            run = lambda m=model, n=name: [own_part(m, n, roofline, rounds)]  # noqa: E731
-            attempt(own, f"{model}, {name}", run, 4.0)
+            attempt(parts, f"{model}, {name}", 4.0, own_part, model, name, roofline, rounds)
     for network in NETWORKS:
-        attempt(steps, f"{network}, whole steps", lambda m=network: eager_steps(m, rounds), SECONDS)
+        attempt(steps, f"{network}, whole steps", SECONDS, eager_steps, network, rounds)
     for network in NETWORKS:
         base = next((r["ms"] for r in steps if (r["model"], r["kind"]) == (network, "base")), None)
         for kind, fused in WAYS:
-            run = lambda m=network, k=kind, f=fused, b=base: graphed_step(m, k, rounds, b, fused=f)  # noqa: E731
-            attempt(steps, f"{network}, {kind}, fused={fused}, as a graph", run, SECONDS / 3)
+            what = f"{network}, {kind}, fused={fused}, as a graph"
+            attempt(steps, what, SECONDS / 3, graphed_step, network, kind, rounds, base, fused=fused)
     for model in [m for m in COMPILED if m in models]:
-        run = lambda m=model: [own_part(m, "compiled SAM", roofline, rounds)]  # noqa: E731
-        attempt(own, f"{model}, compiled SAM", run, 100.0)
-    return results | {"targets": targets(own, steps)}
+        attempt(parts, f"{model}, compiled SAM", 100.0, own_part, model, "compiled SAM", roofline, rounds)
+    return results | {"targets": targets(parts, steps)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -288,9 +282,9 @@ def table(results: dict[str, Any]) -> str:
         f"{'own part':36s}{'device us':>10s}{'host us':>9s}{'launches':>9s}{'B/param':>8s}{'TB/s':>7s}{'roofline':>9s}",
     ]
     for r in results["own part"]:
-        launches = "?" if r["launches"] is None else f"{r['launches']:d}"
+        launches = "?" if r["launches"] is None else r["launches"]
         lines.append(
-            f"{r['model']:23.23s}{r['design']:13s}{r['device_us']:10.0f}{r['host_us']:9.0f}{launches:>9s}"
+            f"{r['model']:23.23s}{r['design']:13s}{r['device_us']:10.0f}{r['host_us']:9.0f}{launches:>9}"
             f"{r['bytes_per_parameter']:8d}{1e-12 * r['bytes_per_second']:7.2f}{r['roofline']:9.0%}"
         )
     lines += [

@@ -17,7 +17,6 @@ foreach plus 0.1 ms, and less than davda54.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -117,7 +116,7 @@ def foreach_step(problem: Problem, *, adaptive: bool) -> Step:
 
     def step() -> None:
         problem.closure()
-        foreach_ascend_(weights, saved, [p.grad for p in problem.params], adaptive=adaptive)  # type: ignore[misc]
+        foreach_ascend_(weights, saved, [p.grad for p in problem.params], adaptive=adaptive)
         problem.closure()
         torch._foreach_copy_(weights, saved)
         base.step()
@@ -198,15 +197,15 @@ def measure(num_tensors: int, rounds: int) -> dict[str, Any]:
 
 
 def _spread(whole: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    own = [1e3 * (a - b) / STEPS for a, b in zip(whole, base, strict=True)]
-    low, mid, high = statistics.quantiles(own, n=4)
-    return {"median": mid, "q1": low, "q3": high, "n": len(own)}
+    host_ms = [1e3 * (a - b) / STEPS for a, b in zip(whole, base, strict=True)]
+    low, mid, high = statistics.quantiles(host_ms, n=4)
+    return {"median": mid, "q1": low, "q3": high, "n": len(host_ms)}
 
 
-def judged(own: float, foreach: float, davda54: float) -> dict[str, Any]:
+def judged(host_ms: float, foreach: float, davda54: float) -> dict[str, Any]:
     """The bar in milliseconds, and whether it is met."""
     bar = FACTOR * foreach + EXTRA_MS
-    return {"bar": bar, "meets_bar": own <= bar, "below_davda54": own < davda54}
+    return {"bar": bar, "meets_bar": host_ms <= bar, "below_davda54": host_ms < davda54}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -223,12 +222,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.host", description=__doc__.splitlines()[0])
-    parser.add_argument("--tensors", type=int, nargs="+", default=list(TENSORS), help="how many, of 8 numbers each")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are written")
-    args = parser.parse_args(argv)
-    timing.check_rounds(args.rounds)
+    p = timing.parser("host", __doc__, rounds=100, json=RESULTS)
+    p.add_argument("--tensors", type=int, nargs="+", default=list(TENSORS), help="how many, of 8 numbers each")
+    args = p.parse_args(argv)
     torch.set_num_threads(1)
     results = [measure(n, args.rounds) for n in args.tensors]
     print(table(results))

@@ -17,11 +17,9 @@ it once more, and which neither the peer nor the floor has.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,14 +128,11 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", nargs="+", help="timm models whose shapes to use, or wide-resnet-28-10")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--minutes", type=float, default=6.0, help="on CUDA: what would take longer is left out")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    args = parser.parse_args(argv)
-    timing.check_rounds(args.rounds)
+    p = timing.parser("step", __doc__, rounds=21)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--models", nargs="+", help="timm models whose shapes to use, or wide-resnet-28-10")
+    p.add_argument("--minutes", type=float, default=6.0, help="on CUDA: what would take longer is left out")
+    args = p.parse_args(argv)
     if args.device == "cuda":
         from benchmarks.speed import cuda
 

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.command import Parser
 from benchmarks.machine import facts
 from benchmarks.speed import timing
 from benchmarks.train import data
@@ -138,16 +137,13 @@ def compared(options: Options, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = Parser(prog="python -m benchmarks.speed.throughput", description=__doc__)
+    p = timing.parser("throughput", __doc__, rounds=15)
     p.add_argument("--model", nargs="+", default=["resnet18", "vit_tiny_patch16_224"])
     p.add_argument("--data-dir", help="a tree DIR/train/CLASS/*; default: random pictures")
     p.add_argument("--img-size", type=int, default=32)
     p.add_argument("--images", type=int, default=256, help="of the random pictures")
     p.add_argument("--batch-size", type=int, default=64)
-    p.add_argument("--rounds", type=int, default=15)
-    p.add_argument("--out", type=Path, help="JSON file")
     args = p.parse_args(argv)
-    timing.check_rounds(args.rounds)
     report: dict[str, Any] = {"facts": facts("timm", "torchvision") | {"rounds": args.rounds}, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         directory = args.data_dir or folder
@@ -165,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"n = {r['n']})  images/s ours {speed['ours']:.0f} timm {speed['timm']:.0f}",
                     flush=True,
                 )
-    timing.write(args.out, report)
+    timing.write(args.json, report)
     return 0
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sam_optim.core.errors import InputError
+from sam_optim.core.arguments import Parser, number
 from sam_optim.core.files import write_json
 
 try:
@@ -86,9 +86,11 @@ def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     return {"median": mid, "q1": low, "q3": high, "n": len(a)}
 
 
-def check_rounds(rounds: int) -> None:
-    if rounds < 2:
-        raise InputError(f"--rounds must be >= 2, for quartiles, got {rounds}")
+def parser(prog: str, description: str, *, rounds: int, json: Path | None = None) -> Parser:
+    p = Parser(prog=f"python -m benchmarks.speed.{prog}", description=description.splitlines()[0])
+    p.add_argument("--rounds", type=number(int, 2), default=rounds, help="at least 2, for quartiles")
+    p.add_argument("--json", type=Path, default=json, metavar="FILE", help="where the results are written")
+    return p
 
 
 def write(path: Path | None, results: dict[str, Any]) -> None:

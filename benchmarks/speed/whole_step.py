@@ -16,13 +16,11 @@ such pairs in thread CPU time, which hold where other processes share the machin
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,8 @@ from benchmarks.machine import facts
 from benchmarks.speed import timing
 from benchmarks.speed.timing import Run
 from sam_optim import SAM, norm_only_param_groups
-from sam_optim.core.errors import InputError, run, unknown
+from sam_optim.core.arguments import number
+from sam_optim.core.errors import run, unknown
 from sam_optim.vision.models import small_stem_
 
 BATCHES = {"resnet18": 32, "vit_tiny_patch16_224": 24}  # others: 16
@@ -176,15 +175,12 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.whole_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(BATCHES), help="timm models")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--batch-size", type=int, help="other than that of the targets")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    args = parser.parse_args(argv)
-    timing.check_rounds(args.rounds)
-    if args.batch_size is not None and args.batch_size < 4:
-        raise InputError(f"--batch-size must be >= 4, for a quarter of it, got {args.batch_size}")
+    p = timing.parser("whole_step", __doc__, rounds=21)
+    p.add_argument("--models", nargs="+", default=list(BATCHES), help="timm models")
+    p.add_argument(
+        "--batch-size", type=number(int, 4), help="other than that of the targets; at least 4, for a quarter"
+    )
+    args = p.parse_args(argv)
     torch.set_num_threads(1)
     results = [compare(model, args.rounds, batch=args.batch_size) for model in args.models]
     print(table(results))

@@ -107,9 +107,9 @@ def compare(
         if target not in runs.numbers:
             raise unknown("target", target, runs.numbers)
     reference = _baseline(runs.levels[by], baseline, by)
-    others = [f for f in runs.levels if f not in (by, over)]
+    fixed_factors = [f for f in runs.levels if f not in (by, over)]
     ordered = sorted(runs.rows, key=lambda row: [list(levels).index(row[f]) for f, levels in runs.levels.items()])
-    settings = {tuple(row[f] for f in others): {f: row[f] for f in others} for row in ordered}
+    settings = {tuple(row[f] for f in fixed_factors): {f: row[f] for f in fixed_factors} for row in ordered}
     comparisons = []
     for target in targets:
         for fixed in settings.values():

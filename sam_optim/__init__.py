@@ -40,13 +40,15 @@ from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups
 from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.sam import ASAM, SAM
-from sam_optim.optim.variants import GSAM, FriendlySAM
+from sam_optim.optim.schedules import late_phase, periodic, proportional_to_lr, warmup
+from sam_optim.optim.variants import GSAM, MSAM, FriendlySAM, LookSAM, StaleSAM, VaSSO
 from sam_optim.statistics.kendall import Correlation, correlate
 from sam_optim.symmetries import Audit, NoSymmetry, audit, permute, rescale, rescale_normalized
 
 __all__ = [
     "ASAM",
     "GSAM",
+    "MSAM",
     "SAM",
     "Audit",
     "Ball",
@@ -57,12 +59,15 @@ __all__ = [
     "GraphedStep",
     "Landscape",
     "LastStep",
+    "LookSAM",
     "Loss",
     "NoSymmetry",
     "Perturbation",
     "ProductBall",
     "Spectrum",
+    "StaleSAM",
     "Trajectory",
+    "VaSSO",
     "__version__",
     "asam_param_groups",
     "audit",
@@ -83,9 +88,12 @@ __all__ = [
     "hessian_frobenius_norm",
     "hessian_trace",
     "interpolate",
+    "late_phase",
     "norm_only_param_groups",
     "pac_bayes_sigma",
+    "periodic",
     "permute",
+    "proportional_to_lr",
     "random_direction",
     "relative_flatness",
     "rescale",
@@ -96,5 +104,6 @@ __all__ = [
     "spectral_density",
     "standard_measures",
     "trajectory_directions",
+    "warmup",
     "worst_case_sharpness",
 ]

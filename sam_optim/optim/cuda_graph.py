@@ -157,6 +157,11 @@ def _check(optimizer: SAM) -> None:
             raise ValueError(f"{type(base).__name__} counts its steps on the CPU: pass capturable=True")
         if isinstance(base, torch.optim.SGD) and not group.get("fused"):
             raise ValueError("SGD reads an lr on the device back, but with fused=True: pass that")
+    if optimizer.param_groups[0].get("sam_step") is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} with a schedule has one pass in some steps and two in others, and a graph has "
+            "always the same: call optimizer.step(closure)"
+        )
     if optimizer.perturbation.replay_rng:
         raise ValueError("replay_rng=True sets generators back from Python, which a graph does not hold")
     if optimizer.perturbation.rounding != "nearest":

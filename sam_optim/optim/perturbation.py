@@ -100,7 +100,10 @@ class Perturbation:
         self.replay_rng = replay_rng
         self.completed = False  # a second pass has ended, and no optimizer has used its gradients yet
         self.was_empty = False  # the last second pass has left no gradient
-        self.rule: Any = None  # a variant of SAM with ascent and descent gradients of its own
+        self.rule: Any = None  # a variant of SAM with gradients of its own
+        self.one_pass = False  # e is known before the pass, so that a step has one: the rule says where it points
+        self.keeps_ascent_gradients = False  # for the rule's descent gradient
+        self._radii: list[Any] | None = None
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
         self._has_warned = False
         self._record = Record()
@@ -145,9 +148,18 @@ class Perturbation:
 
     # what it searches, and what it saw
 
+    def scale_radii(self, factor: float, radius: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        """From now on the radius of a group is `factor` times its rho, or where that is not 0 times `radius(group)`."""
+        self._radii = []
+        for group in self.param_groups:
+            rho = group["rho"]
+            if radius is not None and not is_zero(rho):
+                rho = radius(group)
+            self._radii.append(rho if factor == 1 else rho * factor if factor else 0.0)
+
     @property
     def balls(self) -> list[Ball]:
-        """The ball of each group, as it is now."""
+        """The ball of each group, by its rho; a schedule is not in it."""
         return [Ball(float(g["rho"]), norm=g["norm"], adaptive=g["adaptive"], eta=g["eta"]) for g in self.param_groups]
 
     @property
@@ -179,14 +191,17 @@ class Perturbation:
         On an exception inside, weights, buffers and the earlier gradients are as before: a micro-batch may be left out.
 
         Raises:
-            RuntimeError: no perturbed pass inside: the gradients would be those of the plain optimizer.
+            RuntimeError: no perturbed pass inside, where the step has one: the gradients would be those of the plain
+            optimizer.
         """
         self._check_inactive()
         with self.transaction():
             self._begin_first_pass(GradientStash([*self._params, *self._guard.other_params]))
             try:
+                if not self.ascends:
+                    self._await_last_pass()
                 yield
-                if not self.completed:
+                if not (self.completed or not self.ascends):
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
                 self._end_first_pass()
             except BaseException:  # also an interrupt on the way out
@@ -218,8 +233,9 @@ class Perturbation:
         """w -> w + e, and gradients cleared; `exit` must follow. Use `perturbed()` where a context can be used."""
         self._check_inactive()
         self.refresh()
+        accumulates = self.one_pass and self.has_finished_pass()
         self._check_only_new_gradients()
-        self._ascend()
+        self._ascend(clear=not accumulates)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def exit(self, *, failed: bool = False) -> None:
@@ -236,7 +252,7 @@ class Perturbation:
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
-        """Both passes: leaves the gradients at w + e in `p.grad`, and returns the loss at w.
+        """All passes of a step: leaves the gradients at w + e in `p.grad`, and returns the loss of the first pass.
 
         Args:
             closure: zeroes the gradients, runs forward and backward, returns the loss; it runs at w and at w + e.
@@ -248,6 +264,8 @@ class Perturbation:
             RuntimeError: the closure forgot `backward()`, or left earlier gradients in place.
         """
         self._check_inactive()
+        if self.one_pass and ascent_closure is not None:
+            raise ValueError("ascent_closure is for the first of two passes, and this optimizer has one")
         with self.transaction():
             if callable(closure):
                 loss, perturbed = self._both_passes(closure, ascent_closure)
@@ -258,7 +276,7 @@ class Perturbation:
         self._record.loss = loss.detach() if isinstance(loss, Tensor) else loss
         self._record.perturbed_loss = perturbed.detach() if isinstance(perturbed, Tensor) else perturbed
         self._record.same_loss = ascent_closure is None
-        return loss
+        return perturbed if self.one_pass else loss
 
     def _mean_over(self, closures: Sequence[Closure]) -> tuple[Any, Any]:
         """Each has a perturbation of its own; the mean of their gradients, and of their losses at w and at w + e."""
@@ -290,24 +308,29 @@ class Perturbation:
         try:
             with torch.enable_grad():
                 if not self.ascends:  # the second pass would be the first one again
+                    self._await_last_pass()
                     loss = perturbed = closure()
                     self._record, self.completed = Record(), True
                 else:
                     earlier = EarlierGradients(self._params, may_be_assigned=True)
                     try:
+                        if self.one_pass:
+                            self._ascend(clear=False)
                         loss, perturbed = (ascent_closure or closure)(), None
                     finally:
                         earlier.stop()
+                    if self.one_pass:
+                        loss, perturbed = None, loss
                     if was_completed and earlier.are_untouched:  # a closure that stands for none, after both passes
                         self.completed = True
-                    elif self._has_ascent_gradient(loss, earlier):
+                    elif not self._has_ascent_gradient(perturbed if self.one_pass else loss, earlier):
+                        self._record, self.completed = Record(), True  # as in a step of torch.optim without gradients
+                    elif not self.one_pass:
                         self._ascend()
                         for p, grad in grads_of_others:  # as the first pass found them
                             p.grad = grad
                         perturbed = closure()
-                        self._return()
-                    else:  # nothing to learn from, as in a step of torch.optim without gradients
-                        self._record, self.completed = Record(), True
+                    self._return()
             failed = False
         finally:
             self._end_first_pass(failed=failed)
@@ -339,6 +362,13 @@ class Perturbation:
             self._draws.remember()
         self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
 
+    def _await_last_pass(self) -> None:
+        """From here on DDP averages gradients again, those of earlier micro-batches with them."""
+        if self._first is not None:
+            self._first.end()
+            if self._stash is not None and self._first.then_syncs:
+                self._stash.put_under()
+
     def _end_first_pass(self, *, failed: bool = False) -> None:
         if self._first is not None:
             self._first.end()
@@ -349,27 +379,29 @@ class Perturbation:
         self._first = self._stash = None
 
     @torch.no_grad()
-    def _ascend(self) -> None:
-        """w -> w + e with the gradients in `p.grad`, which go: also those of parameters that others step."""
+    def _ascend(self, *, clear: bool = True) -> None:
+        """w -> w + e with the gradients in `p.grad`, which go, also those of parameters that others step; or with what
+        the rule knows before the pass, and then earlier gradients may stay."""
         params, ranks = self._params, self._ranks
         self._check_gradients()
         self.completed = self.was_empty = False
-        used = [p for p in params if p.grad is not None] if ranks.needs_zeros else []
+        used = [p for p in params if p.grad is not None] if ranks.needs_zeros and not self.one_pass else []
         self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
         try:
-            second.begin(look=not self._in_transaction)
+            second.begin(look=not self._in_transaction, restores=not self.one_pass)
             ascent = kernels.ascend_(self._buckets(second), self._backups, fused=self._body)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             self._record = Record(ascent)
-            for p in params:
-                p.grad = None
-            for p in self._guard.other_params:
-                p.grad = None
-            if self._first is not None:  # from here on DDP averages gradients again
-                self._first.end()
-                if self._stash is not None and self._first.then_syncs:
-                    self._stash.put_under()
-            elif not ranks.are_alone:
+            if self.rule is not None:
+                self.rule.has_moved(self._backups)
+            if clear:
+                for p in params:
+                    p.grad = None
+                for p in self._guard.other_params:
+                    p.grad = None
+            if self._first is not None:
+                self._await_last_pass()
+            elif not (ranks.are_alone or self.one_pass):
                 ranks.compare(self._record.dual_norm)
             for p in used:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -396,7 +428,7 @@ class Perturbation:
             self._pass = None
         if failed:
             return
-        if self.rule is not None:
+        if self.keeps_ascent_gradients:
             self._replace_gradients(second)
         self.was_empty = all([p.grad is None for p in second.params]) and not self._ranks.may_lack_gradients
         self.completed = not self.was_empty
@@ -405,20 +437,23 @@ class Perturbation:
         """What moves: the weights with a gradient in groups with rho > 0, by group and by what kernels tell apart."""
         is_sharded = self._ranks.is_sharded
         members: list[list[Tensor]] = []
-        for group in self.param_groups:
-            rho, params = group["rho"], group["params"]
+        for k, group in enumerate(self.param_groups):
+            rho, params = group["rho"] if self._radii is None else self._radii[k], group["params"]
             if is_zero(rho) if isinstance(rho, Tensor) else not rho:
                 params = []
-            if not is_sharded:  # a part of a weight has its bucket also without a gradient: all ranks add up
+            if not (is_sharded or self.one_pass):  # a part of a weight needs no gradient: all ranks add up
                 params = [p for p in params if p.grad is not None]
             members.append(params)
         if len(self._params) != self._num_listed:  # one listed twice moves once
             members = [list({id(p): p for p in params}.values()) for params in members]
         if self._float32 is not None and any(members):  # where nothing moves, the second pass is that of the base
             self._float32.enter([p for params in members for p in params if p.dtype in LOW_PRECISION])
-        grads = [[dtensor.local_gradient(p) if is_sharded else p.grad for p in params] for params in members]
-        if self.rule is not None:
-            grads = self._ruled(second, members, grads)
+        if self.one_pass:
+            members, grads = self._foreknown(members)
+        else:
+            grads = [[dtensor.local_gradient(p) if is_sharded else p.grad for p in params] for params in members]
+            if self.rule is not None:
+                grads = self._ruled(second, members, grads)
         buckets: list[Bucket] = []
         for k, params in enumerate(members):
             if params:
@@ -477,7 +512,8 @@ class Perturbation:
 
     def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:
         """The ascent gradients that the rule makes of those at w."""
-        second.grads_at_w = {p: dtensor.local_gradient(p) for p in self._params if p.grad is not None}
+        if self.keeps_ascent_gradients:
+            second.grads_at_w = {p: dtensor.local_gradient(p) for p in self._params if p.grad is not None}
         pairs = [
             (p, g) for some in zip(members, grads, strict=True) for p, g in zip(*some, strict=True) if g is not None
         ]
@@ -485,6 +521,14 @@ class Perturbation:
             zip([p for p, _ in pairs], self.rule.ascent_gradient(*map(list, zip(*pairs, strict=True))), strict=True)
         )
         return [[ascent.get(p) for p in some] for some in members]
+
+    def _foreknown(self, members: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Any]]]:
+        """What moves, and along what, where that is known before the pass."""
+        grads: list[list[Any]] = [list(self.rule.ascent_gradient(params, None)) for params in members]
+        if self._ranks.is_sharded:
+            return members, grads
+        moving = [[p for p, g in zip(*both, strict=True) if g is not None] for both in zip(members, grads, strict=True)]
+        return moving, [[g for g in some if g is not None] for some in grads]
 
     def _replace_gradients(self, second: _SecondPass) -> None:
         """The gradients at w + e become what the rule makes of them and of those at w."""
@@ -529,7 +573,8 @@ class Perturbation:
                 "the parameters have gradients of single examples (Opacus), which every backward adds to and counts: "
                 "SAM would use every example twice, and the privacy budget would be wrong"
             )
-        if ranks.may_lack_gradients or not self.ascends or any([p.grad is not None for p in self._params]):
+        may_lack = ranks.may_lack_gradients or self.one_pass or not self.ascends
+        if may_lack or any([p.grad is not None for p in self._params]):
             return
         raise RuntimeError(
             "no parameter has a gradient: run loss.backward() before the perturbed pass"
@@ -540,11 +585,13 @@ class Perturbation:
         """The geometry of each group, checked again where a scheduler or the user has changed it."""
         geometry = self._geometry = self._geometry[: len(self.param_groups)]
         for k, group in enumerate(self.param_groups):
-            values = group["rho"], group["adaptive"], group["eta"], group["norm"], group.get("maximize", False)
+            rho = group["rho"] if self._radii is None else self._radii[k]
+            values = rho, group["adaptive"], group["eta"], group["norm"], group.get("maximize", False)
             if k < len(geometry) and all(map(operator.is_, values, geometry[k])):
                 continue
             check_group(group)
-            rho = values[0].reshape(()) if isinstance(values[0], Tensor) else values[0]
+            if isinstance(rho, Tensor):
+                rho = rho.reshape(())
             norm, adaptive = canonical_norm(values[3]), canonical_adaptive(values[1])
             read = (*values, -rho if values[4] else rho, norm, adaptive, float(values[2]))
             geometry[k : k + 1] = [read]
@@ -620,9 +667,8 @@ class Perturbation:
 
     @property
     def ascends(self) -> bool:
-        """Whether a step has two passes: not where every rho is 0."""
-        for group in self.param_groups:
-            rho = group["rho"]
+        """Whether the weights move in a step: not where every rho is 0."""
+        for rho in [group["rho"] for group in self.param_groups] if self._radii is None else self._radii:
             if not is_zero(rho) if isinstance(rho, Tensor) else rho:
                 return True
         return False
@@ -655,7 +701,8 @@ class Perturbation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.rule, self._record, self.was_empty = None, Record(), False
+        self.rule, self._record, self.was_empty, self._radii = None, Record(), False, None
+        self.one_pass = self.keeps_ascent_gradients = False
         self._begin_anew()
         self.module = state["_module"]
 
@@ -671,11 +718,11 @@ class _SecondPass:
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
 
-    def begin(self, *, look: bool) -> None:
+    def begin(self, *, look: bool, restores: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
         self._is_open = True
         transaction.claim(self.params, self._owner)
-        self._guard.begin_pass(self.params, self.clean, look=look)
+        self._guard.begin_pass(self.params, self.clean, look=look, restores=restores)
 
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value of a parameter or buffer of the model; None for any other tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -19,13 +20,15 @@ from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
 from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero, refuse_to_lose_micro_batches
 from sam_optim.optim.checkpoints import adapted
-from sam_optim.optim.kernels import dtensor
+from sam_optim.optim.kernels import Backups, dtensor
 from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import check_group, listed
 from sam_optim.optim.perturbation import Closure, Perturbation
+from sam_optim.optim.schedules import factor_at
 from sam_optim.optim.transaction import has_values
 
 _KEYS = ("rho", "adaptive", "eta", "norm")
+_STEP = "sam_step"  # in the groups of an optimizer that counts its steps, and so in its checkpoints
 
 
 class SAM(Optimizer):
@@ -53,6 +56,9 @@ class SAM(Optimizer):
         module: the model, in its DDP or FSDP wrapper if it has one. With it the second pass leaves no trace in its
             buffers (BatchNorm statistics), its `state_dict()` holds the clean weights at every moment, and each rank of
             DDP has its own perturbation, with one exchange of gradients a step.
+        schedule: from the number of a step (0, 1, ...) to a factor of rho, such as `late_phase(start)`; the count is in
+            checkpoints. Where the factor is 0 a step has one pass: closures run once, and in two phases the second one
+            may be left out, which `optimizer.ascends` says before.
         sync_ascent: True for one perturbation by the gradient of all of DDP's ranks.
         foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
             part, which Triton's kernels do in three launches.
@@ -77,7 +83,8 @@ class SAM(Optimizer):
         adaptive: bool | str = False,
         eta: float = 0.01,
         norm: float = 2,
-        module: nn.Module | None = None,
+        module: nn.Module | Sequence[nn.Module] | None = None,
+        schedule: Callable[[int], float] | None = None,
         sync_ascent: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -105,7 +112,7 @@ class SAM(Optimizer):
         options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
         options |= {"rounding": rounding, "replay_rng": replay_rng}
         options["fused"] = fused if kernels.may_be_fused(held) else None  # on the CPU it means the base alone
-        self._adopt(base, given, nonfinite=nonfinite, **options)
+        self._adopt(base, given, schedule=schedule, nonfinite=nonfinite, **options)
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:
@@ -127,10 +134,17 @@ class SAM(Optimizer):
         self._adopt(base_optimizer, given, **values)
         return self
 
-    def _adopt(self, base: Optimizer, given: dict[str, Any], *, nonfinite: str | None, **options: Any) -> None:
+    def _adopt(
+        self, base: Optimizer, given: dict[str, Any], *, schedule: Any, nonfinite: str | None, **options: Any
+    ) -> None:
         if isinstance(base, SAM):
             raise ValueError("the base is a SAM already: wrap the plain optimizer")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"schedule must be callable, from the number of a step to a factor of rho, got {schedule!r}"
+            )
         check_base(base, _KEYS)
+        self.check_variant(base)
         update = BaseUpdate(base, nonfinite)
         for key in [k for k in _KEYS if k in base.defaults]:  # of a SAM around it before
             for group in base.param_groups:
@@ -141,10 +155,17 @@ class SAM(Optimizer):
         super().__init__(base.param_groups, given)  # fills the groups, which it adopts as they are
         base.defaults.update(given)
         self.base_optimizer = base
+        self.schedule = schedule
+        self._counts = schedule is not None or type(self).factor_of is not SAM.factor_of
+        for group in base.param_groups if self._counts else ():
+            group.setdefault(_STEP, 0)
         self._perturbation_options = options
         self._base_update = update
+        options["replay_rng"] = options["replay_rng"] and not self.one_pass  # one pass draws once
         if self._is_variant and options["sync_ascent"] is None:
             options["sync_ascent"] = True  # what it remembers, and what it makes of g(w), must be alike on DDP's ranks
+        self._is_of_training = True
+        self._changes_update = type(self).update_gradient is not SAM.update_gradient
         self._pending: dict[tuple[Tensor, str], Tensor] = {}  # what a variant remembers when the step has ended
         self._relink()
 
@@ -163,6 +184,8 @@ class SAM(Optimizer):
         self.perturbation.param_groups = self.param_groups
         if self._is_variant:
             self.perturbation.rule = weakref.proxy(self)
+            self.perturbation.one_pass = self.one_pass
+            self.perturbation.keeps_ascent_gradients = type(self).descent_gradient is not SAM.descent_gradient
 
     # stepping
 
@@ -183,7 +206,7 @@ class SAM(Optimizer):
             RuntimeError: no closure and no perturbed pass; a closure that forgot `backward()` or left earlier gradients
                 in place; a closure given through `GradScaler.step`, or through Accelerate where it accumulates.
         """
-        self._follow_base()
+        self._begin()
         try:
             if closure is not None:
                 return self._step_closure(closure, ascent_closure)
@@ -195,6 +218,7 @@ class SAM(Optimizer):
         except BaseException:
             self._forget_scale()
             self._pending.clear()
+            self._is_of_training = True
             raise
 
     def _step_closure(self, closure: Closure | Sequence[Closure], ascent_closure: Closure | None) -> Any:
@@ -219,14 +243,14 @@ class SAM(Optimizer):
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
-        self._follow_base()
+        self._begin()
         self._forget_scale()
         return self.perturbation.perturbed()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def microbatch(self) -> AbstractContextManager[None]:
         """Context around one micro-batch's two passes: adds their gradient to those of earlier micro-batches."""
-        self._follow_base()
+        self._begin()
         return self.perturbation.microbatch()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -235,7 +259,7 @@ class SAM(Optimizer):
 
         The gradients are cleared whatever `zero_grad` says: those of the second pass must not be added to them.
         """
-        self._follow_base()
+        self._begin()
         self._forget_scale()
         self.perturbation.enter()
 
@@ -253,6 +277,20 @@ class SAM(Optimizer):
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         self.perturbation.forget()
 
+    def _begin(self) -> None:
+        """Before anything of a step: groups as the base has them, and the radii that the schedule gives this step."""
+        self._follow_base()
+        if self._counts:
+            factor = self.factor_of(self.param_groups[0][_STEP])
+            radius = getattr(self.schedule, "radius", None)
+            self.perturbation.scale_radii(factor, radius and functools.partial(radius, defaults=self.defaults))
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the next step perturbs the weights. If not, a two-phase loop may leave out its second pass."""
+        self._begin()
+        return self.perturbation.ascends
+
     def _forget_scale(self) -> None:
         """Of a GradScaler whose step has failed: it takes its scale back from one that returns, and multiplies the next
         one by a scale that is still there."""
@@ -268,19 +306,30 @@ class SAM(Optimizer):
                 "the perturbed pass has left no gradient: run the second forward and backward inside `with "
                 "optimizer.perturbed():`, or between first_step() and second_step()"
             )
-        if perturbation.has_finished_pass() or not perturbation.ascends:
+        if perturbation.has_finished_pass() or (not perturbation.ascends and not self._is_idle()):
             return
         if "found_inf" in self.__dict__ and bool(self.__dict__["found_inf"]):
             return  # GradScaler leaves this step out
         if any([p.grad is not None and has_values(p.grad) for p in self._parameters()]):
+            if not perturbation.ascends:
+                return
+            which = "the" if self.one_pass else "a second"
             raise RuntimeError(
                 "step() without a closure has only plain gradients, and would train the base optimizer alone: pass a "
-                "closure, or run a second forward and backward inside `with optimizer.perturbed():` first"
+                f"closure, or run {which} forward and backward inside `with optimizer.perturbed():` first"
                 + advice_for_caller()
             )
+        self._is_of_training = False
+
+    def _is_idle(self) -> bool:
+        """Whether a step might only create the base's state, as torch.distributed.checkpoint has it do: lr is 0."""
+        return self._counts and not self.state and not any([float(g.get("lr", 1.0)) for g in self.param_groups])
 
     def _update(self) -> None:
         """The base's update with the gradients in `p.grad`, as GradScaler has set it up if it calls."""
+        is_of_training, self._is_of_training = self._is_of_training, True
+        if is_of_training and self._changes_update:
+            self._change_update()
         self.perturbation.watch_update()
         if "found_inf" in self.__dict__:
             has_updated = self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
@@ -290,14 +339,32 @@ class SAM(Optimizer):
             self._keep_pending()
         self._pending.clear()
         self.perturbation.forget()
+        if self._counts and is_of_training:
+            step = self.param_groups[0][_STEP] + 1
+            for group in self.param_groups:
+                group[_STEP] = step
+
+    def _change_update(self) -> None:
+        """The gradients become what a variant makes of them at the end of all passes."""
+        params = [p for p in self._parameters() if p.grad is not None]
+        grads: list[Any] = [dtensor.local_gradient(p) for p in params]
+        scale = self.__dict__.get("grad_scale") if "found_inf" in self.__dict__ else None
+        for g, new in zip(grads, self.update_gradient(params, grads, scale), strict=True):
+            if new is not g:
+                g.copy_(new)
 
     def _keep_pending(self) -> None:
-        """What a variant remembers goes into `state`; on a device, where a skip is not seen, only what is finite."""
+        """What a variant remembers goes into `state`, in place, so that a CUDA graph can hold it; on a device, where a
+        skip is not seen, only what is finite."""
         for (p, name), value in self._pending.items():
+            earlier = dtensor.local(self.state[p][name]) if name in self.state[p] else None
             if value.device.type != "cpu":
-                earlier = dtensor.local(self.state[p][name]) if name in self.state[p] else torch.zeros_like(value)
-                value = torch.where(value.isfinite().all(), value, earlier)
-            self.state[p][name] = dtensor.whole(value, p)
+                before = torch.zeros_like(value) if earlier is None else earlier
+                value = torch.where(value.isfinite().all(), value, before)
+            if earlier is None or (earlier.shape, earlier.dtype) != (value.shape, value.dtype):
+                self.state[p][name] = dtensor.whole(value, p)
+            else:
+                earlier.copy_(value)
 
     def _parameters(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
@@ -309,7 +376,7 @@ class SAM(Optimizer):
             mine, theirs = self.__dict__[name], base.__dict__[name]
             if mine is linked and theirs is not linked:
                 if name == "param_groups":
-                    _fill(theirs, [{k: g[k] for k in _KEYS} for g in linked])
+                    _fill(theirs, [{k: g[k] for k in (*_KEYS, _STEP) if k in g} for g in linked])
                 setattr(self, name, theirs)
             elif theirs is not mine:
                 setattr(base, name, mine)
@@ -379,23 +446,40 @@ class SAM(Optimizer):
         """How many steps had a gradient that was not finite, and left weights and state as they were."""
         return self._base_update.num_skipped
 
-    # what a variant changes
+    # What a variant changes: it overrides some of these. All tensors are the entries on this rank, and what is given
+    # stays as it is; `recall` and `remember` keep tensors from step to step.
+
+    one_pass = False  # e is known before the pass: `ascent_gradient` gets no gradients, and a step has one pass
 
     def configure(self) -> None:
         """Checks and sets the hyperparameters that a variant has beside those of SAM."""
 
-    def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What e is to point along, given the gradients at w of the parameters that move. A variant overrides this.
+    def check_variant(self, base: Optimizer) -> None:
+        """Raises ValueError for a base that the variant cannot have."""
 
-        All tensors are the entries on this rank. `recall` and `remember` keep tensors from step to step.
-        """
+    def factor_of(self, step: int) -> float:
+        """The factor of rho in a step: that of the schedule. 0: the step has one pass."""
+        return 1.0 if self.schedule is None or hasattr(self.schedule, "radius") else factor_at(self.schedule, step)
+
+    def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
+        """What e is to point along, given the gradients at w of the parameters that move."""
+        assert grads is not None
         return grads
 
+    def has_moved(self, backups: Backups) -> None:
+        """The weights are w + e now."""
+
     def descent_gradient(
-        self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor] | None, grads: Sequence[Tensor]
+        self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """What the base gets, given the gradients at w + e and at w (0 where there was none; None if the step has one
-        pass). A variant overrides this; it leaves what it is given as it is."""
+        """The gradient of a second pass, given those at w + e and at w (0 where there was none)."""
+        return grads
+
+    def update_gradient(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | None
+    ) -> Sequence[Tensor]:
+        """What the base gets, given the gradients of all passes of the step, averaged over ranks, also of a step
+        without an ascent. scale: of a GradScaler, where they are still multiplied by it."""
         return grads
 
     def recall(self, p: Tensor, name: str) -> Tensor | None:
@@ -421,6 +505,8 @@ class SAM(Optimizer):
             return
         self._follow_base()
         check_group(self.defaults | param_group)
+        if self._counts:
+            param_group.setdefault(_STEP, self.param_groups[0][_STEP])
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -439,7 +525,7 @@ class SAM(Optimizer):
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:
             super().load_state_dict(state_dict)
             return
-        before = [{k: g[k] for k in _KEYS} for g in self.param_groups]
+        before = [{k: g[k] for k in (*_KEYS, _STEP) if k in g} for g in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         _fill(self.base_optimizer.param_groups, before)
         self._relink()
@@ -451,12 +537,13 @@ class SAM(Optimizer):
 
     @property
     def _is_variant(self) -> bool:
-        methods = ("ascent_gradient", "descent_gradient")
+        methods = ("ascent_gradient", "descent_gradient", "update_gradient")
         return any(getattr(type(self), name) is not getattr(SAM, name) for name in methods)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._pending = {}
-        before = [{k: g[k] for k in _KEYS if k in g} for g in self.__dict__.get("param_groups", [])]
+        keys = (*_KEYS, _STEP)
+        before = [{k: g[k] for k in keys if k in g} for g in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         base_state = {"state": self.state, "param_groups": self.param_groups}
         self.base_optimizer.__setstate__(base_state)  # fills keys that older checkpoints lack
@@ -464,6 +551,8 @@ class SAM(Optimizer):
         for group in self.base_optimizer.param_groups:
             for key in _KEYS:
                 group.setdefault(key, self.defaults[key])
+            if self._counts:
+                group.setdefault(_STEP, 0)
         self._relink()
 
     def __getattr__(self, name: str) -> Any:

@@ -76,19 +76,26 @@ class ModelGuard:
         self._before_step.restore()
 
     def begin_pass(
-        self, stepped: Sequence[Tensor], clean: Callable[[Tensor], Tensor | None], *, look: bool = True
+        self,
+        stepped: Sequence[Tensor],
+        clean: Callable[[Tensor], Tensor | None],
+        *,
+        look: bool = True,
+        restores: bool = True,
     ) -> None:
         """Before the second pass: what it changes will come back, and checkpoints get the clean weights.
 
         look: at the modules, which have not been looked at since the step began.
+        restores: False for the only pass of a step, whose traces in buffers are to stay.
         """
         if not self.roots:
             return
         versions = self._versions
         if look:
             self.look(stepped)
-        changed = [p for p in self.other_params if versions.get(id(p)) != p._version]  # a forward pass changes them
-        self._before_pass.save(self.modules, changed)
+        if restores:
+            changed = [p for p in self.other_params if versions.get(id(p)) != p._version]  # by a forward pass
+            self._before_pass.save(self.modules, changed)
         self._clean = CleanStateDict(clean)
         self._hooked = [m for m in self.modules if m._parameters or m._buffers]
         for m in self._hooked:

@@ -153,6 +153,13 @@ class Backups:
                     return torch.view_as_complex(copy) if p.is_complex() else copy
         return None
 
+    def displacements(self) -> dict[Tensor, Tensor]:
+        """(w + e) - w of every perturbed parameter: the entries on this rank."""
+        self._settle()
+        moved = zip(self._storages, self._moved, strict=False)
+        pairs = [(p, w - c) for s, (weights, _) in moved for p, w, c in zip(s._params, weights, s.copies, strict=True)]
+        return {p: torch.view_as_complex(e) if p.is_complex() else e for p, e in pairs}
+
     def restore_(self) -> None:
         """w <- the bits that it had, in the storage that it had. May be called again after an interrupt.
 

@@ -1,6 +1,10 @@
-"""Variants of SAM: one paper, one file, two methods. See `SAM.ascent_gradient` and `SAM.descent_gradient`."""
+"""Variants of SAM: one paper, one file. What a variant may override stands in `SAM`, "what a variant changes"."""
 
 from sam_optim.optim.variants.friendly import FriendlySAM
 from sam_optim.optim.variants.gsam import GSAM
+from sam_optim.optim.variants.looksam import LookSAM
+from sam_optim.optim.variants.msam import MSAM
+from sam_optim.optim.variants.stale import StaleSAM
+from sam_optim.optim.variants.vasso import VaSSO
 
-__all__ = ["GSAM", "FriendlySAM"]
+__all__ = ["GSAM", "MSAM", "FriendlySAM", "LookSAM", "StaleSAM", "VaSSO"]

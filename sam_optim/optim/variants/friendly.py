@@ -41,7 +41,8 @@ class FriendlySAM(SAM):
     def configure(self, *, sigma: float, lmbda: float) -> None:  # type: ignore[override]
         self.sigma, self.lmbda = check_number("sigma", sigma), check_number("lmbda", lmbda, below=1.0)
 
-    def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        assert grads is not None
         directions = []
         for p, g in zip(params, grads, strict=True):
             m = self.recall(p, "ascent_mean")

@@ -17,7 +17,7 @@ class GSAM(SAM):
 
     What is subtracted is the part of g that is orthogonal to g': to first order that lowers L(w + e) - L(w) and leaves
     L(w + e) alone. Inner products run over all groups, tensors and ranks. The radius of the paper follows the learning
-    rate: set `rho` in `param_groups` beside it.
+    rate: schedule=proportional_to_lr(rho_min, rho_max).
 
     Args:
         params, base_optimizer, kwargs: as for `SAM`.
@@ -41,10 +41,8 @@ class GSAM(SAM):
         self.alpha = check_number("alpha", alpha)
 
     def descent_gradient(
-        self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor] | None, grads: Sequence[Tensor]
+        self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        if grads_at_w is None:
-            return grads
         square = self.dot(params, grads, grads)
         share = torch.where(square > 0, self.dot(params, grads_at_w, grads) / square, 0.0)
         scale = 1 + self.alpha * share

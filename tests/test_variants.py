@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from sam_optim import GSAM, SAM, FriendlySAM
+from sam_optim import GSAM, MSAM, SAM, FriendlySAM, LookSAM, StaleSAM, VaSSO, late_phase, periodic
 
 LOSS = nn.functional.cross_entropy
 STEPS = 20
@@ -55,7 +55,7 @@ class ByHand:
     def step(self, i):
         g = self.gradient(self.weights, i)
         d = self.ascent(g)
-        length = math.sqrt(dot(d, d))
+        length = math.sqrt(dot(d, d)) or 1.0
         there = self.gradient([w + self.rho * x / length for w, x in zip(self.weights, d, strict=True)], i)
         self.momentum = [0.9 * v + x for v, x in zip(self.momentum, self.descent(g, there), strict=True)]
         self.weights = [w - self.lr * v for w, v in zip(self.weights, self.momentum, strict=True)]
@@ -77,10 +77,56 @@ class FriendlyByHand(ByHand):
         return d
 
 
+class VaSSOByHand(ByHand):
+    def ascent(self, g):
+        before = g if self.mean is None else self.mean
+        self.mean = [0.7 * d + 0.3 * x for d, x in zip(before, g, strict=True)]
+        return self.mean
+
+
+class LookByHand(ByHand):
+    """Every third step is SAM's."""
+
+    across = None
+
+    def step(self, i):
+        self.ascends = self.across is None or i % 3 == 0
+        super().step(i)
+
+    def ascent(self, g):
+        return g if self.ascends else [0 * x for x in g]
+
+    def descent(self, g, there):
+        if self.ascends:
+            share = dot(g, there) / dot(g, g)
+            self.across = [b - share * a for a, b in zip(g, there, strict=True)]
+            return there
+        factor = 0.6 * math.sqrt(dot(g, g) / dot(self.across, self.across))
+        return [a + factor * v for a, v in zip(g, self.across, strict=True)]
+
+
+class MSAMByHand(ByHand):
+    def ascent(self, g):
+        return [-v for v in self.momentum]
+
+
+class StaleByHand(ByHand):
+    def ascent(self, g):
+        return [0 * x for x in g] if self.mean is None else self.mean
+
+    def descent(self, g, there):
+        self.mean = there
+        return there
+
+
 VARIANTS = {
     "SAM": (SAM, {}, ByHand),
     "GSAM": (GSAM, {"alpha": 0.4}, GSAMByHand),
     "FriendlySAM": (FriendlySAM, {"sigma": 0.8, "lmbda": 0.9}, FriendlyByHand),
+    "VaSSO": (VaSSO, {"theta": 0.3}, VaSSOByHand),
+    "LookSAM": (LookSAM, {"every": 3, "alpha": 0.6}, LookByHand),
+    "MSAM": (MSAM, {}, MSAMByHand),
+    "StaleSAM": (StaleSAM, {}, StaleByHand),
 }
 
 
@@ -150,7 +196,18 @@ def by_scaler(model, optimizer, i):
     scaler.update()
 
 
-WAYS = [by_closure, by_list, by_contexts, by_microbatch, by_two_steps, by_scaler]
+def by_needed_passes(model, optimizer, i):
+    """As a loop does that asks which passes are needed."""
+    optimizer.zero_grad()
+    if not optimizer.one_pass:
+        backward(model, i)
+    if optimizer.ascends:
+        with optimizer.perturbed():
+            backward(model, i)
+    optimizer.step()
+
+
+WAYS = [by_closure, by_list, by_contexts, by_microbatch, by_two_steps, by_scaler, by_needed_passes]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
@@ -197,7 +254,7 @@ def test_a_fault_in_the_second_pass_leaves_a_variants_state_as_it_was(name):
     def faulty():
         calls.append(1)
         loss = closure_of(model, optimizer, 3)()
-        if len(calls) == 2:
+        if len(calls) == 2 or optimizer.one_pass:
             raise KeyboardInterrupt
         return loss
 
@@ -235,7 +292,7 @@ def worker(rank, name, way):
 
 
 @pytest.mark.parametrize("way", [0, 2], ids=["closure", "contexts"])
-@pytest.mark.parametrize("name", ["GSAM", "FriendlySAM"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "SAM"])
 def test_over_two_ranks_a_variant_follows_the_gradient_of_all(name, way):
     """Both ranks have the same weights, those of one process that sees both batches."""
 
@@ -266,6 +323,117 @@ def test_wrap_makes_a_variant_around_an_optimizer_that_exists():
 
 def test_settings_that_do_not_exist_are_refused():
     model = network()
-    for cls, bad in ((GSAM, {"alpha": -1}), (FriendlySAM, {"sigma": math.nan}), (FriendlySAM, {"lmbda": 1.0})):
+    bad_settings = [(GSAM, {"alpha": -1}), (FriendlySAM, {"sigma": math.nan}), (FriendlySAM, {"lmbda": 1.0})]
+    bad_settings += [(LookSAM, {"every": 0}), (LookSAM, {"alpha": -1}), (VaSSO, {"theta": 1.5})]
+    for cls, bad in bad_settings:
         with pytest.raises(ValueError, match=str(next(iter(bad)))):
             cls(model.parameters(), torch.optim.SGD, lr=0.1, **bad)
+
+
+def calls_of(cls, steps=7, **options):
+    model, calls = network(), []
+    optimizer = cls(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **options)
+    for i in range(steps):
+        calls.append(0)
+
+        inner = closure_of(model, optimizer, i)
+        optimizer.step(lambda: calls.__setitem__(-1, calls[-1] + 1) or inner())  # noqa: B023
+    return calls
+
+
+def test_a_step_has_as_many_passes_as_it_needs():
+    assert calls_of(MSAM) == calls_of(StaleSAM) == [1] * 7
+    assert calls_of(LookSAM, every=3) == [2, 1, 1, 2, 1, 1, 2]
+    assert calls_of(LookSAM, every=3, schedule=late_phase(2)) == [1, 1, 2, 2, 1, 1, 2]
+    assert calls_of(GSAM, schedule=periodic(2)) == [2, 1, 2, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_msam_is_the_algorithm_that_rests_at_the_perturbed_weights(momentum, decay):
+    """As its authors' code does it over SGD: off the perturbation, v <- mu v + g, w - lr v, on again; one norm."""
+    model, by_hand = network(), ByHand()
+    optimizer = MSAM(model.parameters(), lr=0.1, momentum=momentum, weight_decay=decay, rho=0.3)
+    resting = by_hand.weights
+    v = [torch.zeros_like(w) for w in resting]
+    factor = 0.0
+    for i in range(STEPS):
+        loss = by_closure(model, optimizer, i)
+        g = [x + decay * w for x, w in zip(by_hand.gradient(resting, i), resting, strict=True)]
+        clean = [w + factor * x for w, x in zip(resting, v, strict=True)]
+        v = [momentum * x + y for x, y in zip(v, g, strict=True)]
+        factor = 0.3 / math.sqrt(dot(v, v))
+        clean = [w - 0.1 * x for w, x in zip(clean, v, strict=True)]
+        resting = [w - factor * x for w, x in zip(clean, v, strict=True)]
+    assert loss is None
+    for p, w in zip(model.parameters(), clean, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=EPS)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_on_a_quadratic_msam_ends_in_the_cycle_of_its_closed_form(momentum):
+    """|w| = lr rho c / (2 (1 + mu) - lr c) for curvature c, in the norm over several tensors."""
+    lr, rho, c = 0.1, 0.5, 4.0
+    params = [torch.tensor([1.0, 0.5], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)]
+    params = [nn.Parameter(p) for p in params]
+    optimizer = MSAM(params, lr=lr, momentum=momentum, rho=rho)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params) * c / 2
+        loss.backward()
+        return loss
+
+    for _ in range(4000):
+        optimizer.step(closure)
+    length = math.sqrt(sum(float((p.detach() ** 2).sum()) for p in params))
+    assert length == pytest.approx(lr * rho * c / (2 * (1 + momentum) - lr * c), rel=1e-9)
+
+
+def test_gradients_of_several_perturbed_passes_add_up_where_a_step_has_one_pass():
+    model, whole = network(), network()
+    parts, one = (MSAM(m.parameters(), lr=0.1, momentum=0.9, rho=0.1) for m in (model, whole))
+    for i in range(4):
+        for k in range(2):
+            with parts.perturbed():
+                backward(model, 2 * i + k, scale=0.5)
+        parts.step()
+        parts.zero_grad()
+        with one.perturbed():
+            backward(whole, 2 * i, scale=0.5)
+            backward(whole, 2 * i + 1, scale=0.5)
+        one.step()
+        one.zero_grad()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=EPS)
+
+
+def test_the_only_pass_of_a_step_leaves_its_trace_in_buffers_and_clean_weights_in_checkpoints():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    optimizer = MSAM(model.parameters(), lr=0.1, momentum=0.9, module=model)
+    for i in range(3):
+        before = copy.deepcopy(model.state_dict())
+        with optimizer.perturbed():
+            backward(model, i)
+            inside = model.state_dict()
+        assert torch.equal(inside["0.weight"], before["0.weight"])
+        assert torch.equal(model[0].weight, before["0.weight"])
+        assert model[1].num_batches_tracked == i + 1
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_msam_takes_only_bases_whose_momentum_it_knows():
+    with pytest.raises(ValueError, match="RMSprop"):
+        MSAM(network().parameters(), torch.optim.RMSprop, lr=0.1)
+    with pytest.raises(ValueError, match="ascent_closure"):
+        MSAM(network().parameters(), lr=0.1).step(lambda: None, ascent_closure=lambda: None)
+
+
+def test_plain_training_of_a_variant_with_one_pass_is_refused():
+    model = network()
+    optimizer = MSAM(model.parameters(), lr=0.1, momentum=0.9)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match=r"the forward and backward inside `with optimizer.perturbed\(\)"):
+        optimizer.step()

@@ -10,46 +10,31 @@ import torch
 
 from sam_optim.integrations.around import missing
 from sam_optim.optim.sam import ASAM, SAM
+from sam_optim.optim.variants import GSAM, MSAM, FriendlySAM, LookSAM, StaleSAM, VaSSO
 
 
-class SAMSGD(SAM):
-    """SAM over torch.optim.SGD; "samsgd" in timm."""
+def _over(cls: type[SAM], base: type[torch.optim.Optimizer]) -> type[SAM]:
+    def __init__(self: SAM, params: Iterable[Any], **kwargs: Any) -> None:
+        super(made, self).__init__(params, base, **kwargs)  # type: ignore[arg-type]
 
-    def __init__(self, params: Iterable[Any], **kwargs: Any):
-        super().__init__(params, torch.optim.SGD, **kwargs)
-
-
-class SAMAdamW(SAM):
-    """SAM over torch.optim.AdamW; "samadamw" in timm."""
-
-    def __init__(self, params: Iterable[Any], **kwargs: Any):
-        super().__init__(params, torch.optim.AdamW, **kwargs)
+    name = cls.__name__ + base.__name__
+    doc = f"{cls.__name__} over torch.optim.{base.__name__}; {name.lower()!r} in timm."
+    made = type(name, (cls,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+    return made
 
 
-class ASAMSGD(ASAM):
-    """ASAM over torch.optim.SGD; "asamsgd" in timm."""
-
-    def __init__(self, params: Iterable[Any], **kwargs: Any):
-        super().__init__(params, torch.optim.SGD, **kwargs)
-
-
-class ASAMAdamW(ASAM):
-    """ASAM over torch.optim.AdamW; "asamadamw" in timm."""
-
-    def __init__(self, params: Iterable[Any], **kwargs: Any):
-        super().__init__(params, torch.optim.AdamW, **kwargs)
-
-
-NAMES: dict[str, tuple[type[SAM], str]] = {
-    "samsgd": (SAMSGD, "sgd"),
-    "asamsgd": (ASAMSGD, "sgd"),
-    "samadamw": (SAMAdamW, "adamw"),
-    "asamadamw": (ASAMAdamW, "adamw"),
-}
+_VARIANTS = (SAM, ASAM, GSAM, MSAM, FriendlySAM, LookSAM, StaleSAM, VaSSO)
+NAMES: dict[str, tuple[type[SAM], str]] = {}
+for _cls in _VARIANTS:
+    for _base in (torch.optim.SGD, torch.optim.AdamW):
+        _named = globals()[_cls.__name__ + _base.__name__] = _over(_cls, _base)  # pickles look for it here
+        NAMES[_named.__name__.lower()] = _named, _base.__name__.lower()
 
 
 def register() -> None:
-    """Adds "samsgd", "asamsgd", "samadamw" and "asamadamw" to timm's optimizers; may be called again.
+    """Adds "samsgd", "asamadamw", "msamsgd", "looksamadamw", ... to timm's optimizers; may be called again.
+
+    The names are those of SAM, ASAM and the variants, in small letters, before "sgd" or "adamw".
 
         register()
         optimizer = timm.optim.create_optimizer_v2(model, "samsgd", lr=0.1, weight_decay=5e-4, rho=0.05)
@@ -76,7 +61,5 @@ def register() -> None:
     for name, (cls, base) in NAMES.items():
         if name not in registered:
             info: OptimInfo = get_optimizer_info(base)
-            kind = "Adaptive Sharpness-Aware Minimization" if issubclass(cls, ASAM) else "Sharpness-Aware Minimization"
-            default_registry.register(
-                dataclasses.replace(info, name=name, opt_class=cls, description=f"{kind} over timm's {base}")
-            )
+            what = f"{cls.__mro__[1].__name__} (sharpness-aware minimization) over timm's {base}"
+            default_registry.register(dataclasses.replace(info, name=name, opt_class=cls, description=what))

@@ -517,9 +517,8 @@ class Perturbation:
         pairs = [
             (p, g) for some in zip(members, grads, strict=True) for p, g in zip(*some, strict=True) if g is not None
         ]
-        ascent = dict(
-            zip([p for p, _ in pairs], self.rule.ascent_gradient(*map(list, zip(*pairs, strict=True))), strict=True)
-        )
+        params, at_w = [p for p, _ in pairs], [g for _, g in pairs]
+        ascent = dict(zip(params, self.rule.ascent_gradient(params, at_w) if pairs else (), strict=True))
         return [[ascent.get(p) for p in some] for some in members]
 
     def _foreknown(self, members: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Any]]]:

@@ -459,7 +459,7 @@ class SAM(Optimizer):
 
     def factor_of(self, step: int) -> float:
         """The factor of rho in a step: that of the schedule. 0: the step has one pass."""
-        return 1.0 if self.schedule is None or hasattr(self.schedule, "radius") else factor_at(self.schedule, step)
+        return 1.0 if self.schedule is None else factor_at(self.schedule, step)
 
     def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
         """What e is to point along, given the gradients at w of the parameters that move."""

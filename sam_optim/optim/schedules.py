@@ -36,6 +36,9 @@ class _ProportionalToLR:
     lr_min: float
     lr_max: float | None
 
+    def __call__(self, step: int) -> float:
+        return 1.0
+
     def radius(self, group: dict[str, Any], defaults: dict[str, Any]) -> Scalar:
         """The rho of a group now, whose own rho only says whether it is perturbed at all."""
         peak = self.lr_max

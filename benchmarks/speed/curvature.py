@@ -69,7 +69,7 @@ def _with_pyhessian(problem: Problem, run: Callable[[Any], dict[str, Any]]) -> d
     from pyhessian import hessian
 
     with warnings.catch_warnings(), _eig(), _counted() as count:
-        warnings.simplefilter("ignore")  # backward() with create_graph leaks, which is this peer's own affair
+        warnings.simplefilter("ignore")  # PyHessian calls backward() with create_graph, which leaks memory
         model = problem.make_model()
         h = hessian(model, problem.criterion, data=_whole(problem), cuda=next(model.parameters()).is_cuda)
         result = run(h) | {"products": count[0]}

@@ -1,4 +1,4 @@
-"""The loss at many points around the weights, in one sweep over the data for each chunk of points."""
+"""The loss at many points around the weights, in one pass over the data for each chunk of points."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def combined(point: Point, directions: Sequence[Direction]) -> list[Tensor]:
         total = torch.zeros_like(parts[0])
         for a, d in zip(point, parts, strict=True):
             if a:
-                # torch refuses a factor that the dtype cannot hold; the point is then at infinity, and its loss says so
+                # torch refuses a factor that the dtype cannot hold: the point is at infinity
                 fits = abs(a) <= torch.finfo(total.dtype).max
                 total.add_(d, alpha=a if fits else math.copysign(math.inf, a))
         totals.append(total)

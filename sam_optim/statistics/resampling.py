@@ -67,7 +67,7 @@ def permutation_p_value(x: Tensor, y: Tensor, groups: Tensor, clusters: Tensor, 
         S = sum_g sum_{A != B} a^g_AB b^g_AB       a^g_AB: the mean of sign(x_i - x_j), i in A, j in B, both in group g
         p = (1 + #{|S*| >= |S|}) / (1 + num_resamples)     S*: clusters that cover the same groups have changed places
 
-    Pairs of runs within one cluster do not count: they are no independent evidence.
+    Pairs of runs within one cluster do not count: they are not independent evidence.
     """
     in_group = groups.unique()[:, None] == groups  # (K, n)
     members = torch.nn.functional.one_hot(clusters).T.double() * in_group[:, None, :]  # (K, G, n)

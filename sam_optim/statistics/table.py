@@ -13,7 +13,7 @@ from sam_optim.statistics.kendall import Correlation, correlate
 
 Entry = Mapping[str, Any]
 
-# what belongs to a checkpoint rather than to the way of measuring it
+# describes the checkpoint, not how it was measured
 OF_CHECKPOINT = {"model", "model_kwargs", "num_classes", "small_stem", "ema", "target", "source", "num_parameters"}
 
 
@@ -88,7 +88,7 @@ def _of_column(entry: Entry) -> dict[str, Any]:
 
 
 def _names(named: Sequence[tuple[str, dict[str, Any]]]) -> dict[tuple[str, str], str]:
-    """(name, key of what it stands for) -> a unique name, which says what differs where a name stands for two."""
+    """(name, key of what it stands for) -> a unique name, which says how two things of one name differ."""
     variants: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for name, about in named:
         variants[name].setdefault(_key(about), about)

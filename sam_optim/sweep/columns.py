@@ -69,13 +69,13 @@ class Measures:
                 yield Column(" ".join(filter(None, words)), name, rho, options)
 
     def _geometry(self, options: Mapping[str, Any]) -> str | None:
-        """The word for T in the label of a measure that has one: radii of another T are not to be compared."""
+        """The word for T in the label of a measure that has one: radii in different T cannot be compared."""
         if not self.adaptive or not (options.get("ball") or options.get("adaptive")):
             return None
         return "adaptive" if self.adaptive == "elementwise" else f"adaptive={self.adaptive}"
 
     def _ball(self, rho: float | None) -> Ball | None:
-        """The ball of a radius; without one that of T alone, where T is not 1."""
+        """The ball of this radius; without a radius, T alone, or None where T = 1."""
         if rho is None:
             return Ball(1.0, adaptive=self.adaptive, eta=self.eta) if self.adaptive else None
         return Ball(rho, norm=self.norm, adaptive=self.adaptive or False, eta=self.eta)

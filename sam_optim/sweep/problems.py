@@ -121,7 +121,7 @@ class ImageLosses(Losses):
                 "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
                 "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
-        # the examples of a file are those that somebody chose
+        # the examples in a file of arrays may be of any split
         self.is_training = problem.split in (None, *TRAIN_FOLDERS) and self.data.about["source"] != "arrays"
         self.notes = list(self.data.notes)
         changed = dict.fromkeys(option for run in runs for option in run.changed_examples)
@@ -138,7 +138,7 @@ class ImageLosses(Losses):
         return plain(dict(self.data.about))
 
     def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """All that the loss depends on but the content of the checkpoint."""
+        """Everything the loss depends on, except the content of the checkpoint."""
         assert checkpoint is not None
         name, kwargs, small = self._recipe(checkpoint)
         return self._identity() | {
@@ -162,7 +162,7 @@ class ImageLosses(Losses):
         return weights.fitted(model, self._read(checkpoint), checkpoint.name)
 
     def _recipe(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any], bool]:
-        """Name and options of the model, and whether its stem is that for small images."""
+        """Name and options of the model, and whether it has the stem for small images."""
         problem, run = self._problem, checkpoint.run
         if run is None:
             if problem.model is None:
@@ -173,7 +173,7 @@ class ImageLosses(Losses):
         return run.model, {**run.model_kwargs, **problem.model_kwargs}, self.data.shape[-1] <= models.SMALL
 
     def _model(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> nn.Module:
-        """The model with as many outputs as the checkpoint has; the last one again, if it is the same."""
+        """The model with as many outputs as the checkpoint; the previous one again if it is the same."""
         data, (name, kwargs, small) = self.data, self._recipe(checkpoint)
         in_kwargs = kwargs.pop("num_classes", None)
         num = self._problem.num_classes or in_kwargs or models.num_outputs(name, state)
@@ -288,7 +288,7 @@ class FunctionLosses(Losses):
 
 
 class _Share:
-    """Every count-th batch, its floating-point tensors in the dtype."""
+    """Every `count`-th batch, floating-point tensors converted to the dtype."""
 
     def __init__(self, batches: Any, here: Processes, dtype: torch.dtype | None):
         self._batches, self._here, self._dtype = batches, here, dtype

@@ -1,4 +1,4 @@
-"""One command on several processes under torchrun: who prints and writes, and what all of them must know alike."""
+"""One command on several processes under torchrun: which one prints and writes, and what it sends to the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Processes:
         return batches if self.count == 1 else batches[self.rank :: self.count]
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, on all of them; an error there is one everywhere."""
+        """What `make` returns or raises on the first process, on every process."""
         if self.count == 1:
             return make()
         outcome: list[Any] = [None, None]  # the value, the error

@@ -1,5 +1,5 @@
-"""How far a long command is, on standard error: tqdm's bars on a terminal, elsewhere a line for each result, and one
-every half minute while it takes long."""
+"""Progress of a long command on standard error: tqdm's bars on a terminal; elsewhere a line for each result, and one
+every half minute during a long measure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sam_optim.core.errors import say
 from sam_optim.core.text import printable
 
-SILENCE = 30.0  # seconds without a line, at most, as long as a measure makes steps
+SILENCE = 30.0  # seconds: the longest time without a line while a measure reports steps
 
 
 class Progress:
@@ -34,7 +34,7 @@ class Progress:
             say(text)
 
     def start(self, label: str) -> Callable[[int, int], None] | None:
-        """A measure begins; what it may call with (done, total) steps."""
+        """Begins a measure; returns its callback for (done, total) steps, or None."""
         self._started = self._spoke = time.monotonic()
         self._label = label
         if not self._shown:
@@ -45,7 +45,7 @@ class Progress:
         return self._step
 
     def done(self, text: str) -> None:
-        """The measure has ended."""
+        """Ends the measure."""
         self._done += 1
         seconds = time.monotonic() - self._started
         self._close_inner()
@@ -73,7 +73,7 @@ class Progress:
 
     def _step(self, done: int, total: int) -> None:
         self._inner.total = total
-        self._inner.update(done - self._inner.n)  # which draws only some times in a second
+        self._inner.update(done - self._inner.n)  # tqdm redraws only a few times a second
 
     def _close_inner(self) -> None:
         if self._inner is not None:

@@ -1,4 +1,4 @@
-"""How good a checkpoint is on the measured examples: whether it is the right problem at all."""
+"""How good a checkpoint is on the measured examples: a check that model and data belong together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _NoClasses(ValueError):
 
 
 def quality(loss: Loss) -> dict[str, Any]:
-    """{"loss": L(w)}, and for classes "accuracy", and "chance", the accuracy up to which a guess comes.
+    """{"loss": L(w)}, and for classes "accuracy", and "chance", the accuracy that guessing may reach.
 
-    With K classes and N examples, chance is 1/K and two standard errors of such a guess.
+    With K classes and N examples, chance is 1/K plus two standard errors of a guess.
     """
     values: dict[str, Any] = {"loss": _finite(float(loss.value()))}
     num_classes = 0

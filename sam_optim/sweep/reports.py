@@ -1,4 +1,4 @@
-"""Files of results -> one page, with what the checkpoints are compared with."""
+"""Files of results, and what the checkpoints are compared with -> one page."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _path_of(measured: Table, row: str) -> str:
 
 
 def _measured_csv(path: Path) -> tuple[list[dict[str, Any]], Lines]:
-    """The entries of a .csv of measures, which stand in pairs of columns X and "X error", and its other columns."""
+    """The entries of a .csv of measures, from pairs of columns X and "X error"; and its other columns."""
     lines = _read_csv(path)
     columns = list(lines[0])
     measures = [name for name in columns if f"{name} error" in columns]

@@ -41,7 +41,7 @@ class Losses:
     """The losses of a problem at its checkpoints.
 
     notes: what the reader should know of the data. is_training: whether the examples are said to be those of training.
-    choice: which weights of the last checkpoint were taken, where there was a choice.
+    choice: which weights of the last checkpoint were taken, if there was a choice.
     """
 
     is_training = False
@@ -68,7 +68,7 @@ class Losses:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """What a number depends on, as far as the settings say it."""
+        """The settings that a number depends on."""
         settings = self._settings
         return {
             "ema": settings.ema,

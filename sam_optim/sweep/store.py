@@ -1,4 +1,4 @@
-"""Results in one JSON file that is whole at every moment, and knows what is in it already."""
+"""Results in one JSON file that is complete at every moment; what it holds is not measured again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Entry = Mapping[str, Any]
 
 
 def digest(value: Any) -> str:
-    """Of plain values: what is equal has one digest, whatever the order of its keys."""
+    """Of plain values; equal values have equal digests, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
@@ -55,7 +55,7 @@ def check_entry(path: Path, entry: Any) -> None:
 
 
 def check_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Raises InputError for a `to_dict()` of a result in which something else stands for a number or a text."""
+    """Raises InputError if the `to_dict()` of a result holds something else where a number or a text belongs."""
     shapes = {"value": 0, "stderr": 0, "tau": 0, "low": 0, "high": 0, "p": 0, "granulated": 0, "n": 0, "num_samples": 0}
     shapes |= dict.fromkeys(("eigenvalues", "errors", "residuals", "grid", "density"), 1) | {"coordinates": 2}
     if isinstance(axes := result.get("coordinates"), list):
@@ -77,11 +77,11 @@ def _numbers(value: Any, depth: int) -> bool:
 
 
 class Unwritable(InputError):
-    """Results cannot be written: the sweep stops, where after a checkpoint that fails it goes on."""
+    """Results cannot be written. This stops the sweep; a checkpoint that fails does not."""
 
 
 class Store:
-    """Entries by (checkpoint, key), in the order in which they came; each `put` is on the disk when it returns.
+    """Entries by (checkpoint, key), in order of arrival; `put` returns when the entry is on disk.
 
     A device or pipe (/dev/stdout) is written once, by `close`.
 

@@ -19,7 +19,7 @@ from sam_optim.sweep.quality import QUALITY, quality
 from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
 from sam_optim.vision.checkpoints import Checkpoint, find
 
-# of one checkpoint, or of one measure at it: the others go on
+# errors of one checkpoint or one measure: the rest of the sweep goes on
 FAULTS = (ValueError, RuntimeError, OSError, NotImplementedError, TypeError, KeyError, AttributeError, IndexError)
 LOADING = "loading"  # the key of a checkpoint that could not be read or measured at all
 
@@ -56,7 +56,7 @@ class Sweep:
         return text_table(["checkpoint", *shown, *self.columns], lines)
 
     def remarks(self) -> list[str]:
-        """Why checkpoints and numbers failed, and what is to be said of others; the same thing of many only once."""
+        """Why checkpoints and numbers failed, and warnings; each remark once, however many rows it is about."""
         rows_by_remark: dict[tuple[str, str], list[str]] = {}
         for (row, column), entry in self.entries.items():
             if reason := entry.get("error") or entry["result"].get("reason"):
@@ -71,7 +71,7 @@ class Sweep:
         return remarks
 
     def csv(self) -> str:
-        """A column for each number and one for its error; nothing stands where there is none."""
+        """A column for each number and one for its error; empty cells where there is none."""
         head = ["checkpoint", *QUALITY, *(x for column in self.columns for x in (column, f"{column} error"))]
         lines: list[list[Any]] = []
         for row in self.rows:
@@ -115,7 +115,7 @@ def measure_checkpoints(
         quiet: no progress on standard error.
 
     Raises:
-        InputError: what is wrong with all checkpoints, or a file that cannot be written.
+        InputError: something is wrong for all checkpoints, or a file cannot be written.
         KeyboardInterrupt: on Ctrl-C; its text says what is done and how to go on.
     """
     with started(device) as here:
@@ -146,7 +146,7 @@ class _Study:
     sweep: Sweep
     progress: Progress
     num_cached: int = 0
-    choice: str | None = None  # which weights were taken, as it was last said
+    choice: str | None = None  # the last note about which weights were taken
 
     def run(self) -> None:
         for note in self.losses.notes:
@@ -195,7 +195,7 @@ class _Study:
             self.progress.done(f"{row}  {column.label}: {text}")
 
     def _without_cached(self, row: str, about: Mapping[str, Any]) -> Iterator[tuple[Column, dict[str, Any], str]]:
-        """The columns that the store does not have yet, with all that the number depends on, and a digest of that."""
+        """The columns that the store lacks, each with everything its number depends on, and a digest of that."""
         for column in self.columns:
             identity = {**about, **column.identity()}
             key = digest(identity)

@@ -92,7 +92,7 @@ class TextLosses(Losses):
         if getattr(config, "quantization_config", None):
             raise InputError(f"{checkpoint.name} is quantised; measures need the weights that it was made from")
         kind = _transformers().AutoModelForSequenceClassification
-        try:  # the plain attention: another could be named in the file, and fetched
+        try:  # eager attention: a file may name another implementation, which would be downloaded
             model = kind.from_config(config, attn_implementation="eager", trust_remote_code=False)
         except Exception as error:  # whatever transformers makes of a damaged file
             reason = one_line(error)[:200]
@@ -104,7 +104,7 @@ class TextLosses(Losses):
         return weights.fitted_or_converted(model, self._read(checkpoint), checkpoint.name)
 
     def _prepare(self, checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Tensor]]]:
-        """The configuration of the model in a folder, and the batches as its tokenizer makes them."""
+        """The configuration of the model, and the batches made by its tokenizer."""
         if self._cached[0] != checkpoint.name:
             folder = Path(checkpoint.name)
             if not (folder / "config.json").is_file():

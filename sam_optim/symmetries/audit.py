@@ -23,7 +23,7 @@ Measure = Callable[[Any], Any]
 Transform = Callable[[nn.Module], nn.Module]
 Progress = Callable[[int, int], None]
 
-ALPHA = 4.0  # factors between 1/4 and 4: what a few epochs of training can do to the scale of a layer
+ALPHA = 4.0  # factors from 1/4 to 4: a few epochs of training can change the scale of a layer so much
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class _Value(NamedTuple):
 def _measured(measure: Measure, subject: Any) -> _Value:
     try:
         result = measure(subject)
-    except ValueError as error:  # a measure that this loss has not: a regret of one batch
+    except ValueError as error:  # a measure that this loss does not have, such as the regret of one batch
         return _Value(math.nan, 0.0, str(error))
     if isinstance(result, Spectrum):
         return _Value(float(result.eigenvalues[0]), 0.0, result.reason)
@@ -207,7 +207,7 @@ def _ratio(row: AuditRow) -> str:
 
 
 def _inputs_of(batches: Iterable[Any], device: torch.device) -> Inputs:
-    """Those of the first batch."""
+    """The inputs of the first batch."""
     with rng.preserved():  # a DataLoader draws a seed from the global generator
         batch = moved(next(iter(batches)), device)
     if isinstance(batch, Mapping):

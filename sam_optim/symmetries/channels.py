@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FIXED = 0  # the number of what may not change: inputs, outputs, and what an unknown operation has seen
+FIXED = 0  # the class of what may not change: inputs, outputs, operands of unknown operations
 
 
 @dataclass(frozen=True)
 class Occurrence:
-    """Where channels occur in a parameter or buffer: scaled by alpha, its entry e takes alpha[ids[e]] ** power.
+    """Where channels occur in a parameter or buffer: rescaling multiplies its entry e by alpha[ids[e]] ** power.
 
     ids: channel numbers, broadcastable to the shape of the tensor.
     """
@@ -55,7 +55,7 @@ class Channels:
         return torch.tensor([self.root(i) for i in unique.tolist()], dtype=torch.int64)[inverse]
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """The channels at equal places of both become one class."""
+        """Merges the classes of channels at equal places of both."""
         pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
         for x, y in torch.unique(pairs, dim=1).T.tolist():
             x, y = self.root(x), self.root(y)
@@ -65,7 +65,7 @@ class Channels:
         self.tie(ids, torch.tensor(FIXED))
 
     def merge(self, ids: Tensor) -> Tensor:
-        """All of them become one class; its number, 0-d."""
+        """Merges all of them into one class; returns its number, 0-d."""
         self.tie(ids, ids.flatten()[:1])
         return ids.flatten()[0]
 

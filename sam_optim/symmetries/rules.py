@@ -1,4 +1,4 @@
-"""What is a symmetry: positive factors of channels, and channels that change places."""
+"""The two symmetries: positive factors of channels, and permutations of channels."""
 
 from __future__ import annotations
 
@@ -94,8 +94,7 @@ class Scales(Tracer):
 
 
 class Permutations(Tracer):
-    """Channels that change places, through any elementwise function. A class of channels is a unit: what belongs to it
-    moves with it."""
+    """Permutations of channels, through any elementwise function. A class of tied channels moves as one unit."""
 
     def elementwise(self, result: Tensor, x: Tensor) -> None:
         self.same(result, x)

@@ -2,8 +2,8 @@
 
 Every torch function that the forward pass calls is seen with its real arguments (a TorchFunctionMode), so that any
 Python in the model is allowed. What moves data around (reshape, indexing, cat, ...) is run a second time on the channel
-numbers themselves. An unknown operation fixes all channels that go into it: the model loses a symmetry then, and never
-its function.
+numbers themselves. An unknown operation fixes all channels that go into it: that may cost a symmetry, but never changes
+the function.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Tracer(TorchFunctionMode):
         self._names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._parameters = {id(p) for p in model.parameters()}
         self._ids: dict[int, Tensor] = {}
-        self._alive: list[Any] = []  # a tensor that is gone leaves its id() to another
+        self._alive: list[Any] = []  # the id() of a freed tensor is used again
         self._uses: Counter[str] = Counter()
 
     def run(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Trace:
@@ -92,9 +92,9 @@ class Tracer(TorchFunctionMode):
 
     @contextmanager
     def _modules(self) -> Iterator[None]:
-        """Meanwhile the names of the modules whose forward is running are on the stack."""
+        """Inside, `stack` holds the names of the modules whose forward is running."""
 
-        def leave(*_: Any) -> None:  # what a hook returns takes the place of the output
+        def leave(*_: Any) -> None:  # what a hook returns replaces the output
             self.stack.pop()
 
         handles = []
@@ -107,7 +107,7 @@ class Tracer(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    # What scales and permutations see differently.
+    # What differs between scales and permutations.
 
     def parameter_as_data(self, x: Tensor) -> Tensor:
         """The channels of a parameter that is an operand rather than a weight: a position embedding, a layer scale."""
@@ -156,7 +156,7 @@ class Tracer(TorchFunctionMode):
         self.set(x, ids.view(shape))
 
     def occurs(self, x: Tensor | None, ids: Tensor, power: int) -> None:
-        """In x these channels occur; they are fixed if x is no parameter or buffer of the model (a computed weight)."""
+        """These channels occur in x; they are fixed if x is computed, not a parameter or buffer."""
         if x is None:
             return
         if id(x) not in self._names:

@@ -23,7 +23,7 @@ Axis = tuple[str, int]  # of a parameter or buffer: its name, and which
 
 
 class NoSymmetry(ValueError):
-    """The model has nothing that this change could change."""
+    """The model has no channels that this transform applies to."""
 
 
 def rescale(
@@ -113,10 +113,10 @@ def permute(model: nn.Module, seed: int = 0, *, inputs: Inputs = None, tolerance
 
 def _transformed(model: nn.Module, inputs: Inputs, tolerance: float | None, tracer: type[Tracer],
                  change_: Callable[[nn.Module, Trace], None]) -> nn.Module:  # fmt: skip
-    """A copy of the model, changed by what a trace of it allows; its outputs are compared."""
+    """A copy of the model, changed as its trace allows; raises if the outputs differ."""
     arguments = inputs_for(model, inputs)
     copied = copy.deepcopy(model)
-    copied.zero_grad(set_to_none=True)  # they belong to the old weights
+    copied.zero_grad(set_to_none=True)  # gradients belong to the old weights
     with measured(copied):  # in eval mode: dropout and drop path away, running statistics in use
         before = outputs_of(copied, arguments)
         trace = tracer(copied).run(arguments)
@@ -150,7 +150,7 @@ def _scale_(model: nn.Module, trace: Trace, *, alpha: float, seed: int | None, n
 
 
 def _free_classes(trace: Trace, *, normalized: bool) -> Tensor:
-    """Those that one weight makes and another uses up (or a normalisation layer divides out, if `normalized`)."""
+    """Classes that one weight produces and another consumes, or, if `normalized`, a normalisation layer divides out."""
     channels, none = trace.channels, torch.tensor([FIXED])
 
     def classes(power: int) -> Tensor:
@@ -164,7 +164,7 @@ def _free_classes(trace: Trace, *, normalized: bool) -> Tensor:
 
 
 def _permute_(model: nn.Module, trace: Trace, *, seed: int) -> None:
-    """Units that occur at equally many places of the same axes change places with each other."""
+    """Permutes the units that occur at equally many places of the same axes."""
     state = _state(model)
     places: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
     for occurrence in trace.occurrences:

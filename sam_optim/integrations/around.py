@@ -1,4 +1,4 @@
-"""A perturbation around an optimizer that a framework made, for the integrations that leave it untouched."""
+"""A perturbation for an optimizer that a framework has created and steps itself."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ParamGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
 
 def missing(framework: str, error: ImportError) -> ImportError:
-    """What to raise where the framework cannot be imported."""
+    """The error to raise if the framework cannot be imported."""
     return ImportError(f"{framework} cannot be imported ({error}): pip install 'sam_optim[integrations]'")
 
 
 def perturbation_around(
     model: nn.Module, optimizer: Optimizer, *, param_groups: ParamGroups | None, **settings: Any
 ) -> Perturbation:
-    """Moves the parameters that `optimizer` trains: in one group, or in those that `param_groups(model)` puts them in.
+    """Perturbs the parameters that `optimizer` trains, in one group or in those of `param_groups(model)`.
 
     Raises:
-        ValueError: the optimizer is a SAM, so that both would perturb; the groups leave out all that it trains.
+        ValueError: the optimizer is a SAM, so both would perturb; or the groups hold none of its parameters.
     """
     if isinstance(optimizer, SAM):
         raise ValueError(

@@ -36,16 +36,16 @@ class SAMCallback(Callback):
 
         trainer = Trainer(callbacks=[SAMCallback(rho=0.05)], precision="16-mixed", accumulate_grad_batches=2)
 
-    With `accumulate_grad_batches` each batch has its own perturbation: m-sharpness, m its size. With DDP each rank has
-    its own, too, unless sync_ascent=True; a model that is spread over ranks can only move as one.
+    With `accumulate_grad_batches` each batch has its own perturbation: m-sharpness, m its size. With DDP so has each
+    rank, unless sync_ascent=True; a model that is sharded over ranks has one global perturbation.
 
-    Put it first: callbacks before it see the first pass's gradients in `on_after_backward`. What `training_step` does
-    beside computing a loss (counters, draws of its own, `self.logger.experiment`) it does twice.
+    Put it first: callbacks before it see the first pass's gradients in `on_after_backward`. Side effects of
+    `training_step` (counters, random draws, `self.logger.experiment`) happen twice.
 
     Args:
         rho, adaptive, eta, norm, sync_ascent, rounding, replay_rng: as of `Perturbation`.
-        param_groups: from the module to groups with an "adaptive", "rho", "eta" or "norm" of their own:
-            `asam_param_groups`, say. What the optimizer does not train is left out.
+        param_groups: from the module to groups with their own "adaptive", "rho", "eta" or "norm", such as
+            `asam_param_groups`. Parameters that the optimizer does not train are left out.
 
     Raises:
         RuntimeError: when training starts, for a module that steps its optimizers itself or whose `training_step`
@@ -70,7 +70,7 @@ class SAMCallback(Callback):
     ):
         self._settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         self._settings |= {"sync_ascent": sync_ascent, "rounding": rounding}
-        Perturbation(nn.LayerNorm(1), **self._settings)  # errors in them come here; draws nothing
+        Perturbation(nn.LayerNorm(1), **self._settings)  # raises for wrong settings; draws no random numbers
         if rounding == "float32":
             raise ValueError(
                 "rounding='float32' acts on calls of the module, and Lightning calls training_step: use "
@@ -100,8 +100,8 @@ class SAMCallback(Callback):
         trainer.strategy.training_step = functools.partial(self._first_pass, trainer.strategy)
 
     def _first_pass(self, strategy: Any, *args: Any) -> Any:
-        """Stands in for the strategy's method for one call: all hooks come before draws that others still make, and
-        before the forward pass, in which DDP decides whether to average."""
+        """Replaces the strategy's method for one call: the last moment before the forward pass, in which the model may
+        draw and DDP decides whether to average."""
         del strategy.training_step
         self._arguments = args
         self._before = rng.GlobalState(self._devices) if self._replay_rng else None
@@ -132,7 +132,7 @@ class SAMCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer.strategy.__dict__.pop("training_step", None)
-        self._arguments, self._before = (), None  # their memory
+        self._arguments, self._before = (), None  # frees their memory
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """After a fault in the first backward, weights and buffers are as before the micro-batch."""
@@ -164,12 +164,12 @@ def _check(trainer: Any, pl_module: Any) -> None:
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise RuntimeError("training_step(dataloader_iter) would see another batch in the second pass: take `batch`")
-    perturbation_around(pl_module, trainer.optimizers[0], param_groups=None)  # refuses what is perturbed already
+    perturbation_around(pl_module, trainer.optimizers[0], param_groups=None)  # refuses a SAM
 
 
 @contextmanager
 def _averaging(model: Any, over_ranks: bool) -> Iterator[None]:
-    """Whether the backward of a forward pass inside averages gradients over the ranks of DDP."""
+    """Sets whether the backward of a forward pass inside averages gradients over the ranks of DDP."""
     if not isinstance(model, DistributedDataParallel):
         yield
         return
@@ -182,7 +182,7 @@ def _averaging(model: Any, over_ranks: bool) -> Iterator[None]:
 
 @contextmanager
 def _unseen(pl_module: nn.Module) -> Iterator[None]:
-    """What training_step tells the world besides its loss is not told: `log`, and the state of torchmetrics."""
+    """Suppresses the side effects of training_step: `log`, and updates of torchmetrics."""
     with ExitStack() as restored:
         for module in pl_module.modules():
             if isinstance(module, (Metric, MetricCollection)):

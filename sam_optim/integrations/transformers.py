@@ -16,7 +16,7 @@ except ImportError as error:
 
 
 class SAMTrainer(Trainer):
-    """Trainer whose every training step is two: at w, and at w + e; then w comes back bit for bit.
+    """A Trainer in which each training step runs twice, at w and at w + e; then w comes back bit for bit.
 
     e = argmax <g, e> over ||T^-1 e||_p <= rho, g the gradient at w, as `Perturbation` says. What reaches
     `max_grad_norm` and the optimizer, which stays the one of the arguments, is the gradient at w + e; the loss that is
@@ -24,12 +24,12 @@ class SAMTrainer(Trainer):
 
         trainer = SAMTrainer(model, arguments, train_dataset=dataset, rho=0.05)
 
-    A trainer that is a subclass already takes the seven lines of `training_step` instead.
+    A trainer that is a subclass already can copy the seven lines of `training_step`.
 
     Args:
         rho, adaptive, eta, norm, sync_ascent, rounding, replay_rng: as of `Perturbation`.
-        param_groups: from the model to groups with an "adaptive", "rho", "eta" or "norm" of their own:
-            `asam_param_groups`, say. What the optimizer does not train is left out.
+        param_groups: from the model to groups with their own "adaptive", "rho", "eta" or "norm", such as
+            `asam_param_groups`. Parameters that the optimizer does not train are left out.
         args, kwargs: the Trainer's own.
 
     Raises:
@@ -54,7 +54,7 @@ class SAMTrainer(Trainer):
     ):
         self._sam_settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         self._sam_settings |= {"sync_ascent": sync_ascent, "rounding": rounding, "replay_rng": replay_rng}
-        Perturbation(nn.LayerNorm(1), **self._sam_settings)  # errors in them come here; draws nothing
+        Perturbation(nn.LayerNorm(1), **self._sam_settings)  # raises for wrong settings; draws no random numbers
         self._sam_param_groups = param_groups
         self._sam_is_for: tuple[Any, Any] = (None, None)
         self.perturbation: Perturbation | None = None
@@ -74,7 +74,7 @@ class SAMTrainer(Trainer):
         return loss
 
     def _around(self, model: nn.Module) -> Perturbation:
-        """Made when `train` has prepared model and optimizer, which FSDP does by replacing parameters."""
+        """Created once `train` has prepared model and optimizer: FSDP replaces the parameters."""
         if self._sam_is_for[0] is not model or self._sam_is_for[1] is not self.optimizer:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
             self.perturbation = perturbation_around(

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import signal
 import threading
+import tomllib
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any, NoReturn, TypeVar
 
 from sam_optim.core.arguments import Parser as StrictParser
 from sam_optim.core.errors import InputError
+from sam_optim.core.files import read_bytes
 
 Settings = TypeVar("Settings")
+LONGEST = 1 << 18  # bytes of a file of settings
 SWITCH = argparse.BooleanOptionalAction  # --fsdp, and --no-fsdp against a --config that has it
 
 
@@ -87,14 +90,41 @@ def settings_of(settings: type[Settings], prog: str, description: str | None, ar
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a log; a last line that was cut when the process was killed does not count."""
     records: list[dict[str, Any]] = []
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_bytes(path).splitlines() if path.exists() else []
     for i, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
             if i < len(lines) - 1:
-                raise InputError(f"{path}, line {i + 1} is not valid JSON; it was changed or damaged") from None
+                raise InputError(
+                    f"{path}, line {i + 1} is not valid JSON of one object; it was changed or damaged"
+                ) from None
     return records
+
+
+def read_settings(path: Path, *, yaml: bool) -> dict[str, Any]:
+    """The tables of a YAML or TOML file, by name. YAML's aliases are refused: a few lines can stand for gigabytes.
+
+    Raises:
+        InputError: the file cannot be read, is of another format, or holds no tables.
+    """
+    try:
+        text = read_bytes(path, LONGEST).decode()
+        content = _from_yaml(text) if yaml else tomllib.loads(text)
+    except Exception as error:  # whatever a parser makes of a damaged file: YAMLError, RecursionError, AttributeError
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read: {reason or type(error).__name__}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must be a mapping of names to values, like `lr: 0.1`, got {type(content).__name__}")
+    return content
+
+
+def _from_yaml(text: str) -> Any:
+    import yaml
+
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise InputError("it has an alias (*NAME): write out what that stands for")
+    return yaml.safe_load(text)
 
 
 class Interrupted(Exception):

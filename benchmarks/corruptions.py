@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from benchmarks.train.order import derive
 from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.files import open_regular
 
 Floats = NDArray[np.float32]  # (n, h, w, 3) in [0, 1]
 Draws = list[np.random.Generator]  # one for each image
@@ -89,10 +90,9 @@ class Published:
             raise InputError(
                 f"{self.directory / name}.npy holds {images.dtype} {images.shape}, not (5n, h, w, 3) uint8"
             )
-        if labels.shape != images.shape[:1]:
-            raise InputError(
-                f"{self.directory}/labels.npy has shape {labels.shape}, and there are {len(images)} images"
-            )
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            shape = f"has shape {labels.shape} of {labels.dtype}"
+            raise InputError(f"{self.directory}/labels.npy {shape}, and there are {len(images)} images")
         n = len(images) // len(SEVERITIES)
         rows = slice((severity - 1) * n, severity * n)
         return np.array(images[rows]), labels[rows].astype(np.int64)
@@ -104,7 +104,9 @@ class Published:
             InputError: the folder is of another data set, or its labels are not those of its images.
         """
         theirs, num = self._read("labels"), len(labels)
-        if theirs.size and theirs.max() > labels.max():
+        if theirs.dtype.kind not in "iu":
+            wrong = f"holds {theirs.dtype}, not integers"
+        elif theirs.size and theirs.max() > labels.max():
             wrong = f"has labels up to {theirs.max()}, and the test images up to {labels.max()}"
         elif in_order and theirs.shape == (5 * num,) and (differing := (theirs.reshape(5, num) != labels).any(0)).any():
             wrong = f"differs from the labels of {differing.sum()} of {num} test images"
@@ -115,8 +117,9 @@ class Published:
     def _read(self, name: str) -> Any:
         path = self.directory / f"{name}.npy"
         try:
+            open_regular(path).close()
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # EOFError, SyntaxError ...: whatever NumPy makes of a damaged header
             raise InputError(f"{path} cannot be read ({one_line(error)}); unpack the archive again") from None
 
 

@@ -11,6 +11,7 @@ are left out.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 from benchmarks.command import option, settings_of
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, one_line, run
-from sam_optim.core.files import write_json
+from sam_optim.core.files import read_bytes, write_json
 from sam_optim.core.results import provenance
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -69,12 +70,12 @@ def read(path: Path) -> list[Pair]:
         InputError: the file or a column is missing, a line is not JSON, a label is none of `LABELS` or 0, 1, 2.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix in (".jsonl", ".json"):
-                records: list[dict[str, Any]] = [json.loads(line) for line in file if line.strip()]
-            else:
-                records = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        lines = io.StringIO(read_bytes(path).decode(), newline="")
+        if path.suffix in (".jsonl", ".json"):
+            records: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        else:
+            records = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}") from None
     pairs = []
     for i, record in enumerate(records):

@@ -6,6 +6,7 @@ import json
 import pickle
 import resource
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -17,9 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks import command, finetune_text
+from benchmarks.corruptions import Published
+from benchmarks.study import config as study_config
+from benchmarks.study.report import from_csv
+from benchmarks.train import options
+from benchmarks.train.data import other_labels
 from sam_optim.core.errors import InputError
 from sam_optim.core.files import read_json
 from sam_optim.sweep import reports, store
+from sam_optim.sweep.text import read_table
 from sam_optim.vision import arrays, checkpoints, cifar, data, images
 
 pytest.importorskip("timm")
@@ -103,6 +111,42 @@ def table():
     return b"checkpoint,loss,accuracy,trace,trace error,test_error\na.pt,1,0.5,2,0.1,3\nb.pt,1,0.5,3,0.1,4\n"
 
 
+RECIPE = b"model: cnn3\nlr: 1e-1\nopt-kwargs: {nesterov: false}\nno-aug: true\nmean: [0.5, 0.4, 0.3]\ndata: folder\n"
+STUDY = b"""name = "x"
+[grid]
+lr = [0.1, 0.2]
+[grid.method]
+sgd = {sam_rho = 0}
+sam = {sam_rho = 0.1, adaptive = "filter"}
+[fixed]
+epochs = 3
+opt_kwargs = {nesterov = false}
+[[measures]]
+names = ["worst"]
+rho = 0.1
+[evaluate]
+test_examples = 5
+[sampler]
+trials = 2
+"""
+PAIRS = b"sentence1\tsentence2\tlabel\na\tb\t1\nc\td\t2\n"
+
+
+def array(dtype):
+    np.save(file := io.BytesIO(), np.zeros((20, 3, 3, 3), dtype))
+    return file.getvalue()
+
+
+def labels():
+    np.savez(file := io.BytesIO(), human=np.arange(4), clean_label=np.arange(4))
+    return file.getvalue()
+
+
+def read_published(path):
+    np.save(path.with_name("labels.npy"), np.zeros(20, np.int64))
+    Published(path.parent).images("fog", 1)
+
+
 def report(path):
     reports.write_report([path], path.with_name("page.html"))
 
@@ -149,6 +193,17 @@ READERS = {
     "t.csv": (table, reports._read_csv),
     "page of t.csv": (table, report),
     "any.json": (results, read_json),
+    "run/config.json": (config, lambda path: options.of_run(path.parent)),
+    "c.yaml": (lambda: RECIPE, lambda path: options.parse(["--config", str(path), "--out", "x"])),
+    "s.toml": (lambda: STUDY, study_config.load),
+    "s.yaml": (lambda: json.dumps(tomllib.loads(STUDY.decode())).encode(), study_config.load),
+    "m.jsonl": (lambda: b'{"epoch": 1, "loss": 0.5}\n{"epoch": 2}\n', command.read_jsonl),
+    "models.csv": (table, lambda path: from_csv(path, ["trace"], ["test_error"], ["loss"])),
+    "text.tsv": (lambda: PAIRS, lambda path: read_table(path, ["sentence1", "label"])),
+    "pairs.tsv": (lambda: PAIRS, finetune_text.read),
+    "pairs.jsonl": (lambda: b'{"premise": "a", "hypothesis": "b", "label": 1}\n' * 2, finetune_text.read),
+    "fog.npy": (lambda: array(np.uint8), read_published),
+    "labels.npz": (labels, lambda path: other_labels(f"{path}:human", torch.arange(4), 4, path.parent)),
 }
 
 
@@ -217,7 +272,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     contents = damaged(content)
-    if name.endswith(".json"):
+    if name.endswith((".json", "s.yaml")):
         contents = contents | other_values(content)
 
     @settings(

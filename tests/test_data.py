@@ -85,8 +85,8 @@ class TestOtherLabels:
         ("arrays", "message"),
         [
             ({"others": np.zeros(100, np.int64)}, "unknown array of .* 'human'; choose from others"),
-            ({"human": np.zeros(99, np.int64)}, r"must hold 100 integers, got int64 of shape \(99,\)"),
-            ({"human": np.zeros(100)}, "must hold 100 integers, got float64"),
+            ({"human": np.zeros(99, np.int64)}, r"must hold 100 integers, got torch.int64 of shape \(99,\)"),
+            ({"human": np.zeros(100)}, "must hold 100 integers, got torch.float64"),
             ({"human": np.full(100, 10)}, "labels from 0 to 9, got 10 to 10"),
             ({"human": np.zeros(100, np.int64), "clean_label": np.full(100, 3)}, "in another order"),
         ],

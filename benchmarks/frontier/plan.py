@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import read_settings
 from sam_optim.core.errors import InputError, one_line, unknown
 
 Settings = Mapping[str, Any]
@@ -86,10 +86,7 @@ def load(path: Path | str) -> Plan:
     Raises:
         InputError: it cannot be read, or lacks a table.
     """
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+    content = read_settings(Path(path), yaml=False)
     try:
         methods = {name: _method(dict(table)) for name, table in content.pop("methods").items()}
         plan = Plan(**{"name": Path(path).stem} | content, methods=methods)

@@ -7,16 +7,16 @@ import itertools
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks import measure
+from benchmarks.command import read_settings
 from benchmarks.measure import GEOMETRIES, SPLITS, Measuring
 from benchmarks.train.options import Options, parse, words
-from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.errors import InputError, unknown
 from sam_optim.vision.cifar import LAYOUT
 
 TARGETS = ("test_error", "gap", "ood_error", "train_loss")
@@ -25,6 +25,8 @@ HERE = ("data_dir", "device", "workers")  # what may differ between the machines
 OURS = (*HERE, "out", "resume", "force", "measures", "checkpoint_steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 DISTRIBUTION = {"low", "high", "step", "log"}
+# of Optuna; not CmaEsSampler, which unpickles what it finds in the storage, and so runs what somebody wrote there
+SAMPLERS = ("TPESampler", "RandomSampler", "GPSampler", "QMCSampler", "NSGAIISampler", "BruteForceSampler")
 
 Table = TypeVar("Table")
 
@@ -52,9 +54,7 @@ class Measures(Measuring):
         return [f"{self.label} {name}" if self.label else name for name in self.names]
 
     def check(self) -> None:
-        if not isinstance(self.names, list):
-            raise InputError(f"names of [[measures]] must be a list, got {self.names!r}")
-        measure.chosen(",".join(self.names))
+        measure.chosen(",".join(map(str, self.names)))
         if self.split not in SPLITS:
             raise unknown("split of [[measures]]", str(self.split), SPLITS)
         if self.adaptive not in (*GEOMETRIES, None, True, False):  # None: the optimizer's; YAML reads no as False
@@ -88,8 +88,6 @@ class Corruptions:
     published: bool = False
 
     def check(self) -> None:
-        if not isinstance(self.published, bool):
-            raise InputError(f"published of [corruptions] is true or false, got {self.published!r}")
         _check_count("examples of [corruptions]", self.examples, "0 for all")
         if not self.names:
             return
@@ -98,7 +96,7 @@ class Corruptions:
         for name in self.names:
             if name not in NAMES:
                 raise unknown("corruption", str(name), NAMES)
-        if not self.severities or not set(self.severities) <= set(range(1, 6)):
+        if not self.severities or not all(_is_whole(s) and 1 <= s <= 5 for s in self.severities):
             raise InputError(f"severities are whole numbers from 1 to 5, got {self.severities}")
 
 
@@ -113,8 +111,10 @@ class Sampler:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        if not isinstance(self.trials, int) or self.trials < 1:
+        if not _is_whole(self.trials) or self.trials < 1:
             raise InputError(f"[sampler] needs trials, a whole number >= 1, got {self.trials!r}")
+        if self.name not in SAMPLERS:
+            raise unknown("sampler that runs nothing of what a storage holds", self.name, SAMPLERS)
         if self.objective not in OBJECTIVES:
             raise unknown("objective", str(self.objective), OBJECTIVES)
 
@@ -204,19 +204,7 @@ def load(path: Path | str) -> Config:
         InputError: the file cannot be read, or has an option, measure, factor or value that does not exist.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; a study's settings are a TOML or YAML file")
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        else:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except Exception as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold tables of settings, got {type(content).__name__}")
+    content = read_settings(path, yaml=path.suffix in (".yaml", ".yml"))
     try:
         return checked(content, default_name=path.stem)
     except InputError as error:
@@ -234,12 +222,14 @@ def checked(content: Mapping[str, Any], *, default_name: str = "study") -> Confi
     grid = content.get("grid") or {}
     if not isinstance(grid, Mapping) or not grid:
         raise InputError("[grid] is empty: give at least one factor, e.g. lr = [0.05, 0.1]")
-    blocks = content.get("measures", [{}])
+    blocks, fixed = content.get("measures", [{}]), content.get("fixed") or {}
+    if not isinstance(fixed, Mapping):
+        raise InputError(f"[fixed] must be a table, got {fixed!r}")
     config = Config(
         name=name,
         factors={factor: _levels(factor, levels) for factor, levels in grid.items()},
-        fixed={key: _option(key, value) for key, value in (content.get("fixed") or {}).items()},
-        measures=tuple(_table("measures", t) for t in ([blocks] if isinstance(blocks, Mapping) else blocks)),
+        fixed={key: _option(key, value) for key, value in fixed.items()},
+        measures=tuple(_table("measures", t) for t in (blocks if isinstance(blocks, list) else [blocks])),
         evaluate=_table("evaluate", content.get("evaluate") or {}),
         corruptions=_table("corruptions", content.get("corruptions") or {}),
         sampler=_table("sampler", content["sampler"]) if content.get("sampler") else None,
@@ -251,6 +241,11 @@ def checked(content: Mapping[str, Any], *, default_name: str = "study") -> Confi
 def _levels(factor: str, levels: Any) -> Any:
     if isinstance(levels, Mapping) and levels and set(levels) <= DISTRIBUTION and {"low", "high"} <= set(levels):
         _option(factor, None)
+        numbers, log = [levels["low"], levels["high"], levels.get("step", 1)], levels.get("log", False)
+        if not all(_is_number(n) and math.isfinite(n) for n in numbers) or not isinstance(log, bool):
+            raise InputError(f"{factor} is a range of numbers {{low, high, step, log}}, got {levels}")
+        if not numbers[0] < numbers[1] or numbers[2] <= 0:
+            raise InputError(f"{factor} needs low < high and a step > 0, got {levels}")
         return Range(**levels)
     if isinstance(levels, Mapping) and levels and all(isinstance(v, Mapping) for v in levels.values()):
         if not NAME.fullmatch(factor):
@@ -284,6 +279,9 @@ def _table(name: str, given: Any) -> Any:
     if wrong := [key for key in given if key not in keys]:
         raise unknown(f"setting of [{name}]", wrong[0], keys)
     table = TABLES[name](**given)
+    for key, usual in vars(TABLES[name]()).items():  # None, and adaptive, may be several things
+        if usual is not None and key != "adaptive" and type(getattr(table, key)) is not type(usual):
+            raise InputError(f"{key} of [{name}] must be of the kind of {usual!r}, got {getattr(table, key)!r}")
     table.check()
     return table
 
@@ -316,8 +314,12 @@ def check_held_out(config: Config, held_out: bool) -> None:
 
 
 def _check_count(name: str, value: Any, meaning: str, *, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not _is_whole(value) or value < least:
         raise InputError(f"{name} is a number, {meaning}, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

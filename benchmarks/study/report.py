@@ -16,7 +16,7 @@ from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, identifier
 from benchmarks.study.page import page
 from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.core.files import read_json, write_atomic, write_json
+from sam_optim.core.files import read_bytes, read_json, write_atomic, write_json
 from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
 
@@ -95,19 +95,19 @@ def from_csv(
     if not (measures and targets):
         raise InputError("name the columns of the table: --measures a,b --targets c [--factors lr,seed]")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8-sig")
+        first = text.split("\n", 1)[0]
+        separator = "," if "," in first else next((c for c in "\t;" if c in first), ",")
+        reader = csv.DictReader(io.StringIO(text), delimiter=separator)
+        head, lines = [h for h in reader.fieldnames or [] if h is not None], list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--csv {path} cannot be read: {one_line(error)}") from None
-    first = text.split("\n", 1)[0]
-    separator = "," if "," in first else next((c for c in "\t;" if c in first), ",")
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
-    head = [h for h in reader.fieldnames or [] if h is not None]
     if len(set(head)) < len(head):
         raise InputError(f"{path} has a column twice: {', '.join(sorted({h for h in head if head.count(h) > 1}))}")
     for column in (*measures, *targets, *factors, *(given.split(",") if given else [])):
         if column not in head:
             raise unknown("column", column, head)
-    numeric, lines = (*measures, *targets), list(reader)
+    numeric = (*measures, *targets)
     rows = [
         {c: number(row.get(c)) if c in numeric else level(row.get(c)) for c in dict.fromkeys((*factors, *numeric))}
         for row in lines

@@ -8,16 +8,15 @@ Optuna reads a trial's state and sets it in two steps, and SQLite has no row loc
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sam_optim.core import files
 from sam_optim.core.errors import InputError, one_line
 
 ENVIRONMENT = "SAM_OPTIM_STUDY_STORAGE"  # a URL with a password does not belong on a command line
@@ -113,28 +112,8 @@ def locked(url: str, name: str) -> Iterator[None]:
         yield  # in memory: no other process can see it
         return
     digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
-    with held(path.with_name(f"{path.name}.{digest}.lock"), patience=PATIENCE) as got:
-        if not got:
-            raise InputError(f"{path} is locked by another process for {PATIENCE:.0f} s; is a worker suspended?")
+    with files.locked(path.with_name(f"{path.name}.{digest}"), "--storage", patience=PATIENCE):
         yield
-
-
-@contextmanager
-def held(path: Path, *, patience: float = 0.0) -> Iterator[bool]:
-    """Whether this process has the lock of the file `path`, after waiting for at most `patience` seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    with open(path, "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.02)
-        yield True
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from benchmarks import measure
 from benchmarks.corruptions import Published
 from benchmarks.evaluate import Clean, check_labels, on_corruptions
 from benchmarks.study.config import HERE, OURS, Config, Corruptions, Measures, check_held_out, identifier
-from benchmarks.study.storage import held
 from benchmarks.train import data, epoch, recipe, trained
 from benchmarks.train.__main__ import train
 from benchmarks.train.data import Splits
@@ -29,7 +28,7 @@ from benchmarks.train.epoch import NonFiniteLoss
 from benchmarks.train.options import Options, of_run
 from benchmarks.train.trained import TrainedRun
 from sam_optim.core.errors import InputError, one_line
-from sam_optim.core.files import read_json
+from sam_optim.core.files import locked, read_json
 from sam_optim.core.results import plain, provenance
 from sam_optim.vision.models import default_size
 
@@ -99,8 +98,13 @@ def run_directory(runs: Path, config: Config, levels: Mapping[str, Any]) -> Iter
     name, number = identifier(levels), 1
     while True:
         directory = runs / (name if number == 1 else f"{name}-{number}")
-        with held(directory.with_name(f".{directory.name}.lock")) as got:
-            if got and begun_with(config, levels, directory):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(directory.resolve()))
+                free = begun_with(config, levels, directory)
+            except InputError:  # somebody writes there, or it was damaged
+                free = False
+            if free:
                 yield directory
                 return
         number += 1

@@ -12,6 +12,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ from benchmarks.train.ranks import ALONE, World
 from benchmarks.train.run import Training
 from sam_optim.core import random as rng
 from sam_optim.core.errors import EXIT_INTERRUPTED, InputError, run
-from sam_optim.core.files import write_json
+from sam_optim.core.files import locked, write_json
 from sam_optim.core.results import provenance
+from sam_optim.sweep.processes import is_first_process
 
 PARTS = ("config.json", "metrics.jsonl", "measures.json", "checkpoints")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return train(parse(argv))
+    options = parse(argv)
+    with locked(options.out.resolve()) if is_first_process() else nullcontext():
+        return train(parse(argv) if options.resume else options)  # the run may have been replaced in between
 
 
 def train(options: Options) -> int:

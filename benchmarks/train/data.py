@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -15,9 +13,10 @@ from torch.utils.data import Dataset, IterableDataset
 from benchmarks.train.options import PIXELS, Options
 from benchmarks.train.order import derive
 from benchmarks.train.streams import Streamed
-from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.errors import InputError, unknown
 from sam_optim.core.random import Stream
 from sam_optim.vision import cifar
+from sam_optim.vision.arrays import read_npz
 from sam_optim.vision.data import Split, open_split, open_timm
 from sam_optim.vision.images import TRAIN_FOLDERS, VALIDATION_FOLDERS
 from sam_optim.vision.models import SMALL, default_size
@@ -230,22 +229,21 @@ def other_labels(source: str, labels: Tensor, num_classes: int, directory: Path)
     if not Path(path).exists() and (directory / path).exists():
         path = str(directory / path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if name not in file.files:
-                raise unknown(f"array of {path}", name, file.files)
-            others = file[name]
-            clean = file["clean_label"] if "clean_label" in file.files else None
-    except (OSError, ValueError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"--train-labels {path} is not an .npz file of labels ({one_line(error)})") from None
-    if others.shape != (len(labels),) or others.dtype.kind not in "iu":
-        raise InputError(f"{source} must hold {len(labels)} integers, got {others.dtype} of shape {others.shape}")
-    if others.min() < 0 or others.max() >= num_classes:
-        raise InputError(f"{source} must hold labels from 0 to {num_classes - 1}, got {others.min()} to {others.max()}")
-    if clean is not None and not np.array_equal(clean, labels.numpy()):
+        arrays = read_npz(Path(path))
+    except InputError as error:
+        raise InputError(f"--train-labels {path} is not an .npz file of labels ({error})") from None
+    if name not in arrays:
+        raise unknown(f"array of {path}", name, arrays)
+    others, clean = arrays[name], arrays.get("clean_label")
+    if others.shape != labels.shape or others.is_floating_point() or others.dtype == torch.bool:
+        shape = tuple(others.shape)
+        raise InputError(f"{source} must hold {len(labels)} integers, got {others.dtype} of shape {shape}")
+    low, high = int(others.min()), int(others.max())
+    if low < 0 or high >= num_classes:
+        raise InputError(f"{source} must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
+    if clean is not None and not torch.equal(clean.to(torch.int64), labels):
         raise InputError(f"the clean_label of {path} are not the labels of these images: they are in another order")
-    return torch.from_numpy(others.astype(np.int64))
+    return others.to(torch.int64)
 
 
 def labels_of(examples: Examples | Streamed) -> Tensor:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import SWITCH, Parser, add_options, option
+from benchmarks.command import SWITCH, Parser, add_options, option, read_settings
 from sam_optim.core.arguments import number
 from sam_optim.core.arguments import pair as any_pair
 from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.core.files import read_json
+from sam_optim.core.files import read_json_object
 from sam_optim.vision.cifar import LAYOUT
+from sam_optim.vision.models import check_options
 from sam_optim.vision.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none")
@@ -33,6 +34,7 @@ SAM_VARIANTS = {  # their names here -> the classes of the package
     "stale": "StaleSAM",
 }
 REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
+PAIRS = ("opt_kwargs", "model_kwargs", "sam_kwargs")
 NOT_RECORDED = ("out", "resume", "force")
 
 _amount, _positive, _fraction = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
@@ -56,7 +58,7 @@ _unless = "; default: that of --initial-checkpoint's model, else"
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run. `parse` makes them from a command line, `restored` from a config.json."""
+    """The options of a run. `parse` makes them from a command line, `of_run` from a config.json."""
 
     model: str = option("cnn3", "any timm name, cnn3 (default), cnn5, wrn28_10, cifar_resnet20")
     model_kwargs: dict[str, Any] = option({}, "for timm.create_model", **_pairs)
@@ -182,39 +184,51 @@ def _may_be_none(action: argparse.Action) -> None:
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The options of a run; on a resume those in its config.json, which options given now may not contradict."""
     argv = _with_config(sys.argv[1:] if argv is None else argv)
-    options = restored(vars(parser().parse_args(argv)))
+    options = _made(vars(parser().parse_args(argv)))
     if options.out is None:
         options = replace(options, out=Path("runs") / default_name(options))
     if not (options.resume and (options.out / "config.json").exists()):
         _check(options)
         return _as_pretrained(options)
-    recorded = read_json(options.out / "config.json").get("options", {})
-    earlier, now = restored(recorded).recorded(), options.recorded()
+    run = of_run(options.out)
+    earlier, now = run.recorded(), options.recorded()
     changed = given(argv) - ({"initial_checkpoint"} if options.initial_checkpoint == REQUIRED else set())
     for key in changed - set(MAY_CHANGE):
-        if key in recorded and earlier[key] != now[key]:
+        if earlier[key] != now[key]:
             name = "--" + key.replace("_", "-")
             raise InputError(f"{name} {now[key]} differs from the run's {earlier[key]}; leave it out to resume")
-    values = {key: getattr(options, key) for key in changed}
-    return restored(recorded | values, out=options.out, resume=True, force=False)
+    values = {key: getattr(options, key) for key in changed} | {"resume": True, "force": False}
+    return replace(run, **values)
 
 
-def restored(recorded: dict[str, Any], **changes: Any) -> Options:
-    """Options from config.json; what it does not have (an older run) is at its default."""
-    names = {f.name for f in fields(Options)}
-    values = {key: value for key, value in recorded.items() if key in names}
-    for key in ("opt_kwargs", "model_kwargs", "sam_kwargs"):
-        values[key] = dict(values.get(key, {}))  # pairs, or what they have become
-    return Options(**values | changes)
+def _made(values: dict[str, Any]) -> Options:
+    """Options of what `parser` gives."""
+    pairs = {key: dict(values[key]) for key in PAIRS}
+    return Options(**{f.name: values[f.name] for f in fields(Options)} | pairs)
 
 
 def of_run(directory: Path, **replaced: Any) -> Options:
-    """The options of a trained run, where its data, workers and device are those given now, unless they are None."""
+    """The options of a trained run, where its data, workers and device are those given now, unless they are None.
+
+    What stands in its config.json is checked like a command line. What does not (an older run) is at its default.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{directory} is not a run directory: it has no config.json; make one with benchmarks.train")
     changes = {key: value for key, value in replaced.items() if value is not None}
-    return restored(read_json(path).get("options", {}), out=directory, **changes)
+    recorded = read_json_object(path).get("options") or {}
+    try:
+        if not isinstance(recorded, dict):
+            raise InputError(f"its options are {type(recorded).__name__}")
+        names = {f.name for f in fields(Options)} - set(NOT_RECORDED)
+        pairs = {key: dict(recorded[key]) for key in PAIRS if key in recorded}
+        argv = [word for key, value in (recorded | pairs).items() if key in names for word in words(key, value)]
+        options = _made(vars(parser().parse_args(argv)))
+        check_options(options.model, options.model_kwargs)
+    except (TypeError, ValueError) as error:
+        reason = one_line(error)
+        raise InputError(f"{path} is not of a run of benchmarks.train ({reason}); it was changed or damaged") from None
+    return replace(options, out=directory, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,14 +267,7 @@ def from_file(path: Path) -> list[str]:
     Raises:
         InputError: no such file, no mapping, an option that does not exist.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path} cannot be read: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path} must be a mapping of options to values, like `lr: 0.1`")
+    values = read_settings(path, yaml=True)
     names = {o.removeprefix("--") for action in parser()._actions for o in action.option_strings if o.startswith("--")}
     argv: list[str] = []
     for key, value in values.items():
@@ -274,15 +281,22 @@ def from_file(path: Path) -> list[str]:
 
 
 def words(name: str, value: Any) -> list[str]:
-    """One option on a command line; none for False and None."""
+    """One option of a file on a command line; none for False and None.
+
+    Raises:
+        InputError: a list or mapping holds what would be an option of its own (`opt-kwargs: ["--force"]`).
+    """
     flag = "--" + name.replace("_", "-")
     if value is None or value is False:
         return []
     if value is True:
         return [flag]
-    if isinstance(value, dict):
-        return [flag, *(f"{k}={v}" for k, v in value.items())]
-    return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    if not isinstance(value, (list, dict)):
+        return [f"{flag}={value}"]
+    parts = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [str(part) for part in value]
+    if wrong := [part for part in parts if part.startswith("-")]:
+        raise InputError(f"{name} must not hold an option, got {wrong[0]}")
+    return [flag, *parts]
 
 
 def default_name(options: Options) -> str:
@@ -308,6 +322,7 @@ def _as_pretrained(options: Options) -> Options:
 
 
 def _check(options: Options) -> None:
+    check_options(options.model, options.model_kwargs)
     if options.initial_checkpoint == REQUIRED:
         raise InputError(f"this recipe fine-tunes: give --initial-checkpoint FILE (weights of {options.model})")
     if (options.mixup or options.cutmix) and options.batch_size % 2:

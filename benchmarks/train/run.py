@@ -172,7 +172,13 @@ class Training:
         for name, tensor in state["model"].items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteLoss(f"{name} is not finite: training diverged; lower --lr or set --clip-grad 1")
+        self._check_out()
         checkpoint.save(self.options.out / "checkpoints", state)
+
+    def _check_out(self) -> None:
+        """A folder that was made anew would hold weights without the options that they were trained with."""
+        if not (self.options.out / "config.json").is_file():
+            raise InputError(f"{self.options.out} has gone while the run wrote to it; start again, with another --out")
 
     # running
 
@@ -269,7 +275,8 @@ class Training:
     def _log(self, record: dict[str, Any]) -> None:
         """One line for each epoch; those of a run that was stopped later than its checkpoint are replaced."""
         path = self.options.out / "metrics.jsonl"
-        earlier = [r for r in read_jsonl(path) if r["epoch"] < record["epoch"]]
+        self._check_out()
+        earlier = [r for r in read_jsonl(path) if r.get("epoch") in range(record["epoch"])]
         lines = [json.dumps(r, allow_nan=False) + "\n" for r in [*earlier, record]]
         write_atomic(path, "".join(lines).encode())
         print(line(record, sharpness=self.options.sam_rho > 0), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from sam_optim.core.text import printable
 
+LONGEST = 2000  # characters of an error that are shown: what a file holds can be part of one
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
@@ -44,8 +46,6 @@ def one_line(error: BaseException) -> str:
 
 def say(text: str) -> None:
     """A line on standard error, if somebody is there to read it."""
-    if sys.stderr is None:  # it was closed, and print would take standard output
-        return
     with suppress(OSError, ValueError):
         print(printable(text), file=sys.stderr, flush=True)
 
@@ -56,8 +56,10 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     ValueError is what the library raises for users; its messages name the remedy. A reader that closes standard output
     early (`| head`) is no error.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: print(file=None) would take standard output
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # ASCII terminals, file names that are not UTF-8
     try:
         return main(argv)
@@ -65,7 +67,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         sys.stdout = None  # type: ignore[assignment]  # or Python complains once more while it exits
         return 0
     except (ValueError, OSError, ImportError) as error:
-        say(f"error: {one_line(error)}")
+        say(f"error: {one_line(error)[:LONGEST]}")
     except KeyboardInterrupt as error:
         say(str(error) or "stopped")
         return EXIT_INTERRUPTED

@@ -6,6 +6,8 @@ import json
 import os
 import secrets
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +20,19 @@ LARGEST = 1 << 30  # bytes of a file that is read as a whole
 
 def is_stream(path: Path) -> bool:
     """Whether a path is a device or a pipe (/dev/stdout), which cannot be replaced or read back."""
+    if path.is_relative_to("/dev/shm"):
+        return False
     return path.is_relative_to("/dev") or path.is_relative_to("/proc") or (path.exists() and not path.is_file())
+
+
+def _open_stream(path: Path) -> IO[bytes]:
+    """For writing. Standard output that goes to a file is not opened again: that would write from its start."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, or one that is no file
+            if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
+                stream.flush()
+                return open(os.dup(stream.fileno()), "wb")
+    return open(path, "ab")
 
 
 def fsync_directory(directory: Path) -> None:
@@ -38,7 +52,7 @@ def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody can put a link there beforehand
     try:
         if is_stream(path):
-            with open(path, "ab") as stream:
+            with _open_stream(path) as stream:
                 stream.write(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +64,11 @@ def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
             file.flush()
             os.fsync(handle)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or error
         message = f"cannot write {len(content):,} bytes to {path} ({reason}); free some space or choose another"
         raise InputError(f"{message} {option}") from None
@@ -59,11 +76,11 @@ def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
 
 
 @contextmanager
-def locked(path: Path, option: str = "--out") -> Iterator[None]:
+def locked(path: Path, option: str = "--out", patience: float = 0.0) -> Iterator[None]:
     """Holds the only right to write `path`; the kernel releases it when the process ends, in whatever way.
 
     Raises:
-        InputError: another process has it; the message says which one.
+        InputError: another process has it for more than `patience` seconds; the message says which one.
     """
     try:
         import fcntl
@@ -71,26 +88,50 @@ def locked(path: Path, option: str = "--out") -> Iterator[None]:
         yield
         return
     lock = path.with_name(f".{path.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    absent = [folder for folder in path.parents if not folder.exists()]
+    deadline = time.monotonic() + patience
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(handle, 100).decode(errors="replace") or "another process"
             os.close(handle)
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
             raise InputError(f"{path} is being written by {holder}; wait for it, or choose another {option}") from None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.lstat(lock)):
                 break
         os.close(handle)  # its holder removed the file between opening and locking: once more
+    _held.add(handle)
     try:
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()}".encode())
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
+        if handle in _held:
+            _held.remove(handle)
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+            with suppress(OSError):  # nothing was written: no folder stays for the lock alone
+                for folder in absent:
+                    folder.rmdir()
+
+
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go() -> None:
+    """In a forked process (a worker that loads data): it may outlive this one, and must not keep its locks."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def write_json(path: Path, value: Any, option: str = "--out") -> None:
@@ -107,12 +148,12 @@ def open_regular(path: Path) -> IO[bytes]:
     return file
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file of at most 1 GiB."""
+def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
+    """The content of a file of at most `limit` bytes."""
     with open_regular(path) as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise InputError(f"{path} has more than {LARGEST:,} bytes")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(f"{path} has more than {limit:,} bytes")
     return content
 
 

@@ -97,7 +97,10 @@ def _finished(path: Path, key: str) -> list[float]:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("key") != key:
         raise ValueError(f"{path} is of other weights, data, directions or coordinates: delete it, or resume elsewhere")
-    return [float.fromhex(x) for x in content["losses"]]
+    try:
+        return [float.fromhex(x) for x in content["losses"]]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} was changed or damaged: delete it, or resume elsewhere") from None
 
 
 def _fingerprint(loss: Loss, directions: Sequence[Direction], points: Sequence[Point]) -> str:

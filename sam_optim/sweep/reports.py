@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.core.files import read_json
+from sam_optim.core.files import read_bytes, read_json
 from sam_optim.report.page import write_page
 from sam_optim.report.study import study_page
 from sam_optim.statistics.table import Table, table
@@ -140,8 +141,8 @@ def _measured_csv(path: Path) -> tuple[list[dict[str, Any]], Lines]:
 
 def _read_csv(path: Path) -> Lines:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [{k: _unquoted(v or "") for k, v in line.items() if k is not None} for line in csv.DictReader(file)]
+        reader = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""))
+        lines = [{k: _unquoted(v or "") for k, v in line.items() if k is not None} for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a .csv in UTF-8: {error}") from None
     if not lines or "checkpoint" not in lines[0]:

@@ -49,12 +49,13 @@ def from_file(path: Path) -> tuple[Tensor, Tensor]:
     return x, y if y.is_floating_point() else y.to(torch.int64)
 
 
-def read_npz(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """The arrays of an .npz file that have these names; object arrays, which are pickles, are refused."""
+def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The arrays of an .npz file, or those that have these names; object arrays, which are pickles, are refused."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             check_sizes(path, archive)
-            present = [name for name in names if f"{name}.npy" in archive.namelist()]
+            inside = [name.removesuffix(".npy") for name in archive.namelist()]
+            present = inside if names is None else [name for name in names if name in inside]
             return {name: torch.from_numpy(_native(_read_npy(archive.read(f"{name}.npy")))) for name in present}
     except InputError:
         raise

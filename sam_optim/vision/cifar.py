@@ -116,6 +116,8 @@ def _read_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
     content = read_bytes(path)
     try:
         batch = _Unpickler(_checked(content)).load()
+        if not isinstance(batch[key], list) or not all(isinstance(label, int) for label in batch[key]):
+            raise ValueError(f"{key} are no list of whole numbers")
         pixels, labels = _pixels(batch["data"]), torch.tensor(batch[key], dtype=torch.int64)
         if pixels.shape != (len(labels), 3072):
             raise ValueError(f"data is {tuple(pixels.shape)}, labels are {tuple(labels.shape)}")

@@ -50,7 +50,7 @@ class ResNet(nn.Module):
 
 def named(name: str) -> int | None:
     """Blocks in a stage of a name like "cifar_resnet20"; None for the name of another model."""
-    parts = re.fullmatch(r"cifar_resnet(\d+)", name)
+    parts = re.fullmatch(r"cifar_resnet(\d{1,4})", name)  # a file may name it: no endless ones
     if parts is None:
         return None
     if (depth := int(parts[1])) < 8 or (depth - 2) % 6:

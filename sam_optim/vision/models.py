@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def check_options(name: Any, options: Mapping[str, Any]) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InputError(f"the model must be a name, got {name!r}")
     check_name(name)
-    accepted = () if builtin(name) else _accepted(name)
+    accepted = _accepted(name) if options and not builtin(name) else frozenset()
     for key, value in options.items():
         if key not in accepted and key not in ("num_classes", "in_chans"):
             raise InputError(f"{name} has no option {key!r} that may stand in a file")
@@ -230,16 +231,13 @@ def _from_timm(
         raise InputError(f"{name} cannot be built for images of size {image_size}: {one_line(error)}") from None
 
 
-def _accepted(name: str) -> set[str]:
+@cache
+def _accepted(name: str) -> frozenset[str]:
     """The options of the class of a timm model."""
     with torch.device("meta"):
         kind = type(_timm().create_model(name))
-    return {
-        parameter
-        for part in kind.__mro__
-        if "__init__" in vars(part)
-        for parameter in inspect.signature(vars(part)["__init__"]).parameters
-    }
+    makers = [vars(part)["__init__"] for part in kind.__mro__ if "__init__" in vars(part)]
+    return frozenset(parameter for make in makers for parameter in inspect.signature(make).parameters)
 
 
 def _sized(name: str, image_size: tuple[int, int, int], small: bool) -> dict[str, Any]:

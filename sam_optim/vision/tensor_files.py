@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -102,6 +103,10 @@ def _read_torch(path: Path, file: IO[bytes]) -> Any:
     try:
         if file.read(4) == b"PK\x03\x04":
             _check_zip(path, file)
+        else:
+            file.seek(0)
+            for _ in range(5):  # the older format: a number, a version, about the machine, the object, its storages
+                _check_pickle(path, file)
         file.seek(0)
         # timm's scripts save their options as a Namespace, which is plain attributes, and metrics as NumPy's numbers
         with torch.serialization.safe_globals([argparse.Namespace, *NUMBERS]), warnings.catch_warnings():
@@ -132,6 +137,29 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
         check_sizes(path, archive)
         if (bad := archive.testzip()) is not None:
             raise InputError(f"{path} is damaged: {bad} does not have the checksum that stands in the file")
+        for name in archive.namelist():
+            if name.rpartition("/")[2] == "data.pkl":
+                _check_pickle(path, archive.read(name))
+
+
+def _check_pickle(path: Path, content: bytes | IO[bytes]) -> None:
+    """Refuses what torch's reader would run for hours or until memory is full: it lets a pickle call encoders (how
+    Python 2 gets bytes) and bytearray."""
+    longest, calls, encodes = 0, 0, False
+    for opcode, argument, _ in pickletools.genops(content):
+        calls += opcode.name == "REDUCE"
+        if opcode.name == "GLOBAL":
+            encodes |= argument == "_codecs encode"
+            slow = str(argument).endswith(" bytearray")
+        elif isinstance(argument, (str, bytes)):
+            longest = max(longest, len(argument))
+            slow = str(argument).lower().strip("-_ ") in ("punycode", "idna")
+        else:
+            continue
+        if slow:
+            raise InputError(f"{path} holds more than weights: {str(argument)[:40]}; {REMEDY}")
+    if encodes and longest * calls > LARGE:
+        raise InputError(f"{path} asks for more bytes than {LARGE:,} by encoding its text again and again; {REMEDY}")
 
 
 def _read_safetensors(path: Path, file: IO[bytes]) -> Any:

@@ -51,7 +51,7 @@ class WideResNet(nn.Module):
 
 def named(name: str) -> tuple[int, int] | None:
     """(depth, width) of a name like "wrn28_10"; None for the name of another model."""
-    parts = re.fullmatch(r"wrn(\d+)_(\d+)", name)
+    parts = re.fullmatch(r"wrn(\d{1,3})_(\d{1,2})", name)  # a file may name it: no endless ones
     if parts is None:
         return None
     depth, width = int(parts[1]), int(parts[2])

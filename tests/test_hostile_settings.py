@@ -1,0 +1,263 @@
+"""Settings, runs and tables that somebody else wrote, for the commands of benchmarks: one line each, nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("optuna")
+
+from benchmarks import command, finetune_text
+from benchmarks.corruptions import Published
+from benchmarks.study import config as study_config
+from benchmarks.study import report as study_report
+from benchmarks.train import options
+from benchmarks.train.__main__ import main as train
+from sam_optim.core.errors import InputError, run
+from sam_optim.core.files import locked, write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+SMUGGLED = [
+    'opt-kwargs: ["--force"]',
+    'opt-kwargs: ["--forc"]',
+    'opt-kwargs: ["--out=elsewhere"]',
+    'opt-kwargs: {"--out": elsewhere}',
+    'model-kwargs: ["--resume"]',
+    'mean: ["0.5", "--force"]',
+    'lr: ["0.1", "--force"]',
+]
+LOADING = [
+    "checkpoint_path: evil.pth",
+    'pretrained_cfg_overlay: {url: "http://127.0.0.1:9/x"}',
+    "pretrained: true",
+    "cache_dir: x",
+    "act_layer: ../x",
+]
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{last}'] * 9)}]\n" for last, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize("line", SMUGGLED)
+def test_a_recipe_cannot_give_what_it_may_not_say(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(f"epochs: 1\n{line}\n")
+    with pytest.raises(InputError, match="must not hold an option"):
+        options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
+def test_nor_can_a_study(tmp_path):
+    for line in ('fixed = {opt_kwargs = ["--force"]}\ngrid = {lr = [0.1]}', 'grid = {opt_kwargs = [["--out=x"], []]}'):
+        (tmp_path / "s.toml").write_text(line)
+        with pytest.raises(InputError, match="must not hold an option"):
+            study_config.load(tmp_path / "s.toml")
+
+
+@pytest.mark.parametrize("line", LOADING)
+def test_no_file_names_weights_urls_or_hubs_for_timm(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(f"model: test_resnet\nmodel-kwargs: {{{line}}}\n")
+    with pytest.raises(InputError, match=r"may stand in a file|must be a number or a word"):
+        options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+    key, value = line.split(": ", 1)
+    recorded = {"model": "test_resnet", "model_kwargs": {key: value}}
+    (tmp_path / "config.json").write_text(json.dumps({"options": recorded}))
+    with pytest.raises(InputError, match="is not of a run of benchmarks"):
+        options.of_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:a/b", "local-dir:/tmp", "../x"])
+def test_a_model_is_a_name(tmp_path, name):
+    (tmp_path / "c.yaml").write_text(f"model: '{name}'\n")
+    with pytest.raises(InputError, match="must be a name"):
+        options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [[1], 3, {"epochs": "x"}, {"epochs": -3}, {"lr": [1, 2]}, {"model": "hf-hub:x/y"}, {"mixup": "a"},
+     {"opt_kwargs": 3},
+     {"opt_kwargs": ["--force"]}, {"opt_kwargs": [["--force", 1]]}, {"model": ["cnn3", "--force"]}],
+)  # fmt: skip
+def test_what_a_config_json_says_is_checked_like_a_command_line(tmp_path, recorded):
+    (tmp_path / "config.json").write_text(json.dumps({"options": recorded}))
+    for read in (lambda: options.of_run(tmp_path), lambda: options.parse(["--resume", f"--out={tmp_path}"])):
+        with pytest.raises(InputError, match=r"config\.json is not of a run") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_what_a_run_recorded_comes_back():
+    argv = "--model test_vit --model-kwargs drop_path_rate=0.1 act_layer=gelu --opt adamw --data folder --lr 0.1"
+    argv = [
+        *argv.split(),
+        "--opt-kwargs",
+        "betas=(0.8, 0.9)",
+        "--std",
+        "0.25",
+        "--adaptive",
+        "--sam-rho",
+        "0.3",
+        "--fsdp",
+    ]
+    given = options.parse([*argv, "--out", "x"])
+    words = [word for key, value in given.recorded().items() for word in options.words(key, value)]
+    assert options.parse([*words, "--out", "x"]).recorded() == given.recorded()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["lr: &a [*a]", ALIASES, "lr: " + "[" * 5000, "epochs: " + "9" * 5000, "\0", "!!python/name:os.system", "- 1"],
+)
+def test_a_yaml_file_that_is_more_than_a_mapping(tmp_path, content):
+    (tmp_path / "c.yaml").write_text(content)
+    for load in (study_config.load, options.from_file):
+        with pytest.raises(InputError, match=r"c\.yaml (cannot be read|must be a mapping)"):
+            load(tmp_path / "c.yaml")
+
+
+def test_settings_are_no_pipe_and_not_endless(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(InputError, match="no regular file"):
+        options.from_file(tmp_path / "c.yaml")
+    (tmp_path / "s.toml").write_text("#" * (1 << 19))
+    with pytest.raises(InputError, match="more than 262,144 bytes"):
+        study_config.load(tmp_path / "s.toml")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["fixed = [1]", "measures = 3", "measures = [3]", "measures = {names = [3]}", "measures = {label = 3}",
+     'corruptions = {names = ["fog"], severities = ["a"]}', 'corruptions = {names = ["fog"], severities = 3}',
+     "corruptions = {names = 3}", "sampler = 3", 'sampler = {trials = 2, seed = "x"}',
+     "evaluate = {train_examples = []}",
+     "sampler = {trials = 2, options = 3}", "sampler = {trials = true}",
+     'sampler = {name = "CmaEsSampler", trials = 2}'],
+)  # fmt: skip
+def test_a_study_of_other_shapes(tmp_path, line):
+    """CmaEsSampler unpickles what stands in the storage."""
+    (tmp_path / "s.toml").write_text(f"{line}\n[grid]\nlr = [0.1]\n")
+    with pytest.raises(InputError, match=r"s\.toml: ") as error:
+        study_config.load(tmp_path / "s.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_range_of_a_sampler_is_of_numbers():
+    for change in ({"low": "a"}, {"low": 2.0}, {"log": "x"}, {"step": "a"}, {"step": 0}, {"high": float("nan")}):
+        with pytest.raises(InputError, match=r"range of numbers|needs low < high"):
+            study_config.checked({"grid": {"lr": {"low": 0.1, "high": 1.0} | change}, "sampler": {"trials": 2}})
+
+
+def test_tables_and_logs_of_other_shapes(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for content in (b"3\n4\n", b"[" * 100_000 + b"\n{}\n", b"\xff\n{}\n"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="line 1 is not valid JSON"):
+            command.read_jsonl(path)
+    for content in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}", "[1]\n"):
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"x\.jsonl(,| cannot be read)"):
+            finetune_text.read(path)
+    (tmp_path / "t.csv").write_text("a,b\n" + "x" * 200_000 + ",1\n")
+    with pytest.raises(InputError, match=r"t\.csv cannot be read"):
+        study_report.from_csv(tmp_path / "t.csv", ["a"], ["b"])
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\0\x10\0{'descr': (((((}\n"], ids=["empty", "header"])
+def test_published_corruptions_that_are_damaged(tmp_path, content):
+    (tmp_path / "fog.npy").write_bytes(content)
+    np.save(tmp_path / "labels.npy", np.zeros(20, np.int64))
+    with pytest.raises(InputError, match=r"fog\.npy cannot be read"):
+        Published(tmp_path).images("fog", 1)
+
+
+DIGITS = ["--epochs", "1", "--train-examples", "60", "--measures", "none"]
+
+
+class TestTwoAtOnce:
+    def test_one_folder_has_one_training(self, tmp_path, capsys):
+        with locked(tmp_path / "run"):
+            code = run(train, [*DIGITS, "--out", str(tmp_path / "run")])
+        assert code == 2
+        assert (
+            f"run is being written by process {os.getpid()}; wait for it, or choose another --out"
+            in capsys.readouterr().err
+        )
+        assert list(tmp_path.iterdir()) == []
+        assert run(train, [*DIGITS, "--out", str(tmp_path / "run")]) == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+    def test_a_lock_leaves_no_folder_behind(self, tmp_path):
+        with locked(tmp_path / "a" / "b" / "run"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_forked_process_that_outlives_its_parent_holds_no_lock(self, tmp_path):
+        code = "import os, signal, time; from pathlib import Path; from sam_optim.core.files import locked\n"
+        code += (
+            "with locked(Path('x')):\n if not os.fork(): time.sleep(60)\n print('held', flush=True)\n time.sleep(60)"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            assert parent.stdout.readline() == b"held\n"
+            parent.kill()
+            parent.wait()
+            with locked(tmp_path / "x"):
+                pass
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
+            parent.stdout.close()
+
+    def test_a_run_whose_folder_vanishes_ends(self, tmp_path):
+        out, log = tmp_path / "run", tmp_path / "log"
+        argv = [sys.executable, "-m", "benchmarks.train", "--epochs", "400", "--measures", "none", "--out", str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(log, "w") as file:
+            training = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        try:
+            while not (out / "checkpoints").exists():
+                assert training.poll() is None, log.read_text()
+                time.sleep(0.1)
+            out.rename(tmp_path / "elsewhere")
+            assert training.wait(timeout=600) == 2
+        finally:
+            training.kill()
+        assert "has gone while the run wrote to it" in log.read_text()
+        assert not out.exists()
+
+
+def test_what_is_interrupted_while_it_is_written_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "x.json", b"1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_error_may_be_closed_and_standard_output_a_file(tmp_path):
+    argv = [sys.executable, "-m", "benchmarks.train", *DIGITS, "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment, stdout=out, preexec_fn=lambda: os.close(2), timeout=600
+        )
+    assert done.returncode == 0
+    assert "epoch   1" in (tmp_path / "out").read_text()
+    argv = ["measure", "run", "--data", "digits", "--measures", "trace", "--num-probes", "2", "--quiet"]
+    with open(tmp_path / "out", "wb") as out:  # a file that is opened again would be written from its start
+        argv = [sys.executable, "-m", "sam_optim", *argv, "--json", "/dev/stdout"]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.DEVNULL, timeout=600)
+    assert done.returncode == 0
+    written, end, table = (tmp_path / "out").read_text().partition("\n]}\n")
+    assert len(json.loads(written + end)["entries"]) == 1
+    assert table.startswith("checkpoint")

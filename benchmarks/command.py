@@ -112,7 +112,7 @@ def read_settings(path: Path, *, yaml: bool) -> dict[str, Any]:
         text = read_bytes(path, LONGEST).decode()
         content = _from_yaml(text) if yaml else tomllib.loads(text)
     except Exception as error:  # whatever a parser makes of a damaged file: YAMLError, RecursionError, AttributeError
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+        reason = "it is not a file" if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read: {reason or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must be a mapping of names to values, like `lr: 0.1`, got {type(content).__name__}")

@@ -180,6 +180,7 @@ class Config:
         return json.loads(json.dumps(values, allow_nan=False))
 
 
+KINDS = {list: "a list", dict: "a table", str: "text", int: "a whole number", bool: "true or false"}
 TABLES: dict[str, type] = {
     "measures": Measures,
     "evaluate": Evaluate,
@@ -281,7 +282,7 @@ def _table(name: str, given: Any) -> Any:
     table = TABLES[name](**given)
     for key, usual in vars(TABLES[name]()).items():  # None, and adaptive, may be several things
         if usual is not None and key != "adaptive" and type(getattr(table, key)) is not type(usual):
-            raise InputError(f"{key} of [{name}] must be of the kind of {usual!r}, got {getattr(table, key)!r}")
+            raise InputError(f"{key} of [{name}] must be {KINDS[type(usual)]}, got {getattr(table, key)!r}")
     table.check()
     return table
 

@@ -65,9 +65,9 @@ class Browser:
 
     def run(self, expression: str) -> object:
         """The value of a JavaScript expression in the page, also where the page's own scripts are off."""
-        found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
 
     def ask(self, method: str, **params: object) -> dict:
         self._last += 1

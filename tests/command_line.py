@@ -59,8 +59,8 @@ def run(*argv):
 
 def entries(path):
     """The results of a file, by checkpoint and column."""
-    found = json.loads(path.read_text())["entries"]
-    return {(e["checkpoint"], e["column"]): e for e in found}
+    result = json.loads(path.read_text())["entries"]
+    return {(e["checkpoint"], e["column"]): e for e in result}
 
 
 def images(path, *, num=NUM):

@@ -184,11 +184,11 @@ def test_targets_are_compared():
         ],
     ]
     step = {"model": "resnet50", "kind": "SAM", "fused": True, "graph": False, "times_eager_base": 2.03}
-    found = {
+    result = {
         t["what"]: t["met"]
         for t in cuda_cost.targets(own, [step, step | {"kind": "SAM 25 %", "times_eager_base": 1.3}])
     }
-    assert found == {
+    assert result == {
         "resnet50: share of the roofline, fused SAM": True,
         "resnet50: device us, fused SAM": False,
         "efficientnet_b0: davda54 / fused SAM": True,

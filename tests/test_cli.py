@@ -48,7 +48,7 @@ class TestNumbers:
             "--num-steps", 3, "--restarts", 2, "--num-samples", 4, "--num-probes", 3,
         )  # fmt: skip
         loss = Loss(model, nn.CrossEntropyLoss(), [(x[i:j], y[i:j]) for i, j in ((0, 10), (10, 20), (20, 22))])
-        found = {column: e["result"] for (_, column), e in entries(here / "o.json").items()}
+        measured = {column: e["result"] for (_, column), e in entries(here / "o.json").items()}
         expected = {}
         for rho in (0.05, 0.2):
             ball = Ball(rho, adaptive=True, eta=0.1)
@@ -60,8 +60,8 @@ class TestNumbers:
             expected[f"eigenvalue{suffix}"] = hessian_eigenvalues(loss, num=1, ball=unit, matrix=matrix, seed=7)
             expected[f"trace{suffix}"] = hessian_trace(loss, num_probes=3, ball=unit, matrix=matrix, seed=7)
         assert code == 0
-        assert found == {name: result.to_dict() for name, result in expected.items()}
-        assert all(column in out for column in found)
+        assert measured == {name: result.to_dict() for name, result in expected.items()}
+        assert all(column in out for column in measured)
 
     @pytest.mark.parametrize(
         ("flags", "kwargs"),
@@ -112,24 +112,24 @@ class TestNumbers:
         code, *_ = run("measure", "c0.pt", "--target", "study_problem:problem", "--rho", "0.1", "--num-samples", 2,
                        "--measures", "worst,average,eigenvalue", "--noise-rho", "0.01,0.02", "--norm", "inf",
                        "--set", "eigenvalue.which=smallest", "--json", "o.json")  # fmt: skip
-        found = {column: e["result"] for (_, column), e in entries(here / "o.json").items()}
+        result = {column: e["result"] for (_, column), e in entries(here / "o.json").items()}
         assert code == 0
-        assert list(found) == ["worst rho=0.1", "average rho=0.01", "average rho=0.02", "eigenvalue"]
-        assert found["worst rho=0.1"]["settings"]["ball"]["norm"] == "inf"
-        assert found["eigenvalue"]["settings"]["which"] == "smallest"
-        assert found["eigenvalue"]["eigenvalues"][0] < 0
+        assert list(result) == ["worst rho=0.1", "average rho=0.01", "average rho=0.02", "eigenvalue"]
+        assert result["worst rho=0.1"]["settings"]["ball"]["norm"] == "inf"
+        assert result["eigenvalue"]["settings"]["which"] == "smallest"
+        assert result["eigenvalue"]["eigenvalues"][0] < 0
 
     def test_the_table_and_the_file_for_a_spreadsheet_hold_all_checkpoints(self, here):
         names = study(here)
         common = ["--target", "study_problem:problem", "--measures", "trace,eigenvalues", "--num-probes", "2"]
         code, out, _ = run("measure", *names, *common, "--csv", "t.csv", "--json", "o.json")
         rows = [line.split(",") for line in (here / "t.csv").read_text().splitlines()]
-        found = entries(here / "o.json")
+        result = entries(here / "o.json")
         assert code == 0
         measured = ["trace", "trace error", "eigenvalues", "eigenvalues error"]
         assert rows[0] == ["checkpoint", "loss", "accuracy", *measured]
         for row in rows[1:]:
-            trace, spectrum = (found[row[0], column]["result"] for column in ("trace", "eigenvalues"))
+            trace, spectrum = (result[row[0], column]["result"] for column in ("trace", "eigenvalues"))
             expected = [trace["value"], trace["stderr"], spectrum["eigenvalues"][0], spectrum["errors"][0]]
             assert [float(x) for x in row[3:]] == expected
             assert float(row[1]) > 0
@@ -211,8 +211,8 @@ class TestResuming:
         (here / "copy.pt").write_bytes((here / "c0.pt").read_bytes())
         assert self.measure("copy.pt", "--json", "o.json")[0] == 0
         assert len(calls) == 2
-        found = entries(here / "o.json")
-        assert found["copy.pt", "trace"]["result"] == found["c0.pt", "trace"]["result"]
+        result = entries(here / "o.json")
+        assert result["copy.pt", "trace"]["result"] == result["c0.pt", "trace"]["result"]
 
     def test_ctrl_c_loses_at_most_the_measure_in_progress(self, here, monkeypatch):
         names = study(here)
@@ -297,12 +297,12 @@ class TestFailures:
         names.append("c3.pt")
         torch.save(small(3).state_dict(), "c3.pt")
         code, out, err = run("measure", *names, *TestResuming.common, "--json", "o.json")
-        found = entries(here / "o.json")
+        result = entries(here / "o.json")
         assert code == 1
-        assert "is damaged or no checkpoint" in found["c1.pt", None]["error"]
-        assert "0.weight is not finite" in found["c2.pt", None]["error"]
+        assert "is damaged or no checkpoint" in result["c1.pt", None]["error"]
+        assert "0.weight is not finite" in result["c2.pt", None]["error"]
         assert "0.weight is not finite" in err
-        assert {"trace", "worst rho=0.05"} == {column for name, column in found if name == "c3.pt"}
+        assert {"trace", "worst rho=0.05"} == {column for name, column in result if name == "c3.pt"}
         assert out.count("failed") == 4
 
     def test_it_is_tried_again_and_forgotten_when_it_works(self, here):
@@ -332,10 +332,10 @@ class TestFailures:
         torch.save(network(0).state_dict(), "c.pt")
         code, out, err = run("measure", "c.pt", "--model", "cnn3", "--data", path, "--num-probes", 2,
                              "--measures", "gradient_regret,trace", "--json", "o.json")  # fmt: skip
-        found = entries(here / "o.json")
+        result = entries(here / "o.json")
         assert code == 1
-        assert "one: split it into several" in found["c.pt", "gradient_regret"]["error"]
-        assert found["c.pt", "trace"]["result"]["value"] is not None
+        assert "one: split it into several" in result["c.pt", "gradient_regret"]["error"]
+        assert result["c.pt", "trace"]["result"]["value"] is not None
         assert "failed" in out
         assert "split it into several" in err
 
@@ -414,12 +414,12 @@ class TestOptions:
     def test_every_measure_of_the_registry_can_be_called_with_its_defaults(self, here):
         study(here, count=1)
         args = options.parse(["measure", "c0.pt", "--target", "a:b", "--measures", ",".join(registry.MEASURES)])
-        found = options.measures(args).columns()
-        assert [c.measure for c in found] == list(registry.MEASURES)
+        measured = options.measures(args).columns()
+        assert [c.measure for c in measured] == list(registry.MEASURES)
         torch.manual_seed(0)
         batches = [(torch.randn(4, 4), torch.randint(3, (4,))) for _ in range(3)]
         loss = Loss(small(0), nn.CrossEntropyLoss(), batches)
-        for column in found:
+        for column in measured:
             result = registry.call(column.measure, loss, column.options).to_dict()
             assert result["type"] in ("Estimate", "Spectrum"), column.measure
 
@@ -429,12 +429,12 @@ class TestOptions:
 
         row = registry.Row(contrast, "of the eigenvalue", {"num": 2}, of=hessian_eigenvalues)
         monkeypatch.setitem(registry.MEASURES, "contrast", row)
-        found = registry.arguments("contrast", {"seed": 3, "num": 9, "num_steps": 7}, {"tol": 0.5})
-        assert (found["seed"], found["num"], found["tol"]) == (3, 2, 0.5)
-        assert "num_steps" not in found
+        result = registry.arguments("contrast", {"seed": 3, "num": 9, "num_steps": 7}, {"tol": 0.5})
+        assert (result["seed"], result["num"], result["tol"]) == (3, 2, 0.5)
+        assert "num_steps" not in result
         loss = Loss(small(0), nn.CrossEntropyLoss(), [(torch.ones(2, 4), torch.tensor([0, 1]))])
         expected = hessian_eigenvalues(loss, num=2, seed=3, tol=0.5)
-        assert registry.call("contrast", loss, found).to_dict() == expected.to_dict()
+        assert registry.call("contrast", loss, result).to_dict() == expected.to_dict()
 
 
 def _on_a_rank(rank, folder):

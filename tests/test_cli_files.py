@@ -255,9 +255,9 @@ class TestFit:
 def loss_of(argv):
     """The loss of the first checkpoint of a command."""
     args = options.parse([str(word) for word in argv])
-    found = checkpoints.find(args.checkpoints)
+    result = checkpoints.find(args.checkpoints)
     with started("cpu") as here:
-        return options.problem(args).open(here, found).loss(found[0])
+        return options.problem(args).open(here, result).loss(result[0])
 
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -310,19 +310,19 @@ class TestArrays:
             from safetensors.torch import save_file
 
             save_file({"x": x, "y": y}, path)
-        found = load(path, "--examples", 7, "--batch-size", 3, dtype="float64")
-        assert [len(b[1]) for b in found.batches] == [3, 3, 1]
-        assert torch.equal(inputs(found)[0], x[:7].double())
-        assert torch.equal(inputs(found)[1], y[:7])
-        assert (found.shape, found.largest) == ((5,), 6)
+        result = load(path, "--examples", 7, "--batch-size", 3, dtype="float64")
+        assert [len(b[1]) for b in result.batches] == [3, 3, 1]
+        assert torch.equal(inputs(result)[0], x[:7].double())
+        assert torch.equal(inputs(result)[1], y[:7])
+        assert (result.shape, result.largest) == ((5,), 6)
 
     def test_pixels_are_scaled_and_normalised(self, tmp_path):
         x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
         np.savez(tmp_path / "d.npz", x=x, y=np.arange(6))
-        found = inputs(load(tmp_path / "d.npz"))[0]
+        result = inputs(load(tmp_path / "d.npz"))[0]
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         expected = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
         own = inputs(load(tmp_path / "d.npz", "--mean", "0.1", "--std", "0.5"))[0]
         torch.testing.assert_close(own, (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 - 0.1) / 0.5)
 
@@ -376,26 +376,26 @@ class TestImages:
         model = timm.create_model("test_vit")
         config = resolve_model_data_config(model)
         flags = ["--image-size", size] if size else []
-        found, labels = inputs(load(tree, *flags, config=Preprocessing.of_model("test_vit", image_size=size)))
+        result, labels = inputs(load(tree, *flags, config=Preprocessing.of_model("test_vit", image_size=size)))
         shape = (3, size, size) if size else config["input_size"]
         transform = create_transform(**config | {"input_size": shape}, is_training=False)
         files = [tree / "train" / c / f"{i}.png" for c in ("c10", "c2") for i in range(3)]
-        assert torch.equal(found, torch.stack([transform(Image.open(f).convert("RGB")) for f in files]))
+        assert torch.equal(result, torch.stack([transform(Image.open(f).convert("RGB")) for f in files]))
         assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_small_images_are_not_cropped(self, tree):
-        found, _ = inputs(load(tree))
+        result, _ = inputs(load(tree))
         transform = create_transform((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic")
-        assert torch.equal(found[0], transform(Image.open(tree / "train" / "c10" / "0.png")))
+        assert torch.equal(result[0], transform(Image.open(tree / "train" / "c10" / "0.png")))
 
     @pytest.mark.parametrize(
         ("split", "folder"), [(None, "train"), ("train", "train"), ("validation", "val"), ("val", "val")]
     )
     def test_a_split_is_its_folder(self, tree, split, folder):
-        found = load(tree, *(["--split", split] if split else []))
-        assert found.about["split"] == folder
-        assert found.about["examples"] == 6
-        assert found.num_classes == 2
+        result = load(tree, *(["--split", split] if split else []))
+        assert result.about["split"] == folder
+        assert result.about["examples"] == 6
+        assert result.num_classes == 2
 
     @pytest.mark.parametrize("split", ["test", "training2"])
     def test_a_split_that_is_not_there_is_an_error_and_never_the_whole_tree(self, tree, split):
@@ -568,8 +568,8 @@ class TestPublished:
         train, test = load(tmp_path, config=GREY), load(tmp_path, "--split", "test", config=GREY)
         assert (train.about["source"], train.about["split"], test.about["split"]) == ("mnist", "train", "test")
         mean, std = sum(MEAN) / 3, sum(STD) / 3
-        for found, first in ((train, 0), (test, 100)):
-            x, y = inputs(found)
+        for result, first in ((train, 0), (test, 100)):
+            x, y = inputs(result)
             assert x.shape == (4, 1, 28, 28)
             torch.testing.assert_close(x[:, 0, 0, 0], ((first + torch.arange(4)) / 255 - mean) / std)
             assert y.tolist() == [0, 1, 2, 3]

@@ -45,24 +45,24 @@ def test_a_file_that_is_not_there_is_named(here):
 
 class TestTable:
     def test_rows_are_checkpoints_and_columns_are_measures(self):
-        found = table([made("a", "trace", value=1.0), made("b", "trace", value=2.0), made("a", "worst", value=3.0)])
-        assert (found.rows, found.columns) == (["a", "b"], ["trace", "worst"])
-        assert found.numbers() == [
+        result = table([made("a", "trace", value=1.0), made("b", "trace", value=2.0), made("a", "worst", value=3.0)])
+        assert (result.rows, result.columns) == (["a", "b"], ["trace", "worst"])
+        assert result.numbers() == [
             {"checkpoint": "a", "trace": 1.0, "worst": 3.0},
             {"checkpoint": "b", "trace": 2.0, "worst": None},
         ]
 
     def test_other_settings_are_another_column_and_other_content_another_row(self):
-        found = table(
+        result = table(
             [made(seed=0), made(seed=1), made(seed=0, sha="b"), made(seed=0, data="e"), made(seed=0, ema=True)]
         )
-        assert found.columns == ["trace [data=d, seed=0]", "trace [data=d, seed=1]", "trace [data=e, seed=0]"]
-        assert found.rows == [
+        assert result.columns == ["trace [data=d, seed=0]", "trace [data=d, seed=1]", "trace [data=e, seed=0]"]
+        assert result.rows == [
             "c0.pt [checkpoint=a, ema=null]",
             "c0.pt [checkpoint=b, ema=null]",
             "c0.pt [checkpoint=a, ema=true]",
         ]
-        assert len(found.cells) == 5
+        assert len(result.cells) == 5
 
     def test_balls_are_told_apart_in_few_words(self):
         entries = [made(), made()]
@@ -71,14 +71,14 @@ class TestTable:
         assert table(entries).columns == ["trace [adaptive=false]", "trace [adaptive=elementwise, eta=0.0]"]
 
     def test_models_are_rows_of_one_column(self):
-        found = table([made("a", model="resnet18"), made("b", model="vit")])
-        assert (found.rows, found.columns) == (["a", "b"], ["trace"])
+        result = table([made("a", model="resnet18"), made("b", model="vit")])
+        assert (result.rows, result.columns) == (["a", "b"], ["trace"])
 
     def test_failures_stand_apart(self):
         entry = {"checkpoint": "bad.pt", "key": "loading", "column": None, "error": "it is damaged"}
-        found = table([made(), entry])
-        assert found.rows == ["c0.pt"]
-        assert found.failures == {"bad.pt": "it is damaged"}
+        result = table([made(), entry])
+        assert result.rows == ["c0.pt"]
+        assert result.failures == {"bad.pt": "it is damaged"}
 
 
 class TestReport:
@@ -138,13 +138,13 @@ class TestReport:
         names, values, errors = measured
         self.write(here / "t.csv", names, errors, key, lr=[1, 1, 1, 2, 2, 2], note=["x"] * 6)
         code, _, err = run("report", "o.json", "--targets", "t.csv", "--factors", "lr", "-o", "r.html")
-        (found,) = json.loads(read((here / "r.html").read_text()).data)["correlations"]
+        (result,) = json.loads(read((here / "r.html").read_text()).data)["correlations"]
         rows = [{"x": values[n], "y": errors[n], "lr": str(1 + i // 3)} for i, n in enumerate(names)]
         expected = correlate(rows, "x", "y", factors=["lr"]).to_dict()
         assert (code, err) == (0, "")
-        assert found["tau"] == pytest.approx(13 / 15)
+        assert result["tau"] == pytest.approx(13 / 15)
         for key in ("tau", "low", "high", "p", "n", "granulated"):
-            assert found[key] == pytest.approx(expected[key])
+            assert result[key] == pytest.approx(expected[key])
 
     def test_a_table_for_spreadsheets_with_a_column_more_is_enough(self, here, measured):
         _, _, errors = measured
@@ -152,8 +152,8 @@ class TestReport:
         wider = [f"{line},{errors.get(line.split(',')[0], 'test_error')}" for line in lines]
         (here / "wide.csv").write_text("\n".join(wider))
         assert run("report", "wide.csv", "--target", "test_error", "-o", "r.html")[0] == 0
-        (found,) = json.loads(read((here / "r.html").read_text()).data)["correlations"]
-        assert found["tau"] == pytest.approx(13 / 15)
+        (result,) = json.loads(read((here / "r.html").read_text()).data)["correlations"]
+        assert result["tau"] == pytest.approx(13 / 15)
         assert run("report", "o.csv", "-o", "r.html")[0] == 0
 
     def test_targets_that_fit_nothing_are_an_error(self, here, measured):
@@ -180,8 +180,8 @@ class TestLandscape:
     def losses(self, here, *argv):
         code, _, err = run("landscape", *argv, "--target", "study_problem:problem", "--out", "l.json")
         assert (code, err) == (0, "")
-        found = json.loads((here / "l.json").read_text())
-        return found["losses"], found["coordinates"]
+        result = json.loads((here / "l.json").read_text())
+        return result["losses"], result["coordinates"]
 
     @pytest.fixture
     def loss(self, here):

@@ -33,11 +33,11 @@ def test_within_counts_the_pairs_of_one_group_only(triples):
         if z0 == z1:
             score += (x0 > x1) * (y0 > y1) + (x0 < x1) * (y0 < y1) - (x0 > x1) * (y0 < y1) - (x0 < x1) * (y0 > y1)
             a, b = a + (x0 != x1), b + (y0 != y1)
-    found = float(within_tau(*tensors(*zip(*triples, strict=True))))
+    result = float(within_tau(*tensors(*zip(*triples, strict=True))))
     if a * b:
-        assert found == pytest.approx(score / math.sqrt(a * b), abs=1e-12)
+        assert result == pytest.approx(score / math.sqrt(a * b), abs=1e-12)
     else:
-        assert math.isnan(found)
+        assert math.isnan(result)
 
 
 @given(TRIPLES)
@@ -55,12 +55,12 @@ def test_with_one_group_it_is_scipys_tau_and_p_with_ties(triples):
 def test_two_groups_by_hand():
     """Between the groups everything falls, within each it rises: 3 + 3 pairs, one of them discordant."""
     x, y, z = [1, 2, 3, 4, 5, 6], [10, 11, 12, 1, 3, 2], [0.1, 0.1, 0.1, 0.2, 0.2, 0.2]
-    found = conditional(runs(x, y, z), "sharpness", "error", "lr", num_resamples=20)
-    assert found.within == pytest.approx((3 + 1) / 6)
-    assert (found.n, found.num_groups) == (6, 2)
+    result = conditional(runs(x, y, z), "sharpness", "error", "lr", num_resamples=20)
+    assert result.within == pytest.approx((3 + 1) / 6)
+    assert (result.n, result.num_groups) == (6, 2)
     assert float(kendall_tau(*tensors(x, y))) < 0
     # S = 3 + 1, variance n (n - 1) (2 n + 5) / 18 = 11 / 3 for each group of 3
-    assert found.within_p == pytest.approx(math.erfc(4 / math.sqrt(2 * 22 / 3)))
+    assert result.within_p == pytest.approx(math.erfc(4 / math.sqrt(2 * 22 / 3)))
 
 
 def test_the_partial_tau_is_the_formula():
@@ -69,10 +69,10 @@ def test_the_partial_tau_is_the_formula():
     assert math.isnan(float(partial_tau(taus(math.nan, 0.5, 0.3))))
     x, y, z = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8], [1, 1, 2, 2, 3, 3, 4, 4]
     xy, xz, yz = (kendalltau(a, b).statistic for a, b in ((x, y), (x, z), (y, z)))
-    found = conditional(runs(x, y, z), "sharpness", "error", "lr", num_resamples=50)
-    assert found.partial == pytest.approx((xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2)))
-    assert (found.measure_given, found.target_given) == pytest.approx((xz, yz))
-    assert found.partial_low <= found.partial <= found.partial_high
+    result = conditional(runs(x, y, z), "sharpness", "error", "lr", num_resamples=50)
+    assert result.partial == pytest.approx((xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2)))
+    assert (result.measure_given, result.target_given) == pytest.approx((xz, yz))
+    assert result.partial_low <= result.partial <= result.partial_high
 
 
 def taus(xy, xz, yz):
@@ -93,8 +93,8 @@ def test_the_intervals_cover_the_truth_as_often_as_they_say(r):
         x, y = bivariate(generator, 48, r)
         z = torch.arange(48) % 3
         table = runs((x + 3 * z).tolist(), (y - 2 * z).tolist(), z.tolist())
-        found = conditional(table, "sharpness", "error", "lr", num_resamples=300, seed=k)
-        covered += found.within_low <= truth <= found.within_high
+        result = conditional(table, "sharpness", "error", "lr", num_resamples=300, seed=k)
+        covered += result.within_low <= truth <= result.within_high
         plain = correlate(runs(x.tolist(), y.tolist(), z.tolist()), "sharpness", "error", num_resamples=300, seed=k)
         over_all += plain.low <= truth <= plain.high
     assert abs(covered / 300 - 0.95) <= 0.03
@@ -118,11 +118,11 @@ def test_a_factor_that_moves_both_is_found_out():
     z = torch.arange(48) % 3
     table = runs((x + 4 * z).tolist(), (y + 4 * z).tolist(), (0.1 * z).tolist())
     overall = correlate(table, "sharpness", "error")
-    found = conditional(table, "sharpness", "error", "lr")
+    result = conditional(table, "sharpness", "error", "lr")
     assert overall.low > 0.3
-    assert found.within_low < 0 < found.within_high
-    assert found.within_p > 0.05
-    assert found.measure_given > 0.7
+    assert result.within_low < 0 < result.within_high
+    assert result.within_p > 0.05
+    assert result.measure_given > 0.7
 
 
 def test_the_partial_tau_is_not_0_for_normal_columns_that_are_independent_given_the_third():
@@ -144,10 +144,10 @@ def test_the_same_seed_gives_the_same_numbers_and_no_global_generator_moves():
 
 def test_names_have_groups_but_no_partial_tau():
     table = runs([1, 2, 3, 4], [1, 2, 4, 3], ["none", "none", "flip", "flip"])
-    found = conditional(table, "sharpness", "error", "lr", num_resamples=20)
-    assert found.within == 0.0
-    assert math.isnan(found.partial)
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["partial"] is None
+    result = conditional(table, "sharpness", "error", "lr", num_resamples=20)
+    assert result.within == 0.0
+    assert math.isnan(result.partial)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["partial"] is None
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_names_have_groups_but_no_partial_tau():
     ],
 )
 def test_what_cannot_be_computed_has_a_reason(x, z, reason):
-    found = conditional(runs(x, range(len(x)), z), "sharpness", "error", "lr", num_resamples=5)
-    assert math.isnan(found.within)
-    assert reason in found.reason
-    assert found.to_dict()["within"] is None
+    result = conditional(runs(x, range(len(x)), z), "sharpness", "error", "lr", num_resamples=5)
+    assert math.isnan(result.within)
+    assert reason in result.reason
+    assert result.to_dict()["within"] is None
 
 
 def test_errors_name_the_remedy():
@@ -181,9 +181,9 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
-    found = holm([0.01, math.nan, 0.02])
-    assert math.isnan(found[1])
-    assert [found[0], found[2]] == pytest.approx([0.02, 0.02])
+    result = holm([0.01, math.nan, 0.02])
+    assert math.isnan(result[1])
+    assert [result[0], result[2]] == pytest.approx([0.02, 0.02])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
@@ -229,14 +229,14 @@ class TestSeveralFactors:
         """tau-b is the correlation of the signs of all pairs; partial correlation is that of what a least-squares fit
         of the other signs leaves."""
         table = self.table(relation=0.6)
-        found = conditional(table, "sharpness", "error", ["lr", "wd"], num_resamples=50)
+        result = conditional(table, "sharpness", "error", ["lr", "wd"], num_resamples=50)
         columns = [torch.tensor([float(run[key]) for run in table]) for key in ("sharpness", "error", "lr", "wd")]
         pairs = torch.stack([(c[:, None] - c[None, :]).sign().flatten().double() for c in columns], 1)
         unit = pairs / pairs.norm(dim=0)
         fit = torch.linalg.lstsq(unit[:, 2:], unit[:, :2]).solution
         x, y = (unit[:, :2] - unit[:, 2:] @ fit).T
-        assert found.partial == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=1e-12)
-        assert found.partial_low < found.partial < found.partial_high
+        assert result.partial == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=1e-12)
+        assert result.partial_low < result.partial < result.partial_high
 
     def test_one_of_them_held_fixed_is_not_enough(self):
         table = self.table(n=96, seed=3)
@@ -274,9 +274,9 @@ def test_seeds_of_one_setting_are_not_counted_as_independent(sizes):
     for k in range(300):
         table = clustered(generator, SIZES[sizes], 0.95)
         plain += correlate(table, "sharpness", "error", num_resamples=2).p < 0.05
-        found = correlate(table, "sharpness", "error", cluster="setting", num_resamples=200, seed=k)
-        by_cluster += found.p < 0.05
-        covered += found.low <= 0 <= found.high
+        result = correlate(table, "sharpness", "error", cluster="setting", num_resamples=200, seed=k)
+        by_cluster += result.p < 0.05
+        covered += result.low <= 0 <= result.high
     assert plain / 300 > 0.15
     assert 0.01 <= by_cluster / 300 <= 0.09
     assert 0.91 <= covered / 300 <= 0.99
@@ -288,9 +288,9 @@ def test_the_conditional_form_counts_clusters_too():
     for k in range(200):
         table = clustered(generator, [3] * 16, 0.95)
         plain += conditional(table, "sharpness", "error", "lr", num_resamples=2).within_p < 0.05
-        found = conditional(table, "sharpness", "error", "lr", cluster="setting", num_resamples=200, seed=k)
-        by_cluster += found.within_p < 0.05
-        covered += found.within_low <= 0 <= found.within_high
+        result = conditional(table, "sharpness", "error", "lr", cluster="setting", num_resamples=200, seed=k)
+        by_cluster += result.within_p < 0.05
+        covered += result.within_low <= 0 <= result.within_high
     assert plain / 200 > 0.12
     assert 0.01 <= by_cluster / 200 <= 0.09
     assert 0.91 <= covered / 200 <= 0.99
@@ -318,8 +318,8 @@ def test_the_p_value_of_clusters_is_the_share_of_all_their_orders():
 
     scores = [score(order) for order in itertools.permutations(range(5))]
     exact = sum(abs(s) >= abs(scores[0]) - 1e-9 for s in scores) / 120
-    found = correlate(table, "sharpness", "error", cluster="setting", num_resamples=4000)
-    assert found.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 4000) + 1 / 4000)
+    result = correlate(table, "sharpness", "error", cluster="setting", num_resamples=4000)
+    assert result.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 4000) + 1 / 4000)
 
 
 def test_clusters_of_one_run_are_runs():
@@ -352,8 +352,8 @@ def test_a_cluster_that_crosses_the_groups_moves_as_a_whole():
 
 def test_too_few_clusters_have_a_reason():
     table = clustered(torch.Generator().manual_seed(11), [5, 5, 5], 0.5)
-    found = correlate(table, "sharpness", "error", cluster="setting")
-    assert "3 clusters of runs; tau needs at least 4" in found.reason
+    result = correlate(table, "sharpness", "error", cluster="setting")
+    assert "3 clusters of runs; tau needs at least 4" in result.reason
     lost = [run | {"setting": None} for run in table[:2]] + table[2:]
     assert correlate(lost, "sharpness", "error", cluster="setting").num_dropped == 2
     with pytest.raises(ValueError, match="no run has 'cluster'"):

@@ -45,28 +45,28 @@ def test_contrast_is_the_ratio_of_dense_eigenvalues(kind):
 
     parts = [largest(batch) for batch in data]
     ratio = sum(n * x for n, x in zip(SIZES, parts, strict=True)) / 12 / largest(joined(data))
-    found = contrastive_sharpness(hessian_eigenvalues, Loss(model, cross_entropy, data), tol=1e-8)
-    assert found.value == pytest.approx(ratio, rel=1e-8)
-    assert found.value > 1  # the largest eigenvalue is convex
-    assert found.converged
-    assert found.settings["of"] == "hessian_eigenvalues"
-    assert found.settings["arguments"] == {"tol": 1e-8}
-    assert found.details["batch_values"] == pytest.approx(parts, rel=1e-8)
+    result = contrastive_sharpness(hessian_eigenvalues, Loss(model, cross_entropy, data), tol=1e-8)
+    assert result.value == pytest.approx(ratio, rel=1e-8)
+    assert result.value > 1  # the largest eigenvalue is convex
+    assert result.converged
+    assert result.settings["of"] == "hessian_eigenvalues"
+    assert result.settings["arguments"] == {"tol": 1e-8}
+    assert result.details["batch_values"] == pytest.approx(parts, rel=1e-8)
     p = torch.tensor(SIZES, dtype=torch.float64) / 12
     average = float(p @ torch.tensor(parts, dtype=torch.float64))
     spread = 3 / 2 * sum(float(q) ** 2 * (x - average) ** 2 for q, x in zip(p, parts, strict=True))
-    assert found.stderr == pytest.approx(math.sqrt(spread) / largest(joined(data)), rel=1e-6)
+    assert result.stderr == pytest.approx(math.sqrt(spread) / largest(joined(data)), rel=1e-6)
 
 
 def test_the_whole_is_one_unit():
     """m-sharpness of the mean loss has one perturbation for all examples, however they are batched."""
     model, data = network(mlp), batches(mlp, SIZES)
-    found = contrastive_sharpness(worst_case_sharpness, Loss(model, cross_entropy, data), ball=Ball(0.05))
+    result = contrastive_sharpness(worst_case_sharpness, Loss(model, cross_entropy, data), ball=Ball(0.05))
     whole = worst_case_sharpness(Loss(model, cross_entropy, [joined(data)]), Ball(0.05)).value
     parts = worst_case_sharpness(Loss(model, cross_entropy, data), Ball(0.05))
-    assert found.details["whole"] == pytest.approx(whole, rel=1e-9)
-    assert found.value == pytest.approx(parts.value / whole, rel=1e-9)
-    assert found.value > 1
+    assert result.details["whole"] == pytest.approx(whole, rel=1e-9)
+    assert result.value == pytest.approx(parts.value / whole, rel=1e-9)
+    assert result.value > 1
 
 
 def test_contrast_tells_scattered_minima_from_similar_ones():
@@ -132,9 +132,9 @@ def test_a_ratio_is_invariant_where_its_parts_are_not():
 
 def test_what_has_not_converged_is_said():
     loss = Loss(network(mlp), cross_entropy, batches(mlp))
-    found = contrastive_sharpness(hessian_eigenvalues, loss, max_products=2)
-    assert not found.converged
-    assert "hessian_eigenvalues" in found.reason
+    result = contrastive_sharpness(hessian_eigenvalues, loss, max_products=2)
+    assert not result.converged
+    assert "hessian_eigenvalues" in result.reason
     zero = contrastive_sharpness(lambda loss: 0.0, loss)
     assert math.isnan(zero.value)
     assert "is 0" in zero.reason
@@ -159,13 +159,13 @@ def test_the_standard_error_over_random_partitions():
     model, (x, y) = network(mlp).eval(), batches(mlp, (60,))[0]
     single = Loss(model, cross_entropy, list(zip(x.split(1), y.split(1), strict=True)))
     g = torch.stack([flat(part.gradient()) for part in single.single_batches()])
-    loss, found = Loss(model, cross_entropy, list(zip(x.split(5), y.split(5), strict=True))), []
+    loss, result = Loss(model, cross_entropy, list(zip(x.split(5), y.split(5), strict=True))), []
     for seed in range(200):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
         norms = iter([g.mean(0).norm(), *(part.mean(0).norm() for part in g[order].split(5))])
-        found.append(contrastive_sharpness(lambda loss, norms=norms: next(norms), loss))
-    values = torch.tensor([f.value for f in found], dtype=torch.float64)
-    errors = torch.tensor([f.stderr for f in found], dtype=torch.float64)
+        result.append(contrastive_sharpness(lambda loss, norms=norms: next(norms), loss))
+    values = torch.tensor([f.value for f in result], dtype=torch.float64)
+    errors = torch.tensor([f.stderr for f in result], dtype=torch.float64)
     inside = ((values - values.mean()).abs() < errors).double().mean()
     assert inside > 0.54  # at least the nominal rate: batches of one partition are not independent
     assert ((values - values.mean()).abs() > 4 * errors).sum() <= 1
@@ -176,11 +176,11 @@ def test_the_standard_error_over_random_partitions():
 def test_golden_contrast():
     exact = json.loads((GOLDEN / "mlp.json").read_text())["exact"]
     loss, expected = loss_of(128), exact["contrastive_even_4x128"]
-    found = contrastive_sharpness(hessian_eigenvalues, loss)
-    assert found.value == pytest.approx(expected["lambda_max_ratio"], rel=1e-6)
-    assert found.details["batch_values"] == pytest.approx(expected["batch_lambda_max"], rel=1e-6)
-    found = contrastive_sharpness(gradient_norm, loss)
-    assert found.value == pytest.approx(exact["regret"]["even_4x128"]["norm_ratio_mean_batch_over_full"], rel=1e-11)
+    result = contrastive_sharpness(hessian_eigenvalues, loss)
+    assert result.value == pytest.approx(expected["lambda_max_ratio"], rel=1e-6)
+    assert result.details["batch_values"] == pytest.approx(expected["batch_lambda_max"], rel=1e-6)
+    result = contrastive_sharpness(gradient_norm, loss)
+    assert result.value == pytest.approx(exact["regret"]["even_4x128"]["norm_ratio_mean_batch_over_full"], rel=1e-11)
 
 
 @pytest.mark.slow
@@ -204,5 +204,5 @@ def test_golden_contrast_of_the_frobenius_norm():
         return math.sqrt(math.fsum(squares))
 
     expected = json.loads((GOLDEN / "mlp.json").read_text())["exact"]["contrastive_even_4x128"]
-    found = contrastive_sharpness(frobenius, loss_of(128))
-    assert found.value == pytest.approx(expected["frobenius_ratio"], rel=1e-11)
+    result = contrastive_sharpness(frobenius, loss_of(128))
+    assert result.value == pytest.approx(expected["frobenius_ratio"], rel=1e-11)

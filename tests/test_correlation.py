@@ -15,25 +15,25 @@ from sam_optim.statistics.kendall import correlate, kendall_tau
 
 
 def runs(x, y, **columns):
-    found = [{"sharpness": a, "error": b} for a, b in zip(x, y, strict=True)]
+    result = [{"sharpness": a, "error": b} for a, b in zip(x, y, strict=True)]
     for name, values in columns.items():
-        for run, value in zip(found, values, strict=True):
+        for run, value in zip(result, values, strict=True):
             run[name] = value
-    return found
+    return result
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_tau_and_p_are_those_of_scipy_with_ties(pairs):
     x, y = zip(*pairs, strict=True)
-    found = correlate(runs(x, y), "sharpness", "error", num_resamples=5)
+    result = correlate(runs(x, y), "sharpness", "error", num_resamples=5)
     if len(set(x)) == 1 or len(set(y)) == 1:
-        assert math.isnan(found.tau)
+        assert math.isnan(result.tau)
         return
     reference = kendalltau(x, y)
-    assert found.tau == pytest.approx(reference.statistic, abs=1e-12)
-    assert found.p == pytest.approx(reference.pvalue, abs=1e-12)
-    assert -1 <= found.low <= found.high <= 1 or math.isnan(found.low)
+    assert result.tau == pytest.approx(reference.statistic, abs=1e-12)
+    assert result.p == pytest.approx(reference.pvalue, abs=1e-12)
+    assert -1 <= result.low <= result.high <= 1 or math.isnan(result.low)
 
 
 def test_one_swap_in_five_costs_two_tenths():
@@ -48,8 +48,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     for _ in range(200):
         z = torch.randn(2, 25, generator=generator, dtype=torch.float64)
         x, y = z[0], r * z[0] + math.sqrt(1 - r * r) * z[1]
-        found = correlate(runs(x.tolist(), y.tolist()), "sharpness", "error", num_resamples=300)
-        covered += found.low <= truth <= found.high
+        result = correlate(runs(x.tolist(), y.tolist()), "sharpness", "error", num_resamples=300)
+        covered += result.low <= truth <= result.high
     assert 0.88 <= covered / 200 <= 0.99
 
 
@@ -67,16 +67,16 @@ def test_granulated_tau_sees_through_a_factor_that_moves_both():
         for lr in (1, 2)
         for seed in range(4)
     ]
-    found = correlate(table, "sharpness", "error", factors=["lr", "seed"])
-    assert found.by_factor == {"lr": 1.0, "seed": -1.0}
-    assert found.granulated == 0.0
-    assert found.tau > 0
+    result = correlate(table, "sharpness", "error", factors=["lr", "seed"])
+    assert result.by_factor == {"lr": 1.0, "seed": -1.0}
+    assert result.granulated == 0.0
+    assert result.tau > 0
 
 
 def test_groups_without_an_order_do_not_count():
     table = runs([1, 2, 3, 4], [1, 1, 2, 3], method=["a", "b", "a", "b"], seed=[0, 0, 1, 1])
-    found = correlate(table, "sharpness", "error", factors=["method", "seed"])
-    assert found.by_factor["method"] == 1.0  # seed 0 is a tie of errors: only seed 1 counts
+    result = correlate(table, "sharpness", "error", factors=["method", "seed"])
+    assert result.by_factor["method"] == 1.0  # seed 0 is a tie of errors: only seed 1 counts
     lonely = correlate(runs([1, 2, 3, 4], [1, 2, 3, 4], seed=[0, 1, 2, 3]), "sharpness", "error", factors=["seed"])
     assert lonely.by_factor["seed"] == 1.0
     alone = correlate(
@@ -88,8 +88,8 @@ def test_groups_without_an_order_do_not_count():
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, Estimate(math.nan, reason="diverged")])
 def test_numbers_that_are_missing_or_not_finite_are_dropped_and_counted(bad):
     table = runs([1, 2, 3, 4, bad, 6], [1, 2, 3, 4, 5, bad])
-    found = correlate(table, "sharpness", "error")
-    assert (found.tau, found.n, found.num_dropped) == (1.0, 4, 2)
+    result = correlate(table, "sharpness", "error")
+    assert (result.tau, result.n, result.num_dropped) == (1.0, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_numbers_that_are_missing_or_not_finite_are_dropped_and_counted(bad):
     ],
 )
 def test_what_has_no_tau_is_null_with_a_reason(x, y, reason):
-    found = correlate(runs(x, y), "sharpness", "error")
-    assert reason in found.reason
-    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    result = correlate(runs(x, y), "sharpness", "error")
+    assert reason in result.reason
+    plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["tau"] is None
-    assert plain["reason"] == found.reason
+    assert plain["reason"] == result.reason
 
 
 def test_estimates_count_as_their_values():

@@ -101,30 +101,30 @@ class TestFormulas:
         n, x = self.grey.size, 128 / 255
         photons = KINDS["shot_noise"][1][severity - 1]
         counts = np.arange(4 * photons)
-        found = (
+        result = (
             np.rint(255 * np.clip(counts / photons, 0, 1)) / 255
         )  # as bytes, whose steps are those of single photons
         chance = poisson.pmf(counts, x * photons)
         expected = {
             "gaussian_noise": KINDS["gaussian_noise"][1][severity - 1],
-            "shot_noise": (chance @ found**2 - (chance @ found) ** 2) ** 0.5,
+            "shot_noise": (chance @ result**2 - (chance @ result) ** 2) ** 0.5,
             "speckle_noise": x * KINDS["speckle_noise"][1][severity - 1],
         }
         for name, sigma in expected.items():
             noise = (corrupted(self.grey, name, severity).astype(float) - 128) / 255
             assert noise.std() == pytest.approx(sigma, rel=5 / (2 * n) ** 0.5 + 1e-3), name  # rounding to bytes: 1e-3
         amount = KINDS["impulse_noise"][1][severity - 1]
-        found = corrupted(self.grey, "impulse_noise", severity)
+        result = corrupted(self.grey, "impulse_noise", severity)
         for value in (0, 255):
-            assert (found == value).mean() == pytest.approx(amount / 2, abs=5 * (amount / n) ** 0.5)
+            assert (result == value).mean() == pytest.approx(amount / 2, abs=5 * (amount / n) ** 0.5)
 
     @pytest.mark.parametrize("severity", SEVERITIES)
     def test_brightness_and_saturation_are_those_of_hsv(self, severity):
         images = scenes(1, size=8)
         for name in ("brightness", "saturate"):
             level = KINDS[name][1][severity - 1]
-            found = corrupted(images, name, severity)
-            for pixel, got in zip(images.reshape(-1, 3), found.reshape(-1, 3), strict=True):
+            result = corrupted(images, name, severity)
+            for pixel, got in zip(images.reshape(-1, 3), result.reshape(-1, 3), strict=True):
                 h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
                 if name == "brightness":
                     v = min(v + level, 1)
@@ -151,11 +151,11 @@ class TestFormulas:
     def test_a_point_is_blurred_along_a_line_whose_angle_is_drawn(self):
         point = np.zeros((40, 33, 33, 3), np.uint8)
         point[:, 16, 16] = 255
-        found = corrupted(point, "motion_blur", 5)[..., 0].astype(float)
+        result = corrupted(point, "motion_blur", 5)[..., 0].astype(float)
         rows, columns = np.mgrid[:33, :33] - 16
-        weight = found.sum(axis=(1, 2))
+        weight = result.sum(axis=(1, 2))
         assert weight == pytest.approx(255, rel=0.03)
-        down, along = ((found * x).sum(axis=(1, 2)) / weight for x in (rows, columns))
+        down, along = ((result * x).sum(axis=(1, 2)) / weight for x in (rows, columns))
         assert np.all(np.abs(along) > np.abs(down) - 0.5)  # at most 45 degrees from the horizontal
         assert np.ptp(down) > 1
         half_normal = 2.5 * (2 / np.pi) ** 0.5
@@ -174,10 +174,10 @@ class TestPublished:
 
     def test_a_severity_is_a_fifth_of_the_file(self, tmp_path):
         images, labels = self.folder(tmp_path / "c")
-        found = Published(tmp_path / "c")
-        assert found.names == ["fog"]
+        result = Published(tmp_path / "c")
+        assert result.names == ["fog"]
         for severity in SEVERITIES:
-            x, y = found.images("fog", severity)
+            x, y = result.images("fog", severity)
             assert np.array_equal(x, images[4 * (severity - 1) : 4 * severity])
             assert np.array_equal(y, labels[:4])
 
@@ -248,14 +248,14 @@ class TestCommand:
         run = trained.load(options.of_run(tmp_path / "run"))
         model, split = run.model, run.splits.test
         monkeypatch.setattr(evaluate, "PASS", 7)
-        found = evaluate.on_corruptions(model, split, run.splits.preprocessing, names=["snow"], severities=[4])
+        result = evaluate.on_corruptions(model, split, run.splits.preprocessing, names=["snow"], severities=[4])
         pixels, labels = split.x, split.labels
         damaged = corrupted(pixels.permute(0, 2, 3, 1).numpy(), "snow", 4)
         mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
         x = ((torch.tensor(damaged) / 255 - mean) / std).permute(0, 3, 1, 2)
         with torch.no_grad():
             outputs = model.eval()(x)
-        cell = found["corrupted"]["snow"]["4"]
+        cell = result["corrupted"]["snow"]["4"]
         assert cell["loss"] == pytest.approx(torch.nn.functional.cross_entropy(outputs, labels).item(), rel=1e-5)
         assert cell["accuracy"] == pytest.approx((outputs.argmax(1) == labels).float().mean().item())
 

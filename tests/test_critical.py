@@ -20,11 +20,11 @@ def test_on_a_quadratic_it_is_the_curvature_along_the_gradient(size):
     a = size * symmetric([5.0, 2.0, 0.5, 0.1, 0.01])
     loss = unshifted(Quadratic(a, None, W))
     g = a @ W
-    found = critical_sharpness(loss)
-    assert found.value == pytest.approx(float(g @ a @ g / (g @ g)), rel=1e-4)
-    assert found.converged
-    assert found.details["num_evaluations"] <= 12
-    assert found.value <= 5.0 * size
+    result = critical_sharpness(loss)
+    assert result.value == pytest.approx(float(g @ a @ g / (g @ g)), rel=1e-4)
+    assert result.converged
+    assert result.details["num_evaluations"] <= 12
+    assert result.value <= 5.0 * size
     d = torch.tensor([0.3, -1.0, 2.0, 0.5, 1.0], dtype=torch.float64)
     for sign in (1, -3):
         along = critical_sharpness(loss, [sign * d], tol=1e-8)
@@ -36,10 +36,10 @@ def test_on_a_network_the_loss_falls_before_the_critical_step_and_rises_after_it
     model, data = network(kind).eval(), batches(kind)
     loss = Loss(model, cross_entropy, data)
     before = [p.detach().clone() for p in loss.params]
-    found = critical_sharpness(loss, tol=1e-6)
+    result = critical_sharpness(loss, tol=1e-6)
     base, g = loss.value_and_gradient()
-    t = found.details["step"]
-    assert found.value == 2 / t
+    t = result.details["step"]
+    assert result.value == 2 / t
     for factor, rises in ((0.25, False), (0.999, False), (1.001, True)):
         with loss.displaced([-factor * t * x for x in g]):
             assert bool(loss.value() > base) == rises
@@ -48,9 +48,9 @@ def test_on_a_network_the_loss_falls_before_the_critical_step_and_rises_after_it
 
 def test_what_cannot_be_found_is_said():
     flat_loss = unshifted(Quadratic(symmetric([1.0, 2.0]), W[:2], W[:2]))
-    found = critical_sharpness(flat_loss)
-    assert math.isnan(found.value)
-    assert "slope" in found.reason
+    result = critical_sharpness(flat_loss)
+    assert math.isnan(result.value)
+    assert "slope" in result.reason
     falling = Loss(nn.Linear(2, 1), lambda o, y: o.mean(), [(torch.ones(3, 2), torch.zeros(3))])
     endless = critical_sharpness(falling)
     assert endless.value == 0

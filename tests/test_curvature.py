@@ -40,9 +40,9 @@ def test_all_eigenvalues_of_a_network(kind, matrix):
     """1e-4 relative is asked for; a complete basis gives them to rounding of the largest."""
     model, data = network(kind).eval(), batches(kind)
     expected = torch.linalg.eigvalsh(Dense(model, cross_entropy, whole(data)).matrix(matrix)).flip(0)
-    found = hessian_eigenvalues(Loss(model, cross_entropy, data), num=len(expected), matrix=matrix)
-    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(expected[0]))
-    assert found.converged
+    result = hessian_eigenvalues(Loss(model, cross_entropy, data), num=len(expected), matrix=matrix)
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(expected[0]))
+    assert result.converged
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -56,15 +56,15 @@ def test_extreme_eigenvalues_in_the_geometry_of_a_ball(kind, adaptive, which):
     values = torch.linalg.eigvalsh(a)
     key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
     expected = values[key.argsort()[:3]].sort(descending=True).values
-    found = hessian_eigenvalues(loss, num=3, ball=ball, which=which)
-    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(values.abs().max()))
-    for value, residual, vector in zip(found.eigenvalues, found.residuals, found.eigenvectors, strict=True):
+    result = hessian_eigenvalues(loss, num=3, ball=ball, which=which)
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(values.abs().max()))
+    for value, residual, vector in zip(result.eigenvalues, result.residuals, result.eigenvectors, strict=True):
         assert [x.shape for x in vector] == [p.shape for p in loss.params]
         x = flat(vector)
         assert float(x.norm()) == pytest.approx(1, rel=100 * EPS)
         true = float((a @ x - value * x).norm())
         assert float(residual) == pytest.approx(true, abs=1e3 * EPS * float(values.abs().max()))
-    assert found.converged
+    assert result.converged
 
 
 def test_the_largest_is_algebraic():
@@ -83,10 +83,10 @@ def test_the_largest_is_algebraic():
 @pytest.mark.parametrize("num", [1, 2, 4])
 def test_equal_eigenvalues_are_all_found(values, num):
     loss = unshifted(Quadratic(symmetric(values)))
-    found = hessian_eigenvalues(loss, num=num)
-    assert found.eigenvalues.tolist() == pytest.approx(sorted(values, reverse=True)[:num], rel=1e-12, abs=1e-12)
-    assert found.converged
-    vectors = torch.stack([flat(v) for v in found.eigenvectors])
+    result = hessian_eigenvalues(loss, num=num)
+    assert result.eigenvalues.tolist() == pytest.approx(sorted(values, reverse=True)[:num], rel=1e-12, abs=1e-12)
+    assert result.converged
+    vectors = torch.stack([flat(v) for v in result.eigenvectors])
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(num, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -97,10 +97,10 @@ def test_equal_eigenvalues_are_all_found(values, num):
 )
 def test_equal_eigenvalues_of_a_small_matrix_with_a_rich_spectrum(values, num):
     """The first Krylov space holds one vector of each eigenspace, and converges before it ends."""
-    found = hessian_eigenvalues(unshifted(Quadratic(symmetric(values))), num=num)
-    assert found.eigenvalues.tolist() == pytest.approx([values[0]] * num, rel=1e-12)
-    assert found.converged
-    assert found.num_products == len(values)
+    result = hessian_eigenvalues(unshifted(Quadratic(symmetric(values))), num=num)
+    assert result.eigenvalues.tolist() == pytest.approx([values[0]] * num, rel=1e-12)
+    assert result.converged
+    assert result.num_products == len(values)
     early = hessian_eigenvalues(unshifted(Quadratic(symmetric(values))), num=num, max_products=len(values) - 1)
     assert early.converged  # to `tol`, which is all that so few products can tell
 
@@ -108,9 +108,9 @@ def test_equal_eigenvalues_of_a_small_matrix_with_a_rich_spectrum(values, num):
 def test_no_more_products_than_parameters_and_few_for_one_eigenvalue():
     spectrum = torch.linspace(0, 1, 400, dtype=torch.float64).pow(8).tolist()
     loss = unshifted(Quadratic(symmetric([*spectrum, 2.0])), num=1)
-    found = hessian_eigenvalues(loss)
-    assert found.eigenvalues.tolist() == pytest.approx([2.0], rel=1e-7)  # the square of tol, times the gap
-    assert found.num_products <= 25
+    result = hessian_eigenvalues(loss)
+    assert result.eigenvalues.tolist() == pytest.approx([2.0], rel=1e-7)  # the square of tol, times the gap
+    assert result.num_products <= 25
     assert hessian_eigenvalues(of_diagonal(1.0, 2.0), num=2).num_products == 2
 
 
@@ -135,33 +135,33 @@ def test_both_ends_from_one_space(kind):
     model, data = network(kind).eval(), batches(kind)
     values = torch.linalg.eigvalsh(Dense(model, cross_entropy, whole(data)).matrix("hessian")).flip(0)
     loss = Loss(model, cross_entropy, data)
-    found = hessian_eigenvalues(loss, num=2, which="both")
+    result = hessian_eigenvalues(loss, num=2, which="both")
     expected = values[[0, 1, -2, -1]]
-    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(values.abs().max()))
-    assert found.converged
-    assert len(found.eigenvectors) == 4
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-4, atol=1e3 * EPS * float(values.abs().max()))
+    assert result.converged
+    assert len(result.eigenvectors) == 4
     ends = [hessian_eigenvalues(loss, num=2, which=which).num_products for which in ("largest", "smallest")]
-    assert found.num_products < sum(ends)
+    assert result.num_products < sum(ends)
 
 
 def test_not_converged_is_said():
     loss = unshifted(Quadratic(symmetric(torch.linspace(0, 1, 50).tolist())))
-    found = hessian_eigenvalues(loss, max_products=5)
-    assert not found.converged
-    assert "max_products" in found.reason
-    assert float(found.residuals) > 1e-4
-    assert abs(float(found.eigenvalues) - 1) <= float(found.residuals) + 100 * EPS or float(found.eigenvalues) < 1
+    result = hessian_eigenvalues(loss, max_products=5)
+    assert not result.converged
+    assert "max_products" in result.reason
+    assert float(result.residuals) > 1e-4
+    assert abs(float(result.eigenvalues) - 1) <= float(result.residuals) + 100 * EPS or float(result.eigenvalues) < 1
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_float32_is_as_good_as_its_rounding(matrix):
     model, data = network(cnn).eval(), batches(cnn)
     expected = torch.linalg.eigvalsh(Dense(model, cross_entropy, whole(data)).matrix(matrix))[-2:].flip(0)
-    found = hessian_eigenvalues(
+    result = hessian_eigenvalues(
         Loss(model.float(), cross_entropy, [(x.float(), y) for x, y in data]), num=2, matrix=matrix
     )
-    torch.testing.assert_close(found.eigenvalues, expected, rtol=100 * torch.finfo(torch.float32).eps, atol=0)
-    assert found.converged
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=100 * torch.finfo(torch.float32).eps, atol=0)
+    assert result.converged
 
 
 def test_groups_of_a_product_ball_and_parameters_outside_it():
@@ -172,8 +172,8 @@ def test_groups_of_a_product_ball_and_parameters_outside_it():
     ball = ProductBall([(Ball(0.1), [first]), (Ball(0.5, adaptive=True, eta=0.0), [last])])
     t = torch.cat([torch.ones(2), torch.zeros(1), w[3:]])
     expected = t[:, None] * a * t
-    found = hessian_eigenvalues(loss, num=5, ball=ball)
-    torch.testing.assert_close(found.eigenvalues, torch.linalg.eigvalsh(expected).flip(0), rtol=1e-12, atol=1e-12)
+    result = hessian_eigenvalues(loss, num=5, ball=ball)
+    torch.testing.assert_close(result.eigenvalues, torch.linalg.eigvalsh(expected).flip(0), rtol=1e-12, atol=1e-12)
     trace = hessian_trace(loss, ball=ball, num_probes=200)
     assert trace.value == pytest.approx(float(expected.trace()), rel=1e-12)
 
@@ -182,14 +182,14 @@ def test_groups_of_a_product_ball_and_parameters_outside_it():
 @pytest.mark.parametrize("num_batches", [1, 3])
 def test_the_same_seed_gives_the_same_bits(measure, num_batches):
     data = batches(mlp, (4,) * num_batches)
-    found = []
+    result = []
     for seed in (0, 0, 1):
         torch.rand(seed + 1)  # the global generator is somewhere else each time
         state = torch.get_rng_state()
-        found.append(measure(Loss(network(mlp), cross_entropy, data), seed=seed).to_dict())
+        result.append(measure(Loss(network(mlp), cross_entropy, data), seed=seed).to_dict())
         assert torch.equal(torch.get_rng_state(), state)
-    assert found[0] == found[1]
-    assert found[0] != found[2]
+    assert result[0] == result[1]
+    assert result[0] != result[2]
 
 
 def numbers(value):
@@ -199,10 +199,10 @@ def numbers(value):
 @pytest.mark.parametrize("measure", MEASURES)
 def test_what_is_not_finite_is_not_a_number(measure):
     data = [(x * torch.nan, y) for x, y in batches(mlp)]
-    found = measure(Loss(network(mlp), cross_entropy, data))
-    assert not found.converged
-    assert "not finite" in found.reason
-    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    result = measure(Loss(network(mlp), cross_entropy, data))
+    assert not result.converged
+    assert "not finite" in result.reason
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     for name in ("eigenvalues", "residuals", "density", "value", "stderr", "values"):
         assert all(x is None for x in numbers(written.get(name)))
 
@@ -213,16 +213,16 @@ def test_results_say_how_they_were_made():
     hessian_trace(loss, num_probes=3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     seen.clear()
-    found = hessian_eigenvalues(
+    result = hessian_eigenvalues(
         loss, ball=Ball(0.1, adaptive=True), progress=lambda done, total: seen.append((done, total))
     )
-    assert len(seen) == found.num_products
+    assert len(seen) == result.num_products
     assert seen[0] == (1, min(210, loss.settings()["num_parameters"]))
-    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert written["settings"] | {"which": "largest", "matrix": "hessian", "tol": 1e-4, "m": 5} == written["settings"]
     assert written["settings"]["ball"]["adaptive"] == "elementwise"
     assert "eigenvectors" not in written
-    assert len(found.eigenvectors) == 1
+    assert len(result.eigenvectors) == 1
 
 
 def test_wrong_arguments_are_refused():

@@ -45,11 +45,14 @@ def test_a_hugging_face_model(criterion):
     ids, labels = torch.randint(20, (12, 6), generator=generator), torch.randint(3, (12,), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     loss = Loss(model, criterion, [batch], chunk_size=4)
-    found = hessian_eigenvalues(loss, num=2)
-    assert found.converged
-    x = found.eigenvectors[0]
+    result = hessian_eigenvalues(loss, num=2)
+    assert result.converged
+    x = result.eigenvectors[0]
     torch.testing.assert_close(
-        flat(loss.hessian_product(x)), float(found.eigenvalues[0]) * flat(x), rtol=0, atol=float(found.residuals[0]) * 2
+        flat(loss.hessian_product(x)),
+        float(result.eigenvalues[0]) * flat(x),
+        rtol=0,
+        atol=float(result.residuals[0]) * 2,
     )
     step = 1e-5
     with loss.displaced([step * v for v in x]):
@@ -57,7 +60,7 @@ def test_a_hugging_face_model(criterion):
     with loss.displaced([-step * v for v in x]):
         below = flat(loss.gradient())
     curvature = float(flat(x) @ (above - below)) / (2 * step)
-    assert curvature == pytest.approx(float(found.eigenvalues[0]), rel=1e-5)
+    assert curvature == pytest.approx(float(result.eigenvalues[0]), rel=1e-5)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 

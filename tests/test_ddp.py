@@ -188,17 +188,17 @@ DOUBLE = [accumulated, by_closures]
 
 def all_paths(rank):
     """Every way of stepping; one process group for all of them."""
-    found = {}
+    result = {}
     for shared in (False, True):
         sync = {"sync_ascent": True} if shared else {}
         for path in SINGLE + DOUBLE + [accumulated_in_the_closure]:
-            found[path.__name__, shared, "SAM"] = train(rank, path, dict(sync))
+            result[path.__name__, shared, "SAM"] = train(rank, path, dict(sync))
         for name, ddp in (("views", {"gradient_as_bucket_view": True}), ("unused", {"find_unused_parameters": True})):
             for path in (by_closure, by_microbatch, accumulated, by_closures):
-                found[path.__name__, shared, name] = train(rank, path, sync | {"ddp": ddp})
-        found["by_closure", shared, "ASAM"] = train(rank, by_closure, sync | {"adaptive": True, "eta": 0.1})
-        found["by_closure", shared, "foreach"] = train(rank, by_closure, sync | {"foreach": True})
-    return found
+                result[path.__name__, shared, name] = train(rank, path, sync | {"ddp": ddp})
+        result["by_closure", shared, "ASAM"] = train(rank, by_closure, sync | {"adaptive": True, "eta": 0.1})
+        result["by_closure", shared, "foreach"] = train(rank, by_closure, sync | {"foreach": True})
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_replicas_are_equal_bit_for_bit_after_many_steps(steps):
 
 def faults(rank):
     """NaN on one rank, in either pass, and what the ranks have afterwards."""
-    found = {}
+    result = {}
     warnings.filterwarnings("ignore", "a gradient at w")
     for shared in (None, True):
         for where in ("ascent", "descent", "p.grad of the descent", "p.grad of the ascent"):
@@ -306,14 +306,14 @@ def faults(rank):
                 torch.equal(s["momentum_buffer"], m) for s, m in zip(optimizer.state.values(), momentum, strict=True)
             )
             by_closure(ddp, optimizer, 2, rank)
-            found[str(shared), where] = {
+            result[str(shared), where] = {
                 "passes": len(passes),
                 "stood still": after == before and kept,
                 "weights": after,
                 "later": flat(ddp).tolist(),
                 "skipped": int(optimizer.num_skipped),
             }
-    return found
+    return result
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_leaves_ranks_equal():
@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_ranks_equal():
 def recipe_that_does_nothing(rank):
     """davda54's README: only the backward inside no_sync. DDP decides in the forward."""
     ddp = DDP(network())
-    found = []
+    result = []
     for shared in (None, True):
         optimizer = SAM(ddp.parameters(), module=ddp, rho=0.2, lr=0.1, sync_ascent=shared)
         with warnings.catch_warnings(record=True) as caught:
@@ -344,8 +344,8 @@ def recipe_that_does_nothing(rank):
                 optimizer.first_step(zero_grad=True)
                 loss_on(i, rank)(ddp).backward()
                 optimizer.second_step(zero_grad=True)
-        found.append([str(w.message) for w in caught])
-    return found
+        result.append([str(w.message) for w in caught])
+    return result
 
 
 def test_no_sync_around_the_backward_only_is_noticed():

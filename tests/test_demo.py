@@ -83,9 +83,9 @@ def test_every_run_measures_everything_on_all_data(finished):
     assert len(runs) == len(METHODS) * QUICK.num_seeds
     for run in runs:
         assert set(run["measures"]) == set(DATA)
-        for found in run["measures"].values():
-            assert set(found) == set(MEASURES)
-            assert all(math.isfinite(number["value"]) for number in found.values())
+        for result in run["measures"].values():
+            assert set(result) == set(MEASURES)
+            assert all(math.isfinite(number["value"]) for number in result.values())
         assert set(run["slices"]) == set(DATA)
         epochs = QUICK.epochs * METHODS[run["job"]["method"]].epochs_factor
         assert {len(curve) for curve in run["curves"].values()} == {epochs}
@@ -143,10 +143,10 @@ def test_two_worker_processes_give_the_same_numbers(finished, tmp_path):
 
 def test_training_that_diverges_is_a_result_not_a_crash(tmp_path):
     job = final_jobs(QUICK, {"sgd_decay": 0.01, "sam": 0.1, "asam": 1.0})["sgd-seed0"] | {"lr": 1e30}
-    found = execute(job)
-    assert "diverged in epoch 1" in found["failed"]
-    assert found["last"]["test_accuracy"] is None
-    json.dumps(found, allow_nan=False)
+    result = execute(job)
+    assert "diverged in epoch 1" in result["failed"]
+    assert result["last"]["test_accuracy"] is None
+    json.dumps(result, allow_nan=False)
 
 
 def test_methods_start_from_the_same_weights_and_the_measured_balls_are_those_of_the_optimizers():
@@ -173,20 +173,20 @@ def test_the_setting_with_the_best_validation_accuracy_is_chosen():
     scores = {0.1: (0.5, 0.6, 0.7), 0.2: (0.7, 0.7, None), 0.3: (0.6, 0.65, 0.6)}
     tuning = {
         f"{rho}-{i}": {"job": {"method": "sam", "rho": rho}, "last": {"validation_accuracy": v}}
-        for rho, found in scores.items()
-        for i, v in enumerate(found)
+        for rho, result in scores.items()
+        for i, v in enumerate(result)
     }
     assert demo.choose(plan, tuning) == {"sam": 0.3}  # a run that diverged counts as 0
 
 
 def test_a_difference_is_the_mean_of_pairs_with_its_t_interval():
-    found = difference([3.0, 5.0, math.nan, 7.0], [1.0, 2.0, 5.0, 3.0])  # 2, 3, 4: mean 3, std 1, t(2) = 4.303
-    assert (found.mean, found.wins, found.n) == (3.0, 3, 3)
-    assert found.low == pytest.approx(3 - 4.302653 / 3**0.5)
-    assert found.high == pytest.approx(3 + 4.302653 / 3**0.5)
+    result = difference([3.0, 5.0, math.nan, 7.0], [1.0, 2.0, 5.0, 3.0])  # 2, 3, 4: mean 3, std 1, t(2) = 4.303
+    assert (result.mean, result.wins, result.n) == (3.0, 3, 3)
+    assert result.low == pytest.approx(3 - 4.302653 / 3**0.5)
+    assert result.high == pytest.approx(3 + 4.302653 / 3**0.5)
     t = 3 * 3**0.5  # with two degrees of freedom p = 1 - t / (t^2 + 2)^(1/2)
-    assert found.p == pytest.approx(1 - t / (t**2 + 2) ** 0.5)
-    assert sign(found) == 1
+    assert result.p == pytest.approx(1 - t / (t**2 + 2) ** 0.5)
+    assert sign(result) == 1
     assert sign(difference([1.0, 2.0], [2.0, 1.0])) == 0
     assert math.isnan(difference([math.nan], [1.0]).mean)
 
@@ -214,17 +214,17 @@ def test_the_headline_follows_from_the_numbers(sam, decay, expected):
     jitter = [-0.5, -0.1, 0.0, 0.2, 0.4]
     other = [0.1, -0.2, 0.0, -0.3, 0.4]
     sgd = [70.0 + j for j in jitter]
-    found = headline(accuracies([sam + j for j in other], sgd, [decay + j for j in jitter]))
-    assert expected in found
+    result = headline(accuracies([sam + j for j in other], sgd, [decay + j for j in jitter]))
+    assert expected in result
 
 
 def test_the_best_control_may_be_one_that_stops_early_and_sam_then_does_too():
     noise = [-0.4, 0.1, 0.0, 0.2, 0.1]
     table = {m: {"last": [70.0] * 5, "best": [86.0] * 5} for m in METHODS}
     table["sam"] = {"last": [90.0 + e for e in noise], "best": [92.0 + e for e in noise]}
-    found = headline(table)
-    assert "more accurate than SGD" in found
-    assert "and with early stopping for both, SAM beats the best control, plain SGD, by 6.0 points" in found
+    result = headline(table)
+    assert "more accurate than SGD" in result
+    assert "and with early stopping for both, SAM beats the best control, plain SGD, by 6.0 points" in result
     table["sgd_decay"]["best"] = [92.0 - e for e in noise]
     assert "but with early stopping for both, SAM cannot be told from the best control, SGD with tuned" in headline(
         table

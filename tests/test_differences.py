@@ -36,12 +36,12 @@ def test_a_model_without_double_backward_has_products_by_differences(dtype):
     model = gated(True, dtype)
     loss = Loss(model, cross_entropy, data)
     before = [p.detach().clone() for p in model.parameters()]
-    found = hessian_eigenvalues(loss, num=2, which="magnitude", tol=1e-5)
+    result = hessian_eigenvalues(loss, num=2, which="magnitude", tol=1e-5)
     values = torch.linalg.eigvalsh(dense)
     expected = values[values.abs().topk(2).indices].sort(descending=True).values
-    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-5, atol=1e-6)
-    assert found.settings["products"] == "central differences"
-    assert 0 < found.settings["product_error"] < 1e-5
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-5, atol=1e-6)
+    assert result.settings["products"] == "central differences"
+    assert 0 < result.settings["product_error"] < 1e-5
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
     assert hessian_trace(loss, num_probes=1000).value == pytest.approx(float(dense.trace()), rel=1e-4)
 
@@ -141,6 +141,6 @@ class Foreign(nn.Module):
 def test_a_model_that_stays_in_float32_has_its_products():
     data = [(x.float(), y) for x, y in batches(mlp)]
     loss = Loss(Foreign(), cross_entropy, data)
-    found = hessian_eigenvalues(loss)
-    assert found.converged
-    assert "products" not in found.settings
+    result = hessian_eigenvalues(loss)
+    assert result.converged
+    assert "products" not in result.settings

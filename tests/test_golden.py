@@ -73,8 +73,8 @@ def ball_of(norm, adaptive, rho):
 
 def row(rows, norm, adaptive, normalised, rho, **more):
     key = {"norm": norm, "adaptive": adaptive, "logit_normalised": normalised, "rho": rho} | more
-    (found,) = [r for r in rows if r | key == r]
-    return found
+    (result,) = [r for r in rows if r | key == r]
+    return result
 
 
 @pytest.mark.parametrize("sizes", [[512], [128] * 4, [200, 200, 112]], ids=str)
@@ -100,9 +100,9 @@ def test_eigenvalues(golden, sizes):
         (exact["ggn_exact"]["adaptive_top5"], {"matrix": "ggn", "ball": relative}),
         (exact["empirical_fisher_exact"]["top5"], {"matrix": "empirical_fisher"}),
     ]:
-        found = hessian_eigenvalues(loss, num=5, **arguments)
-        assert found.eigenvalues.tolist() == pytest.approx(sorted(expected, reverse=True), rel=1e-6)
-        assert found.converged
+        result = hessian_eigenvalues(loss, num=5, **arguments)
+        assert result.eigenvalues.tolist() == pytest.approx(sorted(expected, reverse=True), rel=1e-6)
+        assert result.converged
     top = hessian_eigenvalues(loss_of(sizes=sizes, normalize_logits=True), num=5)
     assert top.eigenvalues.tolist() == pytest.approx(exact["hessian_logit_normalised"]["top5"], rel=1e-6)
 
@@ -112,18 +112,18 @@ def test_the_whole_spectrum():
     import numpy as np
 
     exact = np.load(GOLDEN / "mlp_exact.npz")["hessian_eigenvalues"]
-    found = hessian_eigenvalues(loss_of(), num=len(exact))
+    result = hessian_eigenvalues(loss_of(), num=len(exact))
     expected = torch.tensor(exact).flip(0)
-    torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-4, atol=1e-13)
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-4, atol=1e-13)
 
 
 def test_traces(golden):
     exact, loss = golden["exact"], loss_of()
     for name, matrix in (("hessian_exact", "hessian"), ("ggn_exact", "ggn")):
-        found = hessian_trace(loss, matrix=matrix, method="hutchinson")
+        result = hessian_trace(loss, matrix=matrix, method="hutchinson")
         one = exact[name]["hutchinson_rademacher_one_probe_std"]
-        assert abs(found.value - exact[name]["trace"]) < 4 * one / 10
-        assert found.stderr == pytest.approx(one / 10, rel=0.3)  # of 100 probes, it is known to 7 to 10 %
+        assert abs(result.value - exact[name]["trace"]) < 4 * one / 10
+        assert result.stderr == pytest.approx(one / 10, rel=0.3)  # of 100 probes, it is known to 7 to 10 %
         deflated = hessian_trace(loss, matrix=matrix)
         assert abs(deflated.value - exact[name]["trace"]) < 4 * deflated.stderr
         assert deflated.stderr < one / 10 / 10**0.5  # as much as Hutchinson's estimator has from 10 times the products
@@ -141,9 +141,11 @@ def test_blocks_of_single_tensors(golden):
     assert list(largest) == list(expected)
     for name, exact in expected.items():
         assert float(largest[name].eigenvalues[0]) == pytest.approx(exact["lambda_max"], rel=1e-6)
-        for found, value in ((traces[name], exact["trace"]), (adaptive[name], exact["adaptive_trace"])):
-            assert abs(found.value - value) <= max(4 * found.stderr, 1e-9 * value)  # exact where all products are taken
-            assert found.stderr < 0.05 * value
+        for result, value in ((traces[name], exact["trace"]), (adaptive[name], exact["adaptive_trace"])):
+            assert abs(result.value - value) <= max(
+                4 * result.stderr, 1e-9 * value
+            )  # exact where all products are taken
+            assert result.stderr < 0.05 * value
     smallest = by_layer(hessian_eigenvalues, loss, by="tensor", num=1, which="smallest")
     for name in ("fc1.weight", "fc1.bias"):  # those of the last layer are 0
         assert float(smallest[name].eigenvalues[0]) == pytest.approx(expected[name]["lambda_min"], rel=1e-6)
@@ -152,42 +154,42 @@ def test_blocks_of_single_tensors(golden):
 @pytest.mark.parametrize(("name", "m"), [("even_4x128", 128), ("sixteen_16x32", 32)])
 def test_regret(golden, name, m):
     expected, loss = golden["exact"]["regret"][name], loss_of(m)
-    found = gradient_regret(loss)
-    assert found.value == pytest.approx(expected["mean_offdiag"], rel=DIGITS)
-    assert found.details["mean_norm"] == pytest.approx(expected["mean_norm"], rel=DIGITS)
-    assert found.details["mean_cosine"] == pytest.approx(expected["mean_cos_offdiag"], rel=1e-9)
+    result = gradient_regret(loss)
+    assert result.value == pytest.approx(expected["mean_offdiag"], rel=DIGITS)
+    assert result.details["mean_norm"] == pytest.approx(expected["mean_norm"], rel=DIGITS)
+    assert result.details["mean_cosine"] == pytest.approx(expected["mean_cos_offdiag"], rel=1e-9)
     for damping in (0.1, 0.01, 0.001) if m == 128 else (0.1,):
         kl = expected["kl_ball"]["by_damping"][str(damping)]
-        found = gradient_regret(loss, metric="fisher", damping=damping)
-        assert found.value == pytest.approx(kl["mean_offdiag"], rel=1e-4)
-        assert found.converged
+        result = gradient_regret(loss, metric="fisher", damping=damping)
+        assert result.value == pytest.approx(kl["mean_offdiag"], rel=1e-4)
+        assert result.converged
 
 
 @pytest.mark.parametrize("case", BALLS, ids=str)
 def test_worst_case_finds_what_the_published_code_finds_and_the_maximum(golden, case):
     """`reference_max` is the best of long searches, a lower bound of the maximum."""
     norm, adaptive, normalised, rho = case
-    found = worst_case_sharpness(loss_of(128, normalize_logits=normalised), ball_of(norm, adaptive, rho)).value
+    result = worst_case_sharpness(loss_of(128, normalize_logits=normalised), ball_of(norm, adaptive, rho)).value
     peer = row(golden["tml_epfl"]["worst"], *case, dtype="float64")["value_mean_over_4x128"]
     best = row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"]
-    assert found >= peer * (1 - DIGITS)
-    assert found >= 0.999 * best
+    assert result >= peer * (1 - DIGITS)
+    assert result >= 0.999 * best
     if adaptive and norm == "l2":
-        assert found > 1.05 * peer  # which does not ascend in the metric of its ball
+        assert result > 1.05 * peer  # which does not ascend in the metric of its ball
 
 
 @pytest.mark.parametrize("case", sorted(HARD), ids=str)
 def test_restarts_leave_local_maxima_whatever_the_seed(golden, case):
     """Which random points the search looks at depends on the seed; with seed 3 one is not enough."""
     norm, adaptive, _, rho = case
-    found = worst_case_sharpness(loss_of(128), ball_of(norm, adaptive, rho), num_restarts=3, seed=3).value
-    assert found >= 0.99 * row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"]
+    result = worst_case_sharpness(loss_of(128), ball_of(norm, adaptive, rho), num_restarts=3, seed=3).value
+    assert result >= 0.99 * row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"]
 
 
 def test_worst_case_in_float32(golden):
     case = ("linf", True, False, 0.01)
-    found = worst_case_sharpness(loss_of(128, dtype=torch.float32), ball_of("linf", True, 0.01)).value
-    assert found == pytest.approx(row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"], rel=1e-3)
+    result = worst_case_sharpness(loss_of(128, dtype=torch.float32), ball_of("linf", True, 0.01)).value
+    assert result == pytest.approx(row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"], rel=1e-3)
 
 
 def test_a_zero_weight_does_not_move(golden):
@@ -210,6 +212,6 @@ def test_average_agrees_with_the_published_code(golden, norm, adaptive, normalis
     assert len(rows) == 4
     loss = loss_of(128, normalize_logits=normalised)
     for r in rows:
-        found = average_sharpness(loss, ball_of(norm, adaptive, r["rho"]))
-        error = math.hypot(found.details["stderr_draws"], r["std"] / math.sqrt(20))
-        assert abs(found.value - r["mean"]) < 4 * error
+        result = average_sharpness(loss, ball_of(norm, adaptive, r["rho"]))
+        error = math.hypot(result.details["stderr_draws"], r["std"] / math.sqrt(20))
+        assert abs(result.value - r["mean"]) < 4 * error

@@ -53,15 +53,15 @@ def test_regret_is_the_formula(kind, metric):
         joined = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
         inverse = torch.linalg.inv(Dense(model, cross_entropy, joined).matrix("ggn") + 1e-2 * inverse)
     own = {"damping": 1e-2, "tol": 1e-8} if metric == "fisher" else {}
-    found = gradient_regret(Loss(model, cross_entropy, data), metric=metric, **own)
-    assert found.value == pytest.approx(mean_over_pairs(gradients, inverse, SIZES), rel=1e-6)
-    assert found.stderr == pytest.approx(jackknife(gradients, inverse, SIZES), rel=1e-5)
+    result = gradient_regret(Loss(model, cross_entropy, data), metric=metric, **own)
+    assert result.value == pytest.approx(mean_over_pairs(gradients, inverse, SIZES), rel=1e-6)
+    assert result.stderr == pytest.approx(jackknife(gradients, inverse, SIZES), rel=1e-5)
     norms = [math.sqrt(float(g @ inverse @ g)) for g in gradients]
-    assert found.details["norms"] == pytest.approx(norms, rel=1e-6)
-    assert found.details["mean_norm"] == pytest.approx(sum(n * s for n, s in zip(norms, SIZES, strict=True)) / 15)
+    assert result.details["norms"] == pytest.approx(norms, rel=1e-6)
+    assert result.details["mean_norm"] == pytest.approx(sum(n * s for n, s in zip(norms, SIZES, strict=True)) / 15)
     full = flat(Loss(model, cross_entropy, data).gradient())
-    assert found.details["gradient_norm"] == pytest.approx(math.sqrt(float(full @ inverse @ full)), rel=1e-5)
-    assert found.converged
+    assert result.details["gradient_norm"] == pytest.approx(math.sqrt(float(full @ inverse @ full)), rel=1e-5)
+    assert result.converged
 
 
 def test_regret_of_a_quadratic():
@@ -69,8 +69,8 @@ def test_regret_of_a_quadratic():
     model = Quadratic(symmetric([3.0, 1.0, 0.2]), None, torch.ones(3, dtype=torch.float64))
     loss = shifted(model, [3, 1, 2])
     gradients = [model.a @ (model.w.detach() - x.mean(0)) for x, _ in loss._batches]
-    found = gradient_regret(loss)
-    assert found.value == pytest.approx(mean_over_pairs(gradients, torch.eye(3).double(), [3, 1, 2]), rel=1e3 * EPS)
+    result = gradient_regret(loss)
+    assert result.value == pytest.approx(mean_over_pairs(gradients, torch.eye(3).double(), [3, 1, 2]), rel=1e3 * EPS)
 
 
 def test_regret_is_what_a_small_step_forgoes():
@@ -90,53 +90,53 @@ def test_regret_is_what_a_small_step_forgoes():
 def test_batches_that_agree_have_no_regret():
     x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     model = Quadratic(symmetric([3.0, 1.0, 0.2]))
-    found = gradient_regret(Loss(model, mean, [(x, x), (x, x), (x, x)]))
-    assert abs(found.value) <= 10 * EPS * found.details["mean_norm"]
-    assert found.details["mean_cosine"] == pytest.approx(1, rel=10 * EPS)
+    result = gradient_regret(Loss(model, mean, [(x, x), (x, x), (x, x)]))
+    assert abs(result.value) <= 10 * EPS * result.details["mean_norm"]
+    assert result.details["mean_cosine"] == pytest.approx(1, rel=10 * EPS)
 
 
 def test_a_batch_without_a_gradient_leaves_the_weights_where_they_are():
     x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     model = Quadratic(symmetric([3.0, 1.0, 0.2]))
     for metric in ("euclidean", "fisher"):
-        found = gradient_regret(Loss(model, mean, [(x, x), (0 * x, x)]), metric=metric)
-        assert found.value == pytest.approx(found.details["norms"][0] / 2, rel=10 * EPS)
-        assert found.converged
-        assert math.isnan(found.stderr)
+        result = gradient_regret(Loss(model, mean, [(x, x), (0 * x, x)]), metric=metric)
+        assert result.value == pytest.approx(result.details["norms"][0] / 2, rel=10 * EPS)
+        assert result.converged
+        assert math.isnan(result.stderr)
 
 
 def test_conjugate_gradients_that_stop_early_say_so():
-    found = gradient_regret(Loss(network(mlp), cross_entropy, batches(mlp)), metric="fisher", max_products=2)
-    assert not found.converged
-    assert max(found.details["residuals"]) > 1e-4
-    assert "conjugate gradients" in found.reason
-    assert math.isfinite(found.value)
+    result = gradient_regret(Loss(network(mlp), cross_entropy, batches(mlp)), metric="fisher", max_products=2)
+    assert not result.converged
+    assert max(result.details["residuals"]) > 1e-4
+    assert "conjugate gradients" in result.reason
+    assert math.isfinite(result.value)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "fisher"])
 def test_what_is_not_finite_is_not_a_number(metric):
     data = batches(mlp)
     data[1] = (data[1][0] * torch.nan, data[1][1])
-    found = gradient_regret(Loss(network(mlp), cross_entropy, data), metric=metric)
-    assert math.isnan(found.value)
-    assert not found.converged
-    assert "finite" in found.reason
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+    result = gradient_regret(Loss(network(mlp), cross_entropy, data), metric=metric)
+    assert math.isnan(result.value)
+    assert not result.converged
+    assert "finite" in result.reason
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["value"] is None
 
 
 def test_results_say_how_they_were_made():
     loss, seen = Loss(network(mlp), cross_entropy, batches(mlp)), []
-    found = gradient_regret(loss, metric="fisher", progress=lambda done, total: seen.append((done, total)))
+    result = gradient_regret(loss, metric="fisher", progress=lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {3 + 7 * 1001}  # three gradients; three solves and four probes at most
     done = [i for i, _ in seen]
     assert done[:3] == [1, 2, 3]
     assert done == sorted(set(done))
     assert {3 + i * 1001 for i in range(1, 8)} <= set(done)
-    assert len(done) > 3 + sum(found.details["num_products"])  # one for each product
-    settings = json.loads(json.dumps(found.to_dict(), allow_nan=False))["settings"]
+    assert len(done) > 3 + sum(result.details["num_products"])  # one for each product
+    settings = json.loads(json.dumps(result.to_dict(), allow_nan=False))["settings"]
     assert settings | {"metric": "fisher", "damping": 1e-3, "m": 5, "n": 12} == settings
-    assert found == gradient_regret(loss, metric="fisher")
-    assert settings["damping"] == found.details["damping"]
+    assert result == gradient_regret(loss, metric="fisher")
+    assert settings["damping"] == result.details["damping"]
     assert "damping" not in gradient_regret(loss).settings
 
 
@@ -169,19 +169,19 @@ def test_regret_in_a_geometry_is_that_of_the_scaled_gradients(metric):
         inverse = torch.linalg.inv(t[:, None] * ggn * t + 1e-2 * inverse)
     own = {"damping": 1e-2, "tol": 1e-8} if metric == "fisher" else {}
     ball = Ball(1.0, adaptive=True, eta=0.01)
-    found = gradient_regret(Loss(model, cross_entropy, data), metric=metric, ball=ball, **own)
-    assert found.value == pytest.approx(mean_over_pairs(gradients, inverse, SIZES), rel=1e-7)
-    assert found.settings["ball"]["adaptive"] == "elementwise"
+    result = gradient_regret(Loss(model, cross_entropy, data), metric=metric, ball=ball, **own)
+    assert result.value == pytest.approx(mean_over_pairs(gradients, inverse, SIZES), rel=1e-7)
+    assert result.settings["ball"]["adaptive"] == "elementwise"
 
 
 def test_the_parts_of_the_regret():
-    found = gradient_regret(Loss(network(mlp), cross_entropy, batches(mlp, SIZES)))
+    result = gradient_regret(Loss(network(mlp), cross_entropy, batches(mlp, SIZES)))
     gradients = gradients_of(network(mlp).eval(), batches(mlp, SIZES))
-    details, pairs = found.details, list(itertools.permutations(range(4), 2))
+    details, pairs = result.details, list(itertools.permutations(range(4), 2))
     mass = sum(SIZES[i] * SIZES[j] for i, j in pairs)
     norm = sum(SIZES[i] * SIZES[j] * float(gradients[j].norm()) for i, j in pairs) / mass
     assert details["product_of_means"] == pytest.approx(norm * (1 - details["mean_cosine"]), rel=1e-12)
-    assert details["product_of_means"] + details["covariance"] == pytest.approx(found.value, rel=1e-12)
+    assert details["product_of_means"] + details["covariance"] == pytest.approx(result.value, rel=1e-12)
     squares = sum(n * float(g @ g) for n, g in zip(SIZES, gradients, strict=True)) / 15
     assert details["root_mean_square_norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
     assert details["mean_norm"] < details["root_mean_square_norm"]
@@ -254,10 +254,10 @@ def test_effective_dimension_is_a_trace():
     model, data, damping = network(mlp).eval(), batches(mlp, (20, 20)), 1e-2
     joined = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
     values = torch.linalg.eigvalsh(Dense(model, cross_entropy, joined).matrix("ggn"))
-    found = gradient_regret(Loss(model, cross_entropy, data), metric="fisher", damping=damping, num_probes=20).details
-    error = found["effective_dimension"] - float((values / (values + damping)).sum())
-    assert 0 < found["effective_dimension_stderr"] < 1
-    assert abs(error) < 4 * found["effective_dimension_stderr"]
+    result = gradient_regret(Loss(model, cross_entropy, data), metric="fisher", damping=damping, num_probes=20).details
+    error = result["effective_dimension"] - float((values / (values + damping)).sum())
+    assert 0 < result["effective_dimension_stderr"] < 1
+    assert abs(error) < 4 * result["effective_dimension_stderr"]
 
 
 def test_probes_of_the_effective_dimension():
@@ -265,17 +265,17 @@ def test_probes_of_the_effective_dimension():
     values = torch.logspace(0, -6, 60, dtype=torch.float64)
     a, damping = symmetric(values.tolist()), 1e-3
     share = torch.linalg.solve(a + damping * torch.eye(60), a)
-    exact, found = float(share.trace()), []
+    exact, result = float(share.trace()), []
     for seed in range(200):
         z = Stream(seed).rademacher_like(values)
         value, settled = damped_share(lambda v: a @ v + damping * v, z, damping, tol=1e-3, limit=100)
         assert settled
         assert value == pytest.approx(float(z @ share @ z), rel=1e-3)
-        found.append(value)
-    found = torch.tensor(found, dtype=torch.float64)
+        result.append(value)
+    result = torch.tensor(result, dtype=torch.float64)
     one = math.sqrt(2 * float(share.square().sum() - share.diagonal().square().sum()))
-    assert abs(found.mean() - exact) < 4 * one / math.sqrt(200)
-    assert float(found.std()) == pytest.approx(one, rel=0.2)
+    assert abs(result.mean() - exact) < 4 * one / math.sqrt(200)
+    assert float(result.std()) == pytest.approx(one, rel=0.2)
     assert not damped_share(lambda v: a @ v + damping * v, z, damping, tol=1e-9, limit=3)[1]
 
 
@@ -292,8 +292,8 @@ def test_the_gradients_need_not_fit_in_memory(monkeypatch):
         gradient_coherence(loss),
         gradient_noise_scale(loss),
     ]
-    for found, expected in zip(again, whole, strict=True):
-        assert found.value == pytest.approx(expected.value, rel=1e-12)
+    for result, expected in zip(again, whole, strict=True):
+        assert result.value == pytest.approx(expected.value, rel=1e-12)
     assert again[1].details["signal_to_noise"] == pytest.approx(whole[1].details["signal_to_noise"], rel=1e-12)
     assert max(held) == 40
     assert seen[-1] == (24, 24)  # 51 parameters are six ranges
@@ -309,17 +309,17 @@ def test_coherence_is_its_formula():
     def mean(f):
         return sum(float(p[i] * p[j] * f(g[i], g[j])) for i, j in pairs) / mass
 
-    found = gradient_coherence(Loss(model, cross_entropy, data))
+    result = gradient_coherence(Loss(model, cross_entropy, data))
     second = float(p @ g.square().sum(1))
-    assert found.value == pytest.approx(mean(lambda a, b: a @ b / (a.norm() * b.norm())), rel=1e-10)
-    assert found.details["agreement"] == pytest.approx(mean(lambda a, b: a @ b) / second, rel=1e-10)
-    assert found.details["share_positive"] == pytest.approx(mean(lambda a, b: a @ b > 0), rel=1e-10)
-    assert found.details["m_coherence"] == pytest.approx(4 * float((p @ g).square().sum()) / second, rel=1e-10)
+    assert result.value == pytest.approx(mean(lambda a, b: a @ b / (a.norm() * b.norm())), rel=1e-10)
+    assert result.details["agreement"] == pytest.approx(mean(lambda a, b: a @ b) / second, rel=1e-10)
+    assert result.details["share_positive"] == pytest.approx(mean(lambda a, b: a @ b > 0), rel=1e-10)
+    assert result.details["m_coherence"] == pytest.approx(4 * float((p @ g).square().sum()) / second, rel=1e-10)
     variance = p @ (g - p @ g).square() / (1 - p @ p)
-    assert found.details["signal_to_noise"] == pytest.approx(float(((p @ g) ** 2 / variance).mean()), rel=1e-10)
+    assert result.details["signal_to_noise"] == pytest.approx(float(((p @ g) ** 2 / variance).mean()), rel=1e-10)
     left = [gradient_coherence(Loss(model, cross_entropy, data[:b] + data[b + 1 :])).value for b in range(4)]
     spread = torch.tensor(left, dtype=torch.float64).var(unbiased=False)
-    assert found.stderr == pytest.approx(float((3 * spread).sqrt()), rel=1e-9)
+    assert result.stderr == pytest.approx(float((3 * spread).sqrt()), rel=1e-9)
 
 
 def test_coherence_of_batches_that_agree_oppose_and_ignore_each_other():
@@ -327,10 +327,10 @@ def test_coherence_of_batches_that_agree_oppose_and_ignore_each_other():
     x = torch.linalg.solve(a, torch.eye(3, dtype=torch.float64))  # rows whose gradients are -1, 0, 0 and so on
     for rows, expected in (([0, 0, 0], 1.0), ([0, 1, 2], 0.0)):
         data = [(x[i : i + 1], x[i : i + 1]) for i in rows]
-        found = gradient_coherence(Loss(Quadratic(a), mean, data))
-        assert found.value == pytest.approx(expected, abs=1e-12)
-        assert found.details["m_coherence"] == pytest.approx(3 if expected else 1)
-        assert found.stderr == pytest.approx(0, abs=1e-12)
+        result = gradient_coherence(Loss(Quadratic(a), mean, data))
+        assert result.value == pytest.approx(expected, abs=1e-12)
+        assert result.details["m_coherence"] == pytest.approx(3 if expected else 1)
+        assert result.stderr == pytest.approx(0, abs=1e-12)
     opposite = gradient_coherence(Loss(Quadratic(a), mean, [(x[:1], x[:1]), (-x[:1], x[:1])]))
     assert opposite.value == pytest.approx(-1)
 
@@ -340,10 +340,10 @@ def test_the_noise_scale_of_single_examples_is_exact():
     model, (x, y) = network(mlp).eval(), batches(mlp, (30,))[0]
     g = torch.stack(gradients_of(model, list(zip(x.split(1), y.split(1), strict=True))))
     trace, squared = float(g.var(0, unbiased=False).sum()), float(g.mean(0).square().sum())
-    found = gradient_noise_scale(Loss(model, cross_entropy, list(zip(x.split(1), y.split(1), strict=True))))
-    assert found.value == pytest.approx(trace / squared, rel=1e-10)
-    assert found.details["trace"] == pytest.approx(trace, rel=1e-10)
-    assert found.stderr == 0
+    result = gradient_noise_scale(Loss(model, cross_entropy, list(zip(x.split(1), y.split(1), strict=True))))
+    assert result.value == pytest.approx(trace / squared, rel=1e-10)
+    assert result.details["trace"] == pytest.approx(trace, rel=1e-10)
+    assert result.stderr == 0
     sampled = gradient_noise_scale(
         Loss(model, cross_entropy, list(zip(x.split(1), y.split(1), strict=True))), sampled=True
     )
@@ -370,12 +370,12 @@ def test_the_noise_scale_over_random_partitions(sizes, monkeypatch):
     model, (x, y) = network(mlp).eval(), batches(mlp, (96,))[0]
     g = torch.stack(gradients_of(model, list(zip(x.split(1), y.split(1), strict=True))))
     exact = float(g.var(0, unbiased=False).sum() / g.mean(0).square().sum())
-    loss, found = Loss(model, cross_entropy, list(zip(x.split(sizes), y.split(sizes), strict=True))), []
+    loss, result = Loss(model, cross_entropy, list(zip(x.split(sizes), y.split(sizes), strict=True))), []
     for seed in range(200):
         order = torch.randperm(96, generator=torch.Generator().manual_seed(seed))
         rows = torch.stack([part.mean(0) for part in g[order].split(sizes)])
-        found.append(measured(monkeypatch, gradient_noise_scale, loss, rows @ rows.T))
-    values, errors = spread_of(found, exact)
+        result.append(measured(monkeypatch, gradient_noise_scale, loss, rows @ rows.T))
+    values, errors = spread_of(result, exact)
     assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(200)
     assert 0.54 < (errors < 1).double().mean() < 0.9
     assert (errors < 2).double().mean() > 0.9
@@ -398,12 +398,12 @@ def test_the_noise_scale_of_a_sample_speaks_of_the_distribution(sizes, monkeypat
     nominal rate: a ratio has longer tails than a normal."""
     offset = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
     loss, samples_of, gradient = samples(sizes, 200, [3.0, 1.0, 0.2], offset)
-    found = [measured(monkeypatch, gradient_noise_scale, loss, g @ g.T, sampled=True) for g in samples_of]
+    result = [measured(monkeypatch, gradient_noise_scale, loss, g @ g.T, sampled=True) for g in samples_of]
     trace, squared = 3.0**2 + 1 + 0.2**2, float(gradient @ gradient)
     for name, exact in (("trace", trace), ("squared_gradient", squared)):
-        values = torch.tensor([f.details[name] for f in found], dtype=torch.float64)
+        values = torch.tensor([f.details[name] for f in result], dtype=torch.float64)
         assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(200)
-    _, errors = spread_of(found, trace / squared)
+    _, errors = spread_of(result, trace / squared)
     assert 0.54 < (errors < 1).double().mean() < 0.82
     assert (errors > 4).sum() <= 4
 
@@ -413,9 +413,9 @@ def test_the_jackknife_over_batches(sizes, monkeypatch):
     """200 sets of 24 batches from one distribution: the standard error is the spread. In 40 dimensions: in three, a
     few pairs of opposite gradients make most of the regret, and no set of 24 batches knows how often they come."""
     loss, samples_of, _ = samples(sizes, 200, [1.0] * 20 + [0.5] * 20, torch.ones(40, dtype=torch.float64))
-    found = [measured(monkeypatch, gradient_regret, loss, g @ g.T) for g in samples_of]
-    values, errors = spread_of(found, sum(f.value for f in found) / 200)
-    rms = math.sqrt(sum(f.stderr**2 for f in found) / 200)
+    result = [measured(monkeypatch, gradient_regret, loss, g @ g.T) for g in samples_of]
+    values, errors = spread_of(result, sum(f.value for f in result) / 200)
+    rms = math.sqrt(sum(f.stderr**2 for f in result) / 200)
     assert rms == pytest.approx(float(values.std()), rel=0.25)
     assert 0.54 < (errors < 1).double().mean() < 0.82
 
@@ -425,11 +425,11 @@ def test_a_gradient_that_is_noise_alone_has_no_scale():
     x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     loss = Loss(model, mean, [(x, x), (-x, x)])  # the gradients cancel
     for sampled in (False, True):
-        found = gradient_noise_scale(loss, sampled=sampled)
-        assert math.isnan(found.value)
-        assert not found.converged
-        assert "gradient" in found.reason
-        assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+        result = gradient_noise_scale(loss, sampled=sampled)
+        assert math.isnan(result.value)
+        assert not result.converged
+        assert "gradient" in result.reason
+        assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["value"] is None
 
 
 @pytest.mark.parametrize("measure", [gradient_coherence, gradient_noise_scale])
@@ -439,10 +439,10 @@ def test_coherence_and_noise_scale_refuse_and_report(measure):
     with pytest.raises(ValueError, match="split it"):
         measure(Loss(network(mlp), cross_entropy, few))
     data[1] = (data[1][0] * torch.nan, data[1][1])
-    found = measure(Loss(network(mlp), cross_entropy, data))
-    assert math.isnan(found.value)
-    assert not found.converged
-    assert "finite" in found.reason
+    result = measure(Loss(network(mlp), cross_entropy, data))
+    assert math.isnan(result.value)
+    assert not result.converged
+    assert "finite" in result.reason
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -525,16 +525,16 @@ def exact_values():
 @golden
 def test_golden_noise_scale_and_coherence():
     exact = exact_values()
-    found = gradient_noise_scale(loss_of(1))
-    assert found.value == pytest.approx(exact["gradient_noise"]["B_simple"], rel=1e-11)
-    assert found.details["trace"] == pytest.approx(exact["gradient_noise"]["tr_sigma"], rel=1e-11)
-    assert found.details["mean_norm"] == pytest.approx(exact["gradient_noise"]["mean_norm"], rel=1e-11)
-    assert found.stderr == 0
+    result = gradient_noise_scale(loss_of(1))
+    assert result.value == pytest.approx(exact["gradient_noise"]["B_simple"], rel=1e-11)
+    assert result.details["trace"] == pytest.approx(exact["gradient_noise"]["tr_sigma"], rel=1e-11)
+    assert result.details["mean_norm"] == pytest.approx(exact["gradient_noise"]["mean_norm"], rel=1e-11)
+    assert result.stderr == 0
     whole = gradient_noise_scale(loss_of(512))  # one batch is taken apart
-    assert (whole.value, whole.settings["m"]) == (found.value, 1)
+    assert (whole.value, whole.settings["m"]) == (result.value, 1)
     for m, name in ((32, "sixteen_16x32"), (128, "even_4x128")):
         drawn = gradient_noise_scale(loss_of(m))
-        assert abs(drawn.value - found.value) < 4 * drawn.stderr
+        assert abs(drawn.value - result.value) < 4 * drawn.stderr
         coherence = gradient_coherence(loss_of(m))
         assert coherence.value == pytest.approx(exact["regret"][name]["mean_cos_offdiag"], rel=1e-10)
         assert coherence.details["mean_norm"] == pytest.approx(exact["regret"][name]["mean_norm"], rel=1e-11)
@@ -550,18 +550,18 @@ def test_golden_regret_in_the_kl_ball(name, damping):
 
     kl = exact_values()["regret"][name]["kl_ball"]["by_damping"][str(damping)]
     loss = loss_of(128 if name == "even_4x128" else 32)
-    found = gradient_regret(loss, metric="fisher", damping=damping)
-    assert found.converged
-    assert found.value == pytest.approx(kl["mean_offdiag"], rel=1e-6)
-    assert found.details["mean_cosine"] == pytest.approx(kl["mean_cos_offdiag"], rel=1e-3)
-    assert found.details["mean_norm"] == pytest.approx(kl["mean_norm"], rel=1e-6)
+    result = gradient_regret(loss, metric="fisher", damping=damping)
+    assert result.converged
+    assert result.value == pytest.approx(kl["mean_offdiag"], rel=1e-6)
+    assert result.details["mean_cosine"] == pytest.approx(kl["mean_cos_offdiag"], rel=1e-3)
+    assert result.details["mean_norm"] == pytest.approx(kl["mean_norm"], rel=1e-6)
     values = torch.tensor(np.load(GOLDEN / "mlp_exact.npz")["ggn_eigenvalues"]).clamp(min=0)
     dimension = float((values / (values + damping)).sum())
-    assert abs(found.details["effective_dimension"] - dimension) < 8 * found.details["effective_dimension_stderr"]
+    assert abs(result.details["effective_dimension"] - dimension) < 8 * result.details["effective_dimension_stderr"]
 
 
 @golden
 @pytest.mark.slow
 def test_golden_stiffness_of_single_examples():
-    found = gradient_coherence(loss_of(1)).value
-    assert found == pytest.approx(exact_values()["gradient_noise"]["stiffness_mean_cos"], rel=1e-9)
+    result = gradient_coherence(loss_of(1)).value
+    assert result == pytest.approx(exact_values()["gradient_noise"]["stiffness_mean_cos"], rel=1e-9)

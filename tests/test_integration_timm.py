@@ -71,13 +71,13 @@ def test_groups_and_schedules_are_those_of_the_base(name, layer_decay):
             optimizer, "cosine", num_epochs=5, warmup_epochs=2, warmup_lr=0.01
         )
         names = {id(p): n for n, p in model.named_parameters()}
-        found = []
+        result = []
         for epoch in range(5):
             scheduler.step(epoch)
             for group in optimizer.param_groups:
                 kept = (group["lr"], group["weight_decay"], group.get("lr_scale"))
-                found += [(epoch, names[id(p)], *kept) for p in group["params"]]
-        return sorted(found), optimizer
+                result += [(epoch, names[id(p)], *kept) for p in group["params"]]
+        return sorted(result), optimizer
 
     plain, base = settings(base_of(name))
     ours, optimizer = settings(name, rho=0.1)

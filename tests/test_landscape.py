@@ -75,27 +75,27 @@ def test_a_line_through_a_quadratic_is_its_parabola():
     model, loss = quadratic()
     d = [torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)]
     axis = [-2.0, -0.3, 0.0, 1.5]
-    found = slice_1d(loss, d, coordinates=axis)
+    result = slice_1d(loss, d, coordinates=axis)
     w, bias = model.w.detach(), model.bias.detach()
     expected = [float((model.a * (w + a * d[0]) ** 2).sum() / 2 + bias + a * d[1]) for a in axis]
-    assert found.losses.tolist() == pytest.approx(expected, rel=1e-14)
-    assert found.coordinates[0].tolist() == axis
-    assert found.directions["kind"] == "given"
-    assert found.directions["norms"] == [pytest.approx(math.sqrt(1 + 4 + 0.25 + 0.0625))]
+    assert result.losses.tolist() == pytest.approx(expected, rel=1e-14)
+    assert result.coordinates[0].tolist() == axis
+    assert result.directions["kind"] == "given"
+    assert result.directions["norms"] == [pytest.approx(math.sqrt(1 + 4 + 0.25 + 0.0625))]
 
 
 def test_a_plane_has_the_first_direction_on_its_first_axis():
     _, loss = quadratic()
     d = [torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
     e = [torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
-    found = slice_2d(loss, (d, e), coordinates=([-1.0, 0.0, 1.0], [0.0, 2.0]))
-    assert found.losses.shape == (3, 2)
+    result = slice_2d(loss, (d, e), coordinates=([-1.0, 0.0, 1.0], [0.0, 2.0]))
+    assert result.losses.shape == (3, 2)
     base = float(loss.value())
     for i, a in enumerate((-1.0, 0.0, 1.0)):
         for j, b in enumerate((0.0, 2.0)):
             rise = 2.0 * (a * 0.6 + a * a / 2) + 1.0 * (b * 0.8 + b * b / 2)
-            assert float(found.losses[i, j]) == pytest.approx(base + rise, rel=1e-14)
-    assert found.directions["cosine"] == 0
+            assert float(result.losses[i, j]) == pytest.approx(base + rise, rel=1e-14)
+    assert result.directions["cosine"] == 0
 
 
 def test_random_directions_have_the_norm_of_every_filter_and_leave_biases():
@@ -138,9 +138,9 @@ def test_the_default_grid_contains_the_weights_and_they_come_back():
 
 def test_losses_that_overflow_are_null_in_the_result():
     _, loss = quadratic()
-    found = slice_1d(loss, coordinates=[0.0, 1e200]).to_dict()
-    assert found["losses"][1] is None
-    json.dumps(found, allow_nan=False)
+    result = slice_1d(loss, coordinates=[0.0, 1e200]).to_dict()
+    assert result["losses"][1] is None
+    json.dumps(result, allow_nan=False)
 
 
 def test_interpolation_ends_at_the_other_model_with_its_buffers():
@@ -154,9 +154,9 @@ def test_interpolation_ends_at_the_other_model_with_its_buffers():
     loss, other = (Loss(m, nn.CrossEntropyLoss(), batches) for m in (here, there))
     before = {k: v.clone() for k, v in here.state_dict().items()}
     for given in (there, there.state_dict()):
-        found = interpolate(loss, given, coordinates=[0.0, 0.5, 1.0])
-        assert float(found.losses[0]) == float(loss.value())
-        assert float(found.losses[2]) == pytest.approx(float(other.value()), rel=1e-6)
+        result = interpolate(loss, given, coordinates=[0.0, 0.5, 1.0])
+        assert float(result.losses[0]) == float(loss.value())
+        assert float(result.losses[2]) == pytest.approx(float(other.value()), rel=1e-6)
     assert all(torch.equal(v, before[k]) for k, v in here.state_dict().items())
     weights_only = interpolate(loss, list(there.parameters()), coordinates=[0.0, 1.0])
     assert float(weights_only.losses[1]) != pytest.approx(float(other.value()), rel=1e-3)
@@ -225,44 +225,44 @@ def run(loss, n=9):
     generator = torch.Generator().manual_seed(1)
     a, b, c = ([torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in loss.params] for _ in range(3))
     names = [name for name, _ in loss.model.named_parameters()]
-    found = []
+    result = []
     for t in torch.linspace(1, 0, n).tolist():
         moved = [w.detach() + t * x + 0.3 * t * t * y + 0.01 * math.sin(20 * t) * z
                  for w, x, y, z in zip(loss.params, a, b, c, strict=True)]  # fmt: skip
-        found.append(loss.model.state_dict() | dict(zip(names, moved, strict=True)))
-    return found
+        result.append(loss.model.state_dict() | dict(zip(names, moved, strict=True)))
+    return result
 
 
 def test_the_plane_of_a_run_is_that_of_its_singular_vectors():
     loss = small_loss()
     checkpoints = run(loss)
-    found = trajectory_directions(loss, checkpoints)
+    result = trajectory_directions(loss, checkpoints)
     names = [name for name, _ in loss.model.named_parameters()]
     rows = np.stack([np.concatenate([c[name].flatten().numpy() for name in names]) for c in checkpoints])
     _, s, v = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
-    assert found.explained.tolist() == pytest.approx((s**2 / (s**2).sum())[:2].tolist(), rel=1e-10)
-    flat = np.stack([np.concatenate([x.flatten().numpy() for x in d]) for d in found.directions])
+    assert result.explained.tolist() == pytest.approx((s**2 / (s**2).sum())[:2].tolist(), rel=1e-10)
+    flat = np.stack([np.concatenate([x.flatten().numpy() for x in d]) for d in result.directions])
     assert np.abs(flat @ v[:2].T) == pytest.approx(np.eye(2), abs=1e-9)
     origin = np.concatenate([w.detach().flatten().numpy() for w in loss.params])
-    assert found.coordinates.numpy() == pytest.approx((rows - origin) @ flat.T, abs=1e-12)
-    assert found.coordinates[-1].tolist() == pytest.approx([0, 0], abs=1e-12)
-    apart = np.linalg.norm(rows - origin - found.coordinates.numpy() @ flat, axis=1)
-    assert found.distances.tolist() == pytest.approx(apart.tolist(), abs=1e-7)
-    json.dumps(found.to_dict(), allow_nan=False)
+    assert result.coordinates.numpy() == pytest.approx((rows - origin) @ flat.T, abs=1e-12)
+    assert result.coordinates[-1].tolist() == pytest.approx([0, 0], abs=1e-12)
+    apart = np.linalg.norm(rows - origin - result.coordinates.numpy() @ flat, axis=1)
+    assert result.distances.tolist() == pytest.approx(apart.tolist(), abs=1e-7)
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_a_filter_normalised_plane_of_a_run_is_found_by_least_squares():
     loss = small_loss()
     checkpoints = run(loss)
-    found = trajectory_directions(loss, checkpoints, normalize="filter")
-    torch.testing.assert_close(found.directions[1][0].norm(dim=1), loss.params[0].norm(dim=1))
-    flat = torch.stack([torch.cat([x.flatten() for x in d]) for d in found.directions])
+    result = trajectory_directions(loss, checkpoints, normalize="filter")
+    torch.testing.assert_close(result.directions[1][0].norm(dim=1), loss.params[0].norm(dim=1))
+    flat = torch.stack([torch.cat([x.flatten() for x in d]) for d in result.directions])
     origin = torch.cat([w.detach().flatten() for w in loss.params])
     names = [name for name, _ in loss.model.named_parameters()]
     point = torch.cat([checkpoints[2][name].flatten() for name in names]) - origin
     expected = torch.linalg.lstsq(flat.T, point[:, None]).solution[:, 0]
-    torch.testing.assert_close(found.coordinates[2], expected)
-    plane = slice_2d(loss, found.directions, coordinates=([0.0], [0.0, 1.0]))
+    torch.testing.assert_close(result.coordinates[2], expected)
+    plane = slice_2d(loss, result.directions, coordinates=([0.0], [0.0, 1.0]))
     assert plane.losses[0, 0] == pytest.approx(float(loss.value()), rel=1e-14)
 
 
@@ -378,6 +378,6 @@ def test_golden_losses_on_the_line_and_the_plane(ignore):
 @needs_golden
 def test_golden_interpolation_to_the_second_model():
     expected = golden()["linear_interpolation_mlp_to_mlp_b"]
-    found = interpolate(golden_loss(mlp()), mlp("mlp_b_weights"), coordinates=expected["alpha"])
-    assert found.losses.tolist() == pytest.approx(expected["train_loss"], rel=1e-10)
-    assert found.directions["barrier"] == pytest.approx(expected["barrier"], rel=1e-10)
+    result = interpolate(golden_loss(mlp()), mlp("mlp_b_weights"), coordinates=expected["alpha"])
+    assert result.losses.tolist() == pytest.approx(expected["train_loss"], rel=1e-10)
+    assert result.directions["barrier"] == pytest.approx(expected["barrier"], rel=1e-10)

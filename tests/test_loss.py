@@ -412,8 +412,8 @@ def test_an_interrupt_on_the_way_back_leaves_the_model_as_found(where):
             return in_restore
 
         def calls(frame, event, arg, here=in_restore):
-            found = frame.f_code.co_name == "restore" and frame.f_code.co_filename.endswith(f"sam_optim/{where}")
-            return here if found else None
+            result = frame.f_code.co_name == "restore" and frame.f_code.co_filename.endswith(f"sam_optim/{where}")
+            return here if result else None
 
         sys.settrace(calls)
         interrupted = False

@@ -34,17 +34,17 @@ def test_both_sides_of_every_row_find_the_same(problem):
     rows = cost_curvature.rows(problem) + cost_sharpness.rows(problem)
     assert len({row.name for row in rows}) == len(rows) == 8
     results = measure_cost.compare(rows, 1, "cpu")
-    found = {r["row"]: r["found"] for r in results}
-    top, peer = found["lambda_max"]["ours"], found["lambda_max"]["peer"]
+    measured = {r["row"]: r["found"] for r in results}
+    top, peer = measured["lambda_max"]["ours"], measured["lambda_max"]["peer"]
     assert top["values"][0] == pytest.approx(peer["values"][0], rel=5e-3)
     assert top["products"] > 0
     assert peer["products"] > 0
-    ours, peer = found["top 5"]["ours"]["values"], found["top 5"]["peer"]["values"]
+    ours, peer = measured["top 5"]["ours"]["values"], measured["top 5"]["peer"]["values"]
     assert ours[0] == pytest.approx(peer[0], rel=5e-3)  # the peer's others are of largest magnitude, and not converged
     assert len(ours) == len(peer) == 5
-    a, b = found["trace"]["ours"], found["trace"]["peer"]
+    a, b = measured["trace"]["ours"], measured["trace"]["peer"]
     assert abs(a["value"] - b["value"]) < 5 * math.hypot(a["stderr"], b["stderr"])
-    assert found["spectral density"]["peer"]["largest"] == pytest.approx(top["values"][0], rel=0.1)
+    assert measured["spectral density"]["peer"]["largest"] == pytest.approx(top["values"][0], rel=0.1)
     for w, kept in zip(problem.make_model().parameters(), before, strict=True):
         assert torch.equal(w, kept)
         assert w.grad is None
@@ -81,8 +81,8 @@ def test_on_a_device_it_waits_for_it_and_asks_its_allocator(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
-    took, found = measure_cost.seconds(lambda: len(waits), "cuda")
-    assert (found, len(waits)) == (1, 2)
+    took, result = measure_cost.seconds(lambda: len(waits), "cuda")
+    assert (result, len(waits)) == (1, 2)
     assert took >= 0
     assert measure_cost._peak("cuda") == 3
 

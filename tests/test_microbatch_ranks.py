@@ -50,9 +50,9 @@ def run(rank, port, results):
 @pytest.fixture(scope="module")
 def results():
     with torch.multiprocessing.Manager() as manager:
-        found = manager.dict()
-        torch.multiprocessing.spawn(run, (free_port(), found), nprocs=2)
-        yield dict(found)
+        result = manager.dict()
+        torch.multiprocessing.spawn(run, (free_port(), result), nprocs=2)
+        yield dict(result)
 
 
 @pytest.mark.parametrize(("rho", "views"), WAYS)

@@ -41,26 +41,26 @@ def exact_values():
 def test_fisher_rao_norm_is_the_quadratic_form(kind, matrix):
     model, data = network(kind).eval(), batches(kind, SIZES)
     dense = Dense(model, cross_entropy, joined(data))
-    found = fisher_rao_norm(Loss(model, cross_entropy, data), matrix=matrix)
-    assert found.value == pytest.approx(float(dense.w @ dense.matrix(matrix) @ dense.w), rel=1e-10)
-    assert found.details["norm"] ** 2 == pytest.approx(found.value)
+    result = fisher_rao_norm(Loss(model, cross_entropy, data), matrix=matrix)
+    assert result.value == pytest.approx(float(dense.w @ dense.matrix(matrix) @ dense.w), rel=1e-10)
+    assert result.details["norm"] ** 2 == pytest.approx(result.value)
     forms = [float(dense.w @ Dense(model, cross_entropy, b).matrix(matrix) @ dense.w) for b in data]
-    assert found.details["batch_values"] == pytest.approx(forms, rel=1e-10)
-    assert found.stderr > 0
+    assert result.details["batch_values"] == pytest.approx(forms, rel=1e-10)
+    assert result.stderr > 0
 
 
 def test_fisher_rao_norm_is_the_divergence_of_a_common_rescaling():
     """KL(p_w || p_{(1 + eps) w}) = eps^2 / 2 w^T F w, and the norm does not change with the parametrization."""
     model, (x, y) = network(relu_mlp), batches(mlp, (30,))[0]
-    found, eps = fisher_rao_norm(Loss(model, cross_entropy, [(x, y)])), 1e-4
+    result, eps = fisher_rao_norm(Loss(model, cross_entropy, [(x, y)])), 1e-4
     moved = fisher_rao_norm(Loss(rescaled(network(relu_mlp), FACTORS), cross_entropy, [(x, y)]))
-    assert moved.value == pytest.approx(found.value, rel=1e3 * EPS)
+    assert moved.value == pytest.approx(result.value, rel=1e3 * EPS)
     with torch.no_grad():
         before = model(x).log_softmax(1)
         for p in model.parameters():
             p.mul_(1 + eps)
         divergence = (before.exp() * (before - model(x).log_softmax(1))).sum(1).mean()
-    assert float(divergence) == pytest.approx(eps**2 / 2 * found.value, rel=1e-3)
+    assert float(divergence) == pytest.approx(eps**2 / 2 * result.value, rel=1e-3)
 
 
 def weighted_traces(hessian, weight, start):
@@ -89,12 +89,12 @@ def test_relative_flatness_is_its_definition(kind, place, matrix):
         start += p.numel()
     dense = Dense(model, cross_entropy, joined(data)).matrix(matrix)
     expected, loss = weighted_traces(dense, named[name], start), Loss(model, cross_entropy, data)
-    found = relative_flatness(loss, layer, matrix=matrix)
-    assert found.value == pytest.approx(expected, rel=1e-9)
-    assert found.stderr == 0
-    assert found.settings["layer"] == name
+    result = relative_flatness(loss, layer, matrix=matrix)
+    assert result.value == pytest.approx(expected, rel=1e-9)
+    assert result.stderr == 0
+    assert result.settings["layer"] == name
     for same in (named[name], model.get_submodule(name.removesuffix(".weight"))):
-        assert relative_flatness(loss, same, matrix=matrix).value == found.value
+        assert relative_flatness(loss, same, matrix=matrix).value == result.value
     drawn = relative_flatness(loss, layer, matrix=matrix, exact=False, num_probes=50)
     assert abs(drawn.value - expected) < 4 * drawn.stderr
     assert drawn.details["batch_values"] == pytest.approx(
@@ -146,9 +146,9 @@ def test_relative_flatness_over_seeds():
     loss = Loss(Bilinear(a, w), mean, [(x, x)])
     exact = weighted_traces(a, w, 0)
     assert relative_flatness(loss, "weight").value == pytest.approx(exact, rel=1e-12)
-    found = [relative_flatness(loss, "weight", exact=False, num_probes=30, seed=seed) for seed in range(200)]
-    values = torch.tensor([f.value for f in found], dtype=torch.float64)
-    errors = (values - exact).abs() / torch.tensor([f.stderr for f in found], dtype=torch.float64)
+    result = [relative_flatness(loss, "weight", exact=False, num_probes=30, seed=seed) for seed in range(200)]
+    values = torch.tensor([f.value for f in result], dtype=torch.float64)
+    errors = (values - exact).abs() / torch.tensor([f.stderr for f in result], dtype=torch.float64)
     assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(200)
     assert 0.54 < (errors < 1).double().mean() < 0.82
     assert (errors > 4).sum() <= 2
@@ -175,17 +175,17 @@ def test_sigma_of_a_quadratic(adaptive):
     loss = quadratic(a, w, w)  # at the minimum
     t = w if adaptive else torch.ones(20, dtype=torch.float64)
     exact = math.sqrt(2 * 0.3 / float((t * a.diagonal() * t).sum()))
-    found = [
+    result = [
         pac_bayes_sigma(loss, target=0.3, adaptive=adaptive, eps=0.0, num_samples=20, seed=seed) for seed in range(200)
     ]
-    values = torch.tensor([f.value for f in found], dtype=torch.float64)
-    errors = (values - exact).abs() / torch.tensor([f.stderr for f in found], dtype=torch.float64)
+    values = torch.tensor([f.value for f in result], dtype=torch.float64)
+    errors = (values - exact).abs() / torch.tensor([f.stderr for f in result], dtype=torch.float64)
     assert float(values.mean()) == pytest.approx(exact, rel=0.03)  # its inverse square is unbiased, not itself
     assert 0.54 < (errors < 1).double().mean() < 0.82
     assert (errors > 4).sum() <= 4  # ten pairs, whose rises are skewed
-    covered = sum(f.details["interval"][0] <= exact <= f.details["interval"][1] for f in found)
+    covered = sum(f.details["interval"][0] <= exact <= f.details["interval"][1] for f in result)
     assert covered >= 0.85 * 200
-    assert all(0.3 * (1 - 4e-3) <= f.details["rise"] <= 0.3 for f in found)
+    assert all(0.3 * (1 - 4e-3) <= f.details["rise"] <= 0.3 for f in result)
 
 
 def test_sigma_in_a_slope_and_with_eps():
@@ -195,9 +195,9 @@ def test_sigma_in_a_slope_and_with_eps():
     assert pac_bayes_sigma(down, target=0.3).value == pytest.approx(pac_bayes_sigma(level, target=0.3).value, rel=2e-3)
     left = 0.3 - 0.2**2 / 2 * float(a.trace())
     exact = math.sqrt(2 * left / float((w.square() * a.diagonal()).sum()))
-    found = pac_bayes_sigma(level, target=0.3, adaptive=True, eps=0.2, num_samples=1000)
-    assert abs(found.value - exact) < 4 * found.stderr
-    assert found.stderr < 0.1 * exact
+    result = pac_bayes_sigma(level, target=0.3, adaptive=True, eps=0.2, num_samples=1000)
+    assert abs(result.value - exact) < 4 * result.stderr
+    assert result.stderr < 0.1 * exact
     beyond = pac_bayes_sigma(level, target=0.3, adaptive=True, eps=2.0)
     assert math.isnan(beyond.value)
     assert "eps" in beyond.reason
@@ -207,15 +207,15 @@ def test_the_search_is_that_of_the_whole_loss():
     """The closed form above, and the loss through its batches."""
     a, w = symmetric([3.0, 1.0, 0.5]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     x = torch.zeros(3, 3, dtype=torch.float64)
-    found = pac_bayes_sigma(Loss(Quadratic(a, w, w), mean, [(x, x), (x[:1], x[:1])]), target=0.3)
-    assert found.value == pytest.approx(pac_bayes_sigma(quadratic(a, w, w), target=0.3).value, rel=1e-12)
+    result = pac_bayes_sigma(Loss(Quadratic(a, w, w), mean, [(x, x), (x[:1], x[:1])]), target=0.3)
+    assert result.value == pytest.approx(pac_bayes_sigma(quadratic(a, w, w), target=0.3).value, rel=1e-12)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sigma_is_the_largest_that_the_loss_bears(adaptive):
     """Independent draws, a fifth to either side of sigma; the same seed gives the same bits."""
     loss, rises = Loss(network(mlp), cross_entropy, batches(mlp, (20, 20))), []
-    found = pac_bayes_sigma(loss, target=0.1, adaptive=adaptive, num_samples=100)
+    result = pac_bayes_sigma(loss, target=0.1, adaptive=adaptive, num_samples=100)
     few = [pac_bayes_sigma(loss, target=0.1, adaptive=adaptive, num_samples=4) for _ in range(2)]
     assert few[0] == few[1]
     generator, base = torch.Generator().manual_seed(77), float(loss.value())
@@ -223,7 +223,7 @@ def test_sigma_is_the_largest_that_the_loss_bears(adaptive):
         total = 0.0
         for _ in range(60):
             z = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in loss.params]
-            s = found.value * factor
+            s = result.value * factor
             widths = [((s * w.detach()) ** 2 + 1e-6).sqrt() if adaptive else s for w in loss.params]
             for sign in (1, -1):
                 with loss.displaced([sign * width * x for width, x in zip(widths, z, strict=True)]):
@@ -235,16 +235,16 @@ def test_sigma_is_the_largest_that_the_loss_bears(adaptive):
 def test_no_sigma_is_said():
     x = torch.zeros(2, 3, dtype=torch.float64)
     level = Loss(Quadratic(symmetric([-1.0, -2.0, -0.5])), mean, [(x, x)])
-    found = pac_bayes_sigma(level, target=0.1)
-    assert math.isnan(found.value)
-    assert not found.converged
-    assert "smaller target" in found.reason
+    result = pac_bayes_sigma(level, target=0.1)
+    assert math.isnan(result.value)
+    assert not result.converged
+    assert "smaller target" in result.reason
     data = batches(mlp)
     data[0] = (data[0][0] * torch.nan, data[0][1])
-    found = pac_bayes_sigma(Loss(network(mlp), cross_entropy, data), target=0.1)
-    assert math.isnan(found.value)
-    assert "finite" in found.reason
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+    result = pac_bayes_sigma(Loss(network(mlp), cross_entropy, data), target=0.1)
+    assert math.isnan(result.value)
+    assert "finite" in result.reason
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["value"] is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -254,10 +254,10 @@ def test_flatness_of_weights_that_are_not_finite_is_not_a_number(bad, exact):
     name, weight = next(iter(model.named_parameters()))
     with torch.no_grad():
         weight[0, 0] = bad
-    found = relative_flatness(Loss(model, cross_entropy, batches(mlp)), name, exact=exact)
-    assert math.isnan(found.value)
-    assert not found.converged
-    assert "finite" in found.reason
+    result = relative_flatness(Loss(model, cross_entropy, batches(mlp)), name, exact=exact)
+    assert math.isnan(result.value)
+    assert not result.converged
+    assert "finite" in result.reason
 
 
 def test_alpha_at_a_minimum_of_a_quadratic():
@@ -267,8 +267,8 @@ def test_alpha_at_a_minimum_of_a_quadratic():
     with torch.no_grad():
         for w in loss.params:
             w.zero_()
-    found = sharpness_alpha(loss, target=0.3, tol=1e-6)
-    assert found.value == pytest.approx(math.sqrt(2 * 0.3 / 6.0), rel=1e-5)
+    result = sharpness_alpha(loss, target=0.3, tol=1e-6)
+    assert result.value == pytest.approx(math.sqrt(2 * 0.3 / 6.0), rel=1e-5)
 
 
 def test_sigma_and_alpha_in_relative_units_do_not_change_with_the_parametrization():
@@ -290,15 +290,15 @@ def test_alpha_of_a_quadratic():
         torch.full((4,), 0.3, dtype=torch.float64),
         torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4).double(),
     )
-    found = sharpness_alpha(loss, target=0.4)
+    result = sharpness_alpha(loss, target=0.4)
 
     def rise(alpha):
         d = w + alpha * signs
         return float((0.5 * ((d @ a) * d).sum(1)).max() - 0.5 * w @ a @ w)
 
-    assert rise(found.value) == pytest.approx(0.4, rel=0.02)
-    assert rise(found.value) <= 0.4
-    assert found.details["rise"] == pytest.approx(rise(found.value), rel=1e-6)
+    assert rise(result.value) == pytest.approx(0.4, rel=0.02)
+    assert rise(result.value) <= 0.4
+    assert result.details["rise"] == pytest.approx(rise(result.value), rel=1e-6)
 
 
 def test_flatness_bounds_are_their_formulas():
@@ -307,16 +307,16 @@ def test_flatness_bounds_are_their_formulas():
     w0 = [torch.full_like(w, 0.1) for w in loss.params]
     seen = []
     few = {"num_samples": 4, "num_steps": 4}
-    found = flatness_bounds(loss, of="loss", initial_weights=w0, delta=0.2, **few, progress=lambda *x: seen.append(x))
+    result = flatness_bounds(loss, of="loss", initial_weights=w0, delta=0.2, **few, progress=lambda *x: seen.append(x))
     assert seen == [(i, 4) for i in range(1, 5)]
     w, d = flat(loss.params), flat(loss.params) - 0.1
     n, p, eps = 30, len(w), 1e-3
-    assert len(found) == 12
+    assert len(result) == 12
     for mag, adaptive in (("", False), ("mag_", True)):
         s = pac_bayes_sigma(loss, target=0.1, adaptive=adaptive, num_samples=4).value
         a = sharpness_alpha(loss, target=0.1, adaptive=adaptive, num_steps=4).value
-        assert found[f"pacbayes_{mag}flatness"].value == pytest.approx(1 / s**2)
-        assert found[f"sharpness_{mag}flatness"].value == pytest.approx(1 / a**2)
+        assert result[f"pacbayes_{mag}flatness"].value == pytest.approx(1 / s**2)
+        assert result[f"sharpness_{mag}flatness"].value == pytest.approx(1 / a**2)
         for name, v in (("orig", w), ("init", d)):
             square = float(v @ v)
             if mag:
@@ -327,10 +327,10 @@ def test_flatness_bounds_are_their_formulas():
             else:
                 first = square / (4 * s**2) + math.log(n / s) + 10
                 second = square * math.log(2 * p) / (4 * a**2) + math.log(n / a) + 10
-            assert found[f"pacbayes_{mag}{name}"].value == pytest.approx(first, rel=1e-12)
-            assert found[f"sharpness_{mag}{name}"].value == pytest.approx(second, rel=1e-12)
+            assert result[f"pacbayes_{mag}{name}"].value == pytest.approx(first, rel=1e-12)
+            assert result[f"sharpness_{mag}{name}"].value == pytest.approx(second, rel=1e-12)
     sigma = pac_bayes_sigma(loss, target=0.1, num_samples=4)
-    assert found["pacbayes_flatness"].stderr == pytest.approx(2 * sigma.stderr / sigma.value**3, rel=1e-4)
+    assert result["pacbayes_flatness"].stderr == pytest.approx(2 * sigma.stderr / sigma.value**3, rel=1e-4)
     assert "pacbayes_init" not in flatness_bounds(loss, of="loss", **few)
 
 
@@ -341,12 +341,12 @@ def test_golden_fisher_rao_and_relative_flatness():
         assert fisher_rao_norm(loss_of(m)).value == pytest.approx(exact["fisher_rao"]["fisher"], rel=1e-11)
         empirical = fisher_rao_norm(loss_of(m), matrix="empirical_fisher").value
         assert empirical == pytest.approx(exact["fisher_rao"]["empirical"], rel=1e-11)
-        found = relative_flatness(loss_of(m), "fc2")
-        assert found.value == pytest.approx(exact["relative_flatness"]["values"]["fc2.weight"], rel=1e-11)
-    found = relative_flatness(loss_of(512), "fc1")
-    assert found.value == pytest.approx(exact["relative_flatness"]["values"]["fc1.weight"], rel=1e-11)
-    found = relative_flatness(loss_of(512), "fc1", exact=False)
-    assert abs(found.value - exact["relative_flatness"]["values"]["fc1.weight"]) < 4 * found.stderr
+        result = relative_flatness(loss_of(m), "fc2")
+        assert result.value == pytest.approx(exact["relative_flatness"]["values"]["fc2.weight"], rel=1e-11)
+    result = relative_flatness(loss_of(512), "fc1")
+    assert result.value == pytest.approx(exact["relative_flatness"]["values"]["fc1.weight"], rel=1e-11)
+    result = relative_flatness(loss_of(512), "fc1", exact=False)
+    assert abs(result.value - exact["relative_flatness"]["values"]["fc1.weight"]) < 4 * result.stderr
 
 
 @golden
@@ -354,20 +354,20 @@ def test_golden_sigma_is_a_standard_deviation():
     """Published code reports sigma where the noise has the standard deviation sigma^2, and stops within 0.01 of the
     target 0.1, with 20 repetitions of 10 draws."""
     peer, exact = exact_values()["landscape"]["nitarshan_pacbayes"], exact_values()["exact"]
-    found = pac_bayes_sigma(loss_of(512), target=0.1, of="error", num_samples=100)
-    assert abs(found.value - peer["effective_noise_std_mean"]) < 4 * found.stderr + 0.005
-    assert found.value < 0.6 * peer["sigma"]["mean"]
+    result = pac_bayes_sigma(loss_of(512), target=0.1, of="error", num_samples=100)
+    assert abs(result.value - peer["effective_noise_std_mean"]) < 4 * result.stderr + 0.005
+    assert result.value < 0.6 * peer["sigma"]["mean"]
     for adaptive, name in ((False, "hessian_exact"), (True, "adaptive_hessian_exact")):
-        found = pac_bayes_sigma(loss_of(512), target=1e-6, adaptive=adaptive, eps=0.0, num_samples=40)
-        assert abs(found.value - math.sqrt(2e-6 / exact[name]["trace"])) < 4 * found.stderr
+        result = pac_bayes_sigma(loss_of(512), target=1e-6, adaptive=adaptive, eps=0.0, num_samples=40)
+        assert abs(result.value - math.sqrt(2e-6 / exact[name]["trace"])) < 4 * result.stderr
 
 
 @golden
 def test_golden_alpha_is_where_the_worst_case_meets_the_target():
     """The search of the worst case is a stronger one: it finds a rise up to a tenth beyond the target."""
     for adaptive in (False, True):
-        found = sharpness_alpha(loss_of(512), target=0.05, adaptive=adaptive, eps=0.0)
-        box = Ball(found.value, norm=math.inf, adaptive=adaptive, eta=0.0)
+        result = sharpness_alpha(loss_of(512), target=0.05, adaptive=adaptive, eps=0.0)
+        box = Ball(result.value, norm=math.inf, adaptive=adaptive, eta=0.0)
         best = worst_case_sharpness(loss_of(512), box, num_steps=20, num_restarts=1).value
         assert 0.05 * 0.97 < best < 0.05 * 1.1
 

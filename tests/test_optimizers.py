@@ -629,11 +629,11 @@ def test_a_fault_anywhere_in_a_step_is_all_or_nothing(when):
         optimizer.param_groups[0]["lr"] = 0.1
     assert all(torch.equal(v, state[0][k]) for k, v in model.state_dict().items())
     if when != "base":
-        found = optimizer.state_dict()
-        assert found["param_groups"] == state[1]["param_groups"]
+        result = optimizer.state_dict()
+        assert result["param_groups"] == state[1]["param_groups"]
         assert all(
             torch.equal(v["momentum_buffer"], state[1]["state"][k]["momentum_buffer"])
-            for k, v in found["state"].items()
+            for k, v in result["state"].items()
         )
     optimizer.step(inner)
 

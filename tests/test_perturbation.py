@@ -35,8 +35,8 @@ def snapshot(model):
 
 
 def same(model, state):
-    found = dict(model.named_parameters()) | dict(model.named_buffers())
-    return all(torch.equal(found[k], v) for k, v in state.items())
+    result = dict(model.named_parameters()) | dict(model.named_buffers())
+    return all(torch.equal(result[k], v) for k, v in state.items())
 
 
 def pointers(model):
@@ -153,9 +153,9 @@ def test_state_dict_while_perturbed_holds_clean_weights(keep):
     with Perturbation(model, rho=0.5).perturbed():
         model(x)
         assert not same(model, clean)
-        for found in (model.state_dict(), {k.removeprefix("inner."): v for k, v in wrapper.state_dict().items()}):
-            assert found.keys() == clean.keys()
-            assert all(torch.equal(found[k], clean[k]) for k in clean)
+        for result in (model.state_dict(), {k.removeprefix("inner."): v for k, v in wrapper.state_dict().items()}):
+            assert result.keys() == clean.keys()
+            assert all(torch.equal(result[k], clean[k]) for k in clean)
     assert not model._state_dict_hooks
     assert pickle.loads(pickle.dumps(model)) is not None
     assert kept is None or same(model, clean)

@@ -109,8 +109,8 @@ def test_a_band_goes_from_the_lowest_to_the_highest_direction():
 
 
 def test_an_interpolation_has_its_chord_and_its_barrier():
-    found = line([1.0, 4.0, 2.0], kind="interpolation", barrier=2.5)
-    axes = slices_picture(found).axes[0]
+    result = line([1.0, 4.0, 2.0], kind="interpolation", barrier=2.5)
+    axes = slices_picture(result).axes[0]
     assert list(axes.get_lines()[1].get_ydata()) == [1.0, 2.0]
     assert [t.get_text().strip() for t in axes.texts if t.get_text()] == ["barrier 2.5"]
     assert axes.get_yscale() == "linear"

@@ -42,12 +42,12 @@ def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(prob
     directory, path, model = problem
     assert run(directory, path, "--images", "40", "--measures", "worst,average,eigenvalue,density") == 0
     out = directory / "out"
-    found = pretrained.results(store.read(out / "measures.json"))
-    assert {key[1:] for key in found} == {
+    result = pretrained.results(store.read(out / "measures.json"))
+    assert {key[1:] for key in result} == {
         *(("worst", False), ("worst", True), ("average", False), ("average", True)),
         *(("eigenvalue", False), ("eigenvalue", True), ("density", False)),
     }
-    assert found[str(path), "worst", True]["settings"]["n"] == 40
+    assert result[str(path), "worst", True]["settings"]["n"] == 40
 
     test = open_split("cifar10", directory, "test")
     x, y = test.x, test.labels
@@ -67,8 +67,8 @@ def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(prob
     }
     assert rows[""] == "resnet8"
     assert rows["test error, %"] == f"{wrong:.2f}"
-    assert rows["largest eigenvalue of H"] == cell(found[str(path), "eigenvalue", False])
-    assert rows["largest eigenvalue of T H T"] == cell(found[str(path), "eigenvalue", True])
+    assert rows["largest eigenvalue of H"] == cell(result[str(path), "eigenvalue", False])
+    assert rows["largest eigenvalue of T H T"] == cell(result[str(path), "eigenvalue", True])
     assert "trace of H" not in rows
     assert "test_error" in (out / "report.html").read_text()
     assert (out / "spectra.png").read_bytes().startswith(b"\x89PNG")
@@ -109,8 +109,8 @@ def test_the_table_has_the_numbers_of_these_images_and_weights_alone(problem, ca
 def test_the_loss_is_the_mean_over_images_in_batches_of_two_sizes():
     batches = [(torch.randn(n, 2), torch.randint(3, (n,))) for n in (5, 5, 2)]
     loss = Loss(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss(), batches)
-    found = worst_case_sharpness(loss, Ball(0.1), num_steps=1).to_dict()
-    assert pretrained.base_loss(found) == pytest.approx(float(loss.value()))
+    result = worst_case_sharpness(loss, Ball(0.1), num_steps=1).to_dict()
+    assert pretrained.base_loss(result) == pytest.approx(float(loss.value()))
     assert pretrained.base_loss(None) is None
 
 
@@ -149,7 +149,7 @@ def test_every_measure_of_the_command_has_a_row():
 
 def test_the_table_of_the_findings_is_that_of_the_results():
     errors = {line["checkpoint"]: float(line["test_error"]) for line in pretrained.read_errors(RESULTS / "errors.csv")}
-    found = pretrained.results(store.read(RESULTS / "measures.json"))
+    result = pretrained.results(store.read(RESULTS / "measures.json"))
     assert len(errors) == 4
-    assert {(name, measure, adaptive) for name in errors for measure, adaptive, _ in pretrained.ROWS} == set(found)
-    assert pretrained.table(found, errors) in (ROOT / "docs" / "findings.md").read_text()
+    assert {(name, measure, adaptive) for name in errors for measure, adaptive, _ in pretrained.ROWS} == set(result)
+    assert pretrained.table(result, errors) in (ROOT / "docs" / "findings.md").read_text()

@@ -115,7 +115,7 @@ def test_the_vit_recipes_run_on_torchvisions_layout(tmp_path, name):
 
 
 def test_recipes_for_several_processes_give_the_whole_command():
-    found = 0
+    result = 0
     for path in RECIPES:
         text = path.read_text()
         if "of each of" in text:
@@ -124,8 +124,8 @@ def test_recipes_for_several_processes_give_the_whole_command():
                 f"# torchrun --nproc-per-node 8 -m benchmarks.train --config benchmarks/recipes/{path.name} --data-dir"
             )
             assert expected in command_, path
-            found += 1
-    assert found == 6
+            result += 1
+    assert result == 6
 
 
 class TestConfig:
@@ -268,8 +268,8 @@ class TestPreprocessing:
         assert files.read_json(out / "measures.json")["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
         argv = [str(out), "--corruptions", "contrast", "--severities", "1"]
         assert errors.run(evaluate.main, argv) == 0
-        found = files.read_json(out / "corrupted.json")["clean"]
-        assert found["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+        result = files.read_json(out / "corrupted.json")["clean"]
+        assert result["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
 
     def test_options_and_the_training_images(self, tmp_path):
         """Without augmentation a training image is one of evaluation; --mean given for all channels at once."""
@@ -385,10 +385,10 @@ class TestText:
         argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
         argv += ["--scratch", "--max-steps", "2", "--batch-size", "4", "--length", "16", "--device", "cpu"]
         assert errors.run(finetune_text.main, [*argv, *options]) == 0
-        found = files.read_json(tmp_path / "out" / "result.json")
-        assert found["updates"] == 2
-        assert 0 <= found["accuracy"] <= 1
-        assert found["loss"] == pytest.approx(1.1, abs=0.3)  # log 3, of a model that has learnt nothing yet
+        result = files.read_json(tmp_path / "out" / "result.json")
+        assert result["updates"] == 2
+        assert 0 <= result["accuracy"] <= 1
+        assert result["loss"] == pytest.approx(1.1, abs=0.3)  # log 3, of a model that has learnt nothing yet
 
     def test_bad_input(self, tmp_path, model, capsys):
         tsv, jsonl = self.files(tmp_path)

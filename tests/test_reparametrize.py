@@ -339,13 +339,13 @@ def test_the_audit_tells_plain_from_invariant_measures():
     model, batches = trained_cnn()
     before, ticks = copy.deepcopy(model.state_dict()), []
     measures = standard_measures(num_steps=5, num_probes=20)
-    found = audit(
+    result = audit(
         model, measures, criterion=nn.CrossEntropyLoss(), batches=batches, progress=lambda *t: ticks.append(t)
     )
-    assert found.moved == dict.fromkeys(PLAIN, True) | dict.fromkeys(INVARIANT, False)
-    assert set(found.differences) == {"rescale", "rescale_normalized", "permute"}
-    assert max(found.differences.values()) < 1e-13
-    rows = {(row.measure, row.transform): row for row in found.rows}
+    assert result.moved == dict.fromkeys(PLAIN, True) | dict.fromkeys(INVARIANT, False)
+    assert set(result.differences) == {"rescale", "rescale_normalized", "permute"}
+    assert max(result.differences.values()) < 1e-13
+    rows = {(row.measure, row.transform): row for row in result.rows}
     for name in ("worst case, T = |w|", "lambda_max, T = |w|", "trace, T = |w|"):
         for change in ("rescale", "rescale_normalized"):
             assert rows[name, change].ratio == pytest.approx(1, rel=1e-6)
@@ -355,10 +355,10 @@ def test_the_audit_tells_plain_from_invariant_measures():
     assert rows["trace", "permute"].noise > 0
     assert ticks[-1] == (32, 32)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    text = str(found)
+    text = str(result)
     assert [line.split("  ")[0] for line in text.splitlines()[2:10]] == list(measures)
     assert text.count("*\n") + text.count("* ") >= 8
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"][0]["moved"] is True
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["rows"][0]["moved"] is True
 
 
 def test_the_ratio_of_the_trace_is_that_of_exact_hessians():
@@ -368,36 +368,36 @@ def test_the_ratio_of_the_trace_is_that_of_exact_hessians():
     def exact(m):
         return float(Dense(m.eval(), nn.CrossEntropyLoss(), (x, y)).matrix("hessian").trace())
 
-    found = audit(model, {"trace": exact}, {"rescale": lambda m: rescale(m, 3.0, seed=1)}, inputs=x)
+    result = audit(model, {"trace": exact}, {"rescale": lambda m: rescale(m, 3.0, seed=1)}, inputs=x)
     expected = exact(rescale(model, 3.0, seed=1, inputs=x)) / exact(model)
-    assert found.rows[0].ratio == pytest.approx(expected, rel=1e-12)
-    assert found.moved == {"trace": True}
+    assert result.rows[0].ratio == pytest.approx(expected, rel=1e-12)
+    assert result.moved == {"trace": True}
 
 
 def test_measures_of_the_model_and_transforms_of_ones_own():
     model, x = made("two layers")
     measures = {"norm": lambda m: sum(float(p.detach().norm() ** 2) for p in m.parameters()), "one": lambda m: 1}
-    found = audit(model, measures, {"same": copy.deepcopy, "twice": lambda m: rescale(m, 2.0, inputs=x)}, inputs=x)
-    assert found.moved == {"norm": True, "one": False}
-    assert [row.ratio for row in found.rows[:1]] == [1.0]
-    assert found.differences["same"] == 0
-    assert found.skipped == {}
+    result = audit(model, measures, {"same": copy.deepcopy, "twice": lambda m: rescale(m, 2.0, inputs=x)}, inputs=x)
+    assert result.moved == {"norm": True, "one": False}
+    assert [row.ratio for row in result.rows[:1]] == [1.0]
+    assert result.differences["same"] == 0
+    assert result.skipped == {}
 
 
 def test_what_a_loss_has_not_is_a_row_with_its_reason():
     model, batches = trained_cnn()
-    found = audit(
+    result = audit(
         model,
         {"regret": gradient_regret, "nan": lambda loss: math.nan},
         make_loss=lambda m: Loss(m, nn.CrossEntropyLoss(), batches[:1]),
         inputs=batches[0][0],
     )
-    assert found.moved == {"regret": None, "nan": None}
-    assert "split it into several" in found.rows[0].reason
-    assert "–" in str(found)
-    assert "split it into several" in str(found)
-    json.dumps(found.to_dict(), allow_nan=False)
-    page = results_page({"audit": found})
+    assert result.moved == {"regret": None, "nan": None}
+    assert "split it into several" in result.rows[0].reason
+    assert "–" in str(result)
+    assert "split it into several" in str(result)
+    json.dumps(result.to_dict(), allow_nan=False)
+    page = results_page({"audit": result})
     assert "not known" in page
     assert "Can a reparametrization fake it?" in page
 
@@ -466,9 +466,9 @@ def test_the_audit_of_resnet18():
     measures = standard_measures(num_steps=3, num_probes=4)
     left_out = ("lambda_max", "lambda_max, T = |w|", "trace")  # minutes, for the first two or enough probes
     measures = {name: measure for name, measure in measures.items() if name not in left_out}
-    found = audit(model, measures, criterion=nn.CrossEntropyLoss(), batches=batches)
-    assert found.moved == {name: name in PLAIN for name in measures}
-    assert max(found.differences.values()) < 1e-10
+    result = audit(model, measures, criterion=nn.CrossEntropyLoss(), batches=batches)
+    assert result.moved == {name: name in PLAIN for name in measures}
+    assert max(result.differences.values()) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])

@@ -85,13 +85,13 @@ def sharded(model):
 
 
 def fsdp2(rank):
-    found = {}
+    result = {}
     for name, options in GEOMETRIES.items():
         model = sharded(network())
         optimizer = SAM(model.parameters(), BASE, module=model, **options)
         train(model, optimizer, lambda i: batch(i, rank))
         step = optimizer.last_step
-        found[name] = full(model).tolist(), *lengths(step)
+        result[name] = full(model).tolist(), *lengths(step)
         assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
     model = sharded(network())  # contexts, and a plain optimizer
     sam, plain = Perturbation(model, rho=0.2), BASE(model.parameters())
@@ -107,8 +107,8 @@ def fsdp2(rank):
             assert torch.equal(whole(clean[name]), whole(p))
         plain.step()
         plain.zero_grad()
-    found["contexts"] = full(model).tolist()
-    return found
+    result["contexts"] = full(model).tolist()
+    return result
 
 
 def test_fsdp2_is_one_process():
@@ -127,14 +127,14 @@ def parallel(model, mesh):
 
 def tensor_parallel(rank):
     """The first layer by columns, the second by rows, the last one whole on each rank: mixed, and plain."""
-    found = {}
+    result = {}
     mesh = init_device_mesh("cpu", (ranks.WORLD,))
     for name, options in GEOMETRIES.items():
         model = parallel(network(), mesh)
         optimizer = SAM(model.parameters(), functools.partial(BASE, foreach=False), module=model, **options)
         train(model, optimizer, both)
-        found[name] = full(model).tolist(), *lengths(optimizer.last_step)
-    return found
+        result[name] = full(model).tolist(), *lengths(optimizer.last_step)
+    return result
 
 
 def test_tensor_parallel_is_one_process():
@@ -148,14 +148,14 @@ def test_tensor_parallel_is_one_process():
 
 def meshes(rank):
     """Hybrid sharding on 2 x 2, and FSDP2 of a tensor-parallel model."""
-    found = {}
+    result = {}
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = network()
     for layer in (model[0], model[2], model[4], model):
         fully_shard(layer, mesh=hybrid)
     optimizer = SAM(model.parameters(), BASE, module=model, rho=0.2)
     train(model, optimizer, lambda i: tuple(z.chunk(4)[rank] for z in both(i)))
-    found["hybrid"] = full(model).tolist()
+    result["hybrid"] = full(model).tolist()
     assert optimizer.perturbation.together
 
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -165,22 +165,22 @@ def meshes(rank):
             fully_shard(layer, mesh=grid["data"])
         optimizer = SAM(model.parameters(), functools.partial(BASE, foreach=False), module=model, **GEOMETRIES[name])
         train(model, optimizer, lambda i: tuple(z.chunk(2)[rank // 2] for z in both(i)))
-        found["grid", name] = full(model).tolist()
-    return found
+        result["grid", name] = full(model).tolist()
+    return result
 
 
 def test_meshes_of_two_dimensions_are_one_process():
-    found = ranks.spawn(meshes, world=4)
-    assert all(f == found[0] for f in found)
-    close(found[0]["hybrid"], single(GEOMETRIES["SAM"])[0])
+    result = ranks.spawn(meshes, world=4)
+    assert all(f == result[0] for f in result)
+    close(result[0]["hybrid"], single(GEOMETRIES["SAM"])[0])
     for name in ("SAM", "ASAM", "filter", "layer"):
-        close(found[0]["grid", name], single(GEOMETRIES[name])[0])
+        close(result[0]["grid", name], single(GEOMETRIES[name])[0])
 
 
 def fsdp1(rank):
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-    found = {}
+    result = {}
     for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD):
         for original in (True, False):
             for name in ("SAM", "ASAM", "inf"):
@@ -191,13 +191,13 @@ def fsdp1(rank):
                 train(model, optimizer, lambda i: batch(i, rank))
                 with FullyShardedDataParallel.summon_full_params(model):
                     weights = flat(model).tolist()
-                found[str(strategy), original, name] = weights, float(optimizer.last_step.dual_norm)
+                result[str(strategy), original, name] = weights, float(optimizer.last_step.dual_norm)
     try:
         SAM(model.parameters(), BASE, rho=0.2)
-        found["refused"] = None
+        result["refused"] = None
     except RuntimeError as error:
-        found["refused"] = str(error)
-    return found
+        result["refused"] = str(error)
+    return result
 
 
 def test_fsdp1_has_the_radius_of_the_whole_model():
@@ -223,9 +223,9 @@ def checkpoints(rank, folder):
     fresh = sharded(network())
     resumed = SAM(fresh.parameters(), BASE, module=fresh, rho=0.05)
     weights, state = get_state_dict(fresh, resumed)
-    found = {"model": weights, "optimizer": state}
-    dcp.load(found, checkpoint_id=folder)
-    set_state_dict(fresh, resumed, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    result = {"model": weights, "optimizer": state}
+    dcp.load(result, checkpoint_id=folder)
+    set_state_dict(fresh, resumed, model_state_dict=result["model"], optim_state_dict=result["optimizer"])
     assert resumed.param_groups[0]["rho"] == 0.2
     train(fresh, resumed, lambda i: batch(i, rank), range(STEPS, 2 * STEPS))
     assert full(fresh).tolist() == on
@@ -238,10 +238,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one(tmp_path):
     model = network()
     optimizer = SAM(model.parameters(), BASE, module=model, rho=0.05)
     weights, state = get_state_dict(model, optimizer)
-    found = {"model": weights, "optimizer": state}
+    result = {"model": weights, "optimizer": state}
     with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
-        dcp.load(found, checkpoint_id=str(tmp_path), no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+        dcp.load(result, checkpoint_id=str(tmp_path), no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=result["model"], optim_state_dict=result["optimizer"])
     train(model, optimizer, both, range(STEPS, 2 * STEPS))
     close(flat(model).tolist(), first)
 
@@ -300,14 +300,14 @@ def test_zero_redundancy_optimizer_as_base(views):
 
 
 def refusals(rank):
-    found = {}
+    result = {}
 
     def refused(name, function):
         try:
             function()
-            found[name] = None
+            result[name] = None
         except (ValueError, RuntimeError) as error:
-            found[name] = str(error)
+            result[name] = str(error)
 
     model = sharded(network())
     x, y = batch(0, rank)
@@ -322,19 +322,19 @@ def refusals(rank):
     model.set_reshard_after_backward(False)
     LOSS(model(x), y).backward()
     refused("stale weights", optimizer.first_step)
-    return found
+    return result
 
 
 def test_what_sharded_models_cannot_do_is_an_error_that_says_so():
-    for found in ranks.spawn(refusals):
-        assert "can only move together" in found["per-rank ascent"]
-        assert "set_requires_gradient_sync(True)" in found["no exchange"]
-        assert "set_reshard_after_backward" in found["stale weights"]
+    for result in ranks.spawn(refusals):
+        assert "can only move together" in result["per-rank ascent"]
+        assert "set_requires_gradient_sync(True)" in result["no exchange"]
+        assert "set_reshard_after_backward" in result["stale weights"]
 
 
 def faults(rank):
     """NaN in one rank's loss, in either pass."""
-    found = {}
+    result = {}
     warnings.filterwarnings("ignore", "a gradient at w")
     for where in (1, 2):
         model = sharded(network())
@@ -354,9 +354,9 @@ def faults(rank):
         stood = torch.equal(full(model), before)
         same_state = steps == [whole(s["step"]).item() for s in optimizer.state.values()]
         train(model, optimizer, lambda i: batch(i, rank))
-        found[where] = full(model).tolist(), len(calls), stood, same_state, int(optimizer.num_skipped)
+        result[where] = full(model).tolist(), len(calls), stood, same_state, int(optimizer.num_skipped)
         assert full(model).isfinite().all()
-    return found
+    return result
 
 
 def test_a_gradient_that_is_not_finite_on_one_shard_is_everybodys():

@@ -30,7 +30,7 @@ def numbers(loss):
     v = [torch.ones_like(w) for w in loss.params]
     ball = Ball(0.1, adaptive=True)
     value, gradient = loss.value_and_gradient()
-    found = {
+    result = {
         "sizes": loss.batch_sizes,
         "value": float(loss.value()),
         "values": loss.batch_values(),
@@ -49,9 +49,9 @@ def numbers(loss):
     }
     for matrix in ("hessian", "ggn", "fisher", "empirical_fisher"):
         with loss.curvature(matrix) as product:
-            found[matrix] = torch.cat([x.flatten() for x in product(v)])
-    found["data"] = loss.settings()["data"]
-    return found
+            result[matrix] = torch.cat([x.flatten() for x in product(v)])
+    result["data"] = loss.settings()["data"]
+    return result
 
 
 def share_of(rank, world, count):
@@ -61,13 +61,13 @@ def share_of(rank, world, count):
 @pytest.mark.parametrize(("world", "count"), [(2, 5), (3, 2)], ids=["uneven shares", "an empty share"])
 def test_every_rank_gets_the_numbers_of_one_process(world, count):
     expected = numbers(loss_of(batches()[:count]))
-    for found in spawn(share_of, world, count, world=world):
-        assert found.keys() == expected.keys()
+    for result in spawn(share_of, world, count, world=world):
+        assert result.keys() == expected.keys()
         for name, value in expected.items():
             if isinstance(value, (str, tuple)):
-                assert found[name] == value, name
+                assert result[name] == value, name
             else:
-                torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13, msg=name)
+                torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-13, msg=name)
 
 
 def failures(rank):

@@ -53,8 +53,8 @@ def test_worst_case_at_a_minimum_is_the_largest_eigenvalue(ball, rho):
     t = torch.diag(scale(ball))
     expected = rho**2 / 2 * torch.linalg.eigvalsh(t @ loss.model.a @ t)[-1]
     with loss.displaced([torch.full((5,), 1e-6 * rho, dtype=torch.float64)]):
-        found = worst_case_sharpness(loss, Ball(rho, adaptive=ball.adaptive), num_steps=100)
-    assert found.value == pytest.approx(float(expected), rel=1e-3)
+        result = worst_case_sharpness(loss, Ball(rho, adaptive=ball.adaptive), num_steps=100)
+    assert result.value == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("adaptive", [False, True, "layer"])
@@ -64,9 +64,9 @@ def test_worst_case_is_the_maximum_of_the_quadratic(rho, adaptive):
     t = flat([s.expand_as(p) for s, p in zip(ball.scales(loss.params), loss.params, strict=True)])
     g, a = loss.model.gradient(), loss.model.a
     expected = quadratic_maximum(t[:, None] * a * t, t * g, rho)
-    found = worst_case_sharpness(loss, ball, num_steps=50)
-    assert found.value == pytest.approx(expected, rel=1e-3)
-    assert found.value <= expected + 100 * EPS * (expected + float(loss.value()))
+    result = worst_case_sharpness(loss, ball, num_steps=50)
+    assert result.value == pytest.approx(expected, rel=1e-3)
+    assert result.value <= expected + 100 * EPS * (expected + float(loss.value()))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -91,15 +91,15 @@ def test_one_step_is_the_perturbation_of_the_optimizer(norm, adaptive):
 
 def test_worst_case_of_batches_is_weighted_by_their_size():
     loss = shifted(Quadratic(symmetric(EIGENVALUES), None, W), [6, 3, 1])
-    found = worst_case_sharpness(loss, Ball(0.1))
+    result = worst_case_sharpness(loss, Ball(0.1))
     alone = [worst_case_sharpness(single, Ball(0.1)).value for single in loss.single_batches()]
-    assert found.details["batch_values"] == alone
-    assert found.value == pytest.approx(0.6 * alone[0] + 0.3 * alone[1] + 0.1 * alone[2], rel=4 * EPS)
-    assert found.num_samples == 3
+    assert result.details["batch_values"] == alone
+    assert result.value == pytest.approx(0.6 * alone[0] + 0.3 * alone[1] + 0.1 * alone[2], rel=4 * EPS)
+    assert result.num_samples == 3
     equal = shifted(Quadratic(symmetric(EIGENVALUES), None, W), [4, 4, 4, 4])
-    found = worst_case_sharpness(equal, Ball(0.1))
-    x = torch.tensor(found.details["batch_values"], dtype=torch.float64)
-    assert found.stderr == pytest.approx(float(x.std() / 2), rel=1e-6)
+    result = worst_case_sharpness(equal, Ball(0.1))
+    x = torch.tensor(result.details["batch_values"], dtype=torch.float64)
+    assert result.stderr == pytest.approx(float(x.std() / 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("ball", [Ball(0.1), Ball(0.01, norm=math.inf, adaptive=True)], ids=["l2", "linf"])
@@ -129,18 +129,18 @@ def test_the_points_tried_are_in_the_ball_and_the_best_one_counts(norm, adaptive
         return value, gradient
 
     monkeypatch.setattr(Loss, "value_and_gradient", recorded)
-    found = worst_case_sharpness(loss, ball, num_steps=10, num_restarts=3)
+    result = worst_case_sharpness(loss, ball, num_steps=10, num_restarts=3)
     assert len(tried) == 3 * 10  # one forward and backward for each step, and the last needs no gradient
     assert max(length for length, _ in tried) <= 0.5 * (1 + 1e3 * EPS)
-    assert found.value >= max(value for _, value in tried) - tried[0][1]
-    assert found.value >= worst_case_sharpness(loss, ball, num_steps=10, num_restarts=1).value > 0
+    assert result.value >= max(value for _, value in tried) - tried[0][1]
+    assert result.value >= worst_case_sharpness(loss, ball, num_steps=10, num_restarts=1).value > 0
 
 
 def test_a_maximum_at_the_weights_is_zero():
     loss = unshifted(Quadratic(-symmetric([1.0, 2.0]), None, None))
-    found = worst_case_sharpness(loss, Ball(0.1), num_restarts=3)
-    assert found.value == 0
-    assert found.details["lengths"] == [0.0]
+    result = worst_case_sharpness(loss, Ball(0.1), num_restarts=3)
+    assert result.value == 0
+    assert result.details["lengths"] == [0.0]
 
 
 def test_weights_of_zero_do_not_move_without_eta():
@@ -151,9 +151,9 @@ def test_weights_of_zero_do_not_move_without_eta():
         ball = Ball(0.5, norm=norm, adaptive=True, eta=0.0)
         t = torch.diag(w.abs()[[0, 2]])
         a, g = (t @ loss.model.a[[0, 2]][:, [0, 2]] @ t), t @ loss.model.gradient()[[0, 2]]
-        found = worst_case_sharpness(loss, ball, num_steps=50, num_restarts=3).value
+        result = worst_case_sharpness(loss, ball, num_steps=50, num_restarts=3).value
         if norm == 2:
-            assert found == pytest.approx(quadratic_maximum(a, g, 0.5), rel=1e-3)
+            assert result == pytest.approx(quadratic_maximum(a, g, 0.5), rel=1e-3)
         average = average_sharpness(loss, ball, num_samples=1000)
         expected = 0.125 * float(a.trace()) / (1 if norm == 2 else 3)
         assert abs(average.value - expected) < 4 * average.stderr
@@ -179,10 +179,10 @@ def test_average_is_half_the_trace(rho, adaptive, norm):
     """Exact on a quadratic for every rho, also where the gradient is not 0: the pairs cancel it."""
     loss, ball = away(), Ball(rho, norm=norm, adaptive=adaptive)
     expected = rho**2 / 2 * float((scale(ball) ** 2 * loss.model.a.diagonal()).sum()) / (1 if norm == 2 else 3)
-    found = average_sharpness(loss, ball, num_samples=2000)
-    assert found.stderr == found.details["stderr_draws"] < 0.1 * abs(expected)
-    assert abs(found.value - expected) < 4 * found.stderr
-    assert found.num_samples == 2000
+    result = average_sharpness(loss, ball, num_samples=2000)
+    assert result.stderr == result.details["stderr_draws"] < 0.1 * abs(expected)
+    assert abs(result.value - expected) < 4 * result.stderr
+    assert result.num_samples == 2000
 
 
 @pytest.mark.parametrize("kind", [mlp, Attention])
@@ -194,9 +194,9 @@ def test_average_of_a_network_for_small_rho_is_half_the_trace(kind):
             v = [torch.zeros_like(q) for q in loss.params]
             v[i].view(-1)[j] = 1
             trace += float(loss.hessian_product(v)[i].view(-1)[j])
-    found = average_sharpness(loss, Ball(1e-4), num_samples=400)
-    assert abs(2e8 * found.value - trace) < 4 * 2e8 * found.details["stderr_draws"]
-    assert found.details["stderr_draws"] < 0.5 * found.value
+    result = average_sharpness(loss, Ball(1e-4), num_samples=400)
+    assert abs(2e8 * result.value - trace) < 4 * 2e8 * result.details["stderr_draws"]
+    assert result.details["stderr_draws"] < 0.5 * result.value
 
 
 def assert_errors_are_the_spread(values, errors):
@@ -207,8 +207,8 @@ def assert_errors_are_the_spread(values, errors):
 
 def test_the_standard_error_over_draws_is_that_of_repetitions():
     loss = away()
-    found = [average_sharpness(loss, Ball(0.1), num_samples=12, seed=seed) for seed in range(200)]
-    assert_errors_are_the_spread([f.value for f in found], [f.details["stderr_draws"] for f in found])
+    result = [average_sharpness(loss, Ball(0.1), num_samples=12, seed=seed) for seed in range(200)]
+    assert_errors_are_the_spread([f.value for f in result], [f.details["stderr_draws"] for f in result])
 
 
 def test_the_standard_error_over_draws_and_batches_is_that_of_repetitions():
@@ -218,13 +218,13 @@ def test_the_standard_error_over_draws_and_batches_is_that_of_repetitions():
         def forward(self, x=None):
             return super().forward() * (1 + 0.3 * x[:, 0])
 
-    model, found = Scaled(symmetric([1.0, 0.5, 2.0])), []
+    model, result = Scaled(symmetric([1.0, 0.5, 2.0])), []
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         data = [(torch.randn(1, 3, generator=generator).double(), torch.zeros(1)) for _ in range(5)]
-        found.append(average_sharpness(Loss(model, mean, data), Ball(0.1), num_samples=6, seed=seed))
-    assert_errors_are_the_spread([f.value for f in found], [f.stderr for f in found])
-    assert all(f.stderr >= f.details["stderr_draws"] for f in found)
+        result.append(average_sharpness(Loss(model, mean, data), Ball(0.1), num_samples=6, seed=seed))
+    assert_errors_are_the_spread([f.value for f in result], [f.stderr for f in result])
+    assert all(f.stderr >= f.details["stderr_draws"] for f in result)
 
 
 @pytest.mark.parametrize("measure", [average_sharpness, worst_case_sharpness])
@@ -249,20 +249,22 @@ def test_what_is_not_finite_is_not_a_number():
     bad = Loss(model, cross_entropy, [(x * torch.nan, y) for x, y in data])
     overflowing = Loss(model, lambda o, y: cross_entropy(o, y) * (1e308 * (1 + model[0].weight[0, 0])), data)
     for case in (loss, bad, overflowing):
-        for found in (worst_case_sharpness(case, Ball(5.0)), average_sharpness(case, Ball(50.0), num_samples=4)):
-            assert math.isnan(found.value)
-            assert not found.converged
-            assert "finite" in found.reason
-            assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+        for result in (worst_case_sharpness(case, Ball(5.0)), average_sharpness(case, Ball(50.0), num_samples=4)):
+            assert math.isnan(result.value)
+            assert not result.converged
+            assert "finite" in result.reason
+            assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["value"] is None
 
 
 def test_results_say_how_they_were_made():
     seen = []
     loss = Loss(network(cnn), cross_entropy, batches(cnn))
     progress = lambda done, total: seen.append((done, total))  # noqa: E731
-    found = worst_case_sharpness(loss, Ball(0.1, adaptive=True), num_steps=3, num_restarts=2, seed=5, progress=progress)
+    result = worst_case_sharpness(
+        loss, Ball(0.1, adaptive=True), num_steps=3, num_restarts=2, seed=5, progress=progress
+    )
     assert seen == [(i, 18) for i in range(1, 19)]
-    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert written["settings"]["ball"] == {"rho": 0.1, "norm": 2, "adaptive": "elementwise", "eta": 0.01}
     assert (
         written["settings"] | {"measure": "worst_case_sharpness", "num_steps": 3, "seed": 5, "m": 5}
@@ -348,10 +350,10 @@ def test_a_grid_of_different_balls_is_refused(measure):
 def test_the_slope_costs_no_accuracy():
     """Where the gradient is large the draws vary by rho ||g||, but the value only by what the Hessian gives."""
     loss, ball = away(), Ball(1e-3)
-    found = average_sharpness(loss, ball, num_samples=100)
+    result = average_sharpness(loss, ball, num_samples=100)
     hessian = float((loss.model.a**2).sum())
-    assert found.stderr == pytest.approx(ball.rho**2 * math.sqrt(hessian / 2 / 100), rel=0.3)
-    assert ball.rho * float(loss.model.gradient().norm()) / 10 > 100 * found.stderr
+    assert result.stderr == pytest.approx(ball.rho**2 * math.sqrt(hessian / 2 / 100), rel=0.3)
+    assert ball.rho * float(loss.model.gradient().norm()) / 10 > 100 * result.stderr
 
 
 @pytest.mark.parametrize("num", [2, 3, 10])
@@ -368,8 +370,8 @@ def test_the_average_lies_within_its_errors():
     """200 seeds against one mean of many draws: normal at one and two standard errors, none beyond five."""
     loss, ball = Loss(network(mlp), cross_entropy, batches(mlp, (5,))), Ball(0.2)
     exact = average_sharpness(loss, ball, num_samples=800, seed=9999)
-    found = [average_sharpness(loss, ball, num_samples=12, seed=seed) for seed in range(200)]
-    z = torch.tensor([(f.value - exact.value) / math.hypot(f.stderr, exact.stderr) for f in found])
+    result = [average_sharpness(loss, ball, num_samples=12, seed=seed) for seed in range(200)]
+    z = torch.tensor([(f.value - exact.value) / math.hypot(f.stderr, exact.stderr) for f in result])
     assert z.abs().max() < 5
     assert 0.58 < float((z.abs() < 1).double().mean()) < 0.78
     assert float((z.abs() < 2).double().mean()) > 0.89
@@ -379,16 +381,16 @@ def test_a_loss_without_a_gradient_has_an_average():
     """The share of errors is a step function of the weights."""
     model, data = network(mlp), batches(mlp)
     errors = lambda o, y: (o.argmax(1) != y).double().mean()  # noqa: E731
-    found = average_sharpness(Loss(model, errors, data), Ball(0.5), num_samples=50)
-    assert 0 < found.stderr < abs(found.value) + 1
-    assert found.converged
+    result = average_sharpness(Loss(model, errors, data), Ball(0.5), num_samples=50)
+    assert 0 < result.stderr < abs(result.value) + 1
+    assert result.converged
 
 
 def test_batches_that_are_equal_have_draws_of_their_own():
     data = batches(mlp, (5,)) * 3
-    found = average_sharpness(Loss(network(mlp), cross_entropy, data), Ball(0.2), num_samples=10)
-    assert len(set(found.details["batch_values"])) == 3
-    assert found.details["base_losses"][0] == found.details["base_losses"][2]
+    result = average_sharpness(Loss(network(mlp), cross_entropy, data), Ball(0.2), num_samples=10)
+    assert len(set(result.details["batch_values"])) == 3
+    assert result.details["base_losses"][0] == result.details["base_losses"][2]
 
 
 def test_images_with_their_channels_last_change_only_rounding():

@@ -66,9 +66,9 @@ def test_two_workers_one_killed_nothing_lost_nothing_twice(server, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY.replace("epochs = 2", "epochs = 12").replace("128", "400"))
     options = ("--storage", server, "--grace", "10")  # beside other work a heartbeat comes late
     survivor, victim = worker(tmp_path, *options), worker(tmp_path, *options)
-    found = config.load(tmp_path / "tiny.toml")
+    result = config.load(tmp_path / "tiny.toml")
     url = storage.url_of(server, tmp_path)
-    queue = Queue(found, url, heartbeat=1, grace=10)
+    queue = Queue(result, url, heartbeat=1, grace=10)
 
     def of(process):
         trials = queue.study.get_trials()
@@ -98,11 +98,11 @@ def test_workers_that_start_at_the_same_time_run_nothing_twice(server, tmp_path)
     processes = [context.Process(target=claim_all, args=(url, numbers)) for _ in range(4)]
     for p in processes:
         p.start()
-    found = [numbers.get(timeout=PATIENCE) for _ in range(20)]
+    result = [numbers.get(timeout=PATIENCE) for _ in range(20)]
     for p in processes:
         p.join(PATIENCE)
     assert [p.exitcode for p in processes] == [0] * 4
-    assert sorted(found) == [i / 100 for i in range(1, 21)]
+    assert sorted(result) == [i / 100 for i in range(1, 21)]
 
 
 def test_a_lock_is_for_one_and_waits(server, tmp_path, monkeypatch):

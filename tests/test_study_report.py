@@ -58,18 +58,18 @@ CASES = {
 
 @pytest.mark.parametrize("words", CASES)
 def test_the_verdict_is_what_the_data_were_made_to_be(words):
-    found = analyse(CASES[words], num_resamples=400)
-    assert found["comparisons"][0]["verdict"] == words
-    assert words in found["conclusions"][0]
+    result = analyse(CASES[words], num_resamples=400)
+    assert result["comparisons"][0]["verdict"] == words
+    assert words in result["conclusions"][0]
 
 
 def row(low, high, p, within=None, measure="m"):
-    found = {"measure": measure, "target": "test_error", "tau": (low + high) / 2, "low": low, "high": high, "n": 48}
-    found["p_adjusted"] = p
+    result = {"measure": measure, "target": "test_error", "tau": (low + high) / 2, "low": low, "high": high, "n": 48}
+    result["p_adjusted"] = p
     if within:
-        found["fixed"] = {"within": sum(within[:2]) / 2, "within_low": within[0], "within_high": within[1]}
-        found["fixed"] |= {"within_p_adjusted": within[2], "measure_given": 0.0}
-    return found
+        result["fixed"] = {"within": sum(within[:2]) / 2, "within_low": within[0], "within_high": within[1]}
+        result["fixed"] |= {"within_p_adjusted": within[2], "measure_given": 0.0}
+    return result
 
 
 def test_an_interval_alone_is_not_enough_after_many_tests():
@@ -169,12 +169,12 @@ def test_all_tests_of_the_page_are_corrected_together():
     """2 measures x 2 targets, each over all models and at a fixed learning rate: 8 tests."""
     rows = [dict(r, other=-r["sharpness"], gap=r["test_error"] ** 2) for r in CASES["no evidence"].rows]
     table = Table("t", rows, ["sharpness", "other"], ["test_error", "gap"], ["lr", "sam_rho", "seed"], "lr")
-    found = analyse(table, num_resamples=20)
-    assert found["num_tests"] == 8
-    smallest = min(c["p"] for c in found["comparisons"])
-    fixed = min(c["fixed"]["within_p"] for c in found["comparisons"])
-    adjusted = [c["p_adjusted"] for c in found["comparisons"]] + [
-        c["fixed"]["within_p_adjusted"] for c in found["comparisons"]
+    result = analyse(table, num_resamples=20)
+    assert result["num_tests"] == 8
+    smallest = min(c["p"] for c in result["comparisons"])
+    fixed = min(c["fixed"]["within_p"] for c in result["comparisons"])
+    adjusted = [c["p_adjusted"] for c in result["comparisons"]] + [
+        c["fixed"]["within_p_adjusted"] for c in result["comparisons"]
     ]
     assert min(adjusted) == pytest.approx(min(1.0, 8 * min(smallest, fixed)))
 
@@ -233,8 +233,8 @@ class TestCsv:
 
     def test_a_few_rows_have_reasons_instead_of_numbers(self, tmp_path):
         (tmp_path / "t.csv").write_text("a,b,lr\n1,2,3\n2,3,4\n")
-        found = report.from_csv(tmp_path / "t.csv", ["a"], ["b"], ["lr"])
-        assert report.write(found, tmp_path / "out", num_resamples=10) == 0
+        result = report.from_csv(tmp_path / "t.csv", ["a"], ["b"], ["lr"])
+        assert report.write(result, tmp_path / "out", num_resamples=10) == 0
         text = (tmp_path / "out" / "report.html").read_text()
         assert "not computed: 2 runs with finite numbers" in text
         assert "nan" not in re.sub(r"<script.*</script>", "", text, flags=re.S).lower().replace("provenance", "")
@@ -264,9 +264,9 @@ def big_table():
 class TestPage:
     def test_everything_is_on_the_page_and_nothing_comes_from_outside(self, tmp_path):
         table = big_table()
-        found = analyse(table, num_resamples=50)
-        text = page(table, found)
-        assert found["headline"] in text
+        result = analyse(table, num_resamples=50)
+        text = page(table, result)
+        assert result["headline"] in text
         for identifier in ("map", "given", "comparisons", "scatter", "models", "reading", "settings"):
             assert f'id="{identifier}"' in text
         assert not re.findall(r"https?://|url\((?!#)|@import", text)
@@ -415,11 +415,11 @@ def test_differences_are_paired_by_seed():
     a, b = ([ACCURACIES[m][s] for s in range(4)] for m in ("SAM", "SGD"))
     theirs = stats.ttest_rel(a, b)
     interval = theirs.confidence_interval(0.95)
-    found = sam["difference"]
-    assert (found["mean"], found["n"]) == (pytest.approx(2.0), 4)
-    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
-    assert found["p"] == pytest.approx(theirs.pvalue)
-    assert found["p_adjusted"] == pytest.approx(min(1, 4 * theirs.pvalue))  # the smallest of four
+    result = sam["difference"]
+    assert (result["mean"], result["n"]) == (pytest.approx(2.0), 4)
+    assert (result["low"], result["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert result["p"] == pytest.approx(theirs.pvalue)
+    assert result["p_adjusted"] == pytest.approx(min(1, 4 * theirs.pvalue))  # the smallest of four
     assert asam["difference"]["n"] == 3  # seeds that both have
     assert asam["difference"]["mean"] == pytest.approx((3.5 + 0 + 1) / 3)
 
@@ -429,16 +429,16 @@ def test_a_difference_of_too_few_runs_has_no_interval():
     assert difference({"0": 1.0}, {"1": 0.5})["mean"] is None
     assert difference({"0": 1.0, "1": 2.0}, {"0": 0.0, "1": 1.0})["low"] is None  # no spread to judge by
     counts = {"0": 6014, "1": 6113}, {"0": 6001, "1": 6100}  # both 13 more, of 10,000
-    a, b = ({seed: 100 - 100 * (1 - c / 10_000) for seed, c in found.items()} for found in counts)
+    a, b = ({seed: 100 - 100 * (1 - c / 10_000) for seed, c in result.items()} for result in counts)
     assert a["0"] - b["0"] != a["1"] - b["1"]
     assert difference(a, b)["p"] is None
 
 
 def test_levels_stand_in_the_order_of_the_settings():
-    found = by_method(methods(("clean", "noisy"), ("ASAM", "SAM", "SGD")), baseline="SGD")
-    assert [one["setting"]["labels"] for one in found] == ["clean", "noisy"]
-    assert [row["level"] for row in found[0]["rows"]] == ["ASAM", "SAM", "SGD"]
-    assert found[0]["rows"][2]["difference"] is None
+    result = by_method(methods(("clean", "noisy"), ("ASAM", "SAM", "SGD")), baseline="SGD")
+    assert [one["setting"]["labels"] for one in result] == ["clean", "noisy"]
+    assert [row["level"] for row in result[0]["rows"]] == ["ASAM", "SAM", "SGD"]
+    assert result[0]["rows"][2]["difference"] is None
     assert by_method(methods())[0]["rows"][0]["difference"] is None  # without a baseline: the first
 
 

@@ -24,10 +24,10 @@ def test_losses_of_three_updates_are_equal(tmp_path, prefetcher):
     args = arguments(tmp_path, 20)
     with rng.preserved():
         ours, theirs = throughput.our_epoch(args), throughput.timm_epoch(args, prefetcher=prefetcher)
-        found = [(ours(), theirs()) for _ in range(3)]
-    for own, control in found:
+        result = [(ours(), theirs()) for _ in range(3)]
+    for own, control in result:
         assert own == pytest.approx(control, rel=1e-4)
-    assert found[2][0] < found[0][0]
+    assert result[2][0] < result[0][0]
 
 
 def test_the_command(tmp_path, capsys):

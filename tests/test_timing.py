@@ -69,8 +69,8 @@ def test_garbage_collection_comes_back_after_a_fault():
 
 
 def test_ratios_are_of_pairs():
-    found = timing.ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])
-    assert (found["q1"], found["median"], found["q3"], found["n"]) == (2.0, 3.0, 4.0, 3)
+    result = timing.ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])
+    assert (result["q1"], result["median"], result["q3"], result["n"]) == (2.0, 3.0, 4.0, 3)
 
 
 # the ways of stepping
@@ -133,15 +133,15 @@ def test_the_command_writes_a_table_and_strict_json(tmp_path, capsys):
         assert whole_step.main(options) == 0
     finally:
         torch.set_num_threads(threads)
-    found = json.loads(file.read_text(), parse_constant=pytest.fail)
-    (result,) = found["results"]
+    measured = json.loads(file.read_text(), parse_constant=pytest.fail)
+    (result,) = measured["results"]
     assert (result["model"], result["batch"]) == ("test_resnet", 4)
     assert set(result["step / base step"]) == {"base, again", *whole_step.WAYS}
     for x in result["step / base step"].values():
         assert x["n"] == 2
         assert 0 < x["q1"] <= x["median"] <= x["q3"]
-    assert found["facts"]["torch"] == torch.__version__
-    assert {"timm", "sam_optim", "processor", "rounds", "threads"} <= set(found["facts"])
+    assert measured["facts"]["torch"] == torch.__version__
+    assert {"timm", "sam_optim", "processor", "rounds", "threads"} <= set(measured["facts"])
     out = capsys.readouterr().out
     assert all(way in out for way in whole_step.WAYS)
     assert "2.02" in out
@@ -163,10 +163,10 @@ def test_what_cannot_be_measured_is_said_in_one_line(options, message, capsys):
 def test_the_cost_of_a_step_is_measured_on_small_shapes(monkeypatch):
     """The other benchmark on the same machinery."""
     monkeypatch.setattr(step_cost, "shapes_of", lambda model: [torch.Size((7, 5)), torch.Size((5000,))])
-    found = step_cost.compare("any", 2)
-    assert found["parameters"] == 5035
-    assert set(found["peer / ours"]) == set(found["ours / floor"]) == {"SAM", "SAM, checked", "ASAM", "ASAM eta=0.01"}
-    assert "SAM" in step_cost.table([found])
+    result = step_cost.compare("any", 2)
+    assert result["parameters"] == 5035
+    assert set(result["peer / ours"]) == set(result["ours / floor"]) == {"SAM", "SAM, checked", "ASAM", "ASAM eta=0.01"}
+    assert "SAM" in step_cost.table([result])
 
 
 # the host time of a step
@@ -245,9 +245,9 @@ def test_the_host_time_is_printed_and_written(tmp_path, capsys):
         assert host.main(["--tensors", "2", "3", "--rounds", "2", "--json", str(file)]) == 0
     finally:
         torch.set_num_threads(threads)
-    found = json.loads(file.read_text(), parse_constant=pytest.fail)
-    assert [result["tensors"] for result in found["results"]] == [2, 3]
-    for result in found["results"]:
+    measured = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert [result["tensors"] for result in measured["results"]] == [2, 3]
+    for result in measured["results"]:
         assert set(result["rows"]) == set(host.ways())
         assert sum("bar" in row for row in result["rows"].values()) == 8
     out = capsys.readouterr().out

@@ -50,10 +50,10 @@ def test_hutchinson_and_its_standard_error(kind, matrix):
     model, data = network(kind).eval(), batches(kind)
     a = Dense(model, cross_entropy, whole(data)).matrix(matrix)
     budget = min(150, len(a) - 1)  # with as many as there are parameters it would be exact
-    found = hessian_trace(Loss(model, cross_entropy, data), matrix=matrix, num_probes=budget, method="hutchinson")
-    assert abs(found.value - float(a.trace())) < 4 * found.stderr
-    assert found.stderr == pytest.approx(one_probe(a) / budget**0.5, rel=0.4)  # known to 7 to 15 %
-    assert found.num_samples == len(found.details["probes"]) == found.details["num_products"] == budget
+    result = hessian_trace(Loss(model, cross_entropy, data), matrix=matrix, num_probes=budget, method="hutchinson")
+    assert abs(result.value - float(a.trace())) < 4 * result.stderr
+    assert result.stderr == pytest.approx(one_probe(a) / budget**0.5, rel=0.4)  # known to 7 to 15 %
+    assert result.num_samples == len(result.details["probes"]) == result.details["num_products"] == budget
 
 
 @pytest.mark.parametrize(("kind", "matrix"), CASES)
@@ -109,10 +109,10 @@ def check_calibration(found, exact):
 def test_products_at_equal_standard_error(name):
     """A tenth of Hutchinson's where few eigenvalues stand out; where none does, a basis of a few vectors is lost."""
     a, loss = of_spectrum(name)
-    found = [hessian_trace(loss, seed=seed) for seed in range(100)]
+    result = [hessian_trace(loss, seed=seed) for seed in range(100)]
     if name in ("flat", "both signs"):
-        assert sum(f.details["num_deflated"] for f in found) / 100 < 10
-    errors = [f.value - float(a.trace()) for f in found]
+        assert sum(f.details["num_deflated"] for f in result) / 100 < 10
+    errors = [f.value - float(a.trace()) for f in result]
     ratio = one_probe(a) ** 2 / 100 / (sum(e * e for e in errors) / 100)
     assert ratio > {"outliers": 100, "power": 10}.get(name, 0.65)  # known to 14 %
 
@@ -146,19 +146,19 @@ def test_where_it_is_doubtful_whether_anything_stands_out_there_is_no_bias(name,
     spectrum, bounds = DOUBTFUL[name]
     a = symmetric(spectrum)
     loss, exact = OfMatrix(a), float(a.trace())
-    found = [hessian_trace(loss, num_probes=num_probes, seed=seed) for seed in range(200)]
-    check_calibration(found, exact)
+    result = [hessian_trace(loss, num_probes=num_probes, seed=seed) for seed in range(200)]
+    check_calibration(result, exact)
     one_product = one_probe(a) ** 2
-    assert sum((f.value - exact) ** 2 for f in found) / 200 < bounds[num_probes] * one_product / num_probes
-    for one in found:
+    assert sum((f.value - exact) ** 2 for f in result) / 200 < bounds[num_probes] * one_product / num_probes
+    for one in result:
         assert one.value == pytest.approx(math.fsum(one.details["probes"]) / one.num_samples, rel=1e-12)
 
 
 def test_the_trace_of_a_diagonal_matrix_is_exact():
     """Hutchinson's estimator has no variance there, and deflation must not bring one."""
-    found = hessian_trace(of_diagonal(1.0, 2.0, -4.0), num_probes=2)
-    assert found.value == pytest.approx(-1, rel=10 * EPS)
-    assert found.stderr <= 10 * EPS
+    result = hessian_trace(of_diagonal(1.0, 2.0, -4.0), num_probes=2)
+    assert result.value == pytest.approx(-1, rel=10 * EPS)
+    assert result.stderr <= 10 * EPS
     values = [90.0, -60, 40, *torch.linspace(-1, 3, 300, dtype=torch.float64).tolist()]
     many = hessian_trace(of_diagonal(*values), num_probes=60)
     assert many.details["num_deflated"] > 0
@@ -168,10 +168,10 @@ def test_the_trace_of_a_diagonal_matrix_is_exact():
 def test_of_low_rank_the_trace_is_exact_to_rounding():
     loss = unshifted(Quadratic(symmetric([5.0, 4, 3, 2, 1] + [0.0] * 195)), num=1)
     for seed in range(20):
-        found = hessian_trace(loss, num_probes=40, seed=seed)
-        assert found.value == pytest.approx(15, rel=1e-12)
-        assert abs(found.value - 15) <= 4 * found.stderr
-        assert found.stderr < 1e-12
+        result = hessian_trace(loss, num_probes=40, seed=seed)
+        assert result.value == pytest.approx(15, rel=1e-12)
+        assert abs(result.value - 15) <= 4 * result.stderr
+        assert result.stderr < 1e-12
 
 
 @pytest.mark.parametrize("bad", [1, 4, 10, 13, 30])
@@ -187,27 +187,27 @@ def test_what_is_not_finite_ends_the_trace_at_once(bad):
     loss = OfMatrix(product, dimension=DIMENSION)
     for tol in (None, 1e-9):
         count = 0
-        found = hessian_trace(loss, tol=tol)
-        assert math.isnan(found.value)
-        assert not found.converged
-        assert "finite" in found.reason
-        assert count == found.details["num_products"] == bad
+        result = hessian_trace(loss, tol=tol)
+        assert math.isnan(result.value)
+        assert not result.converged
+        assert "finite" in result.reason
+        assert count == result.details["num_products"] == bad
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_multiple_of_the_identity_needs_one_vector(value):
-    found = hessian_trace(OfMatrix(value * torch.eye(DIMENSION, dtype=torch.float64)))
-    assert found.value == value * DIMENSION
-    assert found.details["num_deflated"] <= 1
+    result = hessian_trace(OfMatrix(value * torch.eye(DIMENSION, dtype=torch.float64)))
+    assert result.value == value * DIMENSION
+    assert result.details["num_deflated"] <= 1
 
 
 def test_trace_stops_on_the_standard_error():
     a, loss = of_spectrum("power")
-    found = hessian_trace(loss, num_probes=199, tol=0.05)
-    assert found.converged
-    assert found.stderr <= 0.05 * found.value
-    assert found.num_samples >= 10
-    assert found.details["num_products"] < 0.6 * (one_probe(a) / (0.05 * float(a.trace()))) ** 2
+    result = hessian_trace(loss, num_probes=199, tol=0.05)
+    assert result.converged
+    assert result.stderr <= 0.05 * result.value
+    assert result.num_samples >= 10
+    assert result.details["num_products"] < 0.6 * (one_probe(a) / (0.05 * float(a.trace()))) ** 2
     short = hessian_trace(loss, num_probes=12, tol=1e-6)
     assert not short.converged
     assert "12 probes" in short.reason
@@ -217,9 +217,9 @@ def test_trace_stops_on_the_standard_error():
 def test_the_basis_stays_within_its_memory(monkeypatch):
     a, loss = of_spectrum("power")
     monkeypatch.setattr(deflation_module, "BASIS_BYTES", 6 * 8 * DIMENSION)
-    found = hessian_trace(loss)
-    assert found.details["num_deflated"] == 6
-    assert abs(found.value - float(a.trace())) < 4 * found.stderr
+    result = hessian_trace(loss)
+    assert result.details["num_deflated"] == 6
+    assert abs(result.value - float(a.trace())) < 4 * result.stderr
     monkeypatch.setattr(deflation_module, "BASIS_BYTES", 8 * DIMENSION)
     assert hessian_trace(loss).details["num_deflated"] == 0
 
@@ -227,22 +227,22 @@ def test_the_basis_stays_within_its_memory(monkeypatch):
 @pytest.mark.parametrize("name", SPECTRA)
 def test_every_entry_of_the_diagonal_has_an_honest_error(name):
     a, loss = of_spectrum(name)
-    found = [hessian_diagonal(loss, num_probes=60, seed=seed) for seed in range(20)]
-    z = torch.stack([(flat(f.values) - a.diagonal()) / flat(f.stderr) for f in found])
+    result = [hessian_diagonal(loss, num_probes=60, seed=seed) for seed in range(20)]
+    z = torch.stack([(flat(f.values) - a.diagonal()) / flat(f.stderr) for f in result])
     assert 0.8 < float(z.square().mean()) < 1.4
     assert float(z.mean(dim=0).abs().max()) < 5 * 1.1 / 20**0.5  # the largest of 200
     if name in ("outliers", "power"):
         plain = (a.square().sum(dim=1) - a.diagonal().square()).sum() / 60  # of Hutchinson's, all entries together
-        assert float(flat(found[0].stderr).square().sum()) < 0.1 * float(plain)
+        assert float(flat(result[0].stderr).square().sum()) < 0.1 * float(plain)
 
 
 def test_frobenius_norm_of_a_network_agrees_with_its_eigenvalues():
     model, data = network(mlp).eval(), batches(mlp)
     loss = Loss(model, cross_entropy, data)
     every = hessian_eigenvalues(loss, num=51).eigenvalues
-    found = hessian_frobenius_norm(loss, num_probes=40)
-    assert abs(found.value - float(every.norm())) < 4 * found.stderr
-    assert found.stderr < 0.01 * found.value
+    result = hessian_frobenius_norm(loss, num_probes=40)
+    assert abs(result.value - float(every.norm())) < 4 * result.stderr
+    assert result.stderr < 0.01 * result.value
 
 
 @pytest.mark.parametrize("measure", [hessian_trace, hessian_diagonal, hessian_frobenius_norm])
@@ -250,6 +250,6 @@ def test_frobenius_norm_of_a_network_agrees_with_its_eigenvalues():
 def test_progress_counts_products(measure, num_probes):
     seen = []
     loss = Loss(network(mlp), cross_entropy, batches(mlp))
-    found = measure(loss, num_probes=num_probes, progress=lambda done, total: seen.append((done, total)))
+    result = measure(loss, num_probes=num_probes, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, num_probes) for i in range(num_probes)]
-    assert found.details["num_products"] == num_probes
+    assert result.details["num_products"] == num_probes

@@ -95,9 +95,9 @@ def test_without_a_terminal_a_line_is_printed_now_and_then(tmp_path, monkeypatch
     lines = [line for line in capsys.readouterr().out.splitlines() if "batch" in line]
     number = r"\d+\.\d+"
     pattern = rf"epoch 1/1, batch (\d+) of (\d+): loss {number} accuracy {number} sharpness {number} \d+ images/s"
-    found = [re.fullmatch(pattern, line) for line in lines]
-    assert all(found)
-    assert [int(m[1]) for m in found] == list(range(1, int(found[0][2]) + 1))
+    result = [re.fullmatch(pattern, line) for line in lines]
+    assert all(result)
+    assert [int(m[1]) for m in result] == list(range(1, int(result[0][2]) + 1))
 
 
 class TestResume:
@@ -357,9 +357,9 @@ class TestOptions:
 
                     optimizer.step(closure)
             else:
-                found = engine.train_epoch(model, optimizer, batches, nn.CrossEntropyLoss())
-                assert found["sharpness"] > 0
-                assert found["num_updates"] == len(batches)
+                result = engine.train_epoch(model, optimizer, batches, nn.CrossEntropyLoss())
+                assert result["sharpness"] > 0
+                assert result["num_updates"] == len(batches)
             weights.append(model.state_dict())
         assert_same_bits(dict(weights[0]), dict(weights[1]))
 
@@ -452,8 +452,8 @@ class TestEpochLine:
         return [text for text in capsys.readouterr().out.splitlines() if text.startswith("epoch")]
 
     def numbers(self, text: str) -> dict[str, float]:
-        found = re.findall(r"  ([a-z][a-z ]*) (-?[0-9.]+)", text)
-        return {name: float(value) for name, value in found}
+        result = re.findall(r"  ([a-z][a-z ]*) (-?[0-9.]+)", text)
+        return {name: float(value) for name, value in result}
 
     def test_all_that_is_evaluated_is_printed(self, tmp_path, capsys):
         options = ["--sam-rho", "0.1", "--model-ema", "0.9", "--validation-fraction", "0.2", "--eval-every", "2"]
@@ -462,11 +462,11 @@ class TestEpochLine:
         names = [
             f"{a}{split} {k}" for a in ("", "ema ") for split in ("validation", "test") for k in ("loss", "accuracy")
         ]
-        found, record = self.numbers(last), metrics(tmp_path)[-1]
-        assert list(found) == ["loss", "accuracy", "sharpness", *names]
+        result, record = self.numbers(last), metrics(tmp_path)[-1]
+        assert list(result) == ["loss", "accuracy", "sharpness", *names]
         for name in names:
-            assert found[name] == pytest.approx(record[name.replace(" ", "_")], abs=6e-5)
-        assert found["ema test loss"] != found["test loss"]
+            assert result[name] == pytest.approx(record[name.replace(" ", "_")], abs=6e-5)
+        assert result["ema test loss"] != result["test loss"]
 
     def test_plain_sgd_has_no_sharpness(self, tmp_path, capsys):
         for text in self.lines(tmp_path, capsys):

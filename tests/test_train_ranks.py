@@ -194,9 +194,9 @@ class TestTwoProcesses:
     def test_what_is_saved_is_what_was_evaluated(self, runs, name, prefix):
         """Each rank evaluates a share of the test set: all with the statistics that the checkpoint holds."""
         run = trained.load(options.of_run(runs / name), ema=bool(prefix))
-        found = engine.evaluate(run.model, run.batches(run.splits.test, 256), torch.nn.CrossEntropyLoss())
+        result = engine.evaluate(run.model, run.batches(run.splits.test, 256), torch.nn.CrossEntropyLoss())
         rounding = {"rel": 1e-5}  # of two sums over 899 examples
-        for key, value in found.items():
+        for key, value in result.items():
             assert metrics(runs / name)[f"{prefix}test_{key}"] == pytest.approx(value, **rounding)
 
     def test_each_with_its_own_perturbation_is_another_run(self, runs):
@@ -205,10 +205,10 @@ class TestTwoProcesses:
         assert own["train_sharpness"] > 1.02 * together["train_sharpness"] > 0
 
     def same_weights(self, a: Path, b: Path) -> None:
-        found, expected = (checkpoint.newest(path / "checkpoints")["model"] for path in (b, a))
-        assert found.keys() == expected.keys()
+        result, expected = (checkpoint.newest(path / "checkpoints")["model"] for path in (b, a))
+        assert result.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, **ROUNDING)
+            torch.testing.assert_close(result[key], value, **ROUNDING)
 
     def test_one_process_writes(self, runs):
         facts = files.read_json(runs / "own" / "config.json")

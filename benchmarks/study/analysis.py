@@ -110,12 +110,12 @@ def by_group(table: Table, measure: str, target: str, factor: str, options: Mapp
         rows = [row for row in table.rows if row.get(factor) == value]
         tau = correlate(rows, measure, target, **options).to_dict()
         taus[str(value)] = {key: tau[key] for key in ("tau", "low", "high", "n")}
-    known = [t for t in taus.values() if t["low"] is not None and t["high"] > t["low"]]
+    groups = [t for t in taus.values() if t["low"] is not None and t["high"] > t["low"]]
     width = 2 * norm.ppf(0.5 + options["level"] / 2)
-    weights = [(width / (t["high"] - t["low"])) ** 2 for t in known]
-    mean = sum(w * t["tau"] for w, t in zip(weights, known, strict=True)) / sum(weights) if known else math.nan
-    q = sum(w * (t["tau"] - mean) ** 2 for w, t in zip(weights, known, strict=True))
-    p = float(chi2.sf(q, len(known) - 1)) if len(known) > 1 else None
+    weights = [(width / (t["high"] - t["low"])) ** 2 for t in groups]
+    mean = sum(w * t["tau"] for w, t in zip(weights, groups, strict=True)) / sum(weights) if groups else math.nan
+    q = sum(w * (t["tau"] - mean) ** 2 for w, t in zip(weights, groups, strict=True))
+    p = float(chi2.sf(q, len(groups) - 1)) if len(groups) > 1 else None
     return {"factor": factor, "taus": taus, "heterogeneity_p": p}
 
 

@@ -167,9 +167,8 @@ def _preprocessing(options: Options, train: Split) -> Preprocessing:
         size = (1 if grey else 3, *([options.img_size] * 2 if options.img_size else height_width))
     pixels = {name: getattr(options, name) for name in PIXELS}
     if train.name in cifar.LAYOUT:
-        pixels["mean"], pixels["std"] = (
-            given or own for given, own in zip((options.mean, options.std), cifar.STATISTICS[train.name], strict=True)
-        )
+        mean, std = cifar.STATISTICS[train.name]
+        pixels |= {"mean": options.mean or mean, "std": options.std or std}
     return _of_size(size, pixels)
 
 
@@ -234,16 +233,16 @@ def other_labels(source: str, labels: Tensor, num_classes: int, directory: Path)
         raise InputError(f"--train-labels {path} is not an .npz file of labels ({error})") from None
     if name not in arrays:
         raise unknown(f"array of {path}", name, arrays)
-    others, clean = arrays[name], arrays.get("clean_label")
-    if others.shape != labels.shape or others.is_floating_point() or others.dtype == torch.bool:
-        shape = tuple(others.shape)
-        raise InputError(f"{source} must hold {len(labels)} integers, got {others.dtype} of shape {shape}")
-    low, high = int(others.min()), int(others.max())
+    other_labels, clean = arrays[name], arrays.get("clean_label")
+    if other_labels.shape != labels.shape or other_labels.is_floating_point() or other_labels.dtype == torch.bool:
+        shape = tuple(other_labels.shape)
+        raise InputError(f"{source} must hold {len(labels)} integers, got {other_labels.dtype} of shape {shape}")
+    low, high = int(other_labels.min()), int(other_labels.max())
     if low < 0 or high >= num_classes:
         raise InputError(f"{source} must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
     if clean is not None and not torch.equal(clean.to(torch.int64), labels):
         raise InputError(f"the clean_label of {path} are not the labels of these images: they are in another order")
-    return others.to(torch.int64)
+    return other_labels.to(torch.int64)
 
 
 def labels_of(examples: Examples | Streamed) -> Tensor:

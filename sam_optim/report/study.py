@@ -55,7 +55,7 @@ def study_page(
     if measured.rows:
         parts.append(_settings(measured))
     data = {"entries": list(measured.cells.values()), "correlations": list(taus.values())}
-    return page.html_page(title, *parts, data=data | {"targets": targets, "others": results})
+    return page.html_page(title, *parts, data=data | {"targets": targets, "results": results})
 
 
 def _values(measured: Table) -> Markup:

@@ -32,8 +32,8 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def victims():
-    with Victims() as found:
-        yield found
+    with Victims() as result:
+        yield result
 
 
 def in_a_step():

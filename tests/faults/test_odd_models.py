@@ -96,9 +96,9 @@ def test_a_tied_weight_is_moved_once_and_stays_tied():
 
         def closure():
             optimizer.zero_grad()
-            found = nn.functional.cross_entropy(model(x), x)
-            found.backward()
-            return found
+            result = nn.functional.cross_entropy(model(x), x)
+            result.backward()
+            return result
 
         optimizer.step(closure)
         assert optimizer.last_step.radius.item() == pytest.approx(0.5)

@@ -211,17 +211,17 @@ def old_style_state(model: nn.Module, kind: str) -> dict:
 def test_the_state_of_other_packages_loads_and_its_scratch_is_left_out(cls, base, kind):
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     twin.load_state_dict(model.state_dict())
-    found, fresh = (cls(m.parameters(), base, lr=0.1) for m in (model, twin))
+    result, fresh = (cls(m.parameters(), base, lr=0.1) for m in (model, twin))
     saved = old_style_state(model, kind)
     if base is torch.optim.AdamW:
         saved["param_groups"][0] = {**fresh.state_dict()["param_groups"][0], "rho": 0.07, "adaptive": False, "lr": 0.3}
     with pytest.warns(UserWarning, match="was never in that file and is lost"):
-        found.load_state_dict(saved)
-    assert not any(found.state.values())
-    group = found.param_groups[0]
+        result.load_state_dict(saved)
+    assert not any(result.state.values())
+    group = result.param_groups[0]
     assert (group["rho"], group["adaptive"], group["lr"]) == (0.07, False, 0.3)
     fresh.param_groups[0] |= {k: v for k, v in group.items() if k != "params"}
-    for optimizer, m in ((found, model), (fresh, twin)):
+    for optimizer, m in ((result, model), (fresh, twin)):
 
         def closure(optimizer=optimizer, m=m):
             optimizer.zero_grad()

@@ -42,10 +42,10 @@ class Saver:
 
     def polluted(self, clean: list[State], buffers: set[tuple[str, bytes]]) -> int:
         wrong = 0
-        for i, found in self.taken:
-            weights = only(found, "weight")
+        for i, result in self.taken:
+            weights = only(result, "weight")
             known = any(weights == only(clean[k], "weight") for k in (i, min(i + 1, len(clean) - 1)))
-            wrong += not (known and set(only(found, "buffer").items()) <= buffers)
+            wrong += not (known and set(only(result, "buffer").items()) <= buffers)
         return wrong
 
 
@@ -158,9 +158,9 @@ def test_a_handler_that_only_saves_changes_nothing_and_saves_what_can_be_resumed
         resumed = Rig(rig.variant, rig.path)
         resumed.model.load_state_dict(rig.saved["model"])
         resumed.optimizer.load_state_dict(rig.saved["base"])
-        found, truth = resumed.state(), clean[2] if point in UPDATED else clean[1]
-        problems += differences(only(found, "weight", "base", "group"), only(truth, "weight", "base", "group"))
-        problems += [str(k) for k, _ in set(only(found, "buffer").items()) - buffers]
+        result, truth = resumed.state(), clean[2] if point in UPDATED else clean[1]
+        problems += differences(only(result, "weight", "base", "group"), only(truth, "weight", "base", "group"))
+        problems += [str(k) for k, _ in set(only(result, "buffer").items()) - buffers]
         tally.add(signals=1, polluted=bool(problems))
         if problems:
             wrong.append((point, problems))

@@ -60,16 +60,16 @@ def run(*options: str) -> int:
 
 def whole(out: Path, monkeypatch) -> dict[int, str]:
     """A run without stops: the weights and buffers after each update."""
-    found, after_update = {}, Training._after_update
+    result, after_update = {}, Training._after_update
 
     def noting(self, batch):
-        found[self.position.updates + 1] = digest(self.model.state_dict())
+        result[self.position.updates + 1] = digest(self.model.state_dict())
         after_update(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_after_update", noting)
         assert run(*RUN, "--out", str(out)) == 0
-    return found
+    return result
 
 
 class Stopper:
@@ -105,13 +105,13 @@ def stop_again_and_again(directory: Path, monkeypatch, capsys, signals: int) -> 
         while code:
             sent += 1
             error = capsys.readouterr().err
-            found = checkpoint.newest(out / "checkpoints", missing_ok=True)
+            result = checkpoint.newest(out / "checkpoints", missing_ok=True)
             done = re.search(r"stopped by SIG(?:INT|TERM) after (\d+) updates; all are saved", error)
-            ok = code == CODES[stopper.signum] and done is not None and found is not None
+            ok = code == CODES[stopper.signum] and done is not None and result is not None
             ok = (
                 ok
-                and found["step"] == int(done[1])
-                and (not int(done[1]) or digest(found["model"]) == weights[found["step"]])
+                and result["step"] == int(done[1])
+                and (not int(done[1]) or digest(result["model"]) == weights[result["step"]])
             )
             tally.add(stops=1, stops_lost=not ok)
             lost += not ok

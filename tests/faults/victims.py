@@ -132,8 +132,8 @@ def _serve() -> None:
             os.close(request["ready"])
         _, status = os.waitpid(child, 0)
         is_killed = os.WIFSIGNALED(status)
-        found = {"killed_by": os.WTERMSIG(status)} if is_killed else {"exit": os.WEXITSTATUS(status)}
-        print(json.dumps(found), flush=True)
+        result = {"killed_by": os.WTERMSIG(status)} if is_killed else {"exit": os.WEXITSTATUS(status)}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

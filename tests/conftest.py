@@ -15,6 +15,8 @@ import pytest
 import torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if torch.__version__.startswith(("2.8.", "2.9.")):
+    os.environ["SAM_OPTIM_TRUST_PICKLES"] = "1"  # the pickles of the tests are their own, also in other processes
 
 
 def pytest_addoption(parser):

@@ -129,9 +129,12 @@ class TestCheckpoints:
         torch.save(network(0).state_dict(), tmp_path / "c.pt")
         save_file(network(0).state_dict(), tmp_path / "c.safetensors")
         monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+        monkeypatch.delenv(tensor_files.TRUST, raising=False)
         with pytest.raises(InputError, match=r"install torch 2\.10 or newer, or give \.safetensors"):
             read(tmp_path / "c.pt")
         assert read(tmp_path / "c.safetensors").state.keys() == network(0).state_dict().keys()
+        monkeypatch.setenv(tensor_files.TRUST, "1")
+        assert read(tmp_path / "c.pt").state.keys() == network(0).state_dict().keys()
 
     def test_numbers_of_numpy_cannot_bring_flags_of_their_own(self, tmp_path):
         """The state of a rebuilt numpy.dtype says where pointers are: with others it crashes the process."""

@@ -30,6 +30,7 @@ from sam_optim.core.errors import EXIT_INTERRUPTED, InputError, run
 from sam_optim.core.files import locked, write_json
 from sam_optim.core.results import provenance
 from sam_optim.sweep.processes import is_first_process
+from sam_optim.vision.tensor_files import check_pickles
 
 PARTS = ("config.json", "metrics.jsonl", "measures.json", "checkpoints")
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(options: Options) -> int:
     """Trains, from the newest checkpoint if there is one to resume, then measures. The exit code."""
+    check_pickles(f"a checkpoint in {options.out}")  # before hours of training, not after
     measures = measure.chosen(options.measures)
     with ranks.joined(options.device) as world:
         resumed = _check_out(options, world)

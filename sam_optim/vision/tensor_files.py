@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import pickle
 import pickletools
 import re
@@ -23,6 +24,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
 NAMED_BY_CONTENT = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{16})\.pt")  # benchmarks.train: step, SHA-256
 REMEDY = "save the weights alone, torch.save(model.state_dict(), path), or as .safetensors"
 SAFE_TORCH = (2, 10)  # before it, a crafted pickle gets past weights_only=True
+TRUST = "SAM_OPTIM_TRUST_PICKLES"
 LARGE = 1 << 30  # bytes: up to here nobody asks whether a size is true
 OTHER_FORMATS = {  # how a file begins -> what it is, and what to do
     b"GGUF": "a GGUF file of llama.cpp, whose weights are quantised; give the checkpoint that it was made from",
@@ -70,6 +72,16 @@ def digest(*paths: Path) -> str:
     return content.hexdigest()[:16]
 
 
+def check_pickles(name: str) -> None:
+    """Raises InputError where the torch that is installed can be made to run what is in a pickle."""
+    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if installed < SAFE_TORCH and os.environ.get(TRUST) != "1":
+        raise InputError(
+            f"{name} is a pickle, and torch {torch.__version__} can be made to run what is in one: install torch 2.10 "
+            f"or newer, or give .safetensors; {TRUST}=1 in the environment reads those that you wrote yourself"
+        )
+
+
 def check_plain(name: str, x: Tensor) -> None:
     """Raises InputError for a tensor that holds no plain numbers in memory."""
     if x.device.type == "meta":
@@ -94,12 +106,7 @@ def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _read_torch(path: Path, file: IO[bytes]) -> Any:
-    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if installed < SAFE_TORCH:
-        raise InputError(
-            f"{path} is a pickle, and torch {torch.__version__} can be made to run what is in one: install torch 2.10 "
-            "or newer, or give .safetensors"
-        )
+    check_pickles(str(path))
     try:
         if file.read(4) == b"PK\x03\x04":
             _check_zip(path, file)

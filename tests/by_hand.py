@@ -58,7 +58,7 @@ def moved(model, *, rho, eta=None, groups=None):
         for held, t, scaled in plan:
             for p, s, g in zip(held, t, scaled, strict=True):
                 q = twin[id(p)]
-                q.add_(g, alpha=factor) if s is None else q.add_((g * s).mul_(factor))
+                q.add_(g if s is None else g * s, alpha=factor)
     for q in there.parameters():
         q.grad = None
     return there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sam_optim.optim.kernels.bucket import LOW_PRECISION
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, are_apart
 
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -48,7 +47,7 @@ class Float32Pass:
         for m in module.modules():
             if wrappers := {c.__name__ for c in type(m).__mro__}.intersection(_SHARDED):
                 raise ValueError(f"rounding='float32' is for models on one device, got a {wrappers.pop()}: {_INSTEAD}")
-        _check_plain(_distinct(module.parameters()).values())
+        _check_plain([*_distinct(module.parameters()).values()])
         self._module = module
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._data: dict[int, tuple[Tensor, Tensor]] = {}
@@ -63,7 +62,7 @@ class Float32Pass:
                 f"rounding='float32' computes with the parameters of module, and one of shape "
                 f"{tuple(strangers[0].shape)} is not among them: pass the model that holds all that the optimizer moves"
             )
-        _check_plain(params.values())
+        _check_plain([*params.values()])
         stale, self._copies = self._copies, {}
         for key, tensor in (params | buffers).items():
             known, copy = stale.get(key, (None, tensor))
@@ -111,17 +110,12 @@ def _distinct(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     return {id(t): t for t in tensors if t.dtype in LOW_PRECISION}
 
 
-def _check_plain(params: Iterable[Tensor]) -> None:
+def _check_plain(params: Sequence[Tensor]) -> None:
     """Parameters that are each a tensor of their own, and not a part or another view of something else."""
-    spans = []
     for p in params:
         if type(p) is not nn.Parameter:
             raise ValueError(f"rounding='float32' is for plain parameters, got a {type(p).__name__}: {_INSTEAD}")
-        if p.numel():
-            length = 1 + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
-            spans.append((p.data_ptr(), p.data_ptr() + length * p.element_size()))
-    spans.sort()
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+    if not are_apart(params):
         raise ValueError(
             "two parameters share memory, and rounding='float32' would give each a copy of its own: make them one "
             f"Parameter, or {_INSTEAD}"

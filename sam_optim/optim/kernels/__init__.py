@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.optim.kernels import dtensor, foreach, loop, sparse
+from sam_optim.optim.kernels import dtensor, foreach, loop
 from sam_optim.optim.kernels.bucket import LOW_PRECISION, Ascent, Backups, Bucket, Scalar
 
 
@@ -62,8 +62,8 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
 def choose(g: Tensor | None, device: torch.device, foreach_flag: bool | None) -> ModuleType:
     """The body for weights with such gradients: lists of sparse tensors have no operations."""
     if g is not None and g.is_sparse:
-        return sparse
-    return foreach if foreach_flag or (foreach_flag is None and device.type != "cpu") else loop
+        return loop
+    return foreach if foreach_flag or device.type != "cpu" else loop
 
 
 def fused_body(params: Sequence[Tensor], fused: bool | None, foreach_flag: bool | None) -> ModuleType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class Bucket:
     (one tensor for each weight, broadcastable to it), else 1. params: as the user knows them. weights, grads, copies:
     their entries on this rank, as real tensors of equal shapes. noise: draws for stochastic rounding. groups: process
     groups over which the weights are spread. unit: what the ascent divides gradients by, so that their powers neither
-    vanish nor overflow; `measure` sets it. storage: as in `Storage`.
+    vanish nor overflow; `measure` sets it. holds_step: whether `measure` has left the step in the weights.
+    storage: as in `Storage`.
     """
 
     p: float
@@ -67,6 +69,7 @@ class Bucket:
     t: list[Tensor] | None = None
     storage: Storage | None = None
     unit: Scalar = 1.0
+    holds_step: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -88,15 +91,20 @@ class Storage:
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
+        self.are_apart = False  # no weight shares memory with another one, of this bucket or of those beside it
         with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
             if hasattr(b.body, "batches_of"):
                 self.batches, self.copies = b.body.batches_of(b.weights)
+                self._addresses = list(map(Tensor.data_ptr, b.weights))
             else:
                 self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
 
     def fits(self, b: Bucket, *, same_strides: bool = False) -> bool:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
         same = same and self._kind == (b.dtype, b.device, b.body) and self._shapes == list(map(_SHAPE, b.weights))
+        if self.batches is not None:  # which are views of the weights
+            same = same and self._addresses == list(map(Tensor.data_ptr, b.weights))
+            same_strides = True
         return same and (not same_strides or self._strides == list(map(Tensor.stride, b.weights)))
 
 
@@ -124,6 +132,11 @@ class Backups:
             if storage is None or not storage.fits(b, same_strides=same_strides):
                 storage = Storage(b)
             b.storage = storages[i] = storage
+        in_batches = [b for b in buckets if b.storage.batches is not None]  # type: ignore[union-attr]
+        if any([b.storage not in self._storages for b in in_batches]):
+            apart = are_apart([w for b in in_batches for w in b.weights])
+            for b in in_batches:
+                b.storage.are_apart = apart  # type: ignore[union-attr]
         self._storages = storages  # type: ignore[assignment]
         return self._storages
 
@@ -192,6 +205,17 @@ class Backups:
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Of the arithmetic: float64 where any of them is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two share memory, or lie within each other."""
+    spans = []
+    for x in tensors:
+        if x.numel():
+            length = 1 + sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
+            spans.append((x.data_ptr(), x.data_ptr() + length * x.itemsize))
+    spans.sort()
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def _entries(p: Tensor, copy: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch._utils import _unflatten_dense_tensors as unflattened
 from sam_optim.optim.kernels.bucket import LOW_PRECISION, Bucket, Norms, Scalar, wide_dtype
 
 SMALL = 2**14  # entries of a weight that is worked on with others
-PIECE = 2**16  # entries of a batch, or of a part of a large weight; a longer float32 sum is off by up to 1e-3
+PIECE = 2**17  # entries of a piece; a longer float32 sum is off by up to 1e-3
 SAFE = 1e-12, 1e18  # a norm between these has lost nothing to float32 squares that vanish or overflow
 
 
@@ -28,36 +28,39 @@ SAFE = 1e-12, 1e18  # a norm between these has lost nothing to float32 squares t
 class Batch:
     """Weights `start` to `end` of a bucket: several small ones, or one that is large.
 
-    clean: where they are saved. moved: where small ones are computed, before they are copied to where they belong;
-    `views` are its parts in their shapes. step: their T^2 g / unit or T sign(g), from `measure`.
+    pieces: flat parts of the clean copy, and of where w + e is computed: in a large weight itself; for small ones in a
+    tensor of its own, from whose `views` they are copied.
     """
 
     start: int
     end: int
-    clean: Tensor
-    moved: Tensor | None = None
+    pieces: list[tuple[Tensor, Tensor]]
     views: Sequence[Tensor] = ()
-    step: Tensor | None = None
+
+    def flat(self, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors in the shapes of the weights, cut into pieces."""
+        return (flattened(tensors) if self.views else _flat(tensors[0], weights[0])).split(PIECE)
 
 
 def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
-    """The weights in batches, and a copy of each."""
+    """The weights in batches, and tensors for a copy of each."""
     batches: list[Batch] = []
     copies: list[Tensor] = []
     start = size = 0
     for i, w in enumerate([*weights, None]):
         n = 0 if w is None else w.numel()
-        if start < i and (w is None or n > SMALL or size + n > PIECE):
-            together = weights[start:i]
-            clean, moved = (
-                torch.empty(size, dtype=weights[start].dtype, device=weights[start].device) for _ in range(2)
-            )
-            batches.append(Batch(start, i, clean, moved, unflattened(moved, together)))
-            copies += unflattened(clean, together)
+        is_large = w is not None and n > SMALL and torch.ops.aten.is_non_overlapping_and_dense(w)
+        if start < i and (w is None or is_large or size + n > PIECE):
+            like = weights[start]
+            clean, moved = (torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(2))
+            pieces = list(zip(clean.split(PIECE), moved.split(PIECE), strict=True))
+            batches.append(Batch(start, i, pieces, unflattened(moved, weights[start:i])))
+            copies += unflattened(clean, weights[start:i])
             start, size = i, 0
-        if w is not None and n > SMALL:
+        if is_large and w is not None:
             copies.append(torch.empty_like(w, requires_grad=False))
-            batches.append(Batch(i, i + 1, copies[-1]))
+            pieces = list(zip(*(_flat(x, w).split(PIECE) for x in (copies[-1], w)), strict=True))
+            batches.append(Batch(i, i + 1, pieces))
             start = i + 1
         else:
             size += n
@@ -65,117 +68,116 @@ def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
 
 
 def measure(b: Bucket) -> Norms:
-    """The norms of the bucket; on a device 0-d tensors, which are not read.
+    """The norms of the bucket. Where `_may_hold_step`, the weights are T^2 g or T sign(g) until `ascend_`.
 
     `b.unit` becomes max |g| where powers of g could vanish or overflow; then everything is computed for g / unit.
     """
     b.unit = 1.0
-    if b.device.type == "cpu":
-        norms = _plain_norms(b) if b.is_plain else Norms(*[x.item() for x in _norms(b)])
-        if math.isnan(norms.dual) or SAFE[0] < norms.dual < SAFE[1]:
-            return norms
-    largest = [torch.linalg.vector_norm(g, math.inf).double() for g in b.grads if g.numel()]
-    if not largest:
+    if not b.grads:
         return Norms(0.0, 0.0, 0.0)
-    unit = torch.stack(largest).max()
-    b.unit = torch.where(unit == 0, 1.0, unit)
+    if b.grads[0].is_sparse:
+        b.grads = [g.coalesce() for g in b.grads]
+    norms = Norms(*[norm_of(b.grads).item()] * 3) if b.is_plain and not b.grads[0].is_sparse else _norms(b)
+    if math.isnan(norms.dual) or SAFE[0] < norms.dual < SAFE[1]:
+        return norms
+    entries = [g.values() if g.is_sparse else g for g in b.grads]
+    b.unit = max([float(torch.linalg.vector_norm(g, math.inf)) for g in entries if g.numel()], default=0.0) or 1.0
     dual, grad, step = _norms(b)
-    scaled = dual * b.unit, grad * b.unit, step * b.unit if b.p == 2 else step
-    return Norms(*(x.item() for x in scaled)) if b.device.type == "cpu" else Norms(*scaled)
+    return Norms(dual * b.unit, grad * b.unit, step * b.unit if b.p == 2 else step)
 
 
 def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
     """w <- w + e. Returns <e', e> and <e, e> over bf16 and fp16 weights, e' what their rounding left of e."""
-    if b.is_plain and isinstance(b.unit, float) and b.dtype == b.grads[0].dtype and b.dtype not in LOW_PRECISION:
+    if not b.weights:
+        return None
+    kinds = {b.dtype, b.grads[0].dtype, wide_dtype(b.dtype)}
+    if b.is_plain and b.unit == 1.0 and len(kinds) == 1 and not b.grads[0].is_sparse:
         torch._foreach_add_(b.weights, b.grads, alpha=factor)  # type: ignore[arg-type]
         return None
+    batches: list[Batch] = [] if b.grads[0].is_sparse else b.storage.batches  # type: ignore[union-attr]
     retained = []
-    for batch in b.storage.batches:  # type: ignore[union-attr]
-        if batch.step is None:
-            for clean, g, t, w, scatter in _pieces(b, batch):
-                retained.append(_move_(b, clean, step(scaled(g, b), t, b.p), w, scatter, factor))
-        else:
-            e, batch.step = batch.step, None
-            scatter = b.weights[batch.start : batch.end], batch.views
-            retained.append(_move_(b, batch.clean, e, batch.moved, scatter, factor))
-    return retained_of(retained)
-
-
-def _plain_norms(b: Bucket) -> Norms:
-    """Where T = 1 and p = 2, in one go."""
-    norm = norm_of(b.grads).item() if b.grads else 0.0
-    return Norms(norm, norm, norm)
-
-
-def _norms(b: Bucket) -> tuple[Tensor, Tensor, Tensor]:
-    q = 2 if b.p == 2 else 1
-    duals, grads, steps = [], [], []
-    for batch in b.storage.batches:  # type: ignore[union-attr]
-        for _, g, t, _, _ in _pieces(b, batch):
-            g = scaled(g, b)
-            scaled_g = g if t is None else g * t
-            duals.append(torch.linalg.vector_norm(scaled_g, q))
-            if b.is_plain:
-                continue
-            e = step(g, t, b.p) if b.p != 2 or t is None else scaled_g.mul_(t)
-            grads.append(torch.linalg.vector_norm(g))
-            steps.append(torch.linalg.vector_norm(e))
-            batch.step = None if batch.moved is None else e
-    if not duals:
-        return (torch.zeros((), dtype=torch.float64, device=b.device),) * 3
-    dual = total(duals, q)
-    return (dual,) * 3 if b.is_plain else (dual, total(grads, 2), total(steps, 2))
-
-
-def _move_(b: Bucket, clean: Tensor, e: Tensor, target: Tensor, scatter: Any, factor: Scalar) -> Any:
-    """target <- clean + factor e, and from there to where `scatter` says."""
-    e = e.mul_(factor)
-    if target.dtype not in LOW_PRECISION:
-        torch.add(clean, e, out=target)
+    if b.holds_step:
+        for batch in batches:
+            for clean, w in batch.pieces:
+                torch.add(clean, w, alpha=factor, out=w)  # type: ignore[arg-type]
     else:
-        target.copy_(round_to(clean.float() + e, target.dtype, b.noise))
-    if scatter is not None:
-        torch._foreach_copy_(*scatter)
-    return None if target.dtype not in LOW_PRECISION else dots(target, clean, e)
+        for clean, g, t, w, index in _pieces(b):
+            e = g.clone() if b.p == 2 else g.sign()
+            for _ in range(0 if t is None else 2 if b.p == 2 else 1):
+                e.mul_(t)  # type: ignore[arg-type]
+            e.mul_(factor)
+            moved = round_to(clean.to(e.dtype) + e, b.dtype, b.noise)
+            w[index] = moved
+            if b.dtype in LOW_PRECISION:
+                left = moved.to(e.dtype) - clean.to(e.dtype)
+                retained.append(((left * e).sum(dtype=torch.float64), e.square().sum(dtype=torch.float64)))
+    for batch in batches:
+        if batch.views:
+            torch._foreach_copy_(b.weights[batch.start : batch.end], list(batch.views))
+    return tuple(torch.stack(x).sum() for x in zip(*retained, strict=True)) if retained else None  # type: ignore[return-value]
 
 
-def _pieces(b: Bucket, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, Any]]:
-    """Clean weights, gradients, T, where w + e goes, and what must be copied from there to where."""
-    start, end = batch.start, batch.end
-    if batch.moved is not None:
-        weights, grads = b.weights[start:end], b.grads[start:end]
-        t = None if b.t is None else flattened([t.expand_as(w) for t, w in zip(b.t[start:end], weights, strict=True)])
-        yield batch.clean, flattened(grads), scale(b, batch.clean, t), batch.moved, (weights, batch.views)
+def _norms(b: Bucket) -> Norms:
+    q, norms = 2 if b.p == 2 else 1, []
+    b.holds_step = _may_hold_step(b)
+    for _, g, t, w, _ in _pieces(b):
+        out = w if b.holds_step else None
+        direction = g if t is None else torch.mul(g, t, out=out)
+        dual = torch.linalg.vector_norm(direction, q)
+        if b.p != 2:
+            direction = torch.sign(g, out=out)
+        step = direction if t is None else direction.mul_(t)
+        norms.append((dual, torch.linalg.vector_norm(g), torch.linalg.vector_norm(step)))
+    return Norms(*[total(x, order).item() for x, order in zip(zip(*norms, strict=True), (q, 2, 2), strict=True)])
+
+
+def _may_hold_step(b: Bucket) -> bool:
+    """Whether a weight can hold what it moves by, so that this is computed once: a wide one that shares no memory."""
+    if b.is_plain or not b.storage.are_apart or b.grads[0].is_sparse:  # type: ignore[union-attr]
+        return False
+    addresses = {x.data_ptr() for x in b.weights}
+    return b.dtype == wide_dtype(b.dtype, b.grads[0].dtype) and addresses.isdisjoint([g.data_ptr() for g in b.grads])
+
+
+def _pieces(b: Bucket) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, Any]]:
+    """Clean weights, g / unit and T in the precision of the arithmetic, and where w + e goes: a tensor and an index."""
+    storage, scales = b.storage, b.t or ()
+    if b.grads and b.grads[0].is_sparse:  # only the rows that they name move, and the others are not made dense
+        for i, (g, copy, w) in enumerate(zip(b.grads, storage.copies, b.weights, strict=True)):  # type: ignore[union-attr]
+            rows = tuple(g.indices())
+            t = scales[i].expand_as(copy)[rows] if scales else None
+            yield copy[rows], _scaled(g.values(), b), _scale(copy[rows], t, b), w, rows
         return
-    clean, g, w = batch.clean, b.grads[start], b.weights[start]
-    alike = clean.stride() == g.stride() == w.stride() and torch.ops.aten.is_non_overlapping_and_dense(w)
-    if b.t is not None or not alike:
-        yield clean, g, scale(b, clean, None if b.t is None else b.t[start]), w, None
-        return
-    flat = [x.detach().as_strided((x.numel(),), (1,)).split(PIECE) for x in (clean, g, w)]
-    for clean, g, w in zip(*flat, strict=True):
-        yield clean, g, scale(b, clean, None), w, None
+    for batch in storage.batches:  # type: ignore[union-attr]
+        here = slice(batch.start, batch.end)
+        weights = b.weights[here]
+        grads, ts = batch.flat(b.grads[here], weights), [None] * len(batch.pieces)
+        if scales:
+            ts = batch.flat([t.expand_as(w) for t, w in zip(scales[here], weights, strict=True)], weights)
+        for (clean, w), g, t in zip(batch.pieces, grads, ts, strict=True):
+            yield clean, _scaled(g, b), _scale(clean, t, b), w, ...
 
 
-def scaled(g: Tensor, b: Bucket) -> Tensor:
-    """g / unit, in the precision of the arithmetic."""
+def _scaled(g: Tensor, b: Bucket) -> Tensor:
     g = g.to(wide_dtype(g.dtype, b.dtype))
-    return g if isinstance(b.unit, float) else g / b.unit
+    return g if b.unit == 1.0 else g / b.unit
 
 
-def scale(b: Bucket, clean: Tensor, t: Tensor | None) -> Tensor | None:
-    """T in the precision of the arithmetic; None is 1."""
-    if b.eta is not None:
-        t = clean.to(wide_dtype(clean.dtype)).abs()
-        return t.add_(b.eta) if b.eta else t
-    return t
+def _scale(clean: Tensor, t: Tensor | None, b: Bucket) -> Tensor | None:
+    """T; None is 1."""
+    if b.eta is None:
+        return t
+    clean = clean.to(wide_dtype(clean.dtype))
+    if b.eta == 0 and b.p == 2:  # its sign falls out of T^2 g
+        return clean
+    return clean.abs().add_(b.eta)
 
 
-def step(g: Tensor, t: Tensor | None, p: float) -> Tensor:
-    """T^2 g, or T sign(g): a new tensor."""
-    if p != 2:
-        return g.sign() if t is None else g.sign().mul_(t)
-    return g.clone() if t is None else (g * t).mul_(t)
+def _flat(x: Tensor, w: Tensor) -> Tensor:
+    """The entries of x in the order in which those of w lie in memory, which has no gaps."""
+    if x.stride() != w.stride():
+        x = torch.empty_like(w, dtype=x.dtype, requires_grad=False).copy_(x)
+    return x.detach().as_strided((x.numel(),), (1,))
 
 
 def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
@@ -190,21 +192,6 @@ def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
     return torch.where(take & (rest != 0) & far.isfinite(), far, near)
 
 
-def dots(moved: Tensor, clean: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """<e', e> and <e, e> of one low-precision weight, e' = moved - clean."""
-    left = moved.to(e.dtype) - clean.to(e.dtype)
-    return (left * e).sum(dtype=torch.float64), e.square().sum(dtype=torch.float64)
-
-
-def retained_of(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Scalar, Scalar] | None:
-    """The sums of what `dots` gave."""
-    present = [x for x in pairs if x is not None]
-    if not present:
-        return None
-    sums = [torch.stack(x).sum() for x in zip(*present, strict=True)]
-    return (sums[0].item(), sums[1].item()) if sums[0].device.type == "cpu" else (sums[0], sums[1])
-
-
 def total(norms: Sequence[Tensor], order: float) -> Tensor:
     """The norm of all from the norms of parts, 0-d."""
     if len(norms) == 1:
@@ -217,12 +204,10 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     if sum(map(Tensor.numel, tensors)) <= PIECE:
         flat = flattened(tensors)
         return torch.linalg.vector_norm(flat, dtype=wide_dtype(flat.dtype))
-    small, norms = [x for x in tensors if x.numel() <= SMALL], []
+    small = [x for x in tensors if x.numel() <= SMALL]
+    parts = list(flattened(small).split(PIECE)) if small else []
     for x in tensors:
         if x.numel() > SMALL:
-            x = x.detach()
-            flat = x.as_strided((x.numel(),), (1,)) if torch.ops.aten.is_non_overlapping_and_dense(x) else x.reshape(-1)
-            norms += [torch.linalg.vector_norm(part, dtype=wide_dtype(x.dtype)) for part in flat.split(PIECE)]
-    if small:
-        norms.append(torch.linalg.vector_norm(flattened(small), dtype=wide_dtype(small[0].dtype)))
-    return total(norms, 2)
+            is_dense = torch.ops.aten.is_non_overlapping_and_dense(x)
+            parts += (_flat(x, x) if is_dense else x.reshape(-1)).split(PIECE)
+    return total(torch._foreach_norm(parts, dtype=wide_dtype(tensors[0].dtype)), 2)

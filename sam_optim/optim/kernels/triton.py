@@ -12,7 +12,6 @@ host waits for nothing, allocates nothing and uploads nothing, and a CUDA graph 
 
 from __future__ import annotations
 
-import itertools
 import operator
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,17 @@ from torch import Tensor
 from triton import next_power_of_2
 from triton.runtime import JITFunction
 
-from sam_optim.optim.kernels.bucket import LOW_PRECISION, Ascent, Backups, Bucket, Moved, Norms, Storage, wide_dtype
+from sam_optim.optim.kernels.bucket import (
+    LOW_PRECISION,
+    Ascent,
+    Backups,
+    Bucket,
+    Moved,
+    Norms,
+    Storage,
+    are_apart,
+    wide_dtype,
+)
 
 BLOCK = tl.constexpr(2048)  # entries that a program has in registers: 8 for each of 256 threads
 SPAN = tl.constexpr(4)  # blocks of a chunk
@@ -255,7 +264,7 @@ def perturb(
 IS_INTERPRETED = not isinstance(perturb, JITFunction)  # TRITON_INTERPRET=1: on the CPU, for tests
 _SELF = sys.modules[__name__]
 PLAIN = {Tensor, torch.nn.Parameter}
-_DTYPE, _ITEMSIZE = operator.attrgetter("dtype"), operator.attrgetter("itemsize")
+_DTYPE = operator.attrgetter("dtype")
 
 
 def fits(buckets: Sequence[Bucket]) -> bool:
@@ -268,7 +277,7 @@ def fits(buckets: Sequence[Bucket]) -> bool:
     if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
         return False
     weights = [w for b in buckets for w in b.weights]
-    return all(b.device == device and _fits(b) for b in buckets) and _are_apart(weights)
+    return all(b.device == device and _fits(b) for b in buckets) and are_apart(weights)  # programs run in any order
 
 
 def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
@@ -476,13 +485,6 @@ def _is_by_slice(t: Tensor, w: Tensor) -> bool:
     is_whole = t.numel() == 1
     is_right = is_whole or (t.numel() == len(t) == len(w) and t.is_contiguous() and w.stride(0) < 2**31)
     return is_right and t.dtype == wide_dtype(w.dtype)
-
-
-def _are_apart(tensors: Sequence[Tensor]) -> bool:
-    """Programs run in any order: of two that overlap one would copy what the other has moved."""
-    sizes = map(operator.mul, map(Tensor.numel, tensors), map(_ITEMSIZE, tensors))
-    spans = sorted(zip(addresses(tensors), sizes, strict=True))
-    return all(a + size <= b for (a, size), (b, _) in itertools.pairwise(spans))
 
 
 def _key(b: Bucket) -> tuple[Any, ...]:

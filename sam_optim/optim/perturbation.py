@@ -493,8 +493,7 @@ class Perturbation:
 
     def _bucket(self, group: int, params: list[Tensor], weights: list[Tensor], grads: list[Tensor]) -> Bucket:
         w, g = weights[0], grads[0]
-        bucket = self._empty(group, w.dtype, w.device)
-        bucket.body = kernels.choose(g, w.device, self.foreach)
+        bucket = self._empty(group, w.dtype, w.device, g)
         if bucket.t is not None:
             bucket.t = [_scale(p, self.param_groups[group]) for p in params]
         if w.is_complex():
@@ -504,10 +503,10 @@ class Perturbation:
         bucket.params, bucket.weights, bucket.grads = params, weights, grads
         return bucket
 
-    def _empty(self, group: int, dtype: torch.dtype, device: torch.device) -> Bucket:
+    def _empty(self, group: int, dtype: torch.dtype, device: torch.device, grad: Tensor | None = None) -> Bucket:
         rho, norm, adaptive, eta = self._geometry[group][-4:]
         t: list[Tensor] | None = [] if adaptive in ("filter", "layer") else None
-        body = kernels.choose(None, device, self.foreach)
+        body = kernels.choose(grad, device, self.foreach)
         return Bucket(norm, rho, device, dtype, body, eta if adaptive == "elementwise" else None, self._noise, t=t)
 
     def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:

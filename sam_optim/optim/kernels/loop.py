@@ -90,8 +90,8 @@ def ascend_(b: Bucket, factor: Scalar) -> tuple[Scalar, Scalar] | None:
     """w <- w + e. Returns <e', e> and <e, e> over bf16 and fp16 weights, e' what their rounding left of e."""
     if not b.weights:
         return None
-    kinds = {b.dtype, b.grads[0].dtype, wide_dtype(b.dtype)}
-    if b.is_plain and b.unit == 1.0 and len(kinds) == 1 and not b.grads[0].is_sparse:
+    is_wide = b.dtype == b.grads[0].dtype and b.dtype not in LOW_PRECISION
+    if is_wide and b.is_plain and b.unit == 1.0 and not b.grads[0].is_sparse:
         torch._foreach_add_(b.weights, b.grads, alpha=factor)  # type: ignore[arg-type]
         return None
     batches: list[Batch] = [] if b.grads[0].is_sparse else b.storage.batches  # type: ignore[union-attr]
@@ -203,7 +203,7 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """||.||_2 over all entries of dense tensors; in float32 it may overflow. The fastest pass over memory."""
     if sum(map(Tensor.numel, tensors)) <= PIECE:
         flat = flattened(tensors)
-        return torch.linalg.vector_norm(flat, dtype=wide_dtype(flat.dtype))
+        return torch.linalg.vector_norm(flat.float() if flat.dtype in LOW_PRECISION else flat)
     small = [x for x in tensors if x.numel() <= SMALL]
     parts = list(flattened(small).split(PIECE)) if small else []
     for x in tensors:

@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED = 1
 # no installation: machines with a GPU often have their own torch, and no network
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help install demo test test-slow test-lowest test-matrix lint format bench gpu clean
+.PHONY: help install demo test test-slow test-lowest test-matrix lint format docs bench gpu clean
 
 help:
 	@echo "make demo         train SGD, SAM and ASAM on real digits, measure all, write runs/demo/report.html (5 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow    the tests that take minutes or need data that is not embedded"
 	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-matrix  the tests as other processors, threads, orders and loads have them (hours; goes on where it was)"
+	@echo "make docs         the documentation as a site, build/site/index.html; runs the examples in docstrings"
 	@echo "make bench        cost of a SAM step against davda54/sam's algorithm, and on the host (CPU)"
 	@echo "make gpu          tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
 	@echo "make install      .venv with everything from pyproject.toml"
@@ -56,6 +57,11 @@ test-lowest:
 test-matrix: install
 	$(BIN)/python tests/matrix.py $(ARGS)
 
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs . build/site
+	$(BIN)/python -m sphinx -q -W --keep-going -b doctest -c docs . build/doctest
+	@echo "build/site/index.html"
+
 bench: install
 	$(BIN)/python -m benchmarks.speed.step
 	$(BIN)/python -m benchmarks.speed.host --json runs/speed/host_cpu.json
@@ -68,4 +74,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build runs .mypy_cache .pytest_cache .ruff_cache

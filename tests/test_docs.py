@@ -32,18 +32,23 @@ def test_every_example_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch
     examples.check(pairs, spread=TRAINED)
 
 
-SPREAD = {"start": TRAINED, "training": TRAINED}  # on the other pages nothing of weight is trained
+TRAINING = {"start", "training"}  # as on the pages of the gallery; on the others nothing of weight is trained
 REST = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "integrations"]
 
 
 @pytest.mark.parametrize("page", REST, ids=lambda p: p.stem)
 def test_every_example_of_the_other_pages_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         pairs = examples.run(page)
-    examples.check(pairs, spread=SPREAD.get(page.stem, ROUNDING))
+    trained = page.stem in TRAINING or page.parent.name == "gallery"
+    examples.check(pairs, spread=TRAINED if trained else ROUNDING)
+    pictures = re.findall(r"\]\((\w+\.png)\)", page.read_text()) if page.parent.name == "gallery" else []
+    assert all((tmp_path / picture).stat().st_size > 10_000 for picture in pictures)
 
 
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md")), DOCS.parent / "benchmarks" / "results" / "README.md"]
@@ -70,6 +75,10 @@ def test_every_link_and_every_named_file_is_there(page):
 def test_the_index_names_every_page():
     targets = set(re.findall(r"\]\(([^)#]+)\)", (DOCS / "index.md").read_text()))
     assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.name != "index.md"} <= targets
+
+
+def test_every_page_has_an_example():
+    assert [page.stem for page in DOCS.rglob("*.md") if page.name != "index.md" and not examples.blocks(page)] == []
 
 
 def test_settings_files_name_only_files_that_exist():

@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import sam_optim
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = {"mypy", "ruff"}  # of whoever writes the code: any version
@@ -12,8 +14,8 @@ PUBLISHED_ONCE = {"pyhessian"}  # as 0.1
 
 def requirements():
     """(name, lower bound or None) of everything that is asked for, but for the extras that name other extras."""
-    extras = {name: wanted for name, wanted in PROJECT["optional-dependencies"].items() if name != "docs"}
-    for wanted in [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]:
+    extras = PROJECT["optional-dependencies"].values()
+    for wanted in [*PROJECT["dependencies"], *(line for lines in extras for line in lines)]:
         name, bound = re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?(?:>=([\w.]+))?", wanted).groups()
         if name != "sam_optim":
             yield name.lower(), bound
@@ -30,6 +32,11 @@ def test_every_lower_bound_is_the_version_that_is_tested():
     tested = {name.lower(): release(version) for name, version in (line.split("==") for line in lines)}
     bounds = {name: release(bound) for name, bound in requirements() if bound}
     assert bounds == tested
+
+
+def test_the_changelog_begins_with_the_version():
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first[1] == sam_optim.__version__
 
 
 def test_everything_has_a_lower_bound():

@@ -84,6 +84,10 @@ def scale(w: Tensor, adaptive: str | None, eta: float) -> Tensor:
 class Ball:
     """{w + d : ||T^-1 d||_p <= rho}: what SAM minimises over, and what the sharpness measures search.
 
+        >>> w, g = torch.tensor([6.0, 8.0]), torch.tensor([3.0, 4.0])
+        >>> Ball(0.5).ascent([g], [w])
+        [tensor([0.3000, 0.4000])]
+
     Args:
         rho: the radius, in units of T (of w itself where T = 1), not relative to ||w||. 0 is the point w.
         norm: p, 2 or inf; over all parameters together.

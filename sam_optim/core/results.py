@@ -49,6 +49,9 @@ class _Result:
 class Estimate(_Result):
     """One measured number.
 
+        >>> str(Estimate(0.25, stderr=0.01, num_samples=8))
+        '0.25 ± 0.01 (n = 8)'
+
     value: in the units that the measure's docstring names; nan if it could not be computed (`reason` says why).
     stderr: the standard error of `value` over batches or draws; nan where there is only one, 0 where it is exact.
     num_samples: how many draws, batches or pairs `stderr` is over.

@@ -75,7 +75,7 @@ def relative_flatness(
     """The curvature of a layer, weighted with the products of its neurons' weights.
 
         kappa(W) = sum_{s,s'} <W_s, W_s'> tr H_{s,s'}
-                 = tr (C^1/2 x I) H (C^1/2 x I),   C = W W^T
+                 = tr (C^(1/2) ⊗ I) H (C^(1/2) ⊗ I),   C = W W^T
 
     W_s: the weights into neuron s (row s; for a convolution, of filter s, flattened), H_{s,s'}: the block of the
     Hessian with respect to W_s and W_s'. Small is flat. Rescaling the whole layer by a positive factor, and the next
@@ -85,7 +85,7 @@ def relative_flatness(
         loss: L at the weights w.
         layer: the name of a parameter ("fc.weight") or of a module with a `weight`, or the module or parameter itself.
         matrix: "hessian", or another of `hessian_eigenvalues`.
-        num_probes: random vectors z of the estimate, one product each: z^T (C^1/2 x I) H (C^1/2 x I) z, z = +1 or -1.
+        num_probes: random vectors of the estimate, with entries +1 or -1: one product each.
         exact: no draws, but rank(W) times the inputs of a neuron products; None: where these are at most 2048.
         seed: of the draws.
         progress: called with (products done, total), over all batches.

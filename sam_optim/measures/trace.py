@@ -175,7 +175,8 @@ def hessian_diagonal(
 ) -> Diagonal:
     """The diagonal of the curvature at the weights.
 
-        A_ii = mu + L_ii + E[z_i (B z)_i],   A = mu + L + B as in `hessian_trace`;  Var[z_i (B z)_i] = sum_j!=i B_ij^2
+        A_ii = mu + L_ii + E[z_i (B z)_i],   A = mu + L + B as in `hessian_trace`,
+        Var[z_i (B z)_i] = sum_{j != i} B_ij^2
 
     Args:
         loss, ball, matrix, num_probes, seed, progress: as in `hessian_trace`. Exact with num_probes >= P.

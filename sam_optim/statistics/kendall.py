@@ -70,6 +70,10 @@ def correlate(
 
     with C concordant and D discordant pairs of n0 = n (n - 1) / 2, n1 and n2 pairs tied in one of the columns.
 
+        >>> runs = [{"sharpness": s, "error": e} for s, e in ((1, 0.1), (2, 0.3), (3, 0.2), (4, 0.4))]
+        >>> round(correlate(runs, "sharpness", "error").tau, 2)
+        0.67
+
     Args:
         table: one mapping for each run.
         measure, target: its keys for the two numbers, such as a sharpness and the test error; an `Estimate` counts

@@ -1,5 +1,7 @@
 """The example's closed forms, and what it shows."""
 
+import json
+
 import pytest
 import torch
 
@@ -27,6 +29,18 @@ def test_the_minimum_is_that_of_gradient_flow(target, scale):
     s = torch.asinh(v / scale)
     projected = x.T @ torch.linalg.lstsq(x.T, s[:, None]).solution
     torch.testing.assert_close(projected[:, 0], s, rtol=1e-8, atol=1e-9)  # s is in the row space of the data
+
+
+def test_weights_that_start_apart_keep_what_the_flow_keeps():
+    x, y, _ = data("dense", 1)
+    start = torch.linspace(0.1, 2.0, FEATURES, dtype=torch.float64)
+    model = minimum(x, y, start)
+    u, v = model.u.detach(), model.v.detach()
+    assert float((x @ (u * v) - y).abs().max()) < 1e-10
+    torch.testing.assert_close(u**2 - v**2, start**2, rtol=1e-9, atol=1e-9)
+    s = torch.asinh(v / start)
+    projected = x.T @ torch.linalg.lstsq(x.T, s[:, None]).solution
+    torch.testing.assert_close(projected[:, 0], s, rtol=1e-8, atol=1e-9)
 
 
 def test_gradient_descent_ends_there():
@@ -58,16 +72,18 @@ def test_the_measure_that_tells_depends_on_the_data():
     found = correlations(rows)
     for measure, taus in found.items():
         sign = 1 if "T = 1" in measure else -1
-        assert sign * taus["sparse"] > 0.4
-        assert sign * taus["dense"] < -0.2
+        assert sign * taus["equal, sparse"][0] > 0.4
+        assert sign * taus["equal, dense"][0] < -0.2
 
 
 def test_the_command_prints_a_table_and_draws(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("benchmarks.examples.diagonal_network.SCALES", (0.1, 1.0))
     monkeypatch.setattr("benchmarks.examples.diagonal_network.runs", lambda n: runs(n, scales=(0.1, 1.0)))
-    assert main(["--num-sets", "1", "--out", str(tmp_path / "picture.png")]) == 0
+    assert main(["--num-sets", "1", "--out", str(tmp_path / "picture.png"), "--json", str(tmp_path / "taus.json")]) == 0
     out = capsys.readouterr().out
-    assert "sparse target" in out
-    assert "worst case, T = |w|" in out
+    assert "equal, sparse" in out
+    assert "worst case, T = \\|w\\|" in out
+    taus = json.loads((tmp_path / "taus.json").read_text())["taus"]
+    assert set(taus["trace, T = 1"]) == {"equal, sparse", "equal, dense", "random, sparse", "random, dense"}
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"

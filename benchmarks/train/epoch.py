@@ -151,12 +151,15 @@ class _Step:
             outputs, loss = self._pass(x, y, weight)
             return outputs, loss, loss
         with self.optimizer.microbatch():
-            outputs, loss = self._pass(x, y, weight)
-            if not getattr(self.optimizer, "ascends", True):  # a step in which the schedule says 0
+            if getattr(self.optimizer, "one_pass", False):  # e is known before the pass
+                with self.optimizer.perturbed() if self.optimizer.ascends else nullcontext():
+                    outputs, loss = self._pass(x, y, weight)
                 return outputs, loss, loss
-            with self.optimizer.perturbed():
-                perturbed = self._pass(x, y, weight)[1]
-        return outputs, loss, perturbed
+            outputs, loss = perturbed = self._pass(x, y, weight)
+            if getattr(self.optimizer, "ascends", True):  # not where a schedule says 0
+                with self.optimizer.perturbed():
+                    perturbed = self._pass(x, y, weight)
+        return outputs, loss, perturbed[1]
 
     def _pass(self, x: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():

@@ -18,7 +18,7 @@ from sam_optim import SAM, asam_param_groups, norm_only_param_groups
 from sam_optim.core.errors import InputError, one_line, unknown
 from sam_optim.vision import models
 
-SAM_SCHEDULES = ("late_phase", "periodic", "warmup")
+SAM_SCHEDULES = ("late_phase", "periodic", "warmup", "proportional_to_lr")
 FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
@@ -105,13 +105,15 @@ def variant(name: str | None) -> type[SAM]:
 
 
 def sam_schedule(text: str, num_updates: int) -> Callable[[int], float]:
-    """NAME:NUMBER[:NUMBER], a schedule of the package; numbers below 1 are shares of `num_updates`."""
+    """NAME:NUMBER[:NUMBER], a schedule of the package; numbers of steps below 1 are shares of `num_updates`."""
     name, *numbers = text.split(":")
     if name not in SAM_SCHEDULES:
         raise unknown("schedule of --sam-schedule", name, SAM_SCHEDULES)
     try:
         values = [float(n) for n in numbers]
-        return getattr(sam_optim, name)(*(round(v * num_updates) if 0 < v < 1 else int(v) for v in values))
+        if name != "proportional_to_lr":
+            values = [round(v * num_updates) if 0 < v < 1 else int(v) for v in values]
+        return getattr(sam_optim, name)(*values)
     except (ValueError, TypeError) as error:
         raise InputError(f"--sam-schedule {text}: {one_line(error)}; give e.g. late_phase:0.7") from None
 

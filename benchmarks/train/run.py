@@ -21,7 +21,7 @@ from benchmarks.train.batches import batches
 from benchmarks.train.data import Examples, Splits
 from benchmarks.train.epoch import Batch, NonFiniteLoss, Totals
 from benchmarks.train.options import Options
-from benchmarks.train.order import Loading, derive, seed_all
+from benchmarks.train.order import Loading, derive, seed_all, seed_here
 from benchmarks.train.ranks import ALONE, Agreed, World
 from benchmarks.train.streams import Streamed
 from sam_optim.core.errors import InputError, one_line
@@ -213,7 +213,7 @@ class Training:
             return epoch.train_epoch(
                 self.network,
                 self.optimizer,
-                _seeded(self.train_batches, self.options.seed, number, first, self.world.rank),
+                _seeded(self.train_batches, self.options.seed, number, first, self.world.rank, self.device),
                 nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else self.options.smoothing),
                 device=self.device,
                 amp=self.options.amp,
@@ -233,6 +233,8 @@ class Training:
         trained = self.train_epoch()
         record = {"epoch": number, "step": self.position.updates, "lr": self.optimizer.param_groups[0]["lr"]}
         record |= {f"train_{k}": trained[k] for k in ("loss", "accuracy", "perturbed_loss", "sharpness", "passes")}
+        if number == self.options.epochs:
+            self._estimate_statistics()
         every = self.options.eval_every
         if every and (number % every == 0 or number == self.options.epochs):
             record |= self._evaluate()
@@ -244,6 +246,12 @@ class Training:
             self._log(record)
         self.position.epoch, self.position.batch, self.totals = number, 0, Totals(self.device)
         self.save()
+
+    def _estimate_statistics(self) -> None:
+        """BatchNorm's statistics at w, from the training batches, where the passes of training were at w + e alone."""
+        if getattr(self.optimizer, "one_pass", False):
+            batches = self._batches(self.splits.train, train=True)
+            torch.optim.swa_utils.update_bn(batches, self.model, device=self.device)
 
     def _after_update(self, batch: int) -> None:
         self.position.batch = batch
@@ -295,11 +303,13 @@ def line(record: dict[str, Any], *, sharpness: bool) -> str:
     return f"epoch {record['epoch']:3d}  {numbers}  {record['images_per_s']:.0f} images/s"
 
 
-def _seeded(batches: Iterable[Batch], seed: int, epoch: int, first: int, rank: int = 0) -> Iterator[Batch]:
+def _seeded(
+    batches: Iterable[Batch], seed: int, epoch: int, first: int, rank: int, device: torch.device
+) -> Iterator[Batch]:
     """Mixup, dropout and stochastic depth of a batch draw from the global generators, set anew for each."""
-    which = (rank,) if rank else ()
+    which, seed_ = (rank,) if rank else (), seed_here if device.type == "cpu" else seed_all
     for i, batch in enumerate(batches, start=first):
-        seed_all(derive(seed, "step", epoch, i, *which))
+        seed_(derive(seed, "step", epoch, i, *which))
         yield batch
 
 

@@ -12,9 +12,10 @@ from benchmarks.frontier import __main__ as frontier
 from benchmarks.frontier import plan as plans
 from benchmarks.frontier import runs
 from benchmarks.study.trial import Here
-from benchmarks.train import data, recipe
-from benchmarks.train.__main__ import train
+from benchmarks.train import checkpoint, data, recipe, trained
+from benchmarks.train.__main__ import _start, train
 from benchmarks.train.options import parse
+from benchmarks.train.run import Training
 from sam_optim import GSAM, SAM
 from sam_optim.core.errors import InputError
 
@@ -174,3 +175,45 @@ def test_text_files_are_looked_for_beside_the_model(small):
     plan = plans.load(small)
     with pytest.raises(InputError, match="--data-dir"):
         runs.located({"train": "a", "validation": "b", "test": ["c"], "model": "m"}, Here(plan.name))
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        (["--sam-schedule", "late_phase:0.5"], [1.0, 2.0]),
+        (["--sam-schedule", "periodic:2"], [1.5, 1.5]),
+        (["--sam-schedule", "warmup:2"], [2.0, 2.0]),
+        (["--sam-schedule", "proportional_to_lr:0.01:0.1"], [2.0, 2.0]),
+        (["--sam-variant", "msam"], [1.0, 1.0]),
+        (["--sam-variant", "msam", "--sam-schedule", "late_phase:0.5"], [1.0, 1.0]),
+        (["--sam-variant", "stale"], [1.0, 1.0]),
+        (["--sam-variant", "looksam", "--sam-kwargs", "every=2"], [1.5, 1.5]),
+        (["--sam-variant", "vasso"], [2.0, 2.0]),
+    ],
+    ids=str,
+)
+def test_every_variant_and_schedule_trains_at_its_price_and_resumes(words, passes, tmp_path):
+    """Two batches of 64 in each of two epochs; stopped after the first one, training goes on bit for bit."""
+    words = ["--sam-rho", "0.1", "--model", "cnn5", "--eval-every", "0", *words]
+    assert train(options(*words, "--out", str(tmp_path / "whole"))) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train_passes"] for line in lines] == passes
+    settings = options(*words, "--out", str(tmp_path / "parts"))
+    training = Training(settings, data.load(settings), torch.device("cpu"))
+    _start(training)
+    training._epoch()
+    assert train(parse(["--out", str(tmp_path / "parts"), "--resume"])) == 0
+    whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_statistics_of_batch_norm_are_those_at_the_weights_after_one_pass_training(tmp_path):
+    settings = options("--sam-rho", "0.5", "--model", "cnn5", "--sam-variant", "msam", "--out", str(tmp_path / "run"))
+    assert train(settings) == 0
+    run = trained.load(settings)
+    means = []
+    run.model.train()[0].register_forward_hook(lambda module, inputs, output: means.append(output.mean((0, 2, 3))))
+    for x, _ in run.batches(run.splits.train, 64):
+        run.model(x)
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")["model"]["1.running_mean"]
+    torch.testing.assert_close(kept, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)

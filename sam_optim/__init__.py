@@ -15,6 +15,7 @@ from sam_optim.landscape import (
 )
 from sam_optim.loss import Loss
 from sam_optim.measures import (
+    RhoRange,
     average_sharpness,
     by_layer,
     contrastive_sharpness,
@@ -30,11 +31,13 @@ from sam_optim.measures import (
     hessian_trace,
     pac_bayes_sigma,
     relative_flatness,
+    rho_range,
     sharpness_alpha,
     spectral_density,
     standard_measures,
     worst_case_sharpness,
 )
+from sam_optim.monitor import SharpnessMonitor
 from sam_optim.optim.cuda_graph import GraphedStep
 from sam_optim.optim.last_step import LastStep
 from sam_optim.optim.param_groups import asam_param_groups, norm_only_param_groups
@@ -64,6 +67,8 @@ __all__ = [
     "NoSymmetry",
     "Perturbation",
     "ProductBall",
+    "RhoRange",
+    "SharpnessMonitor",
     "Spectrum",
     "StaleSAM",
     "Trajectory",
@@ -98,6 +103,7 @@ __all__ = [
     "relative_flatness",
     "rescale",
     "rescale_normalized",
+    "rho_range",
     "sharpness_alpha",
     "slice_1d",
     "slice_2d",

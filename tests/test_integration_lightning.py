@@ -518,3 +518,30 @@ def test_a_module_with_a_loop_of_its_own(precision):
     fit.fit(module)
     assert largest_difference(module.net, by_hand(precision)[0]) == 0.0
     assert fit.global_step == 8
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_monitor_sees_every_step_and_training_does_not_notice(accumulate, tmp_path):
+    from sam_optim import Loss, SharpnessMonitor
+    from sam_optim.integrations.lightning import MonitorCallback, SAMCallback
+
+    results = []
+    for watched in (False, True):
+        module, logger = Module(), in_memory_logger()
+        monitor = SharpnessMonitor(Loss(module.net, LOSS, batches()[:2]), every=2, budget=None)
+        callbacks = [SAMCallback(rho=0.1), *([MonitorCallback(monitor)] if watched else [])]
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=2, callbacks=callbacks, logger=logger, accumulate_grad_batches=accumulate,
+            enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(module)
+        results.append([p.detach().clone() for p in module.parameters()])
+    assert all(map(torch.equal, *results))
+    num = 2 * len(batches()) // accumulate
+    assert [row["step"] for row in monitor.history] == list(range(2, num + 1, 2))
+    assert monitor.history[0]["worst_case"] > 0
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["MonitorCallback"]
+    assert state["history"] == monitor.history
+    logged = [row["sharpness/lambda_max"] for row in logger.rows if "sharpness/lambda_max" in row]
+    assert logged == [row["lambda_max"] for row in monitor.history]

@@ -264,3 +264,31 @@ def test_two_ranks(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         for w, p in zip(first, model.parameters(), strict=True):
             torch.testing.assert_close(w, p.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_monitor_sees_every_step_reports_and_resumes(tmp_path):
+    from sam_optim import Loss, SharpnessMonitor
+    from sam_optim.integrations.transformers import MonitorCallback
+
+    def train_(steps, **kwargs):
+        ids, labels = sentences()
+        model = bert()
+        loss = Loss(model, None, [{"input_ids": ids[:8].clamp(min=1), "labels": labels[:8]}])  # 0 is padding
+        monitor = SharpnessMonitor(loss, every=2, budget=None)
+        args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=4)
+        made = trainer(model, args, rho=0.1)
+        if kwargs.pop("watched", True):
+            made.add_callback(MonitorCallback(made, monitor))
+        made.train(**kwargs)
+        return made, monitor, [p.detach().clone() for p in model.parameters()]
+
+    _, _, plain = train_(8, watched=False)
+    made, whole, watched = train_(8)
+    assert all(map(torch.equal, plain, watched))
+    assert [row["step"] for row in whole.history] == [2, 4, 6, 8]
+    assert all(row["worst_case"] > 0 and row["lambda_max"] > 0 for row in whole.history)
+    logged = [row["sharpness/lambda_max"] for row in made.state.log_history if "sharpness/lambda_max" in row]
+    assert logged == [row["lambda_max"] for row in whole.history]
+    _, resumed, _ = train_(8, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name in ("step", "lambda_max", "critical_sharpness"):
+        assert [row[name] for row in resumed.history] == [row[name] for row in whole.history]

@@ -1,4 +1,4 @@
-"""SAM for Lightning's automatic optimization: one callback, around the optimizer that the module returns."""
+"""SAM for Lightning's automatic optimization, around the optimizer that the module returns, and a monitor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_optim.core import random as rng
 from sam_optim.integrations.around import ParamGroups, missing, parameters_of, perturbation_around
+from sam_optim.monitor import SharpnessMonitor
+from sam_optim.monitor.writers import numbers
 from sam_optim.optim.perturbation import Perturbation
 
 try:
@@ -150,6 +152,42 @@ class SAMCallback(Callback):
         with rng.preserved(self._devices):
             self._before.restore()
             yield
+
+
+class MonitorCallback(Callback):
+    """A `SharpnessMonitor` that is called after every step of the first optimizer; its numbers also go to the trainer's
+    loggers, its state to the checkpoints.
+
+        trainer = Trainer(callbacks=[SAMCallback(rho=0.05), MonitorCallback(SharpnessMonitor(loss))])
+    """
+
+    def __init__(self, monitor: SharpnessMonitor):
+        self.monitor = monitor
+        self._handle: Any = None
+        self._num_logged = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        sam = next((c for c in trainer.callbacks if isinstance(c, SAMCallback)), None)
+        arguments = {} if sam is None else {"perturbation": lambda: sam.perturbation}
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._handle = self.monitor.attach(trainer.optimizers[0], scaler=scaler, **arguments)
+        self._num_logged = len(self.monitor.history)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for row in self.monitor.history[self._num_logged :]:
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers(row), step=trainer.global_step)
+        self._num_logged = len(self.monitor.history)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.monitor.load_state_dict(state_dict)
 
 
 def _check(trainer: Any, pl_module: Any) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sam_optim.integrations.around import ParamGroups, missing, perturbation_around
+from sam_optim.monitor import SharpnessMonitor
+from sam_optim.monitor.writers import numbers
 from sam_optim.optim.perturbation import Perturbation
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise missing("transformers", error) from error
 
@@ -83,3 +87,41 @@ class SAMTrainer(Trainer):
             self._sam_is_for = model, self.optimizer
         assert self.perturbation is not None
         return self.perturbation
+
+
+class MonitorCallback(TrainerCallback):
+    """A `SharpnessMonitor` that is called after every step of a Trainer; its numbers also go where the trainer reports
+    to, its state into the trainer's checkpoints.
+
+        trainer.add_callback(MonitorCallback(trainer, SharpnessMonitor(loss)))
+    """
+
+    FILE = "sharpness_monitor.pt"
+
+    def __init__(self, trainer: Trainer, monitor: SharpnessMonitor):
+        self.trainer, self.monitor = trainer, monitor
+        self._handle: Any = None
+        self._num_logged = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and self._file(args, state).exists():
+            self.monitor.load_state_dict(torch.load(self._file(args, state), weights_only=True))
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        arguments = {"perturbation": lambda: self.trainer.perturbation} if hasattr(self.trainer, "perturbation") else {}
+        self._handle = self.monitor.attach(self.trainer.optimizer, scaler=scaler, **arguments)
+        self._num_logged = len(self.monitor.history)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for row in self.monitor.history[self._num_logged :]:
+            self.trainer.log(numbers(row))
+        self._num_logged = len(self.monitor.history)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._handle.remove()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            torch.save(self.monitor.state_dict(), self._file(args, state))
+
+    def _file(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE

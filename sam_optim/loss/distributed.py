@@ -30,6 +30,7 @@ class Sharding:
             raise ValueError("distributed=True needs torch.distributed.init_process_group(), also under torchrun")
         self.num_ranks = dist.get_world_size() if running and distributed is not False else 1
         self.is_single = self.num_ranks == 1
+        self.rank = dist.get_rank() if running else 0
 
     def check(self, fingerprints: Sequence[tuple[int, int]], params: Iterable[Tensor]) -> None:
         """Raises ValueError where two ranks hold the same batches, or different weights."""

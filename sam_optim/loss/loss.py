@@ -102,7 +102,7 @@ class Loss:
         self.params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
-        self.device = torch.device(device) if device is not None else self.params[0].device
+        self._device = None if device is None else torch.device(device)
         self._forward = forward or criteria.default_forward
         self._images_last = _convolves_on_cpu(self.model)
         self._given_weights = batch_weights
@@ -114,7 +114,7 @@ class Loss:
     def _hold(self, batches: Iterable[Any], sharding: Sharding) -> None:
         self._sharding = sharding
         self._batches = sharding.together(lambda: FixedBatches(batches, may_be_empty=not sharding.is_single))
-        sharding.check(self._batches.fingerprints, self.params)
+        sharding.check(self._batches.fingerprints, [w for w in self.params if not _is_spread(w)])
         self._fingerprints = sharding.interleave(self._batches.fingerprints)
         self._sizes = tuple(n for n, _ in self._fingerprints)
         if not self._sizes:
@@ -123,6 +123,11 @@ class Loss:
         self.num_batches = len(self._sizes)
         self.num_examples = sum(self._sizes)
         self._local_weights: list[float] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches go: with the parameters, also after a framework has moved them."""
+        return self.params[0].device if self._device is None else self._device
 
     @property
     def batch_weights(self) -> tuple[float, ...]:
@@ -141,6 +146,7 @@ class Loss:
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
+        self._check_whole()
         values: list[Tensor] = []
 
         def local() -> list[Tensor]:
@@ -188,6 +194,7 @@ class Loss:
             raise ValueError(f"matrix must be one of {', '.join(MATRICES + SAMPLED)}, got {matrix!r}")
         if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
             raise ValueError("with batch_statistics=True an example has no gradient of its own; use matrix='ggn'")
+        self._check_whole()
         self._weigh()
         if self._uses_differences():
             with self._by_differences(matrix, seed) as product:
@@ -202,6 +209,15 @@ class Loss:
                 self._sharding,
                 chunk_size=self.num_examples if self.batch_statistics else self.chunk_size,
             )
+
+    @property
+    def rank(self) -> int:
+        """Of this process, 0 without torch.distributed."""
+        return self._sharding.rank
+
+    def over_ranks(self, value: T) -> list[T]:
+        """The value on each rank that holds a share of the batches."""
+        return self._sharding.all_gather(value)
 
     def block(self, *names: str) -> Loss:
         """The same loss as a function of some parameters alone, the others fixed: those whose name in the model is one
@@ -366,6 +382,11 @@ class Loss:
             outputs, target = self._outputs(batch)
             without = float(criteria.value(self.criterion, outputs, target))
             weigher = criteria.Weigher(self.criterion, outputs, target)
+        if not any(map(_is_spread, self.params)):
+            self._check_one_function(batch, without)
+        self._weigher = weigher
+
+    def _check_one_function(self, batch: Any, without: float) -> None:
         with self._evaluating(grad=True):
             loss = criteria.value(self.criterion, *self._outputs(batch), needs_gradient=False)
         if not criteria.equal_to_rounding(without, float(loss.detach()), self.params[0].dtype):
@@ -374,7 +395,13 @@ class Loss:
                 "computes two functions, and a measure is of one. Look for torch.is_grad_enabled() or a fused path "
                 "that only inference takes, and switch it off"
             )
-        self._weigher = weigher
+
+    def _check_whole(self) -> None:
+        if any(map(_is_spread, self.params)):
+            raise ValueError(
+                "the weights are spread over ranks (FSDP2, tensor parallel), and this measure needs their gradients: "
+                "there are only values of the loss, as in critical_sharpness along a direction"
+            )
 
     def _target(self, batch: Any) -> Any:
         if self._forward is not criteria.default_forward:
@@ -407,6 +434,9 @@ class Loss:
             with preserved, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 yield
         finally:
+            for module in self.model.modules():
+                if hasattr(module, "_get_fsdp_state"):  # FSDP2 would use the gathered weights again, also after a move
+                    module.reshard()  # type: ignore[operator]
             torch.backends.mha.set_fastpath_enabled(fast_path)
             torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
@@ -596,6 +626,11 @@ def _convolves_on_cpu(model: nn.Module) -> bool:
         isinstance(m, nn.Conv2d) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
         for m in model.modules()
     )
+
+
+def _is_spread(w: Tensor) -> bool:
+    """A DTensor: FSDP2, tensor parallelism."""
+    return hasattr(w, "full_tensor")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -19,70 +19,91 @@ def critical_sharpness(
     direction: Sequence[Tensor] | None = None,
     *,
     tol: float = 1e-4,
+    first_step: float | None = None,
+    max_evaluations: int = MOST,
     progress: Progress | None = None,
 ) -> Estimate:
     """The curvature that decides which step along an update is too long.
 
         lambda_c = 2 / t_c,   t_c = min {t > 0 : L(w - t d) > L(w)},   d = grad L(w) or the direction of another update
 
-    For a quadratic loss lambda_c = d^T H d / <g, d>, along the gradient g^T H g / g^T g, which is at most lambda_max;
-    gradient descent with a learning rate above 2 / lambda_c raises the loss. One gradient, then five to fifteen forward
-    passes: a step is tried, moved by the parabola through it with the slope at w, until t_c is bracketed, and bisected.
+    For a quadratic loss lambda_c = d^T H d / |<g, d>|, along the gradient g^T H g / g^T g, which is at most lambda_max;
+    gradient descent with a learning rate above 2 / lambda_c raises the loss. Forward passes alone, after one gradient
+    where no direction is given: a step is tried, and moved to the root of the parabola through what is known, until
+    t_c is bracketed. With tol = 0.02 about five do, also for models of any size and spread over ranks.
 
     Args:
         loss: L, at the weights w.
         direction: d, in the shapes of `loss.params`, such as the update of an optimizer. Its sign does not matter:
             steps go where the loss falls at first. lambda_c is in units of 1 / t, so it is inverse to the length of d.
         tol: of t_c, relative: the bracket is as narrow.
+        first_step: t to begin with; with a direction also -t, for the slope. None: a thousandth of the weights.
+        max_evaluations: of the loss at other weights than w; then the best guess in the bracket, as not converged.
         progress: called with (evaluations done, the most that there can be).
 
     Returns:
-        `value` in units of L per squared unit of w, for the gradient. `details`: `step` t_c; `slope`, |<g, d>|;
-        `num_evaluations`. Not converged, with a `reason`: nan where the slope is 0 or not finite, 0 where the loss does
-        not rise along d as far as was looked.
+        `value` in units of L per squared unit of w, for the gradient. `details`: `step` t_c; `slope`, |<g, d>|, from
+        two evaluations where a direction is given; `num_evaluations`. Not converged, with a `reason`: nan where the
+        slope is 0 or not finite, 0 where the loss does not rise along d as far as was looked.
 
     Raises:
-        ValueError: a direction of other shapes, tol <= 0.
+        ValueError: a direction of other shapes, tol or first_step <= 0, max_evaluations < 3.
 
     Source: arXiv:2601.16979.
     """
     if not tol > 0:
         raise ValueError(f"tol must be > 0, got {tol}")
-    base, gradient = loss.value_and_gradient()
-    d = gradient if direction is None else [x.detach() for x in direction]
+    if not (first_step is None or first_step > 0) or max_evaluations < 3:
+        raise ValueError(f"first_step must be > 0 and max_evaluations >= 3, got {first_step} and {max_evaluations}")
+    base, d = (loss.value(), list(direction)) if direction is not None else loss.value_and_gradient()
     if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in loss.params]:
         raise ValueError(
             f"direction needs one tensor for each parameter, of its shape (see `params`), got shapes {got}"
         )
-    inner = math.fsum(float((g.double() * x.to(g.device).double()).sum()) for g, x in zip(gradient, d, strict=True))
-    slope, sign = abs(inner), math.copysign(1.0, inner)
-    tick = Ticks(progress, MOST)
-    num = 0
+    tick, rises = Ticks(progress, max_evaluations), {0.0: 0.0}
 
     def rise(t: float) -> float:
-        nonlocal num
-        num += 1
-        with loss.displaced([(-sign * t * x).to(w.dtype) for x, w in zip(d, loss.params, strict=True)]):
-            value = float(loss.value() - base)
-        tick()
-        return value
+        if t not in rises:
+            with loss.displaced([(-t * x).to(w.dtype) for x, w in zip(d, loss.params, strict=True)]):
+                rises[t] = float(loss.value() - base)
+            tick()
+        return rises[t]
 
-    low, high, reason = 0.0, math.inf, None
+    t = first_step or _first_step(loss.params, d)
+    if direction is None:
+        slope = math.fsum(float(x.double().square().sum()) for x in d)
+    else:
+        slope = (rise(-t) - rise(t)) / (2 * t) if math.isfinite(t) else 0.0
+    sign, slope = math.copysign(1.0, slope), abs(slope)
+    low, high, below, num_low, num_high, reason = 0.0, math.inf, 0.0, 0, 0, None
+
+    def ratio(t: float) -> float:
+        """Of the rise to t, which for a quadratic loss is a straight line."""
+        return rises[sign * t] / t if t else -slope
+
     if slope and math.isfinite(slope):
-        t = _first_step(loss.params, d)
-        while num < MOST and not high - low <= tol * low:
-            r = rise(t)
+        while not high - low <= tol * low and (sign * t in rises or len(rises) <= max_evaluations):
+            r = rise(sign * t)
             if r > 0 or math.isnan(r):
-                high = t
+                high, num_low, num_high = t, 0, num_high + 1
             else:
-                low = t
-            t = _next_step(t, r, slope, low, high, tol)
+                below, low, num_low, num_high = low, t, num_low + 1, 0
+            if math.isinf(high):
+                growth = 1 + tol / 2 if num_low <= 2 else 2.0 ** (num_low - 2)
+                t = min(max(_root(ratio, below, low) * (1 + tol / 4), growth * low), 16 * low)
+                continue
+            t = _root(ratio, low, high) * (1 - tol / 4 if num_high else 1 + tol / 4)
+            if not low:
+                t = max(min(t, high * (1 - tol / 2)), high / 16) if math.isfinite(t) else high / 2
+            elif not low < t < high or max(num_low, num_high) > 2:
+                t = (low + high) / 2
     else:
         reason = "the slope along the direction is 0" if slope == 0 else None
-    step = (low + high) / 2
+    num = len(rises) - 1
+    converged = math.isfinite(high) and high - low <= tol * low
+    step = (low + high) / 2 if converged or math.isinf(high) else t
     if reason is None and math.isinf(high) and math.isfinite(slope):
         reason = f"the loss does not rise along the direction up to t = {low:.2g}"
-    converged = math.isfinite(step) and high - low <= tol * low
     return estimate(
         2 / step if slope and math.isfinite(slope) else math.nan,
         math.nan,
@@ -96,17 +117,10 @@ def critical_sharpness(
 def _first_step(params: Sequence[Tensor], d: Sequence[Tensor]) -> float:
     """A step of a thousandth of the weights."""
     lengths = [math.sqrt(math.fsum(float(x.detach().double().square().sum()) for x in v)) for v in (params, d)]
-    return 1e-3 * (lengths[0] or 1.0) / lengths[1]
+    return 1e-3 * (lengths[0] or 1.0) / lengths[1] if lengths[1] else math.inf
 
 
-def _next_step(t: float, rise: float, slope: float, low: float, high: float, tol: float) -> float:
-    """A little beyond where the parabola with this slope at 0 through (t, rise) is 0 again; the middle of the bracket
-    where that is outside of it."""
-    curvature = rise + slope * t  # times t^2
-    guess = slope * t * t / curvature if curvature > 0 else math.inf
-    guess *= 1 + tol / 4 if guess >= t else 1 - tol / 4
-    if math.isinf(high):
-        return min(max(guess, 2 * t if math.isinf(guess) else t * (1 + tol / 2)), 16 * t)
-    if not low:
-        return max(min(guess, t / 2 if not math.isfinite(guess) else t * (1 - tol / 2)), t / 16)
-    return guess if low < guess < high and abs(guess - t) < (high - low) / 2 else (low + high) / 2
+def _root(f: Callable[[float], float], a: float, b: float) -> float:
+    """Of the straight line through f(a) and f(b) > f(a), a < b; inf where there is none."""
+    fa, fb = f(a), f(b)
+    return b - fb * (b - a) / (fb - fa) if fa < fb < math.inf else math.inf

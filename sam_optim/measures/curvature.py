@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ def hessian_eigenvalues(
     seed: int = 0,
     stop: str = "residual",
     max_products: int | None = None,
+    start: Sequence[Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Spectrum:
     """Extreme eigenvalues of the curvature at the weights.
@@ -56,6 +58,8 @@ def hessian_eigenvalues(
         stop: "value" makes tol that of min(r, r^2 / gap), a bound of the error of lambda itself (Kato and Temple), with
             the gap to the other Ritz values: about half of the products, and eigenvectors to the root of tol only.
         max_products: where to stop; None is 200 + 10 num, at most P.
+        start: the first vector of the Krylov space, in the shapes of `loss.params`: an eigenvector at weights nearby
+            saves most of the products, but what is orthogonal to it is not seen. None: random.
         progress: called with (products done, limit).
 
     Returns:
@@ -65,7 +69,7 @@ def hessian_eigenvalues(
         `reason` where it is not.
 
     Raises:
-        ValueError: num, which, stop or matrix out of range, tol <= 0.
+        ValueError: num, which, stop or matrix out of range, tol <= 0; a start of other shapes.
     """
     num_parameters = sum(w.numel() for w in loss.params)
     if not 1 <= num <= num_parameters:
@@ -77,14 +81,18 @@ def hessian_eigenvalues(
     if not tol > 0:
         raise ValueError(f"tol must be > 0, got {tol}")
     limit = min(num_parameters, max(num, 200 + 10 * num if max_products is None else max_products))
+    if start is not None and [x.shape for x in start] != [w.shape for w in loss.params]:
+        raise ValueError(f"start needs the shapes of `loss.params`, got {[tuple(x.shape) for x in start]}")
     stream, like = Stream(seed), flat(loss.params)
+    first = [] if start is None else [flat(start).to(like)]
     tick = Ticks(progress, limit)
     with flat_product(loss, ball, matrix, seed=seed) as product:
-        lanczos = Lanczos(product, lambda: stream.normal_like(like))
+        lanczos = Lanczos(product, lambda: first.pop() if first else stream.normal_like(like))
         goal = _Goal(num, which, tol, stop, exhaust=num_parameters <= min(limit, SMALL))
         _iterate(lanczos, goal, limit, tick)
         ritz = lanczos.ritz() if lanczos.finite else None
     own = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "stop": stop, "seed": seed}
+    own |= {} if start is None else {"start": "given"}
     record = settings("hessian_eigenvalues", loss, **own)
     if ritz is None:
         nan = torch.full((num,), math.nan, dtype=torch.float64)

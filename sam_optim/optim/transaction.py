@@ -36,6 +36,11 @@ def claim(params: Sequence[Tensor], owner: object) -> None:
         )
 
 
+def is_moved(params: Iterable[Tensor]) -> bool:
+    """Whether an open pass holds one of them, which is then at w + e."""
+    return any([id(p) in _held for p in params])
+
+
 def release(params: Sequence[Tensor], owner: object) -> None:
     """May be called again after an interrupt."""
     for p in params:

@@ -1,0 +1,113 @@
+"""Which radius is large, and which is small, for the weights that there are now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_optim.core.geometry import Ball, Chart, ProductBall, p_norm
+from sam_optim.core.results import _Result, provenance
+from sam_optim.loss import Loss
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, settings
+
+NUM_HALVINGS = 5  # of the radius, and as many doublings
+
+
+@dataclass(frozen=True, eq=False)
+class RhoRange(_Result):
+    """The rise of the loss along e(rho) = argmax <g, e> over ||T^-1 e||_p <= rho, for a grid of radii.
+
+    radii: (n,), ascending, in units of T. rises: (n,), in units of L. stderr: (n,), over batches; nan for one.
+    linear_share: (n,), what share of the rise is rho ||T g||_q, that of a straight line; nan where the loss does not
+        rise. 1 where the loss is linear, 0.5 where the curvature adds as much again.
+    half: the radius where it is 0.5, interpolated; None where that is outside the grid.
+    """
+
+    radii: Tensor
+    rises: Tensor
+    stderr: Tensor
+    linear_share: Tensor
+    half: float | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = zip(self.radii.tolist(), self.rises.tolist(), self.linear_share.tolist(), strict=True)
+        lines = [f"rho {r:<9.4g} loss {rise:+.4f}   a straight line explains {share:.0%}" for r, rise, share in rows]
+        return "\n".join(lines).replace("nan%", "nothing")
+
+
+def rho_range(
+    loss: Loss, optimizer: Optimizer, *, radii: Sequence[float] | None = None, progress: Progress | None = None
+) -> RhoRange:
+    """How far the loss rises along SAM's own perturbation, radius by radius, and how much of that a straight line says.
+
+        rise(rho) = E_b [l_b(w + e_b(rho)) - l_b(w)],   linear_share(rho) = rho E_b ||T g_b||_q / rise(rho)
+
+    Where the share is near 1, SAM sees the gradient alone: its step is that of a penalty rho ||T g||_q. Where it is
+    small, the perturbation has left the region that the gradient describes. One gradient, and a forward pass for each
+    radius, at the weights that there are now: it changes while a model trains, and says nothing of test error.
+
+    Args:
+        loss: L; each batch has a perturbation of its own (m-sharpness), so give it the batches of training.
+        optimizer: a SAM, whose T, p and groups count; of any other optimizer T = 1, p = 2.
+        radii: None: eleven, from 1/32 of the optimizer's rho (0.05 if it has none) to 32 times as much. Groups with
+            radii of their own keep their ratios; the largest of them is the one that counts.
+
+    Raises:
+        ValueError: a radius <= 0, an optimizer whose radii are all 0.
+
+    Source: ours; the expansion of the rise is that of arXiv:2010.01412.
+    """
+    ball: Ball | ProductBall = getattr(optimizer, "neighborhood", Ball(0.05))
+    if not ball.rho > 0:
+        raise ValueError("the optimizer's radii are all 0, and nothing moves: give it the rho that you ask about")
+    if radii is None:
+        radii = [ball.rho * 2.0**k for k in range(-NUM_HALVINGS, NUM_HALVINGS + 1)]
+    grid = sorted(float(r) for r in radii)
+    if not grid or not grid[0] > 0 or not math.isfinite(grid[-1]):
+        raise ValueError(f"radii must be finite and > 0, got {grid}")
+    tick = Ticks(progress, loss.num_batches * len(grid))
+
+    def of_batch(single: Loss) -> list[float]:
+        """The slope in rho, then a rise for each radius."""
+        base, gradient = single.value_and_gradient()
+        chart = Chart(ball, loss.params)
+        v = chart.pull_back(gradient)
+        d = chart.displacement(chart.steepest(v))
+        numbers = [float(p_norm(v, 2 if chart.norm == 2 else 1)) / ball.rho]
+        for r in grid:
+            with single.displaced([(r / ball.rho * x).to(w.dtype) for x, w in zip(d, loss.params, strict=True)]):
+                numbers.append(float(single.value() - base))
+            tick()
+        return numbers
+
+    columns = list(zip(*loss.over_batches(of_batch), strict=True))
+    slope, *means = [batch_mean(loss, column) for column in columns]
+    rises = torch.tensor(means, dtype=torch.float64)
+    shares = torch.tensor(grid, dtype=torch.float64) * slope[0] / rises[:, 0]
+    shares = torch.where(rises[:, 0] > 0, shares, math.nan)
+    return RhoRange(
+        torch.tensor(grid, dtype=torch.float64),
+        rises[:, 0],
+        rises[:, 1],
+        shares,
+        _half(grid, shares.tolist()),
+        settings=settings("rho_range", loss, ball=ball),
+        provenance=provenance(),
+    )
+
+
+def _half(radii: Sequence[float], shares: Sequence[float]) -> float | None:
+    """Where the share first falls through 0.5, on logarithmic axes."""
+    for k in range(1, len(radii)):
+        if shares[k - 1] > 0.5 >= shares[k]:
+            part = math.log(shares[k - 1] / 0.5) / math.log(shares[k - 1] / shares[k])
+            return float(radii[k - 1] * (radii[k] / radii[k - 1]) ** part)
+    return None

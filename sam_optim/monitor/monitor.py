@@ -1,0 +1,271 @@
+"""Sharpness at fixed probe batches while a model trains, within a budget of time."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_optim.core import module_state
+from sam_optim.core import random as rng
+from sam_optim.core.errors import one_line, unknown
+from sam_optim.core.results import Estimate, Spectrum
+from sam_optim.loss import Loss
+from sam_optim.measures import critical_sharpness, hessian_eigenvalues, worst_case_sharpness
+from sam_optim.monitor.edges import learning_rate, stability_edges
+from sam_optim.monitor.writers import writer
+from sam_optim.optim.last_step import LastStep
+from sam_optim.optim.perturbation import Perturbation
+from sam_optim.optim.transaction import is_moved
+
+NAMES = ("lambda_max", "critical_sharpness", "worst_case")
+TOL, STEP_TOL = 0.01, 0.02  # of lambda_max, of the critical step
+MOST_PRODUCTS, MOST_EVALUATIONS, NUM_STEPS = 40, 7, 2
+
+Measure = str | Callable[[Loss], Any]
+
+
+class SharpnessMonitor:
+    """Sharpness during training, beside the edges of stability, for a share of the time; training does not notice.
+
+        monitor = SharpnessMonitor(Loss(model, criterion, probes), every=50, budget=0.05, log="sharpness.csv")
+        for x, y in loader:
+            optimizer.step(closure)
+            monitor.step(optimizer)
+
+    A row of `history` has, by name:
+
+        lambda_max             largest eigenvalue of the Hessian, to 1 %: Lanczos from the last eigenvector
+        critical_sharpness     2 / lr_c, lr_c the smallest learning rate at which the last update would have raised the
+                               loss of the probes: at most 8 forward passes, also for weights spread over ranks
+        worst_case             rise of the loss in the optimizer's ball, after two steps of ascent (with a SAM)
+        edge, sgd_edge, sam_edge   what they are compared with, see `stability_edges`
+        last_loss, last_sharpness, last_grad_norm, ...   `optimizer.last_step`, which costs nothing
+        step, lr, seconds, share   calls so far, what this row took, what all rows took of the training's time
+        reason                 why a measure has no number
+
+    Weights, buffers, gradients, modes and global generators stay as they are, bit for bit. A measure that fails is a
+    warning, and a reason in the row.
+
+    Args:
+        loss: L on a few fixed batches, of the model that is trained (in eval mode); under torch.distributed each rank
+            has its share, and all call `step`.
+        every: steps between two rows, at least.
+        measures: names of the above, or functions of a Loss, such as `hessian_trace` or a `functools.partial`.
+        budget: share of the training's time; rows come less often where they would cost more. None: every `every`.
+        log: a path ending in .csv or .jsonl, a TensorBoard SummaryWriter, a wandb run, any log(name, value, step), or a
+            list of these; on the first rank alone.
+
+    Attributes:
+        history: a dict for each row. share: seconds spent here / seconds of training so far.
+
+    Raises:
+        ValueError: every < 1, a budget that is not in (0, 1], an unknown name.
+
+    Source: critical sharpness, arXiv:2601.16979; SAM's edge, arXiv:2309.12488.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        *,
+        every: int = 100,
+        measures: Sequence[Measure] = NAMES,
+        budget: float | None = 0.05,
+        log: Any = (),
+    ):
+        if every < 1:
+            raise ValueError(f"every counts steps and must be >= 1, got {every}")
+        if budget is not None and not 0 < budget <= 1:
+            raise ValueError(f"budget is a share of the training's time, in (0, 1], or None; got {budget}")
+        self.loss, self.every, self.budget = loss, every, budget
+        self.history: list[dict[str, Any]] = []
+        self.num_steps, self.spent, self.trained = 0, 0.0, 0.0
+        self._next = every
+        self._measures = dict(map(self._named, measures))
+        is_many = isinstance(log, Iterable) and not isinstance(log, str)
+        self._writers = [writer(x) for x in (log if is_many else [log])] if loss.rank == 0 else []
+        self._clock: float | None = None  # when the last call ended
+        self._before: list[Tensor] | None = None  # the weights before the update that the next call is about
+        self._vector: list[Tensor] | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def share(self) -> float:
+        return self.spent / self.trained if self.trained else 0.0
+
+    def __str__(self) -> str:
+        budget = "" if self.budget is None else f" (budget {self.budget:.1%})"
+        return (
+            f"{len(self.history)} rows in {self.num_steps} steps took {self.spent:.1f} s, {self.share:.1%} of "
+            f"{self.trained:.1f} s of training{budget}"
+        )
+
+    def attach(self, optimizer: Optimizer, **arguments: Any) -> Any:
+        """Calls `step` after every step of the optimizer, for loops of others (Accelerate, timm).
+
+        Args:
+            arguments: of `step`; a function is called each time, for what is made later.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+
+        def hook(*_: Any) -> None:
+            self.step(optimizer, **{name: x() if callable(x) else x for name, x in arguments.items()})
+
+        return optimizer.register_step_post_hook(hook)
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        *,
+        perturbation: Perturbation | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> dict[str, Any] | None:
+        """To be called after each `optimizer.step()`, before a scheduler's. Returns the new row, if there is one.
+
+        Args:
+            perturbation: what perturbs the weights, where the optimizer is not a `SAM`.
+            scaler: of the gradients, so that norms are in units of L.
+
+        Raises:
+            RuntimeError: the weights are perturbed now.
+        """
+        params = self.loss.params
+        is_cuda = params[0].is_cuda
+        if is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        if is_moved(params):
+            raise RuntimeError("the weights are at w + e: call monitor.step(optimizer) after optimizer.step()")
+        is_due = self.num_steps + 1 >= self._next
+        if is_due and is_cuda:
+            torch.cuda.synchronize(params[0].device)
+        now = time.perf_counter()
+        if self._clock is not None:
+            self.trained += now - self._clock
+        self.num_steps += 1
+        row = self._row(optimizer, perturbation or getattr(optimizer, "perturbation", None), scaler) if is_due else None
+        if self.num_steps + 1 == self._next and "critical_sharpness" in self._measures:
+            self._before = [w.detach().clone() for w in params]
+        self._clock = time.perf_counter()
+        if row is not None or self._before is not None:
+            self.spent += self._clock - now
+        return row
+
+    def _row(
+        self, optimizer: Optimizer, perturbation: Perturbation | None, scaler: torch.amp.GradScaler | None
+    ) -> dict[str, Any]:
+        start = time.perf_counter()
+        row: dict[str, Any] = {"step": self.num_steps, "lr": learning_rate(optimizer)}
+        row |= self._last_step(perturbation, 1.0 if scaler is None else scaler.get_scale())
+        balls = [] if perturbation is None else perturbation.balls
+        ball = balls[0] if balls and all(b == balls[0] for b in balls) else None
+        row |= stability_edges(optimizer, ball, row.get("last_grad_norm"))
+        reasons, cuda = {}, [self.loss.device] if self.loss.device.type == "cuda" else []
+        for name, measure in self._measures.items():
+            row[name] = None
+            try:
+                with rng.kept(cuda), module_state.measured(self.loss.model):
+                    row[name], reason = measure(optimizer=optimizer, perturbation=perturbation)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                if name not in self._warned:
+                    warnings.warn(f"SharpnessMonitor has no {name} at step {self.num_steps}: {reason}", stacklevel=3)
+                self._warned.add(name)
+            if reason:
+                reasons[name] = reason
+        self._before = None
+        seconds, interval = zip(*self.loss.over_ranks(self._paced(time.perf_counter() - start)), strict=True)
+        self._next = self.num_steps + max(interval)
+        row["seconds"] = max(seconds)
+        row["share"] = (self.spent + row["seconds"]) / self.trained if self.trained else None
+        row["reason"] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or None
+        self.history.append(row)
+        for write in self._writers:
+            write(self.history)
+        return row
+
+    def _paced(self, seconds: float) -> tuple[float, int]:
+        """What a row took, and after how many steps another one of this kind is within the budget."""
+        if self.budget is None or not self.trained:
+            return seconds, self.every
+        wait = (self.spent + 2 * seconds) / self.budget - self.trained
+        return seconds, max(self.every, math.ceil(wait / self.trained * self.num_steps))
+
+    def _last_step(self, perturbation: Perturbation | None, scale: float) -> dict[str, float]:
+        if perturbation is None:
+            return {}
+        last = perturbation.last_step
+        values = {f.name: getattr(last, f.name) for f in fields(LastStep)}
+        scaled = ("grad_norm", "dual_norm")
+        return {f"last_{k}": float(x) / (scale if k in scaled else 1) for k, x in values.items() if x is not None}
+
+    # measures: (number, or None; why there is none, or why it is doubtful)
+
+    def _named(self, measure: Measure) -> tuple[str, Callable[..., tuple[float | None, str | None]]]:
+        if isinstance(measure, str):
+            if measure not in NAMES:
+                raise ValueError(str(unknown("measure", measure, NAMES)))
+            return measure, getattr(self, f"_{measure}")
+        function: Any = measure.func if isinstance(measure, partial) else measure
+        return function.__name__, lambda **_: _number(measure(self.loss))
+
+    def _lambda_max(self, **_: Any) -> tuple[float | None, str | None]:
+        spectrum = hessian_eigenvalues(
+            self.loss, tol=TOL, stop="value", max_products=MOST_PRODUCTS, start=self._vector, seed=self.num_steps
+        )
+        number = _number(spectrum)
+        if spectrum.eigenvectors is not None and number[0] is not None:
+            self._vector = spectrum.eigenvectors[0]
+        return number
+
+    def _critical_sharpness(self, optimizer: Optimizer, **_: Any) -> tuple[float | None, str | None]:
+        if self._before is None:
+            return None, "it needs a step before"
+        update = [b - w.detach() for b, w in zip(self._before, self.loss.params, strict=True)]
+        with self.loss.displaced(update):  # where the update began
+            result = critical_sharpness(
+                self.loss, update, tol=STEP_TOL, first_step=1.0, max_evaluations=MOST_EVALUATIONS
+            )
+        value, reason = _number(result)
+        return value / learning_rate(optimizer) if value else None, reason
+
+    def _worst_case(self, perturbation: Perturbation | None, **_: Any) -> tuple[float | None, str | None]:
+        if perturbation is None or not perturbation.ascends:
+            return None, None
+        ball = perturbation.neighborhood
+        value, _reason = _number(worst_case_sharpness(self.loss, ball, num_steps=NUM_STEPS, num_restarts=1))
+        return value, None if value is not None else _reason
+
+    # checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, for `torch.load(..., weights_only=True)`: a run that goes on has the rows of one
+        that was not stopped."""
+        names = ("num_steps", "spent", "trained", "history", "_next", "_before", "_vector")
+        return {name.removeprefix("_"): getattr(self, name) for name in names} | {"history": [*self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_steps, self.spent, self.trained = (state[k] for k in ("num_steps", "spent", "trained"))
+        self.history, self._next = [*state["history"]], state["next"]
+        self._before, self._vector = state["before"], state["vector"]
+        self._clock = None
+
+
+def _number(result: Any) -> tuple[float | None, str | None]:
+    if isinstance(result, Spectrum):
+        value = float(result.eigenvalues[0])
+    else:
+        value = float(result)
+    reason = result.reason if isinstance(result, (Spectrum, Estimate)) and not result.converged else None
+    return (value, reason) if math.isfinite(value) else (None, reason or "not finite")

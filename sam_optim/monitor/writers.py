@@ -1,0 +1,74 @@
+"""Where the numbers of a monitor go: files, TensorBoard, Weights & Biases, or any log(name, value, step)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam_optim.core.files import write_atomic
+from sam_optim.core.results import plain
+
+Row = Mapping[str, Any]
+Writer = Callable[[Sequence[Row]], None]  # all rows so far, the newest last
+PREFIX = "sharpness/"
+
+
+def writer(log: Any) -> Writer:
+    """Of a path that ends in .csv or .jsonl, a TensorBoard SummaryWriter, a wandb run, or log(name, value, step).
+
+    Raises:
+        ValueError: a file of another kind. TypeError: none of these.
+    """
+    if isinstance(log, (str, Path)):
+        path = Path(log)
+        if path.suffix not in FILES:
+            raise ValueError(f"log must end in .csv or .jsonl, got {str(path)!r}")
+        content = FILES[path.suffix]
+        # as a whole: a run that goes on from a checkpoint replaces the lines that were written after it
+        return lambda rows: write_atomic(path, content(rows).encode(), "log")
+    if hasattr(log, "add_scalar"):
+        return lambda rows: _each(log.add_scalar, rows[-1])
+    if hasattr(log, "define_metric"):
+        return _wandb(log)
+    if callable(log):
+        return lambda rows: _each(log, rows[-1])
+    raise TypeError(
+        "log must be a path (.csv, .jsonl), a TensorBoard SummaryWriter, a wandb run or log(name, value, step), "
+        f"got {type(log).__name__}"
+    )
+
+
+def numbers(row: Row) -> dict[str, float]:
+    """By the names that loggers get."""
+    return {PREFIX + name: float(x) for name, x in row.items() if name != "step" and isinstance(x, (int, float))}
+
+
+def _each(log: Callable[[str, float, int], Any], row: Row) -> None:
+    for name, value in numbers(row).items():
+        log(name, value, row["step"])
+
+
+def _wandb(run: Any) -> Writer:
+    """With an axis of its own: wandb drops what comes with a step below its own count."""
+    run.define_metric(PREFIX + "step")
+    run.define_metric(PREFIX + "*", step_metric=PREFIX + "step")
+    return lambda rows: run.log(numbers(rows[-1]) | {PREFIX + "step": rows[-1]["step"]})
+
+
+def _jsonl(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+FILES = {".csv": _csv, ".jsonl": _jsonl}

@@ -543,5 +543,5 @@ def test_a_monitor_sees_every_step_and_training_does_not_notice(accumulate, tmp_
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["MonitorCallback"]
     assert state["history"] == monitor.history
-    logged = [row["sharpness/lambda_max"] for row in logger.rows if "sharpness/lambda_max" in row]
+    logged = [row["sharpness/lambda_max"] for _, row in logger.rows if "sharpness/lambda_max" in row]
     assert logged == [row["lambda_max"] for row in monitor.history]

@@ -2,7 +2,8 @@
 
     python -m benchmarks.train --model resnet18 --data cifar10 --data-dir DIR --opt sgd --lr 0.1 --sam-rho 0.1
 
-The run directory holds config.json, metrics.jsonl (one line for each epoch), checkpoints/ and measures.json.
+The run directory holds config.json, metrics.jsonl (one line for each epoch), checkpoints/ and measures.json; with
+--monitor sharpness.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sam_optim.core.results import provenance
 from sam_optim.sweep.processes import is_first_process
 from sam_optim.vision.tensor_files import check_pickles
 
-PARTS = ("config.json", "metrics.jsonl", "measures.json", "checkpoints")
+PARTS = ("config.json", "metrics.jsonl", "sharpness.jsonl", "measures.json", "checkpoints")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -144,6 +144,9 @@ class Options:
     channels_last: bool = option(False, action=SWITCH)
     compile: bool = option(False, action=SWITCH)
     seed: int = option(0, type=_natural)
+    monitor: float = option(
+        0.0, "share of the time, e.g. 0.05, for sharpness while training: RUN_DIR/sharpness.jsonl", type=_below_one
+    )
     measures: str = option("worst,average,eigenvalue,trace", "after the last epoch; 'none' for no measures")
     out: Path = option(None, "default: runs/DATA-MODEL-...", type=Path, metavar="RUN_DIR")
     eval_every: int = option(1, "and after the last epoch; 0: never", type=_natural, metavar="EPOCHS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.command import Interrupted, Signals, read_jsonl
 from benchmarks.train import checkpoint, epoch, ranks, recipe
 from benchmarks.train.batches import batches
-from benchmarks.train.data import Examples, Splits
+from benchmarks.train.data import Examples, Splits, some
 from benchmarks.train.epoch import Batch, NonFiniteLoss, Totals
 from benchmarks.train.options import Options
 from benchmarks.train.order import Loading, derive, seed_all, seed_here
@@ -26,8 +27,11 @@ from benchmarks.train.ranks import ALONE, Agreed, World
 from benchmarks.train.streams import Streamed
 from sam_optim.core.errors import InputError, one_line
 from sam_optim.core.files import write_atomic
+from sam_optim.loss import Loss
+from sam_optim.monitor import SharpnessMonitor
 
 EVERY_LINE, EVERY_DRAWING = 60.0, 0.5  # seconds between two lines of a log, and between two states of a bar
+PROBES, EVERY_PROBE = 256, 10  # training examples of --monitor, and the least steps between two of its rows
 
 
 @dataclass
@@ -75,6 +79,20 @@ class Training:
         self.mixup = recipe.mixup(options, splits.num_classes)
         self._set_rates = recipe.scheduler(options, self.optimizer, updates)
         self._check_mixup()
+        self.monitor = self._monitor() if options.monitor else None
+
+    def _monitor(self) -> SharpnessMonitor:
+        """On training examples without augmentation, each rank its share."""
+        probes = self._batches(some(self.splits.train, PROBES), batch_size=64)
+        fixed = list(itertools.islice(probes, max(1, PROBES // (64 * self.world.size))))
+        measures = ["critical_sharpness"] if self.options.fsdp else ["lambda_max", "critical_sharpness", "worst_case"]
+        return SharpnessMonitor(
+            Loss(self.model, nn.CrossEntropyLoss(label_smoothing=self.options.smoothing), fixed),
+            every=EVERY_PROBE,
+            budget=self.options.monitor,
+            measures=measures,
+            log=self.options.out / "sharpness.jsonl",
+        )
 
     def _network(self) -> nn.Module:
         """The model as a batch is given to it."""
@@ -92,9 +110,9 @@ class Training:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
         return ddp(network, device_ids=ids, **{buffers: False})
 
-    def _batches(self, split: Examples | Streamed, *, train: bool = False) -> Any:
+    def _batches(self, split: Examples | Streamed, *, train: bool = False, batch_size: int | None = None) -> Any:
         options = self.options
-        size = options.batch_size if train else max(options.batch_size, 256)
+        size = batch_size or (options.batch_size if train else max(options.batch_size, 256))
         loading = Loading(options.seed, options.workers, self.device.type == "cuda", self.world)
         augment = recipe.augmentation(options)
         return batches(split, size, self.splits.preprocessing, train=train, augment=augment, loading=loading)
@@ -147,7 +165,13 @@ class Training:
             "ema": ranks.full_state(self.ema.module)[0] if self.ema else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "schedule": self._set_rates.state_dict() if isinstance(self._set_rates, recipe.Plateau) else None,
+            "monitor": self._monitor_state(),
         }
+
+    def _monitor_state(self) -> dict[str, Any] | None:
+        if self.monitor is None:
+            return None
+        return self.monitor.state_dict() | ({"before": None} if self.options.fsdp else {})  # parts of other ranks
 
     def load(self, state: dict[str, Any]) -> None:
         try:
@@ -158,6 +182,8 @@ class Training:
                 self.scaler.load_state_dict(state["scaler"])
             if isinstance(self._set_rates, recipe.Plateau):
                 self._set_rates.load_state_dict(state["schedule"])
+            if self.monitor and state.get("monitor"):
+                self.monitor.load_state_dict(state["monitor"])
             self.position = Position(**state["position"])
             if self.world.main:  # the sums of all ranks
                 self.totals.sums[: len(state["totals"])].copy_(state["totals"])  # older ones do not count passes
@@ -195,6 +221,8 @@ class Training:
                 self._epoch()
                 self.signals.check()
             self.signals.settle()
+            if self.monitor and self.world.main:
+                print(f"sharpness.jsonl: {self.monitor}", flush=True)
         except Interrupted:
             self.save()
             raise
@@ -256,6 +284,8 @@ class Training:
     def _after_update(self, batch: int) -> None:
         self.position.batch = batch
         self.position.updates += 1
+        if self.monitor:
+            self.monitor.step(self.optimizer, scaler=self.scaler)
         self._set_rates(self.position.updates)
         if self.ema:
             self.ema.update(self.model, step=self.position.updates)

@@ -199,7 +199,8 @@ class SharpnessMonitor:
         """What a row took, and after how many steps another one of this kind is within the budget."""
         if self.budget is None or not self.trained:
             return seconds, self.every
-        wait = (self.spent + 2 * seconds) / self.budget - self.trained
+        again = seconds if self.history else 0.0  # the first row is no guide: a loss is looked at once, Lanczos is cold
+        wait = (self.spent + seconds + again) / self.budget - self.trained
         return seconds, max(self.every, math.ceil(wait / self.trained * self.num_steps))
 
     def _last_step(self, perturbation: Perturbation | None, scale: float) -> dict[str, float]:

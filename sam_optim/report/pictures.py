@@ -187,6 +187,41 @@ def spectrum_picture(
     return figure
 
 
+def sharpness_picture(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    title: str = "",
+    measures: Sequence[str] = ("lambda_max", "critical_sharpness"),
+    size: tuple[float, float] = SIZE,
+) -> Figure:
+    """Sharpness during training: measures over steps, and the edges of stability as thin dashed lines.
+
+    Args:
+        history: rows of a `SharpnessMonitor`, or of its .jsonl.
+        measures: their names in the rows.
+        title, size: as in `contour_picture`.
+
+    Raises:
+        ValueError: no row has a number of one of these measures.
+    """
+    steps = [row["step"] for row in history]
+    columns = {name: [_or_nan(row.get(name)) for row in history] for name in (*measures, *EDGES)}
+    lines = [Curves(name, steps, [columns[name]], k) for k, name in enumerate(measures)]
+    if not any(math.isfinite(x) for name in measures for x in columns[name]):
+        raise ValueError(f"no row of the history has a number for {' or '.join(measures)}")
+    edges = {name: columns[name] for name in EDGES if any(map(math.isfinite, columns[name]))}
+    if edges.get("sgd_edge") == edges.get("edge"):  # without momentum
+        edges.pop("sgd_edge", None)
+    lines += [Curves(EDGES[name], steps, [column], len(measures) + k) for k, (name, column) in enumerate(edges.items())]
+    figure = curves(title, lines, x_label="step", y_label="per unit of weight²", log=None, size=size)
+    for line in figure.axes[0].get_lines()[len(measures) :]:
+        line.set(linewidth=1.0, linestyle="--")
+    for legend in figure.legends or [figure.axes[0].get_legend()]:
+        for mark, line in zip(legend.get_lines(), figure.axes[0].get_lines(), strict=True):
+            mark.update_from(line)
+    return figure
+
+
 def save_picture(result: Landscape | Spectrum, path: str | Path, *, kind: str | None = None, **options: Any) -> Path:
     """The picture of a result in a file, whole or not at all; the ending of its name says which format (png, pdf, svg).
 
@@ -203,12 +238,18 @@ def save_picture(result: Landscape | Spectrum, path: str | Path, *, kind: str | 
     return path
 
 
+EDGES = {"edge": "edge, 2 / lr", "sgd_edge": "edge of SGD with momentum", "sam_edge": "edge of SAM"}
+
 PICTURES: dict[str, Callable[..., Figure]] = {
     "contour": contour_picture,
     "surface": surface_picture,
     "slices": slices_picture,
     "spectrum": spectrum_picture,
 }
+
+
+def _or_nan(x: Any) -> float:
+    return float(x) if isinstance(x, (int, float)) else math.nan
 
 
 def _plane(landscape: Landscape) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ class SharpnessMonitor:
         for name, measure in self._measures.items():
             row[name] = None
             try:
-                with rng.kept(cuda), module_state.measured(self.loss.model):
+                with rng.preserved(cuda), module_state.measured(self.loss.model):
                     row[name], reason = measure(optimizer=optimizer, perturbation=perturbation)
             except Exception as error:
                 reason = f"{type(error).__name__}: {one_line(error)}"

@@ -40,7 +40,8 @@ TOKEN = re.compile(
 
 def tex(formula: str) -> str:
     """Words of two letters and more are text; single letters, Greek names and operators are symbols."""
-    return "".join(piece(match, formula) for match in TOKEN.finditer(formula))
+    pieces = "".join(piece(match, formula) for match in TOKEN.finditer(formula))
+    return pieces.replace(r" } \text{ ", " ")  # words in a row are one text
 
 
 def piece(match: re.Match, formula: str) -> str:

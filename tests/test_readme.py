@@ -33,3 +33,7 @@ def test_every_example_runs_and_prints_what_it_shows():
 
 def test_nothing_is_left_to_be_filled_in():
     assert not re.search(r"\b(BENCH|NOTE|OUTPUT|TODO|TBD)\b", README.read_text())
+
+
+def test_it_stays_a_short_tour():
+    assert len(README.read_text().splitlines()) <= 150

@@ -29,9 +29,9 @@ def docs_folder(monkeypatch):
         ("e = rho T^2 g / ||T g||_2", r"e = \rho  T^{2} g / \|T g\|_{2}"),
         ("<g, e> over ||T^-1 e||_p <= rho", r"\langle g, e\rangle  \text{ over } \|T^{-1} e\|_{p} \le  \rho "),
         ("1/4 sum_i log(w_i),   N examples", r"1/4 \sum _{i} \operatorname{log} (w_{i}),\quad N \text{ examples}"),
-        ("sqrt(s^2 + eps) for a model", r"\sqrt{s^{2} + \varepsilon } \text{ for } \text{ a } \text{ model}"),
+        ("sqrt(s^2 + eps) for a model", r"\sqrt{s^{2} + \varepsilon } \text{ for a model}"),
         ("L(w + a d) -> sum_{j != i} B_ij^2", r"L(w + a d) \to  \sum _{j \ne  i} B_{ij}^{2}"),
-        ("g = p.grad, A as in `hessian_trace`", r"g = \text{p.grad}, A \text{ as } \text{ in } \text{hessian\_trace}"),
+        ("g = p.grad, A as in `hessian_trace`", r"g = \text{p.grad}, A \text{ as in } \text{hessian\_trace}"),
     ],
 )
 def test_plain_formulas_become_tex(plain, tex, docs_folder):

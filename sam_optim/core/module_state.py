@@ -65,7 +65,7 @@ class Buffers:
         if not self._slots and not self._copies:
             return
         for owner, name, buffer in self._slots:
-            now = owner.get(name)
+            now = owner.get(name) if isinstance(owner, dict) else None  # a ScriptModule's can only be written to
             if now is not buffer and now is not None and buffer is not None and now.shape == buffer.shape:
                 owner[name] = buffer
         pairs = [(b, copy) for b, copy in self._copies.values() if b.shape == copy.shape]
@@ -92,7 +92,10 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _writable(buffer: Tensor) -> bool:
-    """Not of the buffers that no forward pass can change in place either: expanded, meta, made in inference mode."""
+    """Not of the buffers that no forward pass can change in place either: expanded, meta, made in inference mode; nor
+    of lazy ones, which have no values before the first pass."""
+    if nn.parameter.is_lazy(buffer):
+        return False
     expanded = any([size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)])
     return not (expanded or buffer.is_meta or buffer.is_inference())
 

@@ -119,3 +119,15 @@ def listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
         else:
             members.append(entry)
     return found, {id(m[1] if isinstance(m, tuple) else m) for m in members}
+
+
+def setting_of_groups(name: str) -> property:
+    """An attribute that an optimizer must not get: it would be ignored."""
+
+    def refuse(self: Any, value: Any = None) -> None:
+        raise AttributeError(
+            f"{name} is a setting of each group, and an attribute would be ignored: "
+            f"for group in optimizer.param_groups: group[{name!r}] = {value!r}"
+        )
+
+    return property(refuse, refuse)

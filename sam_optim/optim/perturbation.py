@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from sam_optim.core import random as rng
 from sam_optim.core.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm
 from sam_optim.optim import kernels, transaction
+from sam_optim.optim.callers import advice_for_caller
 from sam_optim.optim.distributed import FirstPass, Ranks
 from sam_optim.optim.kernels import Backups, Bucket, dtensor
 from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
-from sam_optim.optim.param_groups import as_groups, check_group, is_zero
+from sam_optim.optim.param_groups import as_groups, check_group, is_zero, setting_of_groups
 from sam_optim.optim.precision import Float32Pass
+from sam_optim.optim.surroundings import Surroundings
 from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard
 
 ROUNDING = ("nearest", "stochastic", "float32")
@@ -125,6 +127,9 @@ class Perturbation:
         self._earlier: EarlierGradients | None = None
         self._in_transaction = False
         self._versions_before_update: list[int] | None = None
+        self._surroundings: Surroundings | None = None
+
+    rho, adaptive, eta, norm = map(setting_of_groups, ("rho", "adaptive", "eta", "norm"))
 
     # the model
 
@@ -136,6 +141,7 @@ class Perturbation:
     @module.setter
     def module(self, module: nn.Module | Sequence[nn.Module] | None) -> None:
         self._check_inactive()
+        self._surroundings = None
         self._guard = ModelGuard(module, self._params)
         self._float32 = Float32Pass(self._guard.roots) if self.rounding == "float32" else None
         self._ranks = Ranks(self._guard.modules, self._params, self.sync_ascent)
@@ -235,20 +241,30 @@ class Perturbation:
         self.refresh()
         accumulates = self.one_pass and self.has_finished_pass()
         self._check_only_new_gradients()
+        if self._surroundings is None and not self.one_pass:
+            self._surroundings = Surroundings(self._params, self._guard)
         self._ascend(clear=not accumulates)
+        if self._surroundings is not None:
+            self._surroundings.note_scale(self._params)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def exit(self, *, failed: bool = False) -> None:
         """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are dropped."""
         if self._pass is not None:
-            self._return(failed=failed)
-            if failed:
+            is_scaled = not failed and self._surroundings is not None and self._surroundings.leaves_scale()
+            self._return(failed=failed or is_scaled)
+            if failed or is_scaled:
                 for p in self._params:
                     p.grad = None
             elif self._stash is None:
                 self._earlier = EarlierGradients(self._params)
                 if self._draws is not None:
                     self._draws.wait()
+            if is_scaled:
+                raise RuntimeError(
+                    "scaler.unscale_(optimizer) came before the perturbed pass, whose gradients it would leave scaled: "
+                    "call it after that pass; e does not depend on the scale"
+                )
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
@@ -284,6 +300,7 @@ class Perturbation:
         if not closures or not all([callable(c) for c in closures]):
             raise TypeError(f"expected a closure or a list of at least one closure, got {closures!r}")
         params = [*self._params, *self._guard.other_params]
+        had_gradients = any([p.grad is not None for p in self._params])
         for p in params:
             p.grad = None
         losses = []
@@ -291,6 +308,11 @@ class Perturbation:
             waits = self._ranks.averages_once and i < len(closures) - 1
             with self._ranks.no_sync() if waits else nullcontext():
                 losses.append(self._both_passes(closure, None, GradientStash(params, in_backward=True)))
+        if had_gradients and not self._ranks.may_lack_gradients and all([p.grad is None for p in self._params]):
+            raise RuntimeError(
+                "no closure of the list has left a gradient, but there were some before step(): run the backwards in "
+                "the closures"
+            )
         with torch.no_grad():
             for p in params:
                 if p.grad is not None:
@@ -302,7 +324,7 @@ class Perturbation:
     ) -> tuple[Any, Any]:
         """The losses at w and at w + e."""
         grads_of_others = [(p, None if p.grad is None else p.grad.clone()) for p in self._guard.other_params]
-        was_completed = self.completed
+        was_completed = self.completed and self.has_finished_pass()
         self._begin_first_pass(stash)
         failed = True
         try:
@@ -323,29 +345,38 @@ class Perturbation:
                         loss, perturbed = None, loss
                     if was_completed and earlier.are_untouched:  # a closure that stands for none, after both passes
                         self.completed = True
-                    elif not self._has_ascent_gradient(perturbed if self.one_pass else loss, earlier):
+                    elif not self._has_ascent_gradient(perturbed if self.one_pass else loss, earlier, ascent_closure):
                         self._record, self.completed = Record(), True  # as in a step of torch.optim without gradients
                     elif not self.one_pass:
+                        if self._surroundings is None:
+                            self._surroundings = Surroundings(self._params, self._guard)
                         self._ascend()
                         for p, grad in grads_of_others:  # as the first pass found them
                             p.grad = grad
                         perturbed = closure()
+                    was_open = self._pass is not None and not self.one_pass
                     self._return()
+                    if was_open and self.was_empty and not earlier.are_untouched:
+                        raise RuntimeError(
+                            "the closure left no gradient in the second pass: it runs at w and at w + e, and each time "
+                            "has to zero the gradients, run forward and backward, and return the loss"
+                        )
             failed = False
         finally:
             self._end_first_pass(failed=failed)
         return loss, perturbed
 
-    def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients) -> bool:
+    def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients, ascent_closure: Closure | None) -> bool:
         if earlier.are_mixed or earlier.are_left:
             raise RuntimeError(
                 "the closure left gradients of before step(closure) in place: the second pass would not see what they "
                 "came from. Zero them in the closure, and call loss.backward() there; to accumulate, loop over the "
                 "micro-batches inside the closure, pass step a list of closures, or use microbatch() and perturbed()"
+                + advice_for_caller()
             )
         if self._ranks.may_lack_gradients or any([p.grad is not None for p in self._params]):
             return True
-        if isinstance(loss, Tensor) and loss.requires_grad:
+        if ascent_closure is not None or (isinstance(loss, Tensor) and loss.requires_grad):
             raise RuntimeError(
                 "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
                 "loss.backward() in it, after zero_grad() and not before, and make the optimizer from the parameters "
@@ -426,8 +457,16 @@ class Perturbation:
             raise
         finally:
             self._pass = None
+            if self._surroundings is not None and self._surroundings.is_watching:
+                self._surroundings.end_pass(failed=failed)
         if failed:
             return
+        is_local = self._float32 is None and not self._ranks.is_sharded  # FSDP1 exchanges storages all the time
+        if is_local and any(map(operator.ne, second.pointers, map(Tensor.data_ptr, second.params))):
+            raise RuntimeError(
+                "weights were assigned (p.data = ...) while they were perturbed; they have the values of before again: "
+                "assign and load weights when the perturbed pass has ended"
+            )
         if self.keeps_ascent_gradients:
             self._replace_gradients(second)
         self.was_empty = all([p.grad is None for p in second.params]) and not self._ranks.may_lack_gradients
@@ -553,7 +592,7 @@ class Perturbation:
     def _check_only_new_gradients(self) -> None:
         """That gradients of an earlier pass are not among those of this first one."""
         earlier, self._earlier = self._earlier, None
-        if earlier is not None and earlier.stop().are_mixed:
+        if earlier is not None and (earlier.stop().are_mixed or earlier.are_left):
             raise RuntimeError(
                 "gradients of an earlier perturbed pass are among those of this first pass, and e would come from a "
                 "mixture: call zero_grad() after each step; to accumulate, run the two passes of each micro-batch in "
@@ -566,13 +605,13 @@ class Perturbation:
         if ranks.fully_sharded:
             ranks.check_resharded()
         self._read_groups()
-        if getattr(self._params[-1], "grad_sample", None) is not None:
+        used = [p for p in self._params if p.grad is not None]
+        if used and getattr(used[-1], "grad_sample", None) is not None:
             raise RuntimeError(
                 "the parameters have gradients of single examples (Opacus), which every backward adds to and counts: "
                 "SAM would use every example twice, and the privacy budget would be wrong"
             )
-        may_lack = ranks.may_lack_gradients or self.one_pass or not self.ascends
-        if may_lack or any([p.grad is not None for p in self._params]):
+        if used or ranks.may_lack_gradients or self.one_pass or not self.ascends:
             return
         raise RuntimeError(
             "no parameter has a gradient: run loss.backward() before the perturbed pass"
@@ -713,12 +752,15 @@ class _SecondPass:
         self._process = os.getpid()
         self._owner = object()  # not this pass, which must be freed when its optimizer is dropped
         self.params = params
+        self.pointers: list[int] = []
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
 
     def begin(self, *, look: bool, restores: bool) -> None:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
         self._is_open = True
+        if {*map(type, self.params)} <= {Tensor, nn.Parameter}:
+            self.pointers = list(map(Tensor.data_ptr, self.params))
         transaction.claim(self.params, self._owner)
         self._guard.begin_pass(self.params, self.clean, look=look, restores=restores)
 

@@ -22,7 +22,7 @@ from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero, refus
 from sam_optim.optim.checkpoints import adapted
 from sam_optim.optim.kernels import Backups, dtensor
 from sam_optim.optim.last_step import LastStep
-from sam_optim.optim.param_groups import check_group, listed
+from sam_optim.optim.param_groups import check_group, listed, setting_of_groups
 from sam_optim.optim.perturbation import Closure, Perturbation
 from sam_optim.optim.schedules import factor_at
 from sam_optim.optim.transaction import has_values
@@ -371,6 +371,7 @@ class SAM(Optimizer):
 
     def _follow_base(self) -> None:
         """Frameworks assign `param_groups` and `state` anew, `base.load_state_dict` too: on whichever they hold."""
+        self = self.__dict__.get("_optimizer", self)  # Lightning's and Fabric's wrappers imitate the class
         base = self.base_optimizer
         for name, linked in self._linked.items():
             mine, theirs = self.__dict__[name], base.__dict__[name]
@@ -406,13 +407,7 @@ class SAM(Optimizer):
         self.perturbation.refresh()
         self.perturbation.module = module
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _KEYS:
-            raise AttributeError(
-                f"{name} is a setting of each group, and an attribute would be ignored: "
-                f"for group in optimizer.param_groups: group[{name!r}] = {value!r}"
-            )
-        super().__setattr__(name, value)
+    rho, adaptive, eta, norm = map(setting_of_groups, _KEYS)
 
     @property
     def ball(self) -> Ball:

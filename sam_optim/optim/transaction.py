@@ -62,7 +62,7 @@ class ModelGuard:
         self.other_params: list[Tensor] = []  # in the modules, and not stepped
         self._stepped: Sequence[Tensor] = ()
         self._stepped_ids: set[int] = set()
-        self._versions: dict[int, int] = {}
+        self._versions: dict[int, tuple[int, int]] = {}
         self._before_step = Buffers()
         self._before_pass = Buffers()
         self._hooked: list[nn.Module] = []
@@ -99,7 +99,7 @@ class ModelGuard:
         if look:
             self.look(stepped)
         if restores:
-            changed = [p for p in self.other_params if versions.get(id(p)) != p._version]  # by a forward pass
+            changed = [p for p in self.other_params if versions.get(id(p)) != _version(p)]  # by a forward pass
             self._before_pass.save(self.modules, changed)
         self._clean = CleanStateDict(clean)
         self._hooked = [m for m in self.modules if m._parameters or m._buffers]
@@ -124,7 +124,7 @@ class ModelGuard:
             for m in self.roots:
                 m._forward_pre_hooks.pop(id(self._evaluation), None)
         self._clean = None
-        self._versions = {id(p): p._version for p in self.other_params}
+        self._versions = {id(p): _version(p) for p in self.other_params}
 
     def clean_copy(self, tensor: Tensor) -> Tensor | None:
         return self._before_pass.clean_copy(tensor)
@@ -137,8 +137,13 @@ class ModelGuard:
         ids = self._stepped_ids
         params = [p for m in self.modules if m._parameters for p in m._parameters.values()]
         self.other_params = [p for p in params if p is not None and id(p) not in ids]
-        self._versions = {id(p): p._version for p in self.other_params}
+        self._versions = {id(p): _version(p) for p in self.other_params}
         return self.modules
+
+
+def _version(p: Tensor) -> tuple[int, int]:
+    """Another one after a change in place, and after `p.data = ...`."""
+    return p._version, p.data_ptr() if type(p) is nn.Parameter else 0
 
 
 def _roots(module: Any) -> list[nn.Module]:
@@ -214,7 +219,7 @@ class Draws:
     """
 
     def __init__(self, roots: Sequence[nn.Module], devices: Iterable[torch.device]):
-        self._root = roots[0] if roots else None
+        self._roots = roots
         self._devices = list(devices)
         self._state: rng.GlobalState | None = None
         self._at_forward = False
@@ -228,7 +233,7 @@ class Draws:
     def wait(self) -> None:
         """The first pass begins with the next call of the model in training mode."""
         self.forget()
-        if self._root is not None:
+        if self._roots:
             self._at_forward = True
             self._watch_forward()
 
@@ -254,12 +259,12 @@ class Draws:
 
     def _watch_forward(self) -> None:
         register = nn.modules.module.register_module_forward_pre_hook
-        if hasattr(self._root, "_orig_mod"):  # torch.compile warns of global hooks
-            register = self._root.register_forward_pre_hook  # type: ignore[union-attr,assignment]
+        if hasattr(self._roots[0], "_orig_mod"):  # torch.compile warns of global hooks
+            register = self._roots[0].register_forward_pre_hook  # type: ignore[assignment]
         self._handle = register(_Calls(self))
 
     def called(self, module: nn.Module) -> None:
-        if module is not self._root or not module.training or not torch.is_grad_enabled():
+        if not any([module is m for m in self._roots]) or not module.training or not torch.is_grad_enabled():
             return
         self._handle.remove()
         self._handle = None

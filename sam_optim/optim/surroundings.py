@@ -1,0 +1,158 @@
+"""What a loop has beside the optimizer: looked for, in its first step, in the variables of the calling functions."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
+
+from sam_optim.optim.transaction import EarlierGradients, ModelGuard
+
+_NOT_OPENED = (ModuleType, FunctionType, type, Tensor, nn.Module)
+_LIBRARIES = {"torch", "contextlib", "sam_optim"}
+
+
+class Surroundings:
+    """The other networks, optimizers and scalers of a loop, and what the first second pass does to them.
+
+    Args:
+        params: the parameters that the perturbation moves.
+        guard: of the modules that the user has named.
+    """
+
+    def __init__(self, params: Sequence[Tensor], guard: ModelGuard):
+        seen = {id(y): y for y in map(_unwrapped, _variables((GradScaler, Optimizer, nn.Module)))}.values()
+        ours = {id(p) for p in params} | {id(p) for p in guard.other_params}
+        self.is_watching = True
+        self._unscaled: list[Any] = []
+        self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
+        self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
+        named = set(guard.modules)
+        modules = [m for x in seen if isinstance(x, nn.Module) for m in x.modules()] if named else []
+        self._counters = [
+            m.num_batches_tracked
+            for m in dict.fromkeys(modules)
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in named and m.num_batches_tracked is not None
+        ]
+        tensors = [(m, k, x) for m in guard.modules for k, x in m.__dict__.items() if isinstance(x, Tensor)]
+        self._attributes = [(m, name, x, x._version) for m, name, x in tensors if not x.is_inference()]
+        self._versions = [x._version for x in self._counters]
+        self._others = []
+        for x in seen:
+            theirs = parameters_of(x) if isinstance(x, Optimizer) else []
+            if theirs and not any([id(p) in ours for p in theirs]):
+                self._others.append((weakref.ref(x), theirs, EarlierGradients(theirs)))
+
+    def note_scale(self, params: Sequence[Tensor]) -> None:
+        """Which scalers have unscaled the gradients of the first pass."""
+        ids = {*map(id, params)} if self._scalers else set()
+        optimizers = {id(x): x for x in (ref() for ref in self._optimizers) if x is not None} if ids else {}
+        self._unscaled = [
+            (ref, state)
+            for ref in self._scalers
+            for key, state in getattr(ref(), "_per_optimizer_states", {}).items()
+            if state["stage"].name == "UNSCALED"
+            and key in optimizers
+            and ids & {*map(id, parameters_of(optimizers[key]))}
+        ]
+
+    def leaves_scale(self) -> bool:
+        """Whether such a scaler takes the second pass's gradients for unscaled, too. Not if it was updated since."""
+        unscaled, self._unscaled = self._unscaled, []
+        return any(
+            [state is s for ref, s in unscaled for state in getattr(ref(), "_per_optimizer_states", {}).values()]
+        )
+
+    def end_pass(self, *, failed: bool) -> None:
+        """After the second pass: warns of what has counted it."""
+        mixed = [(o(), params) for o, params, earlier in self._others if earlier.stop().are_mixed]
+        counted = [x._version for x in self._counters] != self._versions
+        changed = [(m, name) for m, name, x, version in self._attributes if x._version != version]
+        self._counters, self._attributes, self._others, self.is_watching = [], [], [], False
+        if failed:
+            return
+        if counted:
+            warnings.warn(
+                "a BatchNorm in training mode that is not in `module` has counted both passes: pass all networks that "
+                "the loss runs through, module=[G, D, criterion]",
+                stacklevel=8,
+            )
+        for m, name in changed:
+            warnings.warn(
+                f"{type(m).__name__}.{name} is a tensor that forward() changes, and it has seen both passes: register "
+                "it with register_buffer, and it will be that of the first",
+                stacklevel=8,
+            )
+        for optimizer, params in mixed:
+            if optimizer is not None:
+                _refuse_sum(optimizer, next(p for p in params if p.grad is not None))
+
+
+def _refuse_sum(optimizer: Optimizer, p: Tensor) -> None:
+    """The next step of another optimizer is an error, unless the sum of both passes has been cleared by then."""
+    grad = TensorWeakRef(p.grad)  # type: ignore[arg-type]
+    version = p.grad._version  # type: ignore[union-attr]
+
+    def check(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        has_closure = len(args) > 1 or bool(kwargs)  # which clears them
+        if not has_closure and p.grad is not None and p.grad is grad() and p.grad._version == version:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} would step with the sum of the gradients at w and at w + e: name its "
+                "network, SAM(..., module=model) or module=[...], and it has those at w + e"
+            )
+
+    handle = optimizer.register_step_pre_hook(check)
+
+
+def _unwrapped(x: Any) -> Any:
+    """The optimizer in Accelerate's, Lightning's or Fabric's wrapper."""
+    inner = getattr(x, "optimizer", x) if isinstance(x, Optimizer) else x
+    return inner if isinstance(inner, Optimizer) else x
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _variables(kinds: tuple[type, ...], num_frames: int = 24) -> Iterator[Any]:
+    """Each once: what the callers' variables hold, and what lists and attributes of those hold."""
+    seen: set[int] = set()
+    frame = sys._getframe(2)
+    for _ in range(num_frames):
+        if frame is None:
+            return
+        local = frame.f_locals
+        values = list(local.values())
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(local, dict):
+            local.clear()  # before Python 3.13 a copy, which would keep the tensors alive
+        if str(frame.f_globals.get("__name__")).split(".")[0] not in _LIBRARIES:
+            values += list(frame.f_globals.values())
+        for x in values:
+            for y in (x, *_inside(x, kinds)):
+                if issubclass(type(y), kinds) and id(y) not in seen:
+                    seen.add(id(y))
+                    yield y
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _inside(x: Any, kinds: tuple[type, ...]) -> Iterable[Any]:
+    kind = type(x)
+    if issubclass(kind, kinds) or issubclass(kind, _NOT_OPENED):
+        return ()
+    if kind in (list, tuple):
+        return x[:20]
+    try:
+        attributes = x if kind is dict else x.__dict__
+        return list(attributes.values())[:200]
+    except Exception:  # no attributes, or a proxy of something that is gone
+        return ()

@@ -1,0 +1,864 @@
+"""Does it work in my loop? What people write around an optimizer, beside SAM by hand in float64.
+
+Each row of the table in docs/integrations/loops.md names its test here or in a file beside this one.
+"""
+
+import copy
+import functools
+import gc
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from sam_optim import ASAM, SAM, Perturbation, norm_only_param_groups
+
+RHO, LR = 0.1, 0.1
+WAYS = ["closure", "list", "contexts", "first and second step", "microbatch"]
+
+
+def network(*, batch_norm=False, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        norm = [nn.BatchNorm1d(9)] if batch_norm else []
+        return nn.Sequential(nn.Linear(6, 9), *norm, nn.Tanh(), nn.Linear(9, 3)).double()
+
+
+def batches(num=4, size=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(num * size, 6, dtype=torch.float64, generator=generator)
+    y = torch.randint(3, (num * size,), generator=generator)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def sam(model, cls=SAM, **kwargs):
+    return cls(model.parameters(), torch.optim.SGD, **{"rho": RHO, "lr": LR, "module": model} | kwargs)
+
+
+def gradients_by_hand(model, loss_of, *, moved=None, rho=RHO):
+    """Of all parameters at w + e, e = rho g / ||g|| over those that `moved` names; the model stays as it is."""
+    there = copy.deepcopy(model)
+    there.zero_grad()
+    loss_of(there).backward()
+    params = [p for name, p in there.named_parameters() if p.grad is not None and (moved is None or name in moved)]
+    norm = torch.stack([p.grad.square().sum() for p in params]).sum().sqrt()
+    with torch.no_grad():
+        for p in params:
+            p.add_(p.grad * (rho / norm))
+    there.zero_grad()
+    loss_of(there).backward()
+    return [None if p.grad is None else p.grad.clone() for p in there.parameters()]
+
+
+def close(tensors, truth, *, tolerance=1e-12):
+    for a, b in zip(tensors, truth, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)
+
+
+def copies(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def take_step(way, optimizer, loss_of, *, clear=None):
+    """One step of SAM in one of the ways of writing it."""
+    clear = clear or optimizer.zero_grad
+    if way in ("closure", "list"):
+
+        def closure():
+            clear()
+            loss = loss_of()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure if way == "closure" else [closure])
+        return
+    clear()
+    if way == "first and second step":
+        loss_of().backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of().backward()
+        optimizer.second_step()
+        return
+    if way == "contexts":
+        loss_of().backward()
+        with optimizer.perturbed():
+            loss_of().backward()
+    else:
+        with optimizer.microbatch():
+            loss_of().backward()
+            with optimizer.perturbed():
+                loss_of().backward()
+    optimizer.step()
+
+
+# accumulation
+
+
+@pytest.mark.parametrize("way", ["SAM", "first and second step", "Perturbation"])
+def test_accumulating_around_both_passes_names_microbatch(way):
+    model = network()
+    start = copies(model)
+    optimizer = sam(model) if way != "Perturbation" else torch.optim.SGD(model.parameters(), lr=LR)
+    contexts = optimizer if way != "Perturbation" else Perturbation(model, rho=RHO)
+
+    def loop():
+        for x, y in batches():
+            (cross_entropy(model(x), y) / 4).backward()
+            if way == "first and second step":
+                optimizer.first_step()
+                (cross_entropy(model(x), y) / 4).backward()
+                optimizer.perturbation.exit()
+            else:
+                with contexts.perturbed():
+                    (cross_entropy(model(x), y) / 4).backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"mixture.*microbatch\(\)"):
+        loop()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+def test_accumulating_in_microbatches_is_the_sum_of_their_own_gradients():
+    model = network()
+    optimizer = sam(model)
+    truth = [0.0] * len(list(model.parameters()))
+    for x, y in batches():
+        grads = gradients_by_hand(model, lambda m, x=x, y=y: cross_entropy(m(x), y) / 4)
+        truth = [t + g for t, g in zip(truth, grads, strict=True)]
+        with optimizer.microbatch():
+            (cross_entropy(model(x), y) / 4).backward()
+            with optimizer.perturbed():
+                (cross_entropy(model(x), y) / 4).backward()
+    close([p.grad for p in model.parameters()], truth)
+    optimizer.step()
+
+
+def test_all_first_passes_and_then_all_second_ones_are_one_step_of_the_whole_batch():
+    model = network()
+    optimizer = sam(model)
+    truth = gradients_by_hand(model, lambda m: sum(cross_entropy(m(x), y) / 4 for x, y in batches()))
+    for x, y in batches():
+        (cross_entropy(model(x), y) / 4).backward()
+    with optimizer.perturbed():
+        for x, y in batches():
+            (cross_entropy(model(x), y) / 4).backward()
+    close([p.grad for p in model.parameters()], truth)
+
+
+def test_a_second_pass_without_a_new_first_one_is_an_error():
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    cross_entropy(model(x), y).backward()
+    with optimizer.perturbed():
+        cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="earlier perturbed pass"), optimizer.perturbed():
+        cross_entropy(model(x), y).backward()
+
+
+@pytest.mark.parametrize("kind", ["Perturbation", "SAM"])
+def test_accumulating_with_accelerate_around_both_passes(kind):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = network()
+    plain = sam(model) if kind == "SAM" else torch.optim.SGD(model.parameters(), lr=LR)
+    model, optimizer = accelerator.prepare(model, plain)
+    contexts = plain if kind == "SAM" else Perturbation(model, rho=RHO)
+
+    def loop():
+        for x, y in batches():
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(x), y))
+                with contexts.perturbed():
+                    accelerator.backward(cross_entropy(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(RuntimeError, match=r"mixture.*microbatch\(\)"):
+        loop()
+
+
+# more than one optimizer, more than one network
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_optimizer_gets_the_gradient_at_w_plus_e(way):
+    model, (x, y) = network(), batches()[0]
+    trunk, head = list(model[0].parameters()), list(model[2].parameters())
+    optimizer = SAM(trunk, torch.optim.SGD, rho=RHO, lr=LR, module=model)
+    other = torch.optim.SGD(head, lr=LR)
+    for _ in range(3):
+        truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y), moved=("0.weight", "0.bias"))
+        expected = [p - LR * g for p, g in zip(model.parameters(), truth, strict=True)]
+        other.zero_grad()
+        take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+        other.step()
+        close(model.parameters(), expected)
+
+
+@pytest.mark.parametrize("way", ["contexts", "first and second step"])
+def test_a_second_optimizer_of_a_network_that_nobody_named_does_not_step_with_the_sum_of_both_passes(way):
+    model, (x, y) = network(), batches()[0]
+    optimizer = SAM(model[0].parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    other = torch.optim.SGD(model[2].parameters(), lr=LR)
+    take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+    with pytest.raises(RuntimeError, match=r"SGD would step with the sum.*module="):
+        other.step()
+    other.step()  # said once: a caller that goes on knows of it
+
+
+def test_a_second_optimizer_that_clears_the_sum_of_both_passes_steps_as_ever():
+    """As the two optimizers of a GAN do, each before its own backward."""
+    model, (x, y) = network(), batches()[0]
+    optimizer = SAM(model[0].parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+    other = torch.optim.SGD(model[2].parameters(), lr=LR)
+    take_step("contexts", optimizer, lambda: cross_entropy(model(x), y))
+    other.zero_grad()
+    cross_entropy(model(x), y).backward()
+    expected = [p - LR * p.grad for p in model[2].parameters()]
+    other.step()
+    close(model[2].parameters(), expected)
+
+
+class MovingKey(nn.Module):
+    """A key encoder that `forward` moves towards the query encoder, as in MoCo and BYOL; `how` it is written to."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.query, self.key = how, network(), network(seed=1)
+        self.key.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self):
+        for k, q in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            if self.how == "in place":
+                k.mul_(0.9).add_(q, alpha=0.1)
+            else:
+                k.data = k.data * 0.9 + q.data * 0.1
+
+    def forward(self, x):
+        self.follow()
+        return self.query(x) + self.key(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "p.data ="])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_key_encoder_moves_once_and_towards_w(way, how):
+    model, (x, y) = MovingKey(how), batches()[0]
+    optimizer = SAM(model.query.parameters(), torch.optim.SGD, rho=RHO, lr=LR, module=model)
+    for _ in range(3):
+        after_first = copy.deepcopy(model)
+        after_first.follow()
+        names = [f"query.{name}" for name, _ in model.query.named_parameters()]
+        truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y), moved=names)
+        take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+        close(model.key.parameters(), after_first.key.parameters())
+        close([p.grad for p in model.query.parameters()], [g for g in truth if g is not None])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_networks_that_are_named_count_one_pass(way):
+    """A GAN: G runs, in training mode, while D steps; and a loss with a state of its own."""
+
+    class Criterion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("center", torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, out):
+            self.center.mul_(0.9).add_(out.detach().mean(), alpha=0.1)
+            return (out - self.center).square().mean()
+
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).double()
+    discriminator = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).double()
+    z, x = torch.randn(8, 4).double(), torch.randn(8, 6).double()
+    criterion = Criterion()
+    twins = copy.deepcopy((generator, discriminator, criterion))
+    networks = [generator, discriminator, criterion]
+    optimizer = SAM(discriminator.parameters(), torch.optim.SGD, rho=RHO, lr=LR, module=networks)
+
+    def loss_of(g, d, c):
+        return c(d(g(z).detach())) + d(x).square().mean()
+
+    take_step(way, optimizer, lambda: loss_of(*networks))
+    loss_of(*twins)
+    for network_, twin in zip(networks, twins, strict=True):
+        close(network_.buffers(), twin.buffers())
+    assert int(generator[1].num_batches_tracked) == 1
+    assert int(discriminator[1].num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize("way", ["closure", "contexts"])
+def test_a_network_that_is_not_named_and_counts_both_passes_is_warned_of_once(way):
+    generator, discriminator = network(batch_norm=True), network()
+    x, y = batches()[0]
+    optimizer = sam(discriminator)
+    loss_of = lambda: cross_entropy(discriminator(x + generator(x).repeat(1, 2).detach()), y)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"BatchNorm.*not in `module`.*module=\[G, D, criterion\]") as warned:
+        take_step(way, optimizer, loss_of)
+    assert len(warned) == 1
+    take_step(way, optimizer, loss_of)  # warnings are errors
+
+
+def test_a_tensor_that_is_no_buffer_and_changes_in_both_passes_is_warned_of_once():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = network(), torch.zeros(())
+
+        def forward(self, x):
+            self.seen += 1
+            return self.net(x)
+
+    model, (x, y) = Counts(), batches()[0]
+    optimizer = sam(model)
+    with pytest.warns(UserWarning, match=r"Counts\.seen is a tensor.*register_buffer"):
+        take_step("closure", optimizer, lambda: cross_entropy(model(x), y))
+    take_step("closure", optimizer, lambda: cross_entropy(model(x), y))
+
+
+def test_a_cache_that_grows_in_the_second_pass_stays_as_long_as_the_model_thinks():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.length = network(), 0
+            self.register_buffer("cache", torch.zeros(0, dtype=torch.float64), persistent=False)
+
+        def forward(self, x):
+            if len(x) > self.length:
+                self.length, self.cache = len(x), torch.linspace(0, 1, len(x), dtype=torch.float64)
+            return self.net(x * self.cache[: len(x), None])
+
+    model, (x, y) = Cached(), batches(size=16)[0]
+    optimizer = sam(model)
+
+    def closure(num):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x[:num]), y[:num])
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(functools.partial(closure, 16), ascent_closure=functools.partial(closure, 8))
+    assert len(model.cache) == model.length == 16
+
+
+# plain training
+
+
+def constant(loss, kind):
+    return {"its number": lambda: loss.item(), "nothing": lambda: None, "the loss": lambda: loss}[kind]
+
+
+@pytest.mark.parametrize("kind", ["its number", "nothing", "the loss"])
+@pytest.mark.parametrize("way", ["closure", "list", "ascent", "descent", "after a dropped pass"])
+def test_a_closure_without_a_backward_is_not_training(way, kind):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    start = copies(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    if way == "after a dropped pass":
+        cross_entropy(model(x), y).backward()
+        with optimizer.perturbed():
+            cross_entropy(model(x), y).backward()
+        model.zero_grad()
+    loss = cross_entropy(model(x), y)
+    loss.backward()
+    stands_still = constant(loss, kind)
+    passed, ascent = {
+        "list": ([stands_still], None),
+        "ascent": (closure, stands_still),
+        "descent": (stands_still, closure),
+    }.get(way, (stands_still, None))
+    with pytest.raises(RuntimeError, match="gradient"):
+        optimizer.step(passed, ascent_closure=ascent)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("drop", ["model.zero_grad()", "p.grad = None", "p.grad.zero_()", "nothing", "p.grad = g"])
+def test_a_dropped_pass_does_not_stand_for_the_next_one(drop):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    cross_entropy(model(x), y).backward()
+    with optimizer.perturbed():
+        cross_entropy(model(x), y).backward()
+    for p in model.parameters():
+        if drop == "p.grad.zero_()":
+            p.grad.zero_()
+        elif drop != "nothing":
+            p.grad = None
+    if drop == "p.grad = g":
+        grads = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p.grad = g
+    else:
+        cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="only plain gradients"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["contexts", "first and second step", "scaler"])
+def test_a_second_pass_without_a_backward_is_an_error(way):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(cross_entropy(model(x), y)).backward()
+    if way == "first and second step":
+        optimizer.first_step()
+    else:
+        with optimizer.perturbed():
+            cross_entropy(model(x), y)
+    with pytest.raises(RuntimeError, match="left no gradient"):
+        {"contexts": optimizer.step, "scaler": lambda: scaler.step(optimizer)}.get(way, optimizer.second_step)()
+
+
+@pytest.mark.parametrize("kind", ["SAM", "first and second step", "microbatch", "Perturbation"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_unscaling_before_the_perturbed_pass_is_an_error(kind, clip):
+    model, (x, y) = network().float(), batches()[0]
+    x = x.float()
+    start = copies(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR) if kind == "Perturbation" else sam(model)
+    contexts = Perturbation(model, rho=RHO) if kind == "Perturbation" else optimizer
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def passes():
+        scaler.scale(cross_entropy(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if kind == "first and second step":
+            optimizer.first_step(zero_grad=True)
+            scaler.scale(cross_entropy(model(x), y)).backward()
+        else:
+            with contexts.perturbed():
+                scaler.scale(cross_entropy(model(x), y)).backward()
+        scaler.step(optimizer)
+
+    def whole():
+        if kind != "microbatch":
+            return passes()
+        with optimizer.microbatch():
+            return passes()
+
+    with pytest.raises(RuntimeError, match=r"scaler.unscale_\(optimizer\) came before"):
+        whole()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+def test_unscaling_for_another_optimizer_is_nobodys_affair():
+    model, other, (x, y) = network().float(), network().float(), batches()[0]
+    x = x.float()
+    optimizer, plain = sam(model), torch.optim.SGD(other.parameters(), lr=LR)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(cross_entropy(other(x), y)).backward()
+    scaler.unscale_(plain)
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    expected = [p - LR * g for p, g in zip(model.parameters(), truth, strict=True)]
+    scaler.scale(cross_entropy(model(x), y)).backward()
+    with optimizer.perturbed():
+        scaler.scale(cross_entropy(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    close(model.parameters(), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_over_trainable_parameters_is_the_same_in_norm_only_groups(way):
+    model, (x, y) = network(batch_norm=True), batches()[0]
+
+    def loss_of(m):
+        return cross_entropy(m(x), y) + 0.01 * sum(p.square().sum() for p in m.parameters() if p.requires_grad)
+
+    optimizer = SAM(norm_only_param_groups(model), torch.optim.SGD, rho=RHO, lr=LR, module=model)
+    truth = gradients_by_hand(model, loss_of, moved=("1.weight", "1.bias"))
+    expected = float(loss_of(copy.deepcopy(model)).detach())
+    seen = []
+
+    def noted():
+        loss = loss_of(model)
+        seen.append(float(loss.detach()))
+        return loss
+
+    take_step(way, optimizer, noted)
+    assert seen[0] == expected
+    close([p.grad for p in model.parameters()], truth)
+    if way == "closure":
+        assert float(optimizer.last_step.sharpness) == pytest.approx(seen[1] - seen[0], rel=1e-12)
+
+
+# random numbers
+
+
+@pytest.mark.parametrize("how", ["model", "list"])
+def test_replayed_masks_also_where_numbers_are_drawn_before_the_model_is_called(how):
+    model, (x, y) = network(), batches()[0]
+    model.insert(1, nn.Dropout(0.5))
+    masks = []
+    model[1].register_forward_hook(lambda _, inputs, out: masks.append(out != 0))
+    named = model if how == "model" else [nn.Linear(2, 2), model]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, module=named, replay_rng=True)
+    for _ in range(3):
+        masks.clear()
+        torch.rand(3)
+        cross_entropy(model(x), y).backward()
+        with optimizer.perturbed():
+            torch.rand(7)
+            cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(*masks)
+
+
+def test_parts_in_a_list_have_their_masks_replayed_from_the_first_that_runs():
+    parts, (x, y) = [nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5)).double(), nn.Linear(9, 3).double()], batches()[0]
+    masks = []
+    parts[0][1].register_forward_hook(lambda _, inputs, out: masks.append(out != 0))
+    params = [p for part in parts for p in part.parameters()]
+    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=LR, module=parts[::-1], replay_rng=True)
+    take_step("contexts", optimizer, lambda: cross_entropy(parts[1](parts[0](x)), y))
+    assert torch.equal(*masks)
+
+
+def test_a_module_list_whose_call_nobody_sees_is_an_error():
+    parts = nn.ModuleList([nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5)), nn.Linear(9, 3)]).double()
+    x, y = batches()[0]
+    optimizer = sam(parts, replay_rng=True)
+    with pytest.raises(RuntimeError, match=r"where the first pass begins.*microbatch\(\)"):
+        take_step("contexts", optimizer, lambda: cross_entropy(parts[1](parts[0](x)), y))
+
+
+def test_replaying_leaves_no_hook_on_the_model_which_loads_without_this_package(tmp_path):
+    model, (x, y) = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 3)), batches()[0]
+    for _ in range(3):
+        optimizer = sam(model, replay_rng=True)
+        take_step("contexts", optimizer, lambda: cross_entropy(model(x.float()), y))
+        optimizer.zero_grad()
+        torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys; sys.modules['sam_optim'] = None\nimport torch; from torch import nn\n"
+        "torch.serialization.add_safe_globals([nn.Sequential, nn.Linear, nn.Dropout, set])\n"
+        f"torch.load({str(tmp_path / 'model.pt')!r}, weights_only=True)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    del optimizer
+    gc.collect()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+# settings
+
+
+@pytest.mark.parametrize("name", ["rho", "adaptive", "eta", "norm"])
+@pytest.mark.parametrize("make", [sam, Perturbation])
+def test_a_setting_of_the_groups_is_no_attribute(make, name):
+    optimizer = make(network())
+    with pytest.raises(AttributeError, match=rf"{name} is a setting of each group.*param_groups.*= 0\.5"):
+        setattr(optimizer, name, 0.5)
+    assert not hasattr(optimizer, name)
+
+
+def test_modules_that_cannot_be_looked_after_are_refused_and_lazy_ones_work():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        script, inner = torch.jit.script(network()), torch.jit.script(nn.BatchNorm1d(6))
+    with pytest.raises(TypeError, match=r"ScriptModule.*pass the nn\.Module"):
+        sam(script)
+    x, y = batches()[0]
+    model = nn.Sequential(inner, nn.Linear(6, 3)).double()
+    take_step("closure", sam(model), lambda: cross_entropy(model(x), y))
+    assert int(inner.num_batches_tracked) == 1
+
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 3))
+    optimizer = sam(model, lr=0.0)
+    take_step("closure", optimizer, lambda: cross_entropy(model(x.float()), y))
+    assert int(model[1].num_batches_tracked) == 1
+    twin = copy.deepcopy(model)
+    truth = gradients_by_hand(twin, lambda m: cross_entropy(m(x.float()), y))
+    close([p.grad for p in model.parameters()], truth, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("returns", ["a tensor", "a number"])
+def test_zero_grad_after_backward_in_the_closure(returns):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+
+    def closure():
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.zero_grad()
+        return loss if returns == "a tensor" else loss.item()
+
+    if returns == "a number":  # as a closure that skips its batch
+        before = copies(model)
+        optimizer.step(closure)
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+        return
+    for passed in (closure, [closure, closure]):
+        with pytest.raises(RuntimeError, match=r"loss.backward\(\) in it, after zero_grad\(\)"):
+            optimizer.step(passed)
+
+
+# bases and wrappers that cannot work
+
+
+def test_bases_that_differentiate_their_gradients_or_need_a_closure_are_refused():
+    timm_optim = pytest.importorskip("timm.optim")
+    model = network()
+    for make in (lambda: sam_over(model, timm_optim.Adahessian), lambda: sam_over(model, torch.optim.LBFGS)):
+        with pytest.raises(ValueError, match="cannot be the base of SAM"):
+            make()
+    with pytest.raises(ValueError, match="create_graph=True"):
+        SAM.wrap(timm_optim.Adahessian(model.parameters(), lr=LR))
+
+
+def sam_over(model, base):
+    return SAM(model.parameters(), base, rho=RHO, lr=LR)
+
+
+@pytest.mark.parametrize("inner", [SAM, ASAM, functools.partial(SAM, rho=RHO)], ids=["SAM", "ASAM", "partial"])
+def test_inside_zero_redundancy_it_is_refused_with_the_nesting_that_works(inner, tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        model, (x, y) = network(), batches()[0]
+        with pytest.raises(ValueError, match="The other way round works"):
+            ZeroRedundancyOptimizer(model.parameters(), optimizer_class=inner, lr=LR)
+        zero = functools.partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD)
+        optimizer = SAM(model.parameters(), zero, rho=RHO, lr=LR)
+        truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+        expected = [p - LR * g for p, g in zip(model.parameters(), truth, strict=True)]
+        take_step("closure", optimizer, lambda: cross_entropy(model(x), y))
+        close(model.parameters(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "the last layer"])
+@pytest.mark.parametrize("way", ["closure", "contexts"])
+def test_gradients_of_single_examples_are_refused(way, frozen):
+    """Opacus leaves them in p.grad_sample, which `zero_grad` does not clear."""
+    model, (x, y) = network(), batches()[0]
+    model[2].requires_grad_(frozen == "nothing")
+    optimizer = sam(model)
+
+    class Leaves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad_sample = torch.zeros(len(x), *p.shape)
+            return grad
+
+    with pytest.raises(RuntimeError, match=r"single examples.*privacy"):
+        take_step(way, optimizer, lambda: Leaves.apply(cross_entropy(model(x), y)))
+
+
+# numbers
+
+
+@pytest.mark.parametrize("scale", [1e-23, 1e-30, 1e-38])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("norm", [2, float("inf")])
+def test_the_radius_of_tiny_gradients(scale, foreach, adaptive, norm):
+    generator = torch.Generator().manual_seed(2)
+    p = nn.Parameter(torch.randn(50, generator=generator))
+    optimizer = SAM([p], torch.optim.SGD, rho=RHO, lr=LR, foreach=foreach, adaptive=adaptive, norm=norm)
+    w = p.detach().double()
+    p.grad = (torch.randn(50, generator=generator).double() * scale).float()
+    with optimizer.perturbed():
+        e = p.detach().double() - w
+        p.grad = torch.ones(50)
+    scaled = e / (w.abs() + 0.01 if adaptive else 1.0)
+    radius = float(scaled.norm() if norm == 2 else scaled.abs().max())
+    assert radius == pytest.approx(RHO, rel=2e-5)  # 1e-5 for e, and the rounding of w + e in float32
+    assert float(optimizer.last_step.radius) == pytest.approx(RHO, rel=1e-6)
+
+
+def test_a_list_of_closures_beside_a_frozen_group_runs_each_closure_twice():
+    model = network(batch_norm=True)
+    frozen = nn.Parameter(torch.zeros(3, dtype=torch.float64), requires_grad=False)
+    groups = [{"params": list(model.parameters())}, {"params": [frozen], "rho": 0.2}]
+    optimizer = SAM(groups, torch.optim.SGD, rho=RHO, lr=LR, module=model)
+    num_calls = []
+
+    def make(x, y):
+        def closure():
+            num_calls.append(1)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        return closure
+
+    optimizer.step([make(x, y) for x, y in batches()])
+    assert len(num_calls) == 8
+    assert int(model[1].num_batches_tracked) == 4
+    x, y = batches()[0]
+    take_step("microbatch", optimizer, lambda: cross_entropy(model(x), y))
+
+
+def test_steps_that_are_left_out_for_nan_are_warned_of_at_powers_of_ten():
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+
+    def steps():
+        for _ in range(120):
+            take_step("closure", optimizer, lambda: cross_entropy(model(x), y) * float("nan"))
+
+    with pytest.warns(UserWarning, match=r"so far.*lower lr or rho") as warned:
+        steps()
+    assert [str(w.message).split("(")[1].split()[0] for w in warned] == ["1", "10", "100"]
+
+
+# faults while perturbed
+
+
+@pytest.mark.parametrize("what", ["the model", "a part of it", "the optimizer", "p.data ="])
+def test_loading_while_perturbed_is_an_error_and_changes_nothing(what):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    other = network(seed=7)
+    start = copies(model)
+
+    def load():
+        if what == "the model":
+            model.load_state_dict(other.state_dict())
+        elif what == "a part of it":
+            model[2].load_state_dict(other[2].state_dict())
+        elif what == "the optimizer":
+            optimizer.load_state_dict(optimizer.state_dict())
+        else:
+            model[2].bias.data = torch.zeros(3, dtype=torch.float64)
+
+    def passes():
+        cross_entropy(model(x), y).backward()
+        with optimizer.perturbed():
+            load()
+            cross_entropy(model(x), y).backward()
+
+    with pytest.raises(RuntimeError, match="perturbed"):
+        passes()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+    assert not optimizer.perturbation.active
+    take_step("closure", optimizer, lambda: cross_entropy(model(x), y))
+
+
+def test_a_child_process_leaves_the_weights_that_it_shares_alone():
+    model, (x, y) = network().share_memory(), batches()[0]
+    optimizer = sam(model)
+    start = copies(model)
+    cross_entropy(model(x), y).backward()
+    optimizer.first_step()
+    perturbed = copies(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of threads
+        child = os.fork()
+    if child == 0:
+        del optimizer
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), perturbed, strict=True))
+    del optimizer
+    gc.collect()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("way", ["closure", "contexts"])
+def test_after_a_step_under_inference_mode_the_next_one_works(way):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    with pytest.raises(RuntimeError, match="does not require grad"), torch.inference_mode():
+        take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+    close([p.grad for p in model.parameters()], truth)
+
+
+# Lightning, where the module steps its optimizer itself
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("way", ["contexts", "first and second step", "microbatch"])
+@pytest.mark.parametrize("named", [False, True])
+def test_lightnings_manual_optimization(way, named):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = network()
+
+        def training_step(self, batch, batch_idx):
+            optimizer, (x, y) = self.optimizers(), batch
+
+            class Loss:
+                def backward(_):
+                    self.manual_backward(cross_entropy(self.net(x), y))
+
+            take_step(way, optimizer, Loss)
+
+        def configure_optimizers(self):
+            return sam(self.net, module=self if named else None)
+
+    module = Module()
+    twin = copy.deepcopy(module.net)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = [pair for x, y in batches() for pair in zip(x, y, strict=True)]
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+    for x, y in batches():
+        truth = gradients_by_hand(twin, lambda m, x=x, y=y: cross_entropy(m(x), y))
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), truth, strict=True):
+                p.sub_(g, alpha=LR)
+    close(module.net.parameters(), twin.parameters())
+    assert trainer.global_step == len(batches())
+
+
+def test_a_loop_written_for_davda54_runs_as_it_is_with_eta_0():
+    """Its ASAM has T = |w|: pass eta=0 for the same numbers."""
+    model, (x, y) = network(), batches()[0]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=2.0, adaptive=True, eta=0.0, lr=LR)
+    there = copy.deepcopy(model)
+    cross_entropy(there(x), y).backward()
+    norm = torch.stack([(p.detach().abs() * p.grad).norm() for p in there.parameters()]).norm()
+    with torch.no_grad():
+        for p in there.parameters():
+            p.add_(p.square() * p.grad * (2.0 / norm))
+    there.zero_grad()
+    cross_entropy(there(x), y).backward()
+    cross_entropy(model(x), y).backward()
+    optimizer.first_step(zero_grad=True)
+    cross_entropy(model(x), y).backward()
+    close([p.grad for p in model.parameters()], [p.grad for p in there.parameters()])
+    optimizer.second_step(zero_grad=True)

@@ -592,7 +592,7 @@ class Perturbation:
     def _check_only_new_gradients(self) -> None:
         """That gradients of an earlier pass are not among those of this first one."""
         earlier, self._earlier = self._earlier, None
-        if earlier is not None and (earlier.stop().are_mixed or earlier.are_left):
+        if earlier is not None and (earlier.stop().are_mixed or (earlier.are_left and not self.one_pass)):
             raise RuntimeError(
                 "gradients of an earlier perturbed pass are among those of this first pass, and e would come from a "
                 "mixture: call zero_grad() after each step; to accumulate, run the two passes of each micro-batch in "

@@ -36,12 +36,13 @@ TOKEN = re.compile(
     | (?P<symbol>\|\||<=|>=|!=|->|<-|\+-|-\+|\.\.\.|.)""",
     re.VERBOSE,
 )
+WORDS = re.compile(r"\\text\{ ?\w+ \}(?: \\text\{ \w+ ?\})+")  # in a row: one text
 
 
 def tex(formula: str) -> str:
     """Words of two letters and more are text; single letters, Greek names and operators are symbols."""
     pieces = "".join(piece(match, formula) for match in TOKEN.finditer(formula))
-    return pieces.replace(r" } \text{ ", " ")  # words in a row are one text
+    return WORDS.sub(lambda words: words[0].replace(r" } \text{ ", " "), pieces)
 
 
 def piece(match: re.Match, formula: str) -> str:

@@ -14,7 +14,7 @@ from chromium import BINARY, REASON, Browser
 
 from sam_optim.core.results import Estimate, Landscape, Spectrum
 from sam_optim.report import results_page, write_page
-from sam_optim.report.page import POLICY, definitions, element, folded, html_page, html_table, paragraph, section
+from sam_optim.report.page import POLICY, definitions, element, html_page, html_table, paragraph, section
 from sam_optim.statistics.kendall import Correlation
 from sam_optim.symmetries import Audit, AuditRow
 
@@ -164,9 +164,7 @@ def test_a_page_is_whole_or_absent(tmp_path):
 def test_only_what_the_page_makes_is_markup():
     assert element("p", "<b>", element("i", 'a"b'), kind="x<y") == '<p class="x&lt;y">&lt;b&gt;<i>a&#34;b</i></p>'
     assert paragraph("a", None, 3) == "<p>a3</p>"
-    assert "<b>" not in section("<b>", "<b>", identifier='"<b>') + folded("<b>", "<b>") + definitions(
-        [("<b>", "<b>")], kind="pairs"
-    )
+    assert "<b>" not in section("<b>", "<b>", identifier='"<b>') + definitions([("<b>", "<b>")], kind="pairs")
 
 
 def test_columns_of_numbers_and_of_words():

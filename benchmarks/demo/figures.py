@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.demo.findings import NAN, Results, mean, values, values_by_epoch
+from benchmarks.demo.findings import NAN, Results, mean, run_table, values, values_by_epoch
 from benchmarks.demo.plan import DATA, MEASURES, METHODS, STYLE
 from sam_optim.core.results import Landscape
 from sam_optim.core.text import mean_and_std, number, signed, spread
@@ -100,7 +100,8 @@ def sharpness_dots(final: Results, data: str) -> Markup:
     return figure(panels(*strips), f"On {data}: one marker for each seed, their mean, one standard deviation.")
 
 
-def correlation_scatters(rows: Sequence[Mapping[str, Any]], taus: Correlations, measure: str) -> Markup:
+def correlation_scatters(final: Results, taus: Correlations, measure: str) -> Markup:
+    rows = run_table(final)
     plots = []
     for data in DATA:
         tau = next(c for c in taus if c["data"] == data and c["measure"] == measure)

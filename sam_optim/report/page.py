@@ -51,11 +51,6 @@ def section(heading: Child, *content: Child, identifier: str = "") -> Markup:
     return element("section", element("h2", heading), *content, **({"id": identifier} if identifier else {}))
 
 
-def folded(heading: Child, *content: Child) -> Markup:
-    """Hidden until a reader opens it."""
-    return element("details", element("summary", heading), *content)
-
-
 def paragraph(*content: Child, kind: str = "") -> Markup:
     """kind: "lead", "overline", "aside", or an ordinary one."""
     return element("p", *content, kind=kind)
@@ -121,9 +116,21 @@ def _kind(cells: Sequence[Child]) -> str:
     return "words long" if any(len(text) > LONG for text in texts) else "words"
 
 
+def render(template: str, **values: Any) -> Markup:
+    """The markup of a jinja2 template. Values are text, unless they are markup of this module."""
+    import markupsafe
+
+    return markupsafe.Markup(_environment().from_string(template).render(values))
+
+
 @cache
 def _templates() -> Any:
-    """The macros of page.html: what they are given is made printable, then escaped unless it is their own markup."""
+    return _environment().from_string(_file("page.html")).module
+
+
+@cache
+def _environment() -> Any:
+    """jinja2, which makes what it is given printable, then escapes it unless it is markup."""
     import jinja2
     import markupsafe
 
@@ -131,8 +138,7 @@ def _templates() -> Any:
         text = "" if value is None else printable(str(value), one_line=False)
         return markupsafe.Markup(text) if isinstance(value, markupsafe.Markup) else text
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=finalize)
-    return environment.from_string(_file("page.html")).module
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=finalize)
 
 
 @cache

@@ -189,7 +189,7 @@ class TestCheckpoints:
 
     def test_a_pipe_is_no_checkpoint(self, tmp_path):
         os.mkfifo(tmp_path / "c.pt")
-        with pytest.raises(InputError, match="is no regular file"):
+        with pytest.raises(InputError, match="is not a regular file"):
             read(tmp_path / "c.pt")
 
 

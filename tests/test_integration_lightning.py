@@ -485,7 +485,7 @@ def test_sam_as_the_optimizer_of_automatic_optimization(precision):
 
 @pytest.mark.parametrize(
     ("kwargs", "what"),
-    [({"accumulate": 2}, "left gradients of before"), ({"precision": "16-mixed"}, "would train the base optimizer")],
+    [({"accumulate": 2}, "left gradients from before"), ({"precision": "16-mixed"}, "would train the base optimizer")],
     ids=["accumulating", "16-mixed"],
 )
 def test_sam_as_the_optimizer_where_lightning_would_train_something_else(kwargs, what):

@@ -144,7 +144,7 @@ def open_regular(path: Path) -> IO[bytes]:
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise InputError(f"{path} is no regular file")
+        raise InputError(f"{path} is not a regular file")
     return file
 
 
@@ -169,9 +169,9 @@ def read_json(path: Path) -> Any:
 def read_json_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; it was changed or damaged")
+        raise InputError(f"{path} does not hold a JSON object; it was changed or damaged")
     return content
 
 
 def _not_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number that JSON allows")

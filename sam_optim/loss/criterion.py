@@ -147,7 +147,7 @@ class Weigher:
             parts = shares(criterion, halves)
             if parts is not None and all(abs(share - 1) < 1e-3 for share in parts):
                 raise ValueError(
-                    f"the criterion is a sum over the batch: of halves of a batch it gives halves; {A_MEAN}"
+                    f"the criterion is a sum over the batch, not a mean: on half a batch it is half as large; {A_MEAN}"
                 )
             if parts is not None and not target.is_floating_point():
                 self.rule, self._reference = "criterion", (outputs[:FEW].detach(), target[:FEW])

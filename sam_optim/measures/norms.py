@@ -178,7 +178,7 @@ def _weight(loss: Loss, layer: str | nn.Module | Tensor) -> tuple[str, Tensor]:
         raise ValueError(f"layer must be a trainable weight of the model, one of {', '.join(fitting)}; got {got}")
     if named[found].ndim < 2:
         raise ValueError(
-            f"relative flatness needs the weight of a layer with rows, one of {', '.join(fitting)}; "
+            f"relative flatness needs a weight of two dimensions or more, one of {', '.join(fitting)}; "
             f"{found} has shape {tuple(named[found].shape)}"
         )
     return found, named[found]

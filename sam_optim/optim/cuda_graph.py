@@ -156,17 +156,17 @@ def _check(optimizer: SAM) -> None:
         if "capturable" in group and not group["capturable"]:
             raise ValueError(f"{type(base).__name__} counts its steps on the CPU: pass capturable=True")
         if isinstance(base, torch.optim.SGD) and not group.get("fused"):
-            raise ValueError("SGD reads an lr on the device back, but with fused=True: pass that")
+            raise ValueError("SGD copies an lr from the device to the host unless fused=True: pass fused=True")
     if optimizer.param_groups[0].get("sam_step") is not None:
         raise ValueError(
             f"{type(optimizer).__name__} with a schedule has one pass in some steps and two in others, and a graph has "
             "always the same: call optimizer.step(closure)"
         )
     if optimizer.perturbation.replay_rng:
-        raise ValueError("replay_rng=True sets generators back from Python, which a graph does not hold")
+        raise ValueError("replay_rng=True resets generators from Python, which a graph cannot capture")
     if optimizer.perturbation.rounding != "nearest":
         raise ValueError(
-            f"rounding={optimizer.perturbation.rounding!r} has steps on the CPU, which a graph cannot hold"
+            f"rounding={optimizer.perturbation.rounding!r} runs partly on the CPU, which a graph cannot capture"
         )
     if optimizer.nonfinite == "raise" or (optimizer.nonfinite == "skip" and not takes_found_inf(base)):
         raise ValueError(

@@ -43,7 +43,7 @@ class Ranks:
         self.is_sharded = any(groups is not None for groups in spread)
         if self.is_sharded and sync_ascent is False:
             raise ValueError(
-                "sync_ascent=False asks for a perturbation of each rank's own, but the ranks hold parts of one model "
+                "sync_ascent=False asks for one perturbation per rank, but the ranks hold parts of one model "
                 "(FSDP, tensor parallel), which can only move together: use sync_ascent=None or DDP"
             )
         self.may_lack_gradients = any(self._flat.values())  # FSDP1 cuts across parameters: a rank can have none of any

@@ -369,8 +369,8 @@ class Perturbation:
     def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients, ascent_closure: Closure | None) -> bool:
         if earlier.are_mixed or earlier.are_left:
             raise RuntimeError(
-                "the closure left gradients of before step(closure) in place: the second pass would not see what they "
-                "came from. Zero them in the closure, and call loss.backward() there; to accumulate, loop over the "
+                "the closure left gradients from before step(closure) in place, and the second pass would not include "
+                "their data. Zero them in the closure, and call loss.backward() there; to accumulate, loop over the "
                 "micro-batches inside the closure, pass step a list of closures, or use microbatch() and perturbed()"
                 + advice_for_caller()
             )
@@ -464,7 +464,7 @@ class Perturbation:
         is_local = self._float32 is None and not self._ranks.is_sharded  # FSDP1 exchanges storages all the time
         if is_local and any(map(operator.ne, second.pointers, map(Tensor.data_ptr, second.params))):
             raise RuntimeError(
-                "weights were assigned (p.data = ...) while they were perturbed; they have the values of before again: "
+                "weights were assigned (p.data = ...) while they were perturbed; the values from before were brought back: "
                 "assign and load weights when the perturbed pass has ended"
             )
         if self.keeps_ascent_gradients:

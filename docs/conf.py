@@ -38,7 +38,7 @@ PUBLIC = {name for name in sam_optim.__all__ if not name.startswith("__")}
 # Which rooms of the package each page of the reference shows.
 REFERENCE = {
     "optimizers": ("optim",),
-    "measures": ("loss", "measures"),
+    "measures": ("loss", "measures", "monitor"),
     "landscapes": ("landscape", "symmetries"),
     "values": ("core", "statistics"),
 }

@@ -67,13 +67,12 @@ def block(lines: list[str]) -> list[str]:
             rows[-1] += "  " + line.strip()
         else:
             rows.append(line.strip())
-    result = [""]
-    for row in filter(None, rows):
-        if match := ROW.match(row):
-            result += [f"- ``{match[1]}``  :math:`{formulas.tex(row[match.end() :].strip())}`"]
-        else:
-            result += [".. math::", "", "    " + formulas.tex(row), ""]
-    return [*result, ""]
+    matches = [ROW.match(row) for row in filter(None, rows)]
+    if any(matches) and not all(matches):  # a table in words
+        return ["", "::", "", *lines, ""]
+    if all(matches):
+        return ["", *(f"- ``{m[1]}``  :math:`{formulas.tex(m.string[m.end() :].strip())}`" for m in matches), ""]
+    return [line for row in filter(None, rows) for line in ("", ".. math::", "", "    " + formulas.tex(row), "")]
 
 
 def text(lines: list[str], public: set[str]) -> list[str]:

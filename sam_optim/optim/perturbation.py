@@ -464,7 +464,7 @@ class Perturbation:
         is_local = self._float32 is None and not self._ranks.is_sharded  # FSDP1 exchanges storages all the time
         if is_local and any(map(operator.ne, second.pointers, map(Tensor.data_ptr, second.params))):
             raise RuntimeError(
-                "weights were assigned (p.data = ...) while they were perturbed; the values from before were brought back: "
+                "weights were assigned (p.data = ...) while they were perturbed; their earlier values are back: "
                 "assign and load weights when the perturbed pass has ended"
             )
         if self.keeps_ascent_gradients:

@@ -12,6 +12,8 @@ such pairs in thread CPU time, which hold where other processes share the machin
     SAM, bf16 ascent        e from a pass under autocast
     SAM-ON                  e of normalisation layers alone; both passes compute every gradient
     2 micro-batches         m-sharpness: each half has its own e
+    late phase, every 5th   a schedule, in the mean over 10 or 5 steps; LookSAM too
+    other names             the variants
 """
 
 from __future__ import annotations
@@ -29,13 +31,19 @@ from torch import Tensor, nn
 from benchmarks.machine import facts
 from benchmarks.speed import timing
 from benchmarks.speed.timing import Run
-from sam_optim import SAM, norm_only_param_groups
+from sam_optim import GSAM, MSAM, SAM, FriendlySAM, LookSAM, StaleSAM, VaSSO, norm_only_param_groups, periodic
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import run, unknown
 from sam_optim.vision.models import small_stem_
 
 BATCHES = {"resnet18": 32, "vit_tiny_patch16_224": 24}  # others: 16
-TARGETS = {"SAM": 2.02, "SAM, 25 % ascent": 1.35}
+TARGETS = {
+    "SAM": 2.02,
+    "SAM, 25 % ascent": 1.35,
+    "MSAM": 1.05,
+    "late phase, last 30 %": 1.32,
+    "LookSAM, every 5th": 1.25,
+}
 SETTINGS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 RHO = 0.05
 
@@ -118,12 +126,14 @@ def sam_step(
     bf16: bool = False,
     parts: int = 1,
     fused: bool | None = None,
+    cls: type[SAM] = SAM,
+    schedule: Callable[[int], float] | None = None,
     **flags: Any,
 ) -> Run:
     """One step; `share` of the batch and `bf16` are of the ascent, `fused` is SAM's, flags are of the base."""
     model, x, y = problem(s)
     base = torch.optim.SGD(norm_only_param_groups(model) if norm_only else model.parameters(), **SETTINGS, **flags)
-    optimizer = SAM.wrap(base, rho=RHO, module=model, fused=fused)
+    optimizer = cls.wrap(base, rho=RHO, module=model, fused=fused, schedule=schedule)
     if parts > 1:
         chunks = zip(x.chunk(parts), y.chunk(parts), strict=True)
         closures = [pass_of(model, *chunk, amp=s.amp) for chunk in chunks]
@@ -136,6 +146,17 @@ def sam_step(
     return lambda: optimizer.step(descent, ascent_closure=ascent)
 
 
+def several(s: Setting, *, steps: int = 1, **how: Any) -> Run:
+    """As many steps as a schedule needs to come round."""
+    step = sam_step(s, **how)
+
+    def run() -> None:
+        for _ in range(steps):
+            step()
+
+    return run
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "SAM": {},
     "SAM, 50 % ascent": {"share": 0.5},
@@ -145,13 +166,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "SAM-ON": {"norm_only": True},
     "SAM-ON, 25 % ascent": {"norm_only": True, "share": 0.25},
     "SAM, 2 micro-batches": {"parts": 2},
+    "late phase, last 30 %": {"schedule": lambda step: float(step % 10 >= 7), "steps": 10},
+    "SAM, every 5th": {"schedule": periodic(5), "steps": 5},
+    "LookSAM, every 5th": {"cls": LookSAM, "steps": 5},
+    "MSAM": {"cls": MSAM},
+    "StaleSAM": {"cls": StaleSAM},
+    "GSAM": {"cls": GSAM},
+    "FriendlySAM": {"cls": FriendlySAM},
+    "VaSSO": {"cls": VaSSO},
 }
 
 
 def compare(model: str, rounds: int, *, batch: int | None = None) -> dict[str, Any]:
     s = Setting(model, BATCHES.get(model, 16) if batch is None else batch)
-    steps = {"base, again": base_step(s)} | {way: sam_step(s, **how) for way, how in WAYS.items()}
-    times = timing.paired(base_step(s), steps, rounds, model)
+    runs = {"base, again": base_step(s)} | {way: several(s, **how) for way, how in WAYS.items()}
+    times = timing.paired(base_step(s), runs, rounds, model)
+    for way, how in WAYS.items():
+        seconds, base = times[way]
+        times[way] = [t / how.get("steps", 1) for t in seconds], base
     return {
         "model": model,
         "batch": s.batch,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from by_hand import LOSS, Overflows, add_sam_gradient, batches, largest_difference, network, seed_step, sgd, train
 
-from sam_optim import SAM, Perturbation, asam_param_groups
+from sam_optim import SAM, Perturbation, asam_param_groups, late_phase
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),  # Lightning's own, under torch 2.15
@@ -121,6 +121,17 @@ def test_the_callback(precision, accumulate, clip):
     assert [row["loss"] for row in rows] == [losses[i] for i in last]
     assert [row["call"] for row in rows] == [2 * i + 1 for i in last]
     assert fit.callback_metrics["twice"] == 2 * losses[-1]
+
+
+def test_a_schedule_leaves_out_second_passes():
+    module, plain = Module(), Module()
+    trainer([callback(schedule=late_phase(8))]).fit(module)
+    trainer([]).fit(plain)
+    assert largest_difference(module.net, plain.net) == 0.0
+    assert module.calls == 8
+    module = Module()
+    trainer([callback(schedule=late_phase(2))], accumulate=2).fit(module)
+    assert module.calls == 4 + 2 * 4
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), MATRIX)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from by_hand import add_sam_gradient, largest_difference, seed_step, sgd, train
 
-from sam_optim import SAM, asam_param_groups
+from sam_optim import MSAM, SAM, asam_param_groups, late_phase, proportional_to_lr
 
 MATRIX = [(accumulate, clip) for accumulate in (1, 2) for clip in (0.0, 0.05)]
 SETTINGS = {
@@ -189,6 +189,41 @@ def test_a_sam_inside_a_sam_trainer_is_refused(tmp_path):
     twice = trainer(model, arguments(tmp_path), optimizers=(optimizer, schedule))
     with pytest.raises(ValueError, match=r"SAM, which perturbs .* base, SGD"):
         twice.train()
+
+
+def test_a_variant_with_one_pass_is_the_optimizer_of_a_sam_trainer(tmp_path):
+    model, truth = bert(), bert()
+    optimizer = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    lasting = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    sam = trainer(model, args, optimizers=(optimizer, lasting), rho=0.05)
+    sam.train()
+    by_hand = MSAM(truth.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    ids, labels = sentences()
+    truth.train()
+    for step in range(4):
+        seed_step(step)
+        by_hand.zero_grad()
+        for k in (2 * step, 2 * step + 1):
+            with by_hand.perturbed():
+                truth(input_ids=ids[8 * k : 8 * k + 8], labels=labels[8 * k : 8 * k + 8]).loss.backward()
+        by_hand.step()
+    assert largest_difference(model, truth) == 0.0
+
+
+def test_a_schedule_leaves_out_second_passes(tmp_path):
+    from transformers import Trainer
+
+    model, plain = bert(), bert()
+    args = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1}
+    trainer(model, arguments(tmp_path / "a", **args), schedule=late_phase(8)).train()
+    trainer(plain, arguments(tmp_path / "b", **args), cls=Trainer).train()
+    assert largest_difference(model, plain) == 0.0
+    late = bert()
+    trainer(late, arguments(tmp_path / "c", **args), schedule=late_phase(7)).train()
+    assert largest_difference(late, plain) > 1e-5
+    with pytest.raises(ValueError, match="proportional_to_lr"):
+        trainer(late, arguments(tmp_path / "d", **args), schedule=proportional_to_lr(0.0, 0.1))
 
 
 def test_what_cannot_be_done_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import ranks
@@ -308,6 +309,50 @@ def test_over_two_ranks_a_variant_follows_the_gradient_of_all(name, way):
     first, second = (torch.tensor(x, dtype=torch.float64) for x in ranks.spawn(worker, name, way))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=0, atol=EPS)
+
+
+def sharded(rank, name):
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = make(name, model, module=model)
+    for i in range(6):
+        by_needed_passes(model, optimizer, 2 * i + rank)
+    return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()]).tolist()
+
+
+@pytest.mark.parametrize("name", ["VaSSO", "LookSAM", "MSAM", "StaleSAM"])
+def test_over_a_sharded_model_a_variant_has_the_norms_of_all_of_it(name):
+    class OfBoth(VARIANTS[name][2]):
+        def gradient(self, weights, i):
+            both = [super(OfBoth, self).gradient(weights, 2 * i + rank) for rank in range(2)]
+            return [(a + b) / 2 for a, b in zip(*both, strict=True)]
+
+    by_hand = OfBoth()
+    for i in range(6):
+        by_hand.step(i)
+    expected = torch.cat([w.flatten() for w in by_hand.weights])
+    for weights in ranks.spawn(sharded, name):
+        torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), expected, rtol=0, atol=EPS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_copied_and_pickled_and_takes_a_checkpoint_of_its_base(name):
+    model = network()
+    optimizer = make(name, model)
+    for i in range(4):
+        by_closure(model, optimizer, i)
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    by_closure(model, optimizer, 4)
+    for twin, its_optimizer in copies:
+        by_closure(twin, its_optimizer, 4)
+        assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), model.parameters(), strict=True))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    plain.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(plain.state_dict())
+    by_closure(model, optimizer, 5)
 
 
 def test_wrap_makes_a_variant_around_an_optimizer_that_exists():

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.sam import SAM
+from sam_optim.optim.schedules import factor_at
 
 ParamGroups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
@@ -42,6 +43,22 @@ def perturbation_around(
     if not groups:
         raise ValueError("param_groups(model) has none of the parameters that the optimizer trains")
     return Perturbation(groups, module=model, **settings)
+
+
+def check_schedule(schedule: Callable[[int], float] | None) -> None:
+    """Raises ValueError for one that needs the optimizer's groups, which the perturbation does not have."""
+    if hasattr(schedule, "radius"):
+        raise ValueError(
+            "proportional_to_lr reads the learning rate of the optimizer's groups: give the framework SAM(..., "
+            "schedule=proportional_to_lr(...)) as its optimizer instead"
+        )
+
+
+def follow_schedule(perturbation: Perturbation, schedule: Callable[[int], float] | None, step: int) -> bool:
+    """Sets the radii of a step. Whether it has a second pass."""
+    if schedule is not None:
+        perturbation.scale_radii(factor_at(schedule, step))
+    return perturbation.ascends
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_optim.core import random as rng
-from sam_optim.integrations.around import ParamGroups, missing, parameters_of, perturbation_around
+from sam_optim.integrations.around import (
+    ParamGroups,
+    check_schedule,
+    follow_schedule,
+    missing,
+    parameters_of,
+    perturbation_around,
+)
 from sam_optim.monitor import SharpnessMonitor
 from sam_optim.monitor.writers import numbers
 from sam_optim.optim.perturbation import Perturbation
@@ -46,6 +53,7 @@ class SAMCallback(Callback):
 
     Args:
         rho, adaptive, eta, norm, sync_ascent, rounding, replay_rng: as of `Perturbation`.
+        schedule: from `trainer.global_step` to a factor of rho, such as `late_phase(start)`; 0: one pass.
         param_groups: from the module to groups with their own "adaptive", "rho", "eta" or "norm", such as
             `asam_param_groups`. Parameters that the optimizer does not train are left out.
 
@@ -69,7 +77,10 @@ class SAMCallback(Callback):
         sync_ascent: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
+        schedule: Callable[[int], float] | None = None,
     ):
+        check_schedule(schedule)
+        self._schedule, self._ascends = schedule, True
         self._settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         self._settings |= {"sync_ascent": sync_ascent, "rounding": rounding}
         Perturbation(nn.LayerNorm(1), **self._settings)  # raises for wrong settings; draws no random numbers
@@ -99,7 +110,9 @@ class SAMCallback(Callback):
             )
             self._num_trained = len(trained)
             self._devices = {p.device for p in trained if p.is_cuda}
-        trainer.strategy.training_step = functools.partial(self._first_pass, trainer.strategy)
+        self._ascends = follow_schedule(self.perturbation, self._schedule, trainer.global_step)
+        if self._ascends:
+            trainer.strategy.training_step = functools.partial(self._first_pass, trainer.strategy)
 
     def _first_pass(self, strategy: Any, *args: Any) -> Any:
         """Replaces the strategy's method for one call: the last moment before the forward pass, in which the model may
@@ -112,12 +125,16 @@ class SAMCallback(Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         assert self.perturbation is not None
+        if not self._ascends:
+            return
         with ExitStack() as entered:
             entered.enter_context(self.perturbation.microbatch())
             self._micro_batch = entered.pop_all()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         assert self.perturbation is not None
+        if not self._ascends:
+            return
         assert self._micro_batch is not None
         micro_batch, self._micro_batch = self._micro_batch, None
         with micro_batch, self.perturbation.perturbed(), _unseen(pl_module), self._draws():

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sam_optim.integrations.around import ParamGroups, missing, perturbation_around
+from sam_optim.integrations.around import (
+    ParamGroups,
+    check_schedule,
+    follow_schedule,
+    missing,
+    perturbation_around,
+)
 from sam_optim.monitor import SharpnessMonitor
 from sam_optim.monitor.writers import numbers
 from sam_optim.optim.perturbation import Perturbation
+from sam_optim.optim.sam import SAM
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -28,17 +36,21 @@ class SAMTrainer(Trainer):
 
         trainer = SAMTrainer(model, arguments, train_dataset=dataset, rho=0.05)
 
+    A `SAM` or a variant of it may be the optimizer, too: optimizers=(MSAM(...), None). It has its own settings then,
+    and none of these may be given.
+
     A trainer that is a subclass already can copy the seven lines of `training_step`.
 
     Args:
         rho, adaptive, eta, norm, sync_ascent, rounding, replay_rng: as of `Perturbation`.
+        schedule: from the Trainer's global step to a factor of rho, such as `late_phase(start)`; 0: one pass.
         param_groups: from the model to groups with their own "adaptive", "rho", "eta" or "norm", such as
             `asam_param_groups`. Parameters that the optimizer does not train are left out.
         args, kwargs: the Trainer's own.
 
     Raises:
         RuntimeError: with DeepSpeed, whose engine runs a backward of its own, and with optimizers that step in one.
-        ValueError: when training starts with a `SAM` in `optimizers`.
+        ValueError: when training starts with a `SAM` in `optimizers` and settings here.
 
     Source: Foret et al. (2020), arXiv:2010.01412.
     """
@@ -54,14 +66,19 @@ class SAMTrainer(Trainer):
         sync_ascent: bool | None = None,
         rounding: str = "nearest",
         replay_rng: bool = False,
+        schedule: Callable[[int], float] | None = None,
         **kwargs: Any,
     ):
+        check_schedule(schedule)
+        self._sam_schedule = schedule
         self._sam_settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
         self._sam_settings |= {"sync_ascent": sync_ascent, "rounding": rounding, "replay_rng": replay_rng}
+        defaults = [0.05, False, 0.01, 2, None, "nearest", False]
+        self._has_settings = [*self._sam_settings.values()] != defaults or (schedule or param_groups) is not None
         Perturbation(nn.LayerNorm(1), **self._sam_settings)  # raises for wrong settings; draws no random numbers
         self._sam_param_groups = param_groups
         self._sam_is_for: tuple[Any, Any] = (None, None)
-        self.perturbation: Perturbation | None = None
+        self.perturbation: Perturbation | SAM | None = None
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
             raise RuntimeError("DeepSpeed runs a backward of its own, which SAM cannot come between: use FSDP or DDP")
@@ -70,20 +87,35 @@ class SAMTrainer(Trainer):
             raise RuntimeError(f"optim={optim!r} updates the weights in the first backward: take another")
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        perturbation = self._around(model)
-        with perturbation.microbatch():
+        sam = self._around(model)
+        ascends = sam.ascends if isinstance(sam, SAM) else self._follow(sam)
+        if not ascends:
+            return super().training_step(model, *args, **kwargs)
+        if isinstance(sam, SAM) and sam.one_pass:
+            with sam.perturbed():
+                return super().training_step(model, *args, **kwargs)
+        with sam.microbatch():
             loss = super().training_step(model, *args, **kwargs)
-            with perturbation.perturbed():
+            with sam.perturbed():
                 super().training_step(model, *args, **kwargs)
         return loss
 
-    def _around(self, model: nn.Module) -> Perturbation:
+    def _follow(self, perturbation: Perturbation) -> bool:
+        return follow_schedule(perturbation, self._sam_schedule, self.state.global_step)
+
+    def _around(self, model: nn.Module) -> Perturbation | SAM:
         """Created once `train` has prepared model and optimizer: FSDP replaces the parameters."""
         if self._sam_is_for[0] is not model or self._sam_is_for[1] is not self.optimizer:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
-            self.perturbation = perturbation_around(
-                model, optimizer, param_groups=self._sam_param_groups, **self._sam_settings
-            )
+            if (
+                isinstance(optimizer, SAM) and not self._has_settings
+            ):  # its settings are its own; the wrapped model is known only now
+                optimizer.module = model
+                self.perturbation = optimizer
+            else:
+                self.perturbation = perturbation_around(
+                    model, optimizer, param_groups=self._sam_param_groups, **self._sam_settings
+                )
             self._sam_is_for = model, self.optimizer
         assert self.perturbation is not None
         return self.perturbation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sam_optim.optim.kernels.bucket import LOW_PRECISION, are_apart
+from sam_optim.optim.kernels.bucket import LOW_PRECISION, addresses, are_apart
 
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -115,7 +115,7 @@ def _check_plain(params: Sequence[Tensor]) -> None:
     for p in params:
         if type(p) is not nn.Parameter:
             raise ValueError(f"rounding='float32' is for plain parameters, got a {type(p).__name__}: {_INSTEAD}")
-    if not are_apart(params):
+    if not are_apart(params, addresses(params)):
         raise ValueError(
             "two parameters share memory, and rounding='float32' would give each a copy of its own: make them one "
             f"Parameter, or {_INSTEAD}"

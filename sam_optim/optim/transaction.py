@@ -315,13 +315,19 @@ class EarlierGradients:
     def stop(self) -> EarlierGradients:
         """Ends the watch. What it has seen can be asked for afterwards."""
         watched, self._watched = self._watched, []
-        if watched:
-            for w in watched:
-                self.are_mixed = self.are_mixed or (w.is_mixed and not w.was_replaced())
-            self.are_untouched = all(map(_Watched.is_untouched, watched))
-            self.are_left = self.are_untouched and any([has_values(w.p.grad) for w in watched])  # type: ignore[arg-type]
-            for w in watched:
-                w.stop()
+        self.are_untouched = bool(watched)
+        for w in watched:
+            w.handle.remove()
+            g, earlier = w.p.grad, w.earlier()
+            is_there = g is not None and g is w.seen()
+            # a backward puts another tensor there, too, but one with a graph, or, under DDP, a view of a bucket
+            was_assigned = g is not None and not is_there and not g.requires_grad and not g._is_view()
+            self.are_mixed = self.are_mixed or (w.is_mixed and not was_assigned)
+            is_untouched = is_there and not w.arrived and g._version == w.version  # type: ignore[union-attr]
+            self.are_untouched = self.are_untouched and is_untouched
+            if is_there and earlier is not None:
+                w.p.grad = earlier
+        self.are_left = self.are_untouched and any([has_values(w.p.grad) for w in watched])  # type: ignore[arg-type]
         return self
 
     @property
@@ -339,38 +345,22 @@ class _Watched:
 
     def __init__(self, p: Tensor, by_view: bool):
         self.p = p
-        self._earlier = self._seen = TensorWeakRef(p.grad)  # type: ignore[arg-type]
+        g: Any = p.grad
+        self.earlier = self.seen = TensorWeakRef(g)
         if by_view:
-            p.grad = view = p.grad.detach()  # type: ignore[union-attr]
-            self._seen = TensorWeakRef(view)
-        self._version = p.grad._version  # type: ignore[union-attr]
+            p.grad = g = g.detach()
+            self.seen = TensorWeakRef(g)
+        self.version = g._version
         self.arrived = self.is_mixed = False
-        self._handle = p.register_hook(functools.partial(_arrive, weakref.ref(self)))
-
-    def is_there(self) -> bool:
-        return self.p.grad is not None and self.p.grad is self._seen()
-
-    def was_replaced(self) -> bool:
-        """Whether somebody has assigned another gradient. A backward does that, too, but with a graph, and DDP with a
-        view of its bucket."""
-        g = self.p.grad
-        return g is not None and not self.is_there() and not g.requires_grad and not g._is_view()
-
-    def is_untouched(self) -> bool:
-        return not self.arrived and self.is_there() and self.p.grad._version == self._version  # type: ignore[union-attr]
-
-    def stop(self) -> None:
-        self._handle.remove()
-        if self.is_there() and (earlier := self._earlier()) is not None:
-            self.p.grad = earlier
+        self.handle = p.register_hook(functools.partial(_arrive, weakref.ref(self)))
 
 
 def _arrive(watched: weakref.ref[_Watched], _: Tensor) -> None:
     """A hook that an interrupt leaves behind does nothing."""
     w = watched()
     if w is not None and not w.arrived:  # what comes after the first one is added to that
-        w.arrived = True
-        w.is_mixed = w.is_there() and has_values(w.p.grad)  # type: ignore[arg-type]
+        w.arrived, g = True, w.p.grad
+        w.is_mixed = g is not None and g is w.seen() and has_values(g)
 
 
 def has_values(grad: Tensor) -> bool:

@@ -95,7 +95,7 @@ class Storage:
         with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
             if hasattr(b.body, "batches_of"):
                 self.batches, self.copies = b.body.batches_of(b.weights)
-                self._addresses = list(map(Tensor.data_ptr, b.weights))
+                self._addresses = addresses(b.weights)
             else:
                 self.copies = [torch.empty_like(w, requires_grad=False) for w in b.weights]
 
@@ -103,7 +103,7 @@ class Storage:
         same = len(self._params) == len(b.params) and all(map(operator.is_, self._params, b.params))
         same = same and self._kind == (b.dtype, b.device, b.body) and self._shapes == list(map(_SHAPE, b.weights))
         if self.batches is not None:  # which are views of the weights
-            same = same and self._addresses == list(map(Tensor.data_ptr, b.weights))
+            same = same and self._addresses == addresses(b.weights)
             same_strides = True
         return same and (not same_strides or self._strides == list(map(Tensor.stride, b.weights)))
 
@@ -134,7 +134,8 @@ class Backups:
             b.storage = storages[i] = storage
         in_batches = [b for b in buckets if b.storage.batches is not None]  # type: ignore[union-attr]
         if any([b.storage not in self._storages for b in in_batches]):
-            apart = are_apart([w for b in in_batches for w in b.weights])
+            weights = [w for b in in_batches for w in b.weights]
+            apart = are_apart(weights, addresses(weights))
             for b in in_batches:
                 b.storage.are_apart = apart  # type: ignore[union-attr]
         self._storages = storages  # type: ignore[assignment]
@@ -207,13 +208,17 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def are_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two share memory, or lie within each other."""
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def are_apart(tensors: Sequence[Tensor], at: Sequence[int]) -> bool:
+    """Whether no two share memory, or lie within each other. at: their addresses."""
     spans = []
-    for x in tensors:
+    for x, begin in zip(tensors, at, strict=True):
         if x.numel():
             length = 1 + sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
-            spans.append((x.data_ptr(), x.data_ptr() + length * x.itemsize))
+            spans.append((begin, begin + length * x.itemsize))
     spans.sort()
     return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 

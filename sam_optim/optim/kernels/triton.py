@@ -35,6 +35,7 @@ from sam_optim.optim.kernels.bucket import (
     Moved,
     Norms,
     Storage,
+    addresses,
     are_apart,
     wide_dtype,
 )
@@ -277,7 +278,8 @@ def fits(buckets: Sequence[Bucket]) -> bool:
     if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
         return False
     weights = [w for b in buckets for w in b.weights]
-    return all(b.device == device and _fits(b) for b in buckets) and are_apart(weights)  # programs run in any order
+    # programs run in any order: of two weights that overlap one would copy what the other has moved
+    return all(b.device == device and _fits(b) for b in buckets) and are_apart(weights, addresses(weights))
 
 
 def ascend_(buckets: Sequence[Bucket], backups: Backups) -> Ascent:
@@ -445,10 +447,6 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Without fused multiply-add: the compiler would choose where, and the bits would depend on it."""
     if programs:
         kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False, **constants)
-
-
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -500,34 +500,26 @@ class Perturbation:
         return buckets
 
     def _split(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
-        """One bucket for each kind of weight and gradient; most models have one kind."""
-        if self._ranks.is_sharded:
-            return self._split_spread(group, params, grads)
-        kinds = {(p.dtype, p.is_cpu) for p in params}, {(g.dtype, g.layout, g.is_cpu) for g in grads}
-        if len(kinds[0]) == len(kinds[1]) == 1 and params[0].is_cpu:
-            return [self._bucket(group, params, params, grads)]
-        by_kind: dict[Any, list[int]] = {}
-        for i, pair in enumerate(zip(params, grads, strict=True)):
-            by_kind.setdefault(tuple(map(_KIND, pair)), []).append(i)
-        chosen = [([params[i] for i in same], [grads[i] for i in same]) for same in by_kind.values()]
-        return [self._bucket(group, same, same, gradients) for same, gradients in chosen]
+        """One bucket for each kind of weight and gradient; most models have one kind.
 
-    def _split_spread(self, group: int, params: list[Tensor], grads: list[Any]) -> list[Bucket]:
-        """Weights that are spread over ranks have their bucket also without a gradient: all ranks add up the same."""
+        Weights that are spread over ranks have theirs also without a gradient: all ranks add up the same.
+        """
+        is_sharded = self._ranks.is_sharded
+        if not is_sharded and params[0].is_cpu:
+            kinds = {(p.dtype, p.is_cpu) for p in params}, {(g.dtype, g.layout, g.is_cpu) for g in grads}
+            if len(kinds[0]) == len(kinds[1]) == 1:
+                return [self._bucket(group, params, params, grads)]
         by_kind: dict[Any, list[tuple[Tensor, Tensor, Any]]] = {}
         for p, g in zip(params, grads, strict=True):
-            w, groups = dtensor.local(p), self._ranks.groups_of(p) or ()
+            w, groups = (dtensor.local(p), self._ranks.groups_of(p) or ()) if is_sharded else (p, ())
             if groups or g is not None:
-                same = by_kind.setdefault((w.dtype, w.device, groups, None if groups else g.layout), [])
-                if g is not None:
-                    same.append((p, w, g))
+                same = by_kind.setdefault((w.dtype, w.device, groups, None if groups else _KIND(g)), [])
+                same += [] if g is None else [(p, w, g)]
         buckets = []
         for (dtype, device, groups, _), same in by_kind.items():
-            bucket = (
-                self._bucket(group, *map(list, zip(*same, strict=True))) if same else self._empty(group, dtype, device)
-            )
-            bucket.groups = groups
-            buckets.append(bucket)
+            lists = map(list, zip(*same, strict=True))
+            buckets.append(self._bucket(group, *lists) if same else self._empty(group, dtype, device))
+            buckets[-1].groups = groups
         return buckets
 
     def _bucket(self, group: int, params: list[Tensor], weights: list[Tensor], grads: list[Tensor]) -> Bucket:

@@ -25,7 +25,7 @@ html_theme = "furo"
 html_title = f"sam_optim {release}"
 html_extra_path = ["index.html"]  # leads to docs/index.html
 html_math_renderer = "mathml"
-html_copy_source = False
+html_copy_source = html_show_copyright = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 autodoc_inherit_docstrings = False

@@ -10,8 +10,10 @@ README = examples.ROOT / "README.md"
 SPREAD = 0.05  # of a network after five epochs and its largest eigenvalue; 0.02 was the most between two processors
 
 
-def test_every_example_runs_and_prints_what_it_shows():
+def test_every_example_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     from benchmarks.train.data import load
     from benchmarks.train.options import Options
     from sam_optim.vision.models import build

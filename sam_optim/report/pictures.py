@@ -214,11 +214,9 @@ def sharpness_picture(
         edges.pop("sgd_edge", None)
     lines += [Curves(EDGES[name], steps, [column], len(measures) + k) for k, (name, column) in enumerate(edges.items())]
     figure = curves(title, lines, x_label="step", y_label="per unit of weight²", log=None, size=size)
-    for line in figure.axes[0].get_lines()[len(measures) :]:
+    marks = [mark for legend in figure.legends or [figure.axes[0].get_legend()] for mark in legend.get_lines()]
+    for line in (*figure.axes[0].get_lines()[len(measures) :], *marks[len(measures) :]):
         line.set(linewidth=1.0, linestyle="--")
-    for legend in figure.legends or [figure.axes[0].get_legend()]:
-        for mark, line in zip(legend.get_lines(), figure.axes[0].get_lines(), strict=True):
-            mark.update_from(line)
     return figure
 
 

@@ -1,5 +1,6 @@
 """Damaged and hostile files and those of other formats: one line each; nothing in them runs or is measured wrongly."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -71,6 +72,23 @@ class TestCheckpoints:
             assert error is None or ("d.pt" in error and "\n" not in error)
             assert error or all(torch.equal(read_back[k], w) for k, w in state.items())
         assert refused > 100
+
+    def test_safetensors_have_no_checksum_but_the_one_beside_them(self, tmp_path):
+        from safetensors.torch import save
+
+        path, state = tmp_path / "c.safetensors", network(0).state_dict()
+        content = bytearray(save(state))
+        path.write_bytes(content)
+        beside = tmp_path / "c.safetensors.sha256"
+        beside.write_text(f"{hashlib.sha256(content).hexdigest()}  c.safetensors\n")
+        assert torch.equal(read(path).state["0.weight"], state["0.weight"])
+        content[-3] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"is damaged: .* c\.safetensors\.sha256 says"):
+            read(path)
+        beside.write_text("no sum")
+        with pytest.raises(InputError, match=r"sha256 has no SHA-256"):
+            read(path)
 
     @pytest.mark.parametrize("value", [1e11, -3e35, float("inf"), float("nan")])
     @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -187,6 +205,29 @@ class TestCheckpoints:
         with pytest.raises(InputError, match="has changed while it was read"):
             checkpoints.read(checkpoint)
 
+    @pytest.mark.parametrize("kind", ["codecs", "punycode", "idna", "bytearray", "keys"])
+    def test_a_pickle_that_would_fill_memory_or_take_hours(self, tmp_path, kind):
+        def text(content):
+            return b"X" + struct.pack("<I", len(content)) + content
+
+        encode = b"\x80\x02c_codecs\nencode\n"
+        kinds = {
+            "codecs": encode + b"q\x01" + text(b"a" * (1 << 20)) + b"q\x00" + text(b"utf-32") + b"q\x02\x86R("
+            + b"h\x01h\x00h\x02\x86R" * 3000 + b"t.",
+            "punycode": encode + text(("\u4e00\u4e01" * 99_999).encode()) + text(b"punycode") + b"\x86R.",
+            "idna": encode + text("\u00fc".encode() * 10_000) + text(b"idna") + b"\x86R.",
+            "bytearray": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + (60 << 30).to_bytes(5, "little") + b"\x85R.",
+            "keys": b"\x80\x02})" + b"".join(b"q%ch%ch%ch%c\x87" % (i, i, i, i) for i in range(1, 60)) + b"K\x01s.",
+        }  # fmt: skip
+        with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
+            archive.writestr("c/data.pkl", kinds[kind])
+            archive.writestr("c/version", "3\n")
+            archive.writestr("c/byteorder", "little")
+        (tmp_path / "old.pt").write_bytes(b"".join(pickle.dumps(x, protocol=2) for x in (1, 2, 3)) + kinds[kind])
+        for name in ("c.pt", "old.pt"):
+            with pytest.raises(InputError, match=name):
+                read(tmp_path / name)
+
     def test_a_pipe_is_no_checkpoint(self, tmp_path):
         os.mkfifo(tmp_path / "c.pt")
         with pytest.raises(InputError, match="is not a regular file"):
@@ -299,6 +340,10 @@ class TestCifar:
         encode = b"c_codecs\nencode\n"
         yield "codecs", b"\x80\x02" + text + b"q\x000" + (encode + b"h\x00X\x06\x00\x00\x00latin1\x86R") * 64 + b"."
         yield "codec", b"\x80\x02" + encode + b"X\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R."
+        shared = [1] * 10
+        for _ in range(9):
+            shared = [shared] * 10
+        yield "labels in labels", pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": shared})
         yield "names", pickle.dumps({"data": Path, **labels})
         yield "state of a function", b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb."
 

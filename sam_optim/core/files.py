@@ -141,11 +141,11 @@ def write_json(path: Path, value: Any, option: str = "--out") -> None:
 
 def open_regular(path: Path) -> IO[bytes]:
     """Opens a file for reading; a pipe or device, which could block for ever, is an `InputError`."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise InputError(f"{path} is not a regular file")
-    return file
+    return open(handle, "rb")
 
 
 def read_bytes(path: Path, limit: int = LARGEST) -> bytes:

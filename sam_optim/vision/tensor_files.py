@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.errors import InputError, one_line
-from sam_optim.core.files import open_regular
+from sam_optim.core.files import open_regular, read_bytes
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
 NAMED_BY_CONTENT = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{16})\.pt")  # benchmarks.train: step, SHA-256
@@ -45,21 +45,35 @@ def read_file(path: Path, sha256: Any = None) -> Any:
 
     Raises:
         InputError: of another format, damaged, or it needs more than tensors and plain values. The zip format of
-            torch.save has checksums, safetensors and the older format of torch.save have none.
+            torch.save has checksums, safetensors and the older format of torch.save have none: FILE.sha256 beside one
+            is checked.
     """
     with open_regular(path) as file:
-        named = NAMED_BY_CONTENT.fullmatch(path.name)
+        said, where = _said(path)
         content = hashlib.sha256()
-        for block in _blocks(file) if named or sha256 else ():
+        for block in _blocks(file) if said or sha256 else ():
             content.update(block)
             if sha256:
                 sha256.update(block)
-        if named and content.hexdigest()[:16] != named[2]:
+        if said and not content.hexdigest().startswith(said):
             actual = content.hexdigest()[:16]
-            raise InputError(f"{path} is damaged: its SHA-256 begins with {actual}, its name says {named[2]}")
+            raise InputError(f"{path} is damaged: its SHA-256 begins with {actual}, {where} says {said[:16]}")
         file.seek(0)
         _check_format(path, file)
         return _read_safetensors(path, file) if path.suffix == ".safetensors" else _read_torch(path, file)
+
+
+def _said(path: Path) -> tuple[str, str]:
+    """The SHA-256 of a file, or how it begins, and what says so: its name, or FILE.sha256 as `sha256sum` writes it."""
+    if named := NAMED_BY_CONTENT.fullmatch(path.name):
+        return named[2], "its name"
+    beside = path.with_name(f"{path.name}.sha256")
+    if not beside.is_file():
+        return "", ""
+    said = re.match(rb"\\?([0-9a-f]{64})\b", read_bytes(beside, 1 << 16))
+    if said is None:
+        raise InputError(f"{beside} has no SHA-256 as `sha256sum` writes it; remove it, or write it again")
+    return said[1].decode(), beside.name
 
 
 def digest(*paths: Path) -> str:

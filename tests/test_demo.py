@@ -234,31 +234,58 @@ def test_the_best_control_may_be_one_that_stops_early_and_sam_then_does_too():
     assert rows["SAM minus SGD with tuned weight decay, both stopped early"] == pytest.approx(0)
 
 
-def fake_runs(curvature, accuracy):
+def fake_runs(curvature, accuracy, spread=0.0):
+    """One number for each method; with a spread the differences of two methods change their sign between seeds."""
     runs = {}
     for seed in range(5):
         for i, method in enumerate(METHODS):
-            numbers = {m: {"value": curvature[i] + 0.01 * seed} for m in MEASURES}
+            noise = spread * (-1) ** seed * (i % 2)
+            numbers = {m: {"value": curvature[i] + 0.01 * seed + noise} for m in MEASURES}
             runs[f"{method}-{seed}"] = {
                 "job": {"method": method, "seed": seed},
-                "last": {"test_accuracy": (accuracy[i] + 0.1 * seed) / 100},
+                "last": {"test_accuracy": (accuracy[i] + 0.1 * seed + noise) / 100},
                 "measures": dict.fromkeys(DATA, numbers),
             }
     return runs
 
 
-def test_the_note_on_interpolation_says_what_the_numbers_say():
-    assert "is no better" in interpolation_note(fake_runs([40, 3, 20, 5, 5], [80, 67, 90, 94, 94]))
-    assert "flatness would predict" in interpolation_note(fake_runs([40, 60, 20, 5, 5], [80, 67, 90, 94, 94]))
+@pytest.mark.parametrize(
+    ("curvature", "accuracy", "spread", "said"),
+    [
+        ([40, 3], [80, 67], 0.0, "is the flatter one on its own labels, wrong ones included, and it is no better."),
+        ([40, 60], [80, 67], 0.0, "in the direction that flatness would predict"),
+        ([40, 3], [80, 90], 0.0, "in the direction that flatness would predict"),
+        ([40, 60], [80, 90], 0.0, "is the sharper one, and it is better."),
+        ([40, 3], [80, 80], 4.0, "and these seeds do not tell whether it is better."),
+        ([40, 60], [80, 80], 4.0, "is the sharper one, and these seeds do not tell whether it is better."),
+        (
+            [40, 39],
+            [80, 67],
+            4.0,
+            "Whether the longer training is flatter by that eigenvalue, these seeds do not tell.",
+        ),
+        (
+            [40, 41],
+            [80, 67],
+            4.0,
+            "Whether the longer training is flatter by that eigenvalue, these seeds do not tell.",
+        ),
+    ],
+)
+def test_the_note_on_interpolation_says_what_the_numbers_say(curvature, accuracy, spread, said):
+    note = interpolation_note(fake_runs([*curvature, 20, 5, 5], [*accuracy, 90, 94, 94], spread))
+    assert said in note
+    assert note.count("is better") + note.count("no better") + note.count("predict") + note.count("flatter by") == 1
 
 
 def test_the_note_on_training_finds_the_peak():
-    def runs(test):
-        curves = {"test_accuracy": test, "train_accuracy": [0.2, 0.6, 0.95]}
+    def runs(test, train=(0.2, 0.6, 0.95)):
+        curves = {"test_accuracy": test, "train_accuracy": train}
         return {str(seed): {"job": {"method": "sgd_long", "seed": seed}, "curves": curves} for seed in range(2)}
 
     assert "after 2 epochs, 87.0 %, and 64.0 % after 3" in training_note(runs([0.5, 0.87, 0.64]))
     assert training_note(runs([0.5, 0.87, 0.64])).endswith("is the noise.")
+    assert training_note(runs([0.5, 0.87, 0.64], train=[0.2, 0.6, 0.5])).endswith("to 50 %.")
     assert training_note(runs([0.5, 0.87, None])).endswith("95 %.")
     assert training_note(runs([0.5, 0.8, 0.9])).endswith("95 %.")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +22,7 @@ from benchmarks.demo.page import page
 from benchmarks.demo.plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
 from sam_optim.core.arguments import Parser, number
 from sam_optim.core.errors import EXIT_INTERRUPTED, InputError, run
-from sam_optim.core.files import read_json, write_json
+from sam_optim.core.files import locked, read_json, write_json
 from sam_optim.report import write_page
 
 Job = Mapping[str, Any]
@@ -30,12 +31,20 @@ Results = dict[str, dict[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    start = time.perf_counter()
-    plan = shorter(QUICK if options.quick else Plan(), epochs=options.epochs, num_seeds=options.seeds)
     out = Path(options.out)
     _prepare(out)
+    with locked(out.resolve()):
+        return _run(options, out)
+
+
+def _run(options: Namespace, out: Path) -> int:
+    start = time.perf_counter()
+    plan = shorter(QUICK if options.quick else Plan(), epochs=options.epochs, num_seeds=options.seeds)
     try:
-        tuning = run_all(tuning_jobs(plan), out / "runs", options.workers, "tuning on the validation split")
+        anything = {method: grid[0] for method, grid in plan.grids.items()}
+        later = sum(map(_cost, final_jobs(plan, anything).values()))  # whatever is chosen, it costs the same
+        title = "tuning on the validation split"
+        tuning = run_all(tuning_jobs(plan), out / "runs", options.workers, title, later=later)
         chosen = choose(plan, tuning)
         for method, value in chosen.items():
             print(f"  {METHODS[method].name}: {METHODS[method].tuned} = {value:g}")
@@ -57,14 +66,17 @@ def parser() -> Parser:
     return p
 
 
-def run_all(jobs: Mapping[str, Job], folder: Path, workers: int, title: str) -> Results:
-    """The result of every job, from its file where it was run before with these settings."""
+def run_all(jobs: Mapping[str, Job], folder: Path, workers: int, title: str, *, later: float = 0) -> Results:
+    """The result of every job, from its file where it was run before with these settings.
+
+    later: what is to be run after these jobs, as `_cost` counts; the time that is left is of all, at the pace measured.
+    """
     paths = {name: folder / f"{name}-{fingerprint(job)}.json" for name, job in jobs.items()}
     results = {name: read_json(path) for name, path in paths.items() if path.exists()}
     if results:
         print(f"{len(results)} of {len(jobs)} runs ({title}) have the same settings and code as before and are reused.")
     left = {name: job for name, job in jobs.items() if name not in results}
-    with _progress(jobs, results, title) as bar:
+    with _progress(jobs, results, title, later) as bar:
         for name, result in _execute(left, workers):
             write_json(paths[name], result)
             results[name] = result
@@ -116,14 +128,14 @@ def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[
             pool.shutdown(cancel_futures=True)
 
 
-def _progress(jobs: Mapping[str, Job], results: Mapping[str, Any], title: str) -> Any:
+def _progress(jobs: Mapping[str, Job], results: Mapping[str, Any], title: str, later: float) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
         raise InputError("the demo needs tqdm and scikit-learn: pip install 'sam_optim[bench]'") from None
     done, total = (sum(_cost(jobs[name]) for name in names) for names in (results, jobs))
     shape = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left  {postfix}"
-    return tqdm(total=total, initial=done, desc=title, bar_format=shape, dynamic_ncols=True)
+    return tqdm(total=total + later, initial=done, desc=title, bar_format=shape, dynamic_ncols=True)
 
 
 def _cost(job: Job) -> float:

@@ -182,22 +182,36 @@ def interpolation_note(final: Results) -> str:
     before, after = (100 * mean(numbers["accuracy"]) for numbers in (short, long))
     change = {name: f"from {number(mean(short[name]))} to {number(mean(long[name]))}" for name in paths}
     curvature, accuracy = (difference(long[name], short[name]) for name in ("curvature", "accuracy"))
+    lower = difference(short["curvature"], long["curvature"])
     numbers = (
         f"Doubling the epochs of SGD takes the loss on the noisy training labels {change['loss']}, the largest Hessian "
-        f"eigenvalue there {change['curvature']} (lower in {curvature.n - curvature.wins} of {curvature.n} seeds) and "
+        f"eigenvalue there {change['curvature']} (lower in {lower.wins} of {lower.n} seeds) and "
         f"test accuracy from {before:.1f} to {after:.1f} %. On test data the eigenvalue goes {change['on test data']}."
     )
-    adaptive = difference(long["adaptive"], short["adaptive"])
-    if curvature.mean < 0 and accuracy.mean < 0.01:
-        other = (
-            f"In ASAM's ball, where a large weight may move far, the sharpness of the same networks goes "
-            f"{change['adaptive']}: which of the two is flatter depends on the ball."
-        )
-        return (
-            f"{numbers} By that eigenvalue the longer training is the flatter one on its own labels, wrong ones "
-            f"included, and it is no better. {other if adaptive.mean > 0 else ''}"
-        ).strip()
-    return f"{numbers} Here the two move in the direction that flatness would predict."
+    flatter, better = -direction(curvature), direction(accuracy)
+    if flatter and flatter == better:
+        return f"{numbers} Here the two move in the direction that flatness would predict."
+    if not flatter:
+        return f"{numbers} Whether the longer training is flatter by that eigenvalue, these seeds do not tell."
+    outcome = {1: "and it is better", 0: "and these seeds do not tell whether it is better", -1: "and it is no better"}
+    if flatter < 0:
+        return f"{numbers} By that eigenvalue the longer training is the sharper one, {outcome[better]}."
+    adaptive = direction(difference(long["adaptive"], short["adaptive"]))
+    other = (
+        f" In ASAM's ball, where a large weight may move far, the sharpness of the same networks goes "
+        f"{change['adaptive']}: which of the two is flatter depends on the ball."
+    )
+    return (
+        f"{numbers} By that eigenvalue the longer training is the flatter one on its own labels, wrong ones "
+        f"included, {outcome[better]}.{other if adaptive > 0 else ''}"
+    )
+
+
+def direction(difference: Difference) -> int:
+    """As `sign`; where all pairs differ by the same, which leaves no interval, the sign of that."""
+    if difference.n > 1 and math.isnan(difference.low):
+        return (difference.mean > 0) - (difference.mean < 0)
+    return sign(difference)
 
 
 def training_note(final: Results) -> str:
@@ -212,7 +226,8 @@ def training_note(final: Results) -> str:
         f"{test[-1]:.1f} % after {len(test)}; the share of noisy labels that it says goes from {train[peak]:.0f} to "
         f"{train[-1]:.0f} %."
     )
-    return f"{numbers} What it learns after the peak is the noise." if test[-1] < test[peak] - 2 else numbers
+    learns_noise = test[-1] < test[peak] - 2 and train[-1] > train[peak]
+    return f"{numbers} What it learns after the peak is the noise." if learns_noise else numbers
 
 
 def values_by_epoch(final: Results, method: str, curve: str) -> list[list[float]]:

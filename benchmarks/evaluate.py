@@ -25,7 +25,7 @@ from benchmarks.train.options import OfRun
 from benchmarks.train.streams import Streamed
 from benchmarks.train.trained import TrainedRun
 from sam_optim.core.arguments import number
-from sam_optim.core.errors import InputError, run, unknown
+from sam_optim.core.errors import InputError, run, show, unknown
 from sam_optim.core.files import write_json
 from sam_optim.core.results import provenance
 from sam_optim.vision.preprocessing import Preprocessing
@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = _chosen(command.corruptions, published)
     model_run = trained.load(command.options(), ema=command.ema)
     evaluated = evaluate(model_run, command, names, published)
-    print(title(evaluated))
-    print(table(evaluated))
+    show(title(evaluated))
+    show(table(evaluated))
     write_json(command.run / "corrupted.json", evaluated)
     return 0
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.command import Parser
 from benchmarks.examples import cifar_resnet
 from sam_optim.core.arguments import number as at_least
-from sam_optim.core.errors import InputError, one_line, run
+from sam_optim.core.errors import InputError, one_line, run, show
 from sam_optim.core.files import write_atomic
 from sam_optim.core.text import MISSING, cell, csv_text, number
 from sam_optim.measures import registry
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         spectra(by_measure).savefig(args.out / "spectra.png", dpi=160)
     text = table(by_measure, counted)
     write_atomic(args.out / "table.md", f"{text}\n".encode())
-    print(text)
+    show(text)
     return code
 
 

@@ -13,7 +13,7 @@ from benchmarks import paired
 from benchmarks.paired import LEVEL
 from benchmarks.study.analysis import UNITS, capitalised, labelled, name
 from benchmarks.study.config import Config, Range
-from sam_optim.core.errors import InputError, unknown
+from sam_optim.core.errors import InputError, show, unknown
 from sam_optim.core.files import write_json
 from sam_optim.core.text import MISSING, mean_and_std, number, signed, spread, text_table
 from sam_optim.report.figures import Group, strip
@@ -140,7 +140,7 @@ def write(comparisons: Sequence[Row], out: Path, runs: Runs) -> int:
     write_json(out / "compare.json", {"comparisons": list(comparisons), "about": runs.about})
     for one in comparisons:
         title = ", ".join(filter(None, [capitalised(name(one["target"])), _setting(one)]))
-        print(f"\n{title}\n{text_table(_head(one), _body(one))}")
+        show(f"\n{title}\n{text_table(_head(one), _body(one))}")
     if not runs.about.get("complete", True):
         print(f"\nThe study is not complete: {runs.about['tally']}.")
     path = write_page(out / "compare.html", page(comparisons, runs))

@@ -115,8 +115,12 @@ class Queue:
         """levels, record and number of every combination that ran to its end, diverged ones included."""
         with stores.quiet():
             trials = [t for t in self._trials() if _is_result(t) and "record" in t.user_attrs]
-        records = [{"number": t.number, **t.user_attrs["record"]} for t in trials]
-        return sorted(records, key=lambda r: key(r["levels"]))
+        try:
+            records = [{"number": t.number, **t.user_attrs["record"]} for t in trials]
+            return sorted(records, key=lambda r: key(r["levels"]))
+        except (KeyError, TypeError):
+            where = stores.shown(self.url)
+            raise InputError(f"a record in {where} is not one of benchmarks.study; it was changed") from None
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

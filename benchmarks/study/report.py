@@ -15,7 +15,7 @@ from benchmarks.study import storage as stores
 from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, identifier
 from benchmarks.study.page import page
-from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.errors import InputError, one_line, show, unknown
 from sam_optim.core.files import read_bytes, read_json, write_atomic, write_json
 from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
@@ -156,9 +156,9 @@ def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) 
     head = list(dict.fromkeys(key for row in rows for key in row))
     write_atomic(out / "models.csv", csv_text(head, [[row.get(key) for key in head] for row in rows]).encode())
     path = write_page(out / "report.html", page(table, results))
-    print(results["headline"])
+    show(results["headline"])
     for line in results["conclusions"]:
-        print(f"  {line}")
+        show(f"  {line}")
     print(f"{len(rows)} models. Open {path.resolve().as_uri()}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 from benchmarks.study.queue import Claim, Heartbeat, Queue, duration
 from benchmarks.study.trial import Here, check, execute, run_directory
-from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.errors import InputError, one_line, say, show
 
 MAX_POLL = 30.0  # seconds between looks at the queue while others finish
 
@@ -44,7 +43,7 @@ def work(queue: Queue, here: Here, *, limit: int | None = None, wait: bool = Tru
 
 def _run(queue: Queue, claim: Claim, here: Here) -> int:
     words = ", ".join(f"{factor} {level}" for factor, level in claim.levels.items())
-    print(f"trial {claim.number}: {words}", flush=True)
+    show(f"trial {claim.number}: {words}")
     heart = Heartbeat(queue, claim)
     lost = f"trial {claim.number} was given to another worker while this one was silent"
     try:
@@ -52,11 +51,11 @@ def _run(queue: Queue, claim: Claim, here: Here) -> int:
             record = execute(queue.config, claim.levels, directory, here)
     except KeyboardInterrupt as stop:
         if heart.lost:
-            print(lost, file=sys.stderr)
+            say(lost)
             return 0
         signum = next((a for a in stop.args if isinstance(a, int)), signal.SIGINT)
         queue.give_back(claim, f"signal {signum}")
-        print(f"trial {claim.number} was stopped and given back; the same command goes on with it", file=sys.stderr)
+        say(f"trial {claim.number} was stopped and given back; the same command goes on with it")
         return 128 + signum
     except Exception as error:  # whatever it is: else the trial would run for the others until the grace passes
         queue.give_back(claim, one_line(error), died=_can_run(queue, here))
@@ -66,9 +65,9 @@ def _run(queue: Queue, claim: Claim, here: Here) -> int:
     sampler = queue.config.sampler
     value = record["targets"].get(sampler.objective if sampler else "test_error")
     if not queue.finish(claim, record, value=value):
-        print(lost, file=sys.stderr)
+        say(lost)
         return 0
-    print(f"trial {claim.number}: {_outcome(record)}, {duration(record['seconds'])}", flush=True)
+    show(f"trial {claim.number}: {_outcome(record)}, {duration(record['seconds'])}")
     print(queue.tally(idle_workers=1), flush=True)
     return 0
 

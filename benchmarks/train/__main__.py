@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def train(options: Options) -> int:
         resumed = _check_out(options, world)
         with rng.preserved():
             device, splits = recipe.device(options, world), data.load(options)
+            weights = None if resumed else _sha256(options.initial_checkpoint)
             training = Training(options, splits, device, world=world, initial=resumed is None)
             world.barrier()  # all have seen what is in --out, and found their options good
             if resumed:
@@ -57,7 +59,7 @@ def train(options: Options) -> int:
                 if world.main:
                     print(_resumed(training), flush=True)
             elif world.main:
-                _start(training)
+                _start(training, weights)
             if world.main and training.position.epoch < options.epochs:
                 processes = f"{world.size} process{'es' if world.size > 1 else ''}"
                 print(f"training on {device} ({_hardware(device)}), {processes}", flush=True)
@@ -115,9 +117,14 @@ def _check_out(options: Options, world: World = ALONE) -> dict[str, Any] | None:
     return checkpoint.newest(out / "checkpoints", missing_ok=True)
 
 
-def _start(training: Training) -> None:
-    """Only now, with data, model and options all found good, does anything on the disk change."""
-    out = training.options.out
+def _start(training: Training, weights: str | None) -> None:
+    """Only now, with data, model and options all found good, does anything on the disk change.
+
+    weights: the SHA-256 of --initial-checkpoint before it was read.
+    """
+    out, source = training.options.out, training.options.initial_checkpoint
+    if _sha256(source) != weights:
+        raise InputError(f"--initial-checkpoint {source} has changed while it was read; wait until it is written")
     for part in PARTS:
         path = out / part
         if path.is_dir():
@@ -125,7 +132,7 @@ def _start(training: Training) -> None:
         else:
             path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", _facts(training))
+    write_json(out / "config.json", _facts(training) | {"initial_checkpoint_sha256": weights})
 
 
 def _facts(training: Training) -> dict[str, Any]:
@@ -148,7 +155,6 @@ def _facts(training: Training) -> dict[str, Any]:
         "num_parameters": sum(p.numel() for p in training.model.parameters()),
         "device": str(training.device),
         "num_processes": training.world.size,
-        "initial_checkpoint_sha256": _sha256(options.initial_checkpoint),
         "provenance": provenance(
             timm=timm.__version__,
             torchvision=torchvision.__version__,
@@ -161,7 +167,7 @@ def _facts(training: Training) -> dict[str, Any]:
 
 
 def _sha256(path: str | None) -> str | None:
-    if path is None:
+    if path is None or not Path(path).is_file():
         return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

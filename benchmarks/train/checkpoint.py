@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.errors import InputError, one_line, say
 from sam_optim.core.files import write_atomic
 from sam_optim.vision.tensor_files import NAMED_BY_CONTENT, read_file
 
@@ -67,7 +66,7 @@ def newest(directory: Path, *, missing_ok: bool = False) -> dict[str, Any] | Non
             problems.append(one_line(error))
             continue
         for problem in problems:
-            print(f"warning: {problem}; using {path.name}", file=sys.stderr)
+            say(f"warning: {problem}; using {path.name}")
         return state
     if problems:
         raise InputError(f"no valid checkpoint left: {'; '.join(problems)}; start again with --force")

@@ -50,6 +50,11 @@ def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def show(text: str) -> None:
+    """On standard output, what names from files may be in: no control characters reach the terminal."""
+    print(printable(text, one_line=False), flush=True)
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """The exit code of a command. What the user can mend becomes one line on stderr and exit code 2.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
         if path.suffix == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True))
+            reader = csv.DictReader(io.StringIO(text, newline=""))
         else:
             reader = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
         header = [name.strip() for name in reader.fieldnames or []]

@@ -64,17 +64,17 @@ def read_npz(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor
 
 
 def _read_npy(content: bytes) -> Any:
-    """An array, if its header does not claim more entries than there are bytes: NumPy would make room for all first."""
+    """An array in these bytes, if they are as many as its header claims: NumPy would make room for all first."""
     import numpy as np
 
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(file)
+    shape, fortran, dtype = header(file)
     if math.prod(shape) * dtype.itemsize > len(content):
         raise ValueError(f"an array claims the shape {shape}, with {len(content)} bytes")
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
+    x = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+    return x.reshape(shape, order="F" if fortran else "C")
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,8 @@ def _native(x: Any) -> Any:
     """In this machine's byte order, and in a type that torch has."""
     import numpy as np
 
-    x = np.ascontiguousarray(x)
-    if x.dtype in (np.uint16, np.uint32, np.uint64):
-        return x.astype(np.int64)
-    return x.astype(x.dtype.newbyteorder("="))
+    wide = x.dtype.newbyteorder("=") in (np.uint16, np.uint32, np.uint64)
+    return np.array(x, np.int64 if wide else x.dtype.newbyteorder("="), order="C")
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -149,7 +147,9 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
             if head[:4] != bytes([0, 0, 8, dimensions]):
                 raise ValueError(f"it begins with {head[:4].hex()}")
             sizes = [int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-            content = file.read(min(math.prod(sizes), LARGEST) + 1)
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(sizes)
+            content, wanted = bytearray(), min(math.prod(sizes), LARGEST)
+            while len(content) <= wanted and (block := file.read(1 << 20)):
+                content += block
+        return torch.frombuffer(content, dtype=torch.uint8).reshape(sizes)
     except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a file of MNIST ({one_line(error)}); unpack the archive again") from None

@@ -115,7 +115,7 @@ def check_plain(name: str, x: Tensor) -> None:
 def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
     """Raises InputError for an archive that unpacks to much more than it is itself."""
     total = sum(member.file_size for member in archive.infolist())
-    if total > max(LARGE, 20 * path.stat().st_size):
+    if total > max(LARGE // 4, 20 * path.stat().st_size):
         raise InputError(f"{path} claims to unpack to {total:,} bytes, which no file of numbers does")
 
 

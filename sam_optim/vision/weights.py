@@ -83,19 +83,19 @@ def fitted_or_converted(model: nn.Module, state: Mapping[str, Tensor], name: str
     except InputError:
         if not (hasattr(model, "from_pretrained") and (Path(name) / "config.json").is_file()):
             raise
-        return _read_by_transformers(model, Path(name))
+        return _renamed_by_transformers(model, state, Path(name))
 
 
-def _read_by_transformers(model: Any, folder: Path) -> dict[str, Tensor]:
+def _renamed_by_transformers(model: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The weights of a folder of `save_pretrained` under the model's names.
 
-    transformers writes some models under names of an older version, and knows how to read them. Nothing of the folder
-    but its weights is used: the configuration is the model's.
+    transformers writes some models under names of an older version, and knows them. It gets what was read, and opens
+    nothing of the folder: the configuration is the model's.
     """
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} holds an adapter, which names a model elsewhere; use --target to put them together")
     loaded, about = type(model).from_pretrained(
-        str(folder), config=model.config, local_files_only=True, output_loading_info=True, dtype="auto"
+        None, config=model.config, state_dict=dict(state), output_loading_info=True, dtype="auto"
     )
     names = [*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]
     if names:

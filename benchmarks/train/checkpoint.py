@@ -25,8 +25,8 @@ def save(directory: Path, state: dict[str, Any]) -> Path:
     torch.save(state, buffer)
     content = buffer.getvalue()
     path = directory / f"checkpoint-{state['step']:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
+    directory.mkdir(exist_ok=True)
+    write_atomic(path, content, folder=False)
     for old in newest_first(directory)[KEEP:]:
         if old != path:
             old.unlink(missing_ok=True)

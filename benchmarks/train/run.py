@@ -316,7 +316,7 @@ class Training:
         self._check_out()
         earlier = [r for r in read_jsonl(path) if r.get("epoch") in range(record["epoch"])]
         lines = [json.dumps(r, allow_nan=False) + "\n" for r in [*earlier, record]]
-        write_atomic(path, "".join(lines).encode())
+        write_atomic(path, "".join(lines).encode(), folder=False)
         print(line(record, sharpness=self.options.sam_rho > 0), flush=True)
 
 

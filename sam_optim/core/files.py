@@ -44,10 +44,10 @@ def fsync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
+def write_atomic(path: Path, content: bytes, option: str = "--out", *, folder: bool = True) -> None:
     """The old file or the new one, never a part of it: temporary file, fsync, rename, fsync of the directory.
 
-    A file that is there keeps its mode. A device or pipe is written to.
+    A file that is there keeps its mode. A device or pipe is written to. folder: it is made if it is not there.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody can put a link there beforehand
     try:
@@ -55,7 +55,8 @@ def write_atomic(path: Path, content: bytes, option: str = "--out") -> None:
             with _open_stream(path) as stream:
                 stream.write(content)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with open(handle, "wb") as file:
             if path.exists():

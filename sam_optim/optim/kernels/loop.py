@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors as flattened
-from torch._utils import _unflatten_dense_tensors as unflattened
+from torch._utils import _unflatten_dense_tensors
 
 from sam_optim.optim.kernels.bucket import LOW_PRECISION, Bucket, Norms, Scalar, wide_dtype
 
@@ -54,8 +54,8 @@ def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
             like = weights[start]
             clean, moved = (torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(2))
             pieces = list(zip(clean.split(PIECE), moved.split(PIECE), strict=True))
-            batches.append(Batch(start, i, pieces, unflattened(moved, weights[start:i])))
-            copies += unflattened(clean, weights[start:i])
+            batches.append(Batch(start, i, pieces, _parts(moved, weights[start:i])))
+            copies += _parts(clean, weights[start:i])
             start, size = i, 0
         if is_large and w is not None:
             copies.append(torch.empty_like(w, requires_grad=False))
@@ -65,6 +65,11 @@ def batches_of(weights: Sequence[Tensor]) -> tuple[list[Batch], list[Tensor]]:
         else:
             size += n
     return batches, copies
+
+
+def _parts(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of one tensor, in the shapes of the weights; torch 2.8 gives those without entries the shape (0,)."""
+    return [x.view(w.shape) for x, w in zip(_unflatten_dense_tensors(flat, weights), weights, strict=True)]
 
 
 def measure(b: Bucket) -> Norms:

@@ -123,7 +123,7 @@ def test_a_yaml_file_that_is_more_than_a_mapping(tmp_path, content):
 
 def test_settings_are_no_pipe_and_not_endless(tmp_path):
     os.mkfifo(tmp_path / "c.yaml")
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         options.from_file(tmp_path / "c.yaml")
     (tmp_path / "s.toml").write_text("#" * (1 << 19))
     with pytest.raises(InputError, match="more than 262,144 bytes"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -84,3 +85,12 @@ def leaves_no_trace():
     changed = {name: (value, now) for (name, value), now in zip(before.items(), settings().values(), strict=True)}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     assert not changed, f"the test changed for those after it (before, after): {changed}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory; the module of `command_line.study` in it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("study_problem", None)

@@ -28,15 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--num-steps", "2", "--num-probes", "2", "--quiet"]  # for worst and trace
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; modules that are found in it are forgotten afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("study_problem", None)
-
-
 class TestNumbers:
     def test_every_number_is_that_of_the_library(self, here):
         path, x, y = images(here / "d.npz")

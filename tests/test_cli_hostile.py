@@ -29,14 +29,6 @@ pytest.importorskip("safetensors")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("study_problem", None)
-
-
 def read(path, **options):
     return checkpoints.read(checkpoints.find([path])[0], **options)
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ from sam_optim.landscape import random_direction
 from sam_optim.report.study import study_page
 from sam_optim.statistics.table import table
 from sam_optim.sweep import store
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("study_problem", None)
 
 
 def made(name="c0.pt", column="trace", *, value=1.0, stderr=0.1, seed=0, sha="a", **loss):

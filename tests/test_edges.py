@@ -4,12 +4,13 @@ import copy
 import gc
 import math
 import pickle
-import sys
 from contextlib import nullcontext
+from functools import partial
 
 import numpy
 import pytest
 import torch
+from interrupts import interrupted_after
 from torch import nn
 
 from sam_optim import ASAM, SAM, Perturbation
@@ -403,38 +404,18 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_before_it_or_after_it():
     before = state(model)
     optimizer.step(closure)
     after = state(model)
-    stop, interrupted, previous = 0, 0, sys.gettrace()
-    while stop < 3000:
+    for lines in range(3000):
         model, optimizer, closure = make()
-        lines = [0]
-
-        def trace(frame, event, arg, lines=lines, stop=stop):
-            if not any(place in frame.f_code.co_filename for place in places) or "__del__" in frame.f_code.co_name:
-                return None
-            if event == "line":
-                lines[0] += 1
-                if lines[0] == stop + 1:
-                    sys.settrace(previous)
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
         try:
-            optimizer.step(closure)
-        except KeyboardInterrupt:
-            interrupted += 1
-            sys.settrace(previous)
+            if not interrupted_after(lines, places, partial(optimizer.step, closure)):
+                break
             now = state(model)
-            assert same(now, before) or same(now, after), f"a mixture after line {stop}"
+            assert same(now, before) or same(now, after), f"a mixture after line {lines}"
             assert not optimizer.perturbation.active
             assert_free(model)
         finally:
-            sys.settrace(previous)
             torch.set_grad_enabled(True)  # torch's own contexts were interrupted, too
-        if lines[0] <= stop:
-            break
-        stop += 1
-    assert interrupted > 500
+    assert lines > 500
 
 
 def test_gradients_that_a_closure_puts_back_after_zeroing_are_its_own():

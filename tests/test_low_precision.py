@@ -6,11 +6,12 @@ import gc
 import math
 import os
 import pickle
-import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from interrupts import interrupted_after
 from networks import Attention
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -661,43 +662,22 @@ def test_ctrl_c_at_any_line_leaves_the_state_before_the_step_or_after_it():
     before = {k: v[2] for k, v in snapshot(model).items()}
     optimizer.step(closure)
     after = {k: v[2] for k, v in snapshot(model).items()}
-    stop, interrupted, previous = 0, 0, sys.gettrace()
-    while stop < 3000:
+    for lines in range(3000):
         model, optimizer, closure = make()
-        where, lines = {k: v[:2] for k, v in snapshot(model).items()}, [0]
-
-        def trace(frame, event, arg, lines=lines, stop=stop):
-            if not any(place in frame.f_code.co_filename for place in places) or "__del__" in frame.f_code.co_name:
-                return None
-            if event == "line":
-                lines[0] += 1
-                if lines[0] == stop + 1:
-                    sys.settrace(previous)
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            optimizer.step(closure)
-        except KeyboardInterrupt:
-            interrupted += 1
-            sys.settrace(previous)
-            torch.autocast_increment_nesting()  # the line of a `with` is also run on the way out, before its __exit__
-            while torch.autocast_decrement_nesting():
-                pass
-            assert any(intact(model, {k: (*where[k], v[k]) for k in where}) for v in (before, after)), stop
-            assert torch.is_grad_enabled()
-            assert not optimizer.perturbation.active
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            with Perturbation(model.parameters(), rho=1.0).perturbed():
-                pass  # the interrupted pass does not hold them any more
-        finally:
-            sys.settrace(previous)
-        if lines[0] <= stop:
+        where = {k: v[:2] for k, v in snapshot(model).items()}
+        if not interrupted_after(lines, places, partial(optimizer.step, closure)):
             break
-        stop += 1
-    assert interrupted > 200
+        torch.autocast_increment_nesting()  # the line of a `with` is also run on the way out, before its __exit__
+        while torch.autocast_decrement_nesting():
+            pass
+        assert any(intact(model, {k: (*where[k], v[k]) for k in where}) for v in (before, after)), lines
+        assert torch.is_grad_enabled()
+        assert not optimizer.perturbation.active
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with Perturbation(model.parameters(), rho=1.0).perturbed():
+            pass  # the interrupted pass does not hold them any more
+    assert lines > 200
 
 
 def test_an_optimizer_dropped_between_its_passes_brings_the_weights_back():

@@ -102,14 +102,14 @@ def _eig() -> Iterator[None]:
         values, vectors = torch.linalg.eigh(a)
         return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
-    torch.eig = eig  # type: ignore[attr-defined]
+    torch.eig = eig
     try:
         yield
     finally:
         if original is None:
-            del torch.eig  # type: ignore[attr-defined]
+            del torch.eig
         else:
-            torch.eig = original  # type: ignore[attr-defined]
+            torch.eig = original
 
 
 @contextmanager

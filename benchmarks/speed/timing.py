@@ -18,7 +18,7 @@ try:
     from tqdm import tqdm
 except ImportError:  # what comes with torch alone: on a machine that is there for its device
 
-    def tqdm(rounds: Any, **_: Any) -> Any:  # type: ignore[no-redef]
+    def tqdm(rounds: Any, **_: Any) -> Any:
         return rounds
 
 

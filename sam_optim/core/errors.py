@@ -69,7 +69,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     try:
         return main(argv)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # or Python complains once more while it exits
+        sys.stdout = None  # or Python complains once more while it exits
         return 0
     except (ValueError, OSError, ImportError) as error:
         say(f"error: {one_line(error)[:LONGEST]}")

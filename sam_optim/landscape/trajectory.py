@@ -97,7 +97,7 @@ def _differences(a: Direction, b: Direction) -> list[Tensor]:
 
 
 def _combination(factors: Sequence[float], points: Sequence[Direction]) -> list[Tensor]:
-    return [sum(f * p for f, p in zip(factors, parts, strict=True)) for parts in zip(*points, strict=True)]  # type: ignore[misc]
+    return [sum(f * p for f, p in zip(factors, parts, strict=True)) for parts in zip(*points, strict=True)]
 
 
 def _inner(a: Sequence[Direction], b: Sequence[Direction]) -> Tensor:

@@ -40,7 +40,7 @@ class Settings:
     validation: Path = option(type=Path, metavar="FILE")
     out: Path = option(Path("runs/text"), type=Path)
     sam_rho: float = option(0.0, "radius; 0 (default) is the base optimizer, AdamW", type=number(float, 0))
-    adaptive: bool = option(False, "ASAM, T = 1 for biases and normalisation parameters", action="store_true")
+    adaptive: bool = option(False, "ASAM, T = 1 for biases and normalization parameters", action="store_true")
     lr: float = option(2e-5, type=float)
     weight_decay: float = option(0.0, type=float)
     warmup_steps: int = option(0, type=int)

@@ -100,7 +100,7 @@ def test_layers_of_timm_and_of_the_models_own():
     assert sum(p.numel() for p in chosen["params"]) == 9600
     assert sum(len(g["params"]) for g in (chosen, rest)) == len(list(model.parameters()))
     own = nn.Sequential(nn.Linear(3, 3), RmsNorm(3))
-    with pytest.raises(ValueError, match=r"Sequential has no normalisation layer .* norm_layers="):
+    with pytest.raises(ValueError, match=r"Sequential has no normalization layer .* norm_layers="):
         norm_only_param_groups(own)
     chosen, rest = norm_only_param_groups(own, norm_layers=(RmsNorm,))
     assert chosen["params"] == [own[1].weight]

@@ -9,7 +9,7 @@ medians, with the smallest and largest ratio of a round. Peak memory is that of 
 the process had before. With `--pretrained` the weights are those of a file and the images are noise with random labels;
 without it the network is trained for some seconds on digits that come with scikit-learn, and measured on these.
 
-On a device: a timm model on noise images of 224 pixels, wall time of synchronised runs, peak of its own allocator.
+On a device: a timm model on noise images of 224 pixels, wall time of synchronized runs, peak of its own allocator.
 """
 
 from __future__ import annotations

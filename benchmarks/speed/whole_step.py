@@ -10,7 +10,7 @@ such pairs in thread CPU time, which hold where other processes share the machin
     SAM                     2 passes: e from the whole batch
     SAM, 50 % / 25 % ascent e from the first half or quarter of the batch; the gradient at w + e is of all of it
     SAM, bf16 ascent        e from a pass under autocast
-    SAM-ON                  e of normalisation layers alone; both passes compute every gradient
+    SAM-ON                  e of normalization layers alone; both passes compute every gradient
     2 micro-batches         m-sharpness: each half has its own e
     late phase, every 5th   a schedule, in the mean over 10 or 5 steps; LookSAM too
     other names             the variants

@@ -74,7 +74,7 @@ def batches(
 
 
 class MemoryBatches:
-    """One gather each, no workers; pixels are shifted, mirrored and normalised as a batch."""
+    """One gather each, no workers; pixels are shifted, mirrored and normalized as a batch."""
 
     def __init__(self, examples: Examples, order: Order, preprocessing: Preprocessing, augment: Augment | None = None):
         self.examples, self.order, self.augment = examples, order, augment
@@ -91,7 +91,7 @@ class MemoryBatches:
         assert self.examples.x is not None
         for i, rows in enumerate(self.order, start=self.order.first_batch):
             x = self.examples.x[rows]
-            if not self.examples.normalised:
+            if not self.examples.normalized:
                 x = self._augmented(x, i) if self.augment else x
                 x = (x - self.mean) / self.std
             yield x, self.examples.labels[rows]
@@ -212,7 +212,7 @@ def transform(preprocessing: Preprocessing, augment: Augment | None) -> Any:
 
 
 def split_transform(transform: Any) -> tuple[Any, Any]:
-    """(what is done to each image, how a batch is made of them): numbers and normalisation are left to the batch, which
+    """(what is done to each image, how a batch is made of them): numbers and normalization are left to the batch, which
     takes a third of the time; not where random erasing comes after."""
     from timm.data.transforms import MaybeToTensor
     from torchvision.transforms import Compose, Normalize
@@ -220,10 +220,10 @@ def split_transform(transform: Any) -> tuple[Any, Any]:
     steps = transform.transforms
     if not (isinstance(steps[-2], MaybeToTensor) and isinstance(steps[-1], Normalize)):
         return transform, None
-    return Compose(steps[:-2]), Normalising(steps[-1].mean, steps[-1].std)
+    return Compose(steps[:-2]), Normalizing(steps[-1].mean, steps[-1].std)
 
 
-class Normalising:
+class Normalizing:
     """A batch of (image, label): (n, C, H, W) float32, (x / 255 - mean) / std, and (n,) int64."""
 
     def __init__(self, mean: Any, std: Any):

@@ -79,7 +79,7 @@ def train_epoch(
     """One pass over `batches`; with SAM two forward and backward passes for each.
 
     Args:
-        optimizer: SAM and ASAM are recognised by their `perturbed` context; any other one takes a plain step.
+        optimizer: SAM and ASAM are recognized by their `perturbed` context; any other one takes a plain step.
         criterion: (outputs, targets) -> the mean loss of the batch.
         amp: None, "bf16" or "fp16" (give the run's GradScaler as `scaler` then).
         clip_grad: largest 2-norm of the gradient of one update (the one at the perturbed weights).

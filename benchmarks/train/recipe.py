@@ -53,7 +53,7 @@ def augmentation(options: Options) -> Augment | None:
 
 
 def model(options: Options, splits: Splits, *, initial: bool = False) -> nn.Module:
-    """Initialised by --seed alone, whatever ran before; with `initial` from --initial-checkpoint, if there is one."""
+    """Initialized by --seed alone, whatever ran before; with `initial` from --initial-checkpoint, if there is one."""
     seed_all(derive(options.seed, "model"))
     network = models.build(
         options.model,

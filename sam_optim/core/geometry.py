@@ -82,7 +82,7 @@ def scale(w: Tensor, adaptive: str | None, eta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Ball:
-    """{w + d : ||T^-1 d||_p <= rho}: what SAM minimises over, and what the sharpness measures search.
+    """{w + d : ||T^-1 d||_p <= rho}: what SAM minimizes over, and what the sharpness measures search.
 
         >>> w, g = torch.tensor([6.0, 8.0]), torch.tensor([3.0, 4.0])
         >>> Ball(0.5).ascent([g], [w])

@@ -44,7 +44,7 @@ def register() -> None:
     step.
 
     "asamsgd" and "asamadamw" are `ASAM` over timm's groups: T = |w| + eta for all parameters. The groups of its paper,
-    with T = 1 for biases and normalisation parameters, are `param_group_fn=sam_optim.asam_param_groups`, in place of
+    with T = 1 for biases and normalization parameters, are `param_group_fn=sam_optim.asam_param_groups`, in place of
     timm's for weight decay.
 
     (timm looks up what follows the last underscore of a name: "sam_sgd" would be plain "sgd".)

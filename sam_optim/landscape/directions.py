@@ -66,16 +66,16 @@ def filter_normalized(loss: Loss, direction: Direction, *, biases: bool = False)
     """d_f ||w_f|| / ||d_f|| for each filter f, a slice of a weight's first dimension: the scale of the weights is taken
     out of the picture, and with it the rescaling between layers that leaves a ReLU network the same function.
 
-    Biases and normalisation parameters do not move; with `biases` they move along themselves, d = w, as in the authors'
+    Biases and normalization parameters do not move; with `biases` they move along themselves, d = w, as in the authors'
     code: a random direction scaled to one number has nothing but a sign.
 
     Source: Li et al. (2018), arXiv:1712.09913, section 4.
     """
     check_fits(loss, direction)
-    normalisation = {id(p) for m in loss.model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(False)}
+    normalization = {id(p) for m in loss.model.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(False)}
 
     def scaled(w: Tensor, d: Tensor) -> Tensor:
-        if w.ndim <= 1 or id(w) in normalisation:
+        if w.ndim <= 1 or id(w) in normalization:
             return w.detach().clone() if biases else torch.zeros_like(w)
         of_w, of_d = (torch.linalg.vector_norm(x, dim=tuple(range(1, w.ndim)), keepdim=True) for x in (w, d))
         return d * (of_w / torch.where(of_d > 0, of_d, 1))

@@ -40,7 +40,7 @@ def slice_1d(
         coordinates: the values of a, (n,), in units of d; None for 21 of them from -1 to 1.
         num_directions: how many random directions, those of seed, seed + 1, ...; one line may be lucky, a band is not.
         seed: which random direction. Runs compared with one seed are compared along one draw.
-        biases: move biases and normalisation parameters, too (random directions only).
+        biases: move biases and normalization parameters, too (random directions only).
         progress: called with (points done, total).
         resume: a file in which finished losses are kept, every 128 points; a call that was interrupted goes on from it.
 

@@ -21,7 +21,7 @@ class Sharding:
     `batches[rank::world_size]` are put back in their first order.
 
     Raises:
-        ValueError: distributed=True without an initialised process group.
+        ValueError: distributed=True without an initialized process group.
     """
 
     def __init__(self, distributed: bool | None):

@@ -57,7 +57,7 @@ def gradient_regret(
     G has directions without curvature, so the value depends on the damping, and with T = 1 it changes with the
     parametrization as far as the damping matters. With T = |w|, `Ball(0.0, adaptive=True, eta=0.0)`, neither metric
     changes under any rescaling of single weights by positive factors that leaves the function as it is (between ReLU
-    layers, before normalisation), nor under permutations; a weight that is 0 is held. So that is the T of the damping
+    layers, before normalization), nor under permutations; a weight that is 0 is held. So that is the T of the damping
     where neither `ball` nor `damping` is given.
 
     Args:
@@ -299,7 +299,7 @@ def _regret(
 
 
 def _mean_regret(gram: Tensor, weights: Tensor) -> float:
-    """sum_ij w_i w_j ||g_j|| (1 - cos(g_i, g_j)) over pairs, normalised."""
+    """sum_ij w_i w_j ||g_j|| (1 - cos(g_i, g_j)) over pairs, normalized."""
     pairs, norms = pair_weights(weights), gram.diagonal().clamp(min=0).sqrt()
     return float((pairs * norms * (1 - cosines(gram))).sum() / pairs.sum())
 

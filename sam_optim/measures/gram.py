@@ -63,7 +63,7 @@ def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def pair_weights(p: Tensor) -> Tensor:
-    """p_i p_j for two different batches, 0 on the diagonal; not normalised."""
+    """p_i p_j for two different batches, 0 on the diagonal; not normalized."""
     return (p[:, None] * p).fill_diagonal_(0)
 
 

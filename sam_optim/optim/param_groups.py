@@ -49,7 +49,7 @@ def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str,
 
 
 def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[dict[str, Any]]:
-    """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalisation parameters.
+    """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalization parameters.
 
     Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
     not require a gradient are left out; an empty group is, too.
@@ -67,18 +67,18 @@ def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[
 def norm_only_param_groups(
     model: nn.Module, *, adaptive: bool | str | None = None, norm_layers: tuple[type[nn.Module], ...] = ()
 ) -> list[dict[str, Any]]:
-    """The groups of SAM-ON: only the parameters of normalisation layers are perturbed; all are trained.
+    """The groups of SAM-ON: only the parameters of normalization layers are perturbed; all are trained.
 
     The others have rho = 0: they do not move in the second pass, and are not in the norm. Parameters that do not
     require a gradient are left out.
 
     Args:
-        model: whose normalisation layers are told by the type of the module, never by name.
+        model: whose normalization layers are told by the type of the module, never by name.
         adaptive: T of the perturbed group. None: that of the optimizer.
         norm_layers: types of its own that count beside torch's, such as timm's or Hugging Face's RMS norms.
 
     Raises:
-        ValueError: no normalisation layer has a parameter that is trained, so that nothing would be perturbed.
+        ValueError: no normalization layer has a parameter that is trained, so that nothing would be perturbed.
 
     Source: Mueller et al. (2023), arXiv:2306.04226.
     """
@@ -87,7 +87,7 @@ def norm_only_param_groups(
     perturbed = [p for p in params if id(p) in normal]
     if not perturbed:
         raise ValueError(
-            f"{type(model).__name__} has no normalisation layer with parameters to train, so nothing would be "
+            f"{type(model).__name__} has no normalization layer with parameters to train, so nothing would be "
             "perturbed: pass the types of its own as norm_layers=, or use SAM on all parameters"
         )
     chosen: dict[str, Any] = {"params": perturbed}

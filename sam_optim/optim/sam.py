@@ -412,7 +412,7 @@ class SAM(Optimizer):
     @property
     def ball(self) -> Ball:
         """The ball of the first group. Where all have the same, `worst_case_sharpness(loss, optimizer.ball)` is what
-        training minimised; where they differ, that is `optimizer.neighborhood`."""
+        training minimized; where they differ, that is `optimizer.neighborhood`."""
         return self.balls[0]
 
     @property
@@ -566,7 +566,7 @@ class SAM(Optimizer):
 class ASAM(SAM):
     """SAM with T = |w| + eta: e = rho T^2 g / ||T g||_2. Larger radii than SAM's; 0.5 is the paper's for CIFAR-10.
 
-    The paper leaves biases and normalisation parameters at T = 1: pass `asam_param_groups(model)` for that.
+    The paper leaves biases and normalization parameters at T = 1: pass `asam_param_groups(model)` for that.
 
     Source: Kwon et al. (2021), arXiv:2102.11600.
     """

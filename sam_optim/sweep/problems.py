@@ -118,7 +118,7 @@ class ImageLosses(Losses):
         self.data = load_examples(problem, usual)
         if "mean" in self.data.about and not (problem.mean or shared) and runs:
             raise InputError(
-                "runs of benchmarks.train normalise pixels their own way, and these do not all say the same one: use "
+                "runs of benchmarks.train normalize pixels their own way, and these do not all say the same one: use "
                 "python -m benchmarks.measure RUN_DIR, or give --mean, --std and --image-size"
             )
         # the examples in a file of arrays may be of any split

@@ -78,7 +78,7 @@ class Channels:
 
 @dataclass
 class Trace:
-    """What one forward pass showed: the channels, where they occur, and the normalisation layers that see a class.
+    """What one forward pass showed: the channels, where they occur, and the normalization layers that see a class.
 
     norms: module name -> the class whose scale the layer divides out; its eps has to follow.
     """

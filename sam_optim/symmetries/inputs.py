@@ -73,5 +73,5 @@ def check_outputs(before: list[Tensor], after: list[Tensor], tolerance: float | 
     if not (change := difference(before, after)) <= allowed:
         raise RuntimeError(
             f"the outputs changed by {change:.2g} relative to the largest, more than {allowed:.2g}: the model does "
-            "something with these channels that was not recognised (or, at this precision, rounding: raise tolerance=)"
+            "something with these channels that was not recognized (or, at this precision, rounding: raise tolerance=)"
         )

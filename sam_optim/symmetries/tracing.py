@@ -127,10 +127,10 @@ class Tracer(TorchFunctionMode):
     def norm(self, result: Tensor, x: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, *,
              eps: float | None, statistics: Sequence[Tensor | None] = (), num_groups: int = 1,
              num_axes: int = 1) -> None:  # fmt: skip
-        """A normalisation whose weight and bias lie along one axis.
+        """A normalization whose weight and bias lie along one axis.
 
-        statistics: the running mean and variance. num_groups: of channels that are normalised together.
-        num_axes: that are normalised over (LayerNorm).
+        statistics: the running mean and variance. num_groups: of channels that are normalized together.
+        num_axes: that are normalized over (LayerNorm).
         """
         raise NotImplementedError
 

@@ -39,9 +39,9 @@ def rescale(
         W_b relu(W_a x + c_a) = (W_b / alpha) relu(alpha W_a x + alpha c_a),   alpha > 0
 
     Every channel between two layers that allows it is multiplied by alpha where it is made (weights and bias of a
-    linear layer or convolution, affine parameters of a normalisation) and divided by alpha where it is used. It may
+    linear layer or convolution, affine parameters of a normalization) and divided by alpha where it is used. It may
     pass through ReLU, pooling, dropout, sums (channels that a skip connection ties get one factor), attention (values)
-    and anything that only moves data. Inputs, outputs, what goes into another nonlinearity, and what a normalisation
+    and anything that only moves data. Inputs, outputs, what goes into another nonlinearity, and what a normalization
     layer sees (`rescale_normalized`) stay.
 
     Args:
@@ -60,7 +60,7 @@ def rescale(
     Raises:
         ValueError: alpha is not a positive number, or the model has no channel that can be rescaled (`NoSymmetry`).
         RuntimeError: the outputs differ by more than the tolerance (an operation that depends on the scale and was not
-            recognised).
+            recognized).
 
     Source: Dinh et al. (2017), arXiv:1703.04933.
     """
@@ -76,7 +76,7 @@ def rescale_normalized(
     inputs: Inputs = None,
     tolerance: float | None = None,
 ) -> nn.Module:
-    """A copy of the model with what goes into normalisation layers rescaled; the function is the same.
+    """A copy of the model with what goes into normalization layers rescaled; the function is the same.
 
         N(alpha x; alpha mu, alpha^2 s^2, alpha^2 eps) = N(x; mu, s^2, eps),   N = (x - mu) / sqrt(s^2 + eps)
 
@@ -84,9 +84,9 @@ def rescale_normalized(
     biases and, in a transformer, all that is added to the residual stream; running means take alpha, running variances
     alpha^2. So does the layer's `eps`, an attribute of the copy: with it the function is the same to rounding, with
     running statistics and with those of a batch. With the old eps (the copy's `state_dict()` loaded into
-    another model) the normalised values differ by about eps (1 - alpha^-2) / (2 s^2), relative.
+    another model) the normalized values differ by about eps (1 - alpha^-2) / (2 s^2), relative.
 
-    Args, Returns, Raises: as in `rescale`. One factor for everything that one layer normalises.
+    Args, Returns, Raises: as in `rescale`. One factor for everything that one layer normalizes.
     """
     change_ = partial(_scale_, alpha=alpha, seed=seed, normalized=True)
     return _transformed(model, inputs, tolerance, Scales, change_)
@@ -97,7 +97,7 @@ def permute(model: nn.Module, seed: int = 0, *, inputs: Inputs = None, tolerance
 
         W_b f(W_a x + c_a) = (W_b P^T) f(P W_a x + P c_a),   P a permutation, f elementwise
 
-    Channels of convolutions with all that belongs to them (normalisation parameters and statistics, depthwise filters,
+    Channels of convolutions with all that belongs to them (normalization parameters and statistics, depthwise filters,
     the inputs of every layer that reads them), hidden units of MLPs, heads of attention. Channels that a skip
     connection ties move together.
 
@@ -132,7 +132,7 @@ def _scale_(model: nn.Module, trace: Trace, *, alpha: float, seed: int | None, n
         raise ValueError(f"alpha multiplies channels ahead of a ReLU and must be a number > 0, got {alpha!r}")
     classes = _free_classes(trace, normalized=normalized)
     if not len(classes):
-        kind = "normalisation layers whose input is made by weights" if normalized else "layers joined by ReLU alone"
+        kind = "normalization layers whose input is made by weights" if normalized else "layers joined by ReLU alone"
         raise NoSymmetry(f"nothing to rescale: found no {kind} in {type(model).__name__}")
     factors = torch.ones(len(trace.channels), dtype=torch.float64)
     draws = 1.0 if seed is None else 2 * Stream(seed).uniform_like(torch.empty(len(classes), dtype=torch.float64)) - 1
@@ -150,7 +150,7 @@ def _scale_(model: nn.Module, trace: Trace, *, alpha: float, seed: int | None, n
 
 
 def _free_classes(trace: Trace, *, normalized: bool) -> Tensor:
-    """Classes that one weight produces and another consumes, or, if `normalized`, a normalisation layer divides out."""
+    """Classes that one weight produces and another consumes, or, if `normalized`, a normalization layer divides out."""
     channels, none = trace.channels, torch.tensor([FIXED])
 
     def classes(power: int) -> Tensor:

@@ -159,7 +159,7 @@ def evaluation_batches(
     """Batches of the first `num` examples, without augmentation.
 
     Images go through timm's transform for evaluation. Of a split of fixed size, pixels (uint8) are divided by 255 and
-    normalised, and floating-point numbers are taken as they are.
+    normalized, and floating-point numbers are taken as they are.
 
     Args:
         num: how many examples; 0 for all.

@@ -103,7 +103,7 @@ def checkpoint_gradients_(model: nn.Module, name: str) -> None:
 
 
 def cnn3(num_classes: int, image_size: tuple[int, int, int]) -> nn.Sequential:
-    """Three 3x3 convolutions with ReLU, no normalisation; the images are halved twice."""
+    """Three 3x3 convolutions with ReLU, no normalization; the images are halved twice."""
     channels, height, width = image_size
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1),

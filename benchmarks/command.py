@@ -23,7 +23,7 @@ SWITCH = argparse.BooleanOptionalAction  # --fsdp, and --no-fsdp against a --con
 
 
 class Parser(StrictParser):
-    """Names the options that a mistyped one may stand for."""
+    """Suggests the options that a mistyped one may mean."""
 
     def error(self, message: str) -> NoReturn:
         super().error(f"{message}{self._nearest(message)}")
@@ -88,7 +88,7 @@ def settings_of(settings: type[Settings], prog: str, description: str | None, ar
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that was cut when the process was killed does not count."""
+    """The records of a log; a last line that was cut off when the process was killed is left out."""
     records: list[dict[str, Any]] = []
     lines = read_bytes(path).splitlines() if path.exists() else []
     for i, line in enumerate(lines):

@@ -109,7 +109,7 @@ def as_noise(ball: ProductBall, loss: Loss) -> ProductBall:
 
 
 def _measured(name: str, loss: Loss, ball: ProductBall) -> dict[str, Any]:
-    """The result as plain values; a measure that this model or data cannot have says why instead."""
+    """The result as plain values, or the reason why this model or these data have none."""
     brief: dict[str, Any] = BRIEF | ({"tol": 1e-3} if name.startswith("eigenvalue") else {})
     if registry.needs_ball(name):
         brief |= {"ball": as_noise(ball, loss) if name == "average" else ball}

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from sam_optim.core.text import mean_and_std
 
 LEVEL = 0.95
-ROUNDING = 1e-9  # relative: differences that are one number, but for their last digits, have no spread to judge by
+ROUNDING = 1e-9  # relative: differences that are equal up to rounding have no spread
 
 
 class Difference(NamedTuple):
     """Mean of a - b over n pairs, Student's interval and two-sided p for it, and in how many pairs it is positive.
 
-    nan is what too few pairs, or pairs without a spread, do not give.
+    nan where there are too few pairs, or no spread.
     """
 
     mean: float

@@ -94,7 +94,7 @@ def measure(
 
 
 def settings(names: Sequence[str], ball: Mapping[str, Any]) -> Measures:
-    """With the options that some of these measures have."""
+    """These measures, with the options that any of them takes."""
     options: dict[str, Any] = {
         key: 40 for key in ("num_probes", "num_samples") if any(registry.takes(name, key) for name in names)
     }
@@ -121,7 +121,7 @@ def test_error(checkpoint: str, x: Tensor, y: Tensor) -> float:
 
 
 def errors(checkpoints: Sequence[str], path: Path, data_dir: Path) -> dict[str, float]:
-    """Of each checkpoint on all test images; what the file has of the same weights and images is not counted again."""
+    """Test error of each checkpoint; what the file has for the same weights and images is not computed again."""
     images = open_split("cifar10", data_dir, "test")
     seen = hashlib.sha256(images.x.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
     cached = {(line["sha256"], line["data"]): float(line["test_error"]) for line in read_errors(path)}
@@ -142,7 +142,7 @@ def read_errors(path: Path) -> list[dict[str, str]]:
 
 
 def results(entries: Iterable[Entry]) -> Results:
-    """By measure and geometry; of one command, for it keeps only the last of several settings."""
+    """By measure and geometry. Entries are of one command: only the last of several settings is kept."""
     by_measure = {}
     for entry in entries:
         if "result" in entry:
@@ -169,7 +169,7 @@ def table(by_measure: Results, errors: Mapping[str, float]) -> str:
 
 
 def base_loss(worst: Mapping[str, Any] | None) -> float | None:
-    """The mean over the images, of batches that are of one size but for the last."""
+    """The mean over the images; all batches but the last have one size."""
     if worst is None:
         return None
     losses, m, n = worst["details"]["base_losses"], worst["settings"]["m"], worst["settings"]["n"]

@@ -138,7 +138,7 @@ def _landscapes(whole: Loss, job: Mapping[str, Any], *, plane: bool) -> tuple[di
 
 @torch.no_grad()
 def labels_learned(model: nn.Module, splits: Splits) -> dict[str, float]:
-    """Of the training examples with a wrong label: for what part the model says that label, and the true one."""
+    """Among training examples with a wrong label, how often the model predicts that label or the true one."""
     images, given = splits.train.x, splits.train.labels
     wrong = given != splits.clean_train_labels
     said = model.eval()(images[wrong]).argmax(1)

@@ -202,7 +202,7 @@ def targets(parts: Rows, steps: Rows) -> Rows:
 
 @dataclass
 class Plan:
-    """What is measured, in order; what would not end before the deadline is left out, and said to be."""
+    """Measures one thing after another; what would not end before the deadline is left out and reported."""
 
     deadline: float
     missing: list[str]
@@ -215,17 +215,17 @@ class Plan:
         try:
             with until(self.deadline):
                 return run()
-        except Exception as error:  # also Triton's own, which are no RuntimeErrors: the other rows count
+        except Exception as error:  # Triton's errors are not RuntimeErrors; the other rows go on
             self.missing.append(f"{what}: {type(error).__name__}: {one_line(error)[:200]}")
             return None
         finally:
-            with contextlib.suppress(RuntimeError):  # of a device on which nothing runs any more
+            with contextlib.suppress(RuntimeError):  # the device may have failed
                 device.forget()
 
 
 @contextlib.contextmanager
 def until(deadline: float) -> Iterator[None]:
-    """TimeoutError at the deadline: torch.compile may take minutes where it was given one."""
+    """Raises TimeoutError at the deadline: torch.compile may take minutes."""
 
     def late(*_: Any) -> None:
         raise TimeoutError("the time was over before it had ended")

@@ -109,7 +109,7 @@ def num_launches(run: Run, prepare: Run) -> int | None:
 
 
 def captured(run: Run) -> Run:
-    """As one CUDA graph."""
+    """The run, captured as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -123,7 +123,7 @@ def captured(run: Run) -> Run:
 
 
 def forget() -> None:
-    """Memory of what has been measured."""
+    """Frees the memory of what has been measured."""
     gc.collect()
     torch.cuda.empty_cache()
 

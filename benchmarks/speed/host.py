@@ -34,7 +34,7 @@ from sam_optim.core.errors import run
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "host_cpu.json"
 TENSORS = (6, 62, 161)  # a small network, a ResNet-18, a ResNet-50
 ENTRIES = 8
-STEPS = 5  # timed together, after one that is not: a row shall not depend on what ran before it
+STEPS = 5  # timed together, after one that is not, so that a row does not depend on what ran before it
 FACTOR, EXTRA_MS = 1.6, 0.1  # of the bar
 RHO, ETA = 0.05, 0.01
 BASE = {"lr": 1e-9, "momentum": 0.9}

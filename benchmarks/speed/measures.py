@@ -100,7 +100,7 @@ def rows_of(problem: Problem, names: list[str] | None) -> list[Row]:
     rows: list[Row] = []
     for source in SOURCES:
         if names and set(names) <= {row.name for row in rows}:
-            break  # the rows of the other are not free: some are measured to be made
+            break  # making the rows of the other source takes time: it measures
         rows += source.rows(problem)
     if missing := set(names or ()) - {row.name for row in rows}:
         raise unknown("row", missing.pop(), [row.name for row in rows])
@@ -185,7 +185,7 @@ def contender(settings: Settings) -> int:
 def _peak(device: str) -> float:
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
-    # not ru_maxrss, in which a process that another one starts begins with the peak of that one
+    # not ru_maxrss: a child process begins with the peak of its parent
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 

@@ -16,7 +16,7 @@ from sam_optim.core.files import write_json
 
 try:
     from tqdm import tqdm
-except ImportError:  # what comes with torch alone: on a machine that is there for its device
+except ImportError:  # not installed with torch alone
 
     def tqdm(rounds: Any, **_: Any) -> Any:
         return rounds

@@ -57,7 +57,7 @@ class Table:
 
     @property
     def cluster(self) -> list[str] | None:
-        """What models share that differ in their seed alone: they are no independent evidence. None without seeds."""
+        """The factors but the seed: models that agree in them are not independent evidence. None without seeds."""
         setting = [f for f in self.factors if f != "seed"]
         return setting if setting and len(setting) < len(self.factors) else None
 

@@ -187,7 +187,7 @@ def _may_be_none(action: argparse.Action) -> None:
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The options of a run; on a resume those in its config.json, which options given now may not contradict."""
     argv = _with_config(sys.argv[1:] if argv is None else argv)
-    options = _made(vars(parser().parse_args(argv)))
+    options = _options_of(vars(parser().parse_args(argv)))
     if options.out is None:
         options = replace(options, out=Path("runs") / default_name(options))
     if not (options.resume and (options.out / "config.json").exists()):
@@ -204,7 +204,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return replace(run, **values)
 
 
-def _made(values: dict[str, Any]) -> Options:
+def _options_of(values: dict[str, Any]) -> Options:
     """Options of what `parser` gives."""
     pairs = {key: dict(values[key]) for key in PAIRS}
     return Options(**{f.name: values[f.name] for f in fields(Options)} | pairs)
@@ -226,7 +226,7 @@ def of_run(directory: Path, **replaced: Any) -> Options:
         names = {f.name for f in fields(Options)} - set(NOT_RECORDED)
         pairs = {key: dict(recorded[key]) for key in PAIRS if key in recorded}
         argv = [word for key, value in (recorded | pairs).items() if key in names for word in words(key, value)]
-        options = _made(vars(parser().parse_args(argv)))
+        options = _options_of(vars(parser().parse_args(argv)))
         check_options(options.model, options.model_kwargs)
     except (TypeError, ValueError) as error:
         reason = one_line(error)

@@ -15,12 +15,12 @@ from sam_optim.optim.variants import GSAM, MSAM, FriendlySAM, LookSAM, StaleSAM,
 
 def _over(cls: type[SAM], base: type[torch.optim.Optimizer]) -> type[SAM]:
     def __init__(self: SAM, params: Iterable[Any], **kwargs: Any) -> None:
-        super(made, self).__init__(params, base, **kwargs)  # type: ignore[arg-type]
+        super(subclass, self).__init__(params, base, **kwargs)  # type: ignore[arg-type]
 
     name = cls.__name__ + base.__name__
     doc = f"{cls.__name__} over torch.optim.{base.__name__}; {name.lower()!r} in timm."
-    made = type(name, (cls,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
-    return made
+    subclass = type(name, (cls,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+    return subclass
 
 
 _VARIANTS = (SAM, ASAM, GSAM, MSAM, FriendlySAM, LookSAM, StaleSAM, VaSSO)

@@ -65,6 +65,7 @@ class Training:
     ):
         self.options, self.splits, self.device, self.world = options, splits, device, world
         self.position, self.totals = Position(), Totals(device)
+        self._is_recorded = False  # whether --out has had the config.json of a command
         self.signals = Agreed(Signals(), ALONE)
         self.train_batches = self._batches(splits.train, train=True)
         self.held_out = {"test": splits.test} | ({"validation": splits.validation} if splits.validation else {})
@@ -203,8 +204,13 @@ class Training:
 
     def _check_out(self) -> None:
         """A folder that was made anew would hold weights without the options that they were trained with."""
-        if not (self.options.out / "config.json").is_file():
-            raise InputError(f"{self.options.out} has gone while the run wrote to it; start again, with another --out")
+        out = self.options.out
+        if (out / "config.json").is_file():
+            self._is_recorded = True
+        elif self._is_recorded:
+            raise InputError(f"{out} has gone while the run wrote to it; start again, with another --out")
+        else:  # a training without a command
+            out.mkdir(parents=True, exist_ok=True)
 
     # running
 

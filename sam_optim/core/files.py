@@ -109,8 +109,9 @@ def locked(path: Path, option: str = "--out", patience: float = 0.0) -> Iterator
         os.close(handle)  # its holder removed the file between opening and locking: once more
     _held.add(handle)
     try:
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()}".encode())
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()}".encode())
         yield
     finally:
         if handle in _held:

@@ -430,6 +430,7 @@ class Loss:
         preserved, aside = rng.preserved(cuda), rng.Aside(0, cuda)
         before, fast_path = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
         try:
+            torch.clear_autocast_cache()  # torch 2.8 gives the casts of a pass without gradients to one that needs them
             torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, of another function for padding
             with preserved, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 yield

@@ -144,3 +144,42 @@ def test_a_model_that_stays_in_float32_has_its_products():
     result = hessian_eigenvalues(loss)
     assert result.converged
     assert "products" not in result.settings
+
+
+class PartlyCompiled(nn.Module):
+    def __init__(self, *, compiled):
+        super().__init__()
+        self.inner = network(mlp)
+        if compiled:
+            self.inner[0] = torch.compile(self.inner[0])
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_compiled_submodule_has_products():
+    data = batches(mlp)
+    found, expected = (
+        hessian_eigenvalues(Loss(PartlyCompiled(compiled=c), cross_entropy, data)) for c in (True, False)
+    )
+    torch.testing.assert_close(found.eigenvalues, expected.eigenvalues, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_weight_norm_of_torch(norm):
+    """Its second derivatives on the CPU are wrong; the old one cannot be copied, either."""
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    loss = Loss(model, cross_entropy, batches(mlp))
+    with pytest.raises(ValueError, match="are wrong"):
+        hessian_eigenvalues(loss)
+    by_differences = Loss(model, cross_entropy, batches(mlp), differences=True)
+    v = torch.linspace(-1, 1, sum(p.numel() for p in loss.params), dtype=torch.float64)
+    step = like(1e-5 * v, loss.params)
+    slopes = []
+    for sign in (1, -1):
+        with loss.displaced([sign * x for x in step]):
+            slopes.append(flat(loss.gradient()))
+    found = flat(by_differences.hessian_product(like(v, loss.params)))
+    torch.testing.assert_close(found, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-5, atol=1e-7)

@@ -9,7 +9,7 @@ from networks import Dense, batches, flat, like, mlp, network
 from torch import nn
 from torch.nn import functional as F
 
-from sam_optim.loss import Loss
+from sam_optim.loss import MATRICES, Loss
 from sam_optim.measures import gradient_noise_scale, hessian_eigenvalues
 
 ULPS = 1e4 * torch.finfo(torch.float64).eps
@@ -162,12 +162,216 @@ def test_padded_language_batches_weigh_their_tokens(shift):
     assert len(w) == loss.settings()["num_parameters"]
 
 
-def test_a_sum_over_the_batch_is_refused():
-    criterion = lambda o, y: F.cross_entropy(o, y, reduction="sum")  # noqa: E731
+def next_token(o, t):
+    return F.cross_entropy(o[:, :-1].flatten(0, 1), t[:, 1:].flatten(), ignore_index=-100)
+
+
+def weighted_token(o, t):
+    return F.cross_entropy(o.flatten(0, 1), t.flatten(), ignore_index=-100, weight=torch.arange(1.0, 8.0).double())
+
+
+@pytest.mark.parametrize("criterion", [next_token, weighted_token])
+def test_functions_of_padded_batches_of_other_lengths(criterion):
+    model, data, losses, weights = Tokens(0).body, [], [], []
+    shift = criterion is next_token
+    for n, t in ((2, 6), (3, 9), (4, 3), (1, 6)):
+        ids = torch.randint(7, (n, t))
+        labels = ids.masked_fill(torch.rand(n, t) < 0.4, -100)
+        labels[:, :2] = ids[:, :2]
+        data.append((ids, labels))
+        counted = labels[:, shift:][labels[:, shift:] != -100]
+        weights.append(float(len(counted) if shift else (counted + 1).sum()))
+        losses.append(criterion(model(ids), labels).item())
+    loss = Loss(model, criterion, data)
+    expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert float(loss.value()) == pytest.approx(expected, rel=1e-9)
+    assert loss.settings()["weights"] == "criterion"
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_batches_of_one_example(name):
+    """Weights of classes cannot be seen from one example alone."""
+    model, criterion = network(mlp).eval(), CRITERIA[name]
+    x, y = joined(batches(mlp, SIZES))
+    alone = [(a[None], b[None]) for a, b in zip(x, y, strict=True) if criterion(model(a[None]), b[None]) > 0]
+    kept = joined(alone)
+    expected = criterion(model(kept[0]), kept[1]).detach()
+    torch.testing.assert_close(Loss(model, criterion, alone).value(), expected, rtol=1e-9, atol=1e-9)
+
+
+class Labelled(nn.Module):
+    """The calling convention of Hugging Face models, with a loss of its own."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.inner, self.loss = network(mlp), loss
+
+    def forward(self, x, labels=None):
+        logits = self.inner(x)
+        return SimpleNamespace(loss=self.loss(logits, labels), logits=logits)
+
+
+def a_sum(o, y):
+    return F.cross_entropy(o, y, reduction="sum")
+
+
+SUMS = {
+    "a function": lambda data: (network(mlp), a_sum, data),
+    "a part of it": lambda data: (network(mlp), lambda o, y: a_sum(o, y) / 128, data),
+    "of one example": lambda data: (network(mlp), a_sum, [(x[:1], y[:1]) for x, y in data]),
+    "outputs.loss": lambda data: (Labelled(a_sum), None, [{"x": x, "labels": y} for x, y in data]),
+    "targets in a mapping": lambda data: (
+        network(mlp), lambda o, t: a_sum(o, t["y"]), [(x, {"y": y}) for x, y in data],
+    ),
+    "squares": lambda data: (network(mlp), lambda o, y: (o.sum(1) - y).square().sum(), data),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_over_the_batch_is_refused(name):
     with pytest.raises(ValueError, match="sum over the batch"):
-        Loss(network(mlp), criterion, batches(mlp)).value()
+        Loss(*SUMS[name](batches(mlp))).value()
+
+
+def test_a_mean_over_pairs_weighs_examples():
     pairs = Loss(network(mlp), lambda o, y: (o @ o.T).square().mean(), batches(mlp))
     assert pairs.settings()["weights"] == "examples"
+
+
+def test_ignored_labels_of_a_loss_that_is_no_mean_over_the_others():
+    """As of BertForPreTraining, which adds the loss of a second task."""
+    model = Labelled(lambda o, y: F.cross_entropy(o, y, ignore_index=-100) + o.square().mean())
+    data = [{"x": x, "labels": y.masked_fill(y == 0, -100)} for x, y in batches(mlp)]
+    with pytest.raises(ValueError, match="batch_weights="):
+        Loss(model, None, data).value()
+    given = Loss(model, None, data, batch_weights=[1.0, 2.0, 3.0])
+    values = [float(Loss(model, None, [b]).value()) for b in data]
+    assert float(given.value()) == pytest.approx((values[0] + 2 * values[1] + 3 * values[2]) / 6)
+
+
+def test_logits_of_tokens_say_which_forward_to_write():
+    model = Tokens(1)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(7, (3, 4, 6))]
+    with pytest.raises(ValueError, match=r"forward=lambda model, batch") as raised:
+        Loss(model, nn.CrossEntropyLoss(), data).value()
+    forward = eval(str(raised.value).split("it is forward=")[1])
+    loss = Loss(model, nn.CrossEntropyLoss(), data, forward=forward)
+    assert float(loss.value()) == pytest.approx(float(Loss(model, None, data).value()), rel=1e-9)
+    v = [torch.ones_like(p) for p in loss.params]
+    torch.testing.assert_close(flat(loss.fisher_product(v)), flat(loss.ggn_product(v)))
+
+
+def test_cross_entropy_of_large_vocabularies_in_closed_form():
+    """Against double backward of the criterion, for every form that torch's cross-entropy takes."""
+    torch.manual_seed(0)
+    model = nn.Conv1d(2, 3, 1).double()
+    x = torch.randn(5, 2, 4).double()
+    labels = torch.randint(3, (5, 4)).masked_fill(torch.rand(5, 4) < 0.3, -100)
+    of_classes = torch.rand(5, 3, 4).double().softmax(1)
+    for options in ({}, {"weight": CLASS_WEIGHTS}, {"weight": CLASS_WEIGHTS, "label_smoothing": 0.2}):
+        for y in (labels, of_classes):
+            built_in = Loss(model, nn.CrossEntropyLoss(**options), [(x, y)])
+            general = Loss(model, lambda o, t, options=options: F.cross_entropy(o, t, **options), [(x, y)])
+            v = [torch.randn_like(p) for p in built_in.params]
+            torch.testing.assert_close(
+                flat(built_in.ggn_product(v)), flat(general.ggn_product(v)), rtol=1e-9, atol=1e-12
+            )
+
+
+class Graphs:
+    """A batch of PyG: an object with its tensors inside."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.num_graphs = x, y, len(y)
+
+    def to(self, device):
+        return Graphs(self.x.to(device), self.y.to(device))
+
+
+class OfGraphs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = network(mlp)
+
+    def forward(self, data):
+        return self.inner(data.x)
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1).double()
+
+    def forward(self, images, targets=None):
+        assert self.training == (targets is not None)
+        means = torch.stack([image.mean(dim=(1, 2)) for image in images])
+        wanted = torch.stack([target["boxes"].mean() for target in targets])
+        return {"box": (self.inner(means)[:, 0] - wanted).square().mean(), "size": self.inner.weight.square().mean()}
+
+
+def test_objects_and_lists_are_batches_of_examples():
+    data = batches(mlp)
+    graphs = Loss(OfGraphs(), nn.CrossEntropyLoss(), [Graphs(x, y) for x, y in data])
+    expected = Loss(network(mlp), nn.CrossEntropyLoss(), data)
+    assert graphs.batch_sizes == (5, 5, 2)
+    torch.testing.assert_close(graphs.value(), expected.value(), rtol=ULPS, atol=ULPS)
+    other = Loss(OfGraphs(), nn.CrossEntropyLoss(), [Graphs(x + 1e-9, y) for x, y in data])
+    assert other.settings()["data"] != graphs.settings()["data"]
+    images = [[torch.rand(3, 4 + i, 5).double() for i in range(n)] for n in (2, 4)]
+    targets = [[{"boxes": torch.rand(k + 1, 4).double()} for k in range(n)] for n in (2, 4)]
+    pairs = list(zip(images, targets, strict=True))
+    model = Detector().eval()
+    with pytest.raises(ValueError, match=r"pass forward=lambda model, batch: .*criterion=lambda losses, _") as raised:
+        Loss(model, None, pairs).value()
+    forward, criterion = str(raised.value).split("forward=")[1].split(" and criterion=")
+    loss = Loss(model, eval(criterion), pairs, forward=eval(forward))
+    assert loss.batch_sizes == (2, 4)
+    values = [sum(x.item() for x in model.train()(*pair).values()) for pair in pairs]
+    model.eval()
+    assert float(loss.value()) == pytest.approx((2 * values[0] + 4 * values[1]) / 6)
+    assert not model.training
+    assert not any(m.training for m in model.modules())
+
+
+def test_complex_weights_are_refused_and_sparse_gradients_are_not():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, 3, dtype=torch.complex128))
+
+    with pytest.raises(ValueError, match="view_as_real"):
+        Loss(Complex(), nn.CrossEntropyLoss(), batches(mlp))
+    products = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 5, sparse=sparse), nn.Flatten(), nn.Linear(20, 3)).double()
+        loss = Loss(model, nn.CrossEntropyLoss(), [(torch.randint(9, (6, 4)), torch.randint(3, (6,)))])
+        products.append(flat(loss.gradient()))
+        products += [flat(loss._product(matrix, [torch.ones_like(p) for p in loss.params])) for matrix in MATRICES]
+    for a, b in zip(products[:5], products[5:], strict=True):  # by differences: embeddings have no double backward
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_small_batches_are_computed_together():
+    """As fast as one batch, and the same numbers; where examples act on each other they stay alone."""
+    x, y = joined(batches(mlp, (3000,)))
+    alone = [(a[None], b[None]) for a, b in zip(x, y, strict=True)]
+    model, calls = network(mlp).eval(), []
+    model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    loss, whole = Loss(model, nn.CrossEntropyLoss(), alone), Loss(model, nn.CrossEntropyLoss(), [(x, y)])
+    v = [torch.ones_like(p) for p in loss.params]
+    for few in (loss, loss.merged()):
+        torch.testing.assert_close(few.value(), whole.value(), rtol=ULPS, atol=ULPS)
+        torch.testing.assert_close(flat(few.gradient()), flat(whole.gradient()), rtol=1e-9, atol=1e-12)
+        for matrix in ("hessian", "ggn", "fisher"):
+            expected = flat(whole._product(matrix, v))
+            torch.testing.assert_close(flat(few._product(matrix, v)), expected, rtol=1e-9, atol=1e-12)
+    assert len(calls) < 500
+    assert loss.batch_values().shape == (3000,)
+    contrast = lambda o, t: (o - o.mean(0)).square().mean() + F.cross_entropy(o, t)  # noqa: E731
+    model, data = network(mlp), batches(mlp, (2, 2, 2, 2))
+    expected = torch.stack([contrast(model.eval()(a), b) for a, b in data]).mean().detach()
+    torch.testing.assert_close(Loss(model, contrast, data).value(), expected, rtol=ULPS, atol=ULPS)
 
 
 class TwoFunctions(nn.Module):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sam_optim.core.contexts import undone
+
 NORM_LAYERS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm, InstanceNorm, and timm's BatchNormAct2d
     nn.LayerNorm,
@@ -113,19 +115,29 @@ def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
             m.training = training
         buffers.restore()
 
-    try:
+    with undone(restore):
         model.eval()
         if batch_statistics:
             for m in model.modules():
                 if isinstance(m, nn.modules.batchnorm._NormBase):
                     m.training = True
         yield
-    finally:
-        try:
-            restore()
-        except BaseException:  # an interrupt on the way back
-            restore()
-            raise
+
+
+@contextmanager
+def widened(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters and buffers of fewer bits as copies in `dtype`. They come back in their storage, bit for bit."""
+    tensors = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    narrow = [(x, x.data) for x in tensors.values() if x.is_floating_point() and x.itemsize < dtype.itemsize]
+
+    def restore() -> None:
+        for x, data in narrow:
+            x.data = data
+
+    with undone(restore):
+        for x, data in narrow:
+            x.data = data.to(dtype)
+        yield
 
 
 def statistics_in_use(model: nn.Module, *, batch_statistics: bool) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam_optim.core.contexts import undone
+
 
 class Stream:
     """A seeded stream of draws on the CPU, moved to where they are needed: the same bits on every device, whatever ran
@@ -66,15 +68,8 @@ class GlobalState:
 @contextmanager
 def preserved(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """The global generators come out as they went in."""
-    state = GlobalState(cuda_devices)
-    try:
+    with undone(GlobalState(cuda_devices).restore):
         yield
-    finally:
-        try:
-            state.restore()
-        except BaseException:  # an interrupt on the way back
-            state.restore()
-            raise
 
 
 class Aside:

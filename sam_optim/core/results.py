@@ -54,6 +54,7 @@ class Estimate(_Result):
 
     value: in the units that the measure's docstring names; nan if it could not be computed (`reason` says why).
     stderr: the standard error of `value` over batches or draws; nan where there is only one, 0 where it is exact.
+    interval: of 95 %, by Student's t for that many batches or draws; None where stderr is nan.
     num_samples: how many draws, batches or pairs `stderr` is over.
     converged: False where an iteration stopped at its limit, or a value is not finite.
     """
@@ -66,6 +67,7 @@ class Estimate(_Result):
     provenance: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    interval: tuple[float, float] | None = None
 
     def __float__(self) -> float:
         return self.value
@@ -139,6 +141,31 @@ class Landscape(_Result):
     directions: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def student_quantile(degrees: int) -> float:
+    """t with P(|T| <= t) = 0.95 for Student's T with so many degrees of freedom.
+
+    P is a finite sum of powers of cos^2 for whole degrees: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    """
+    if degrees > 10_000:
+        return 1.96
+
+    def inside(t: float) -> float:
+        angle = math.atan(t / math.sqrt(degrees))
+        odd = degrees % 2
+        term = total = math.cos(angle) if odd else 1.0
+        for k in range(2 + odd, degrees - 1, 2):
+            term *= math.cos(angle) ** 2 * (k - 1) / k
+            total += term
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + (total if degrees > 1 else 0.0)) if odd else total
+
+    low, high = 1.9, 13.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
 
 
 def mean_over_batches(values: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:

@@ -39,7 +39,16 @@ def leaves(batch: Any) -> list[Any]:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    return [x for x in leaves(batch) if isinstance(x, Tensor)]
+    """All tensors of a batch, also those in objects that hold some (PyG's Data)."""
+    collected: list[Tensor] = []
+    for x in leaves(batch):
+        if isinstance(x, Tensor):
+            collected.append(x)
+        elif callable(getattr(x, "to_dict", None)):
+            collected += tensors(x.to_dict())
+        elif hasattr(x, "__dict__"):
+            collected += [value for value in vars(x).values() if isinstance(value, Tensor)]
+    return collected
 
 
 class FixedBatches:
@@ -63,21 +72,21 @@ class FixedBatches:
         self._batches = batches
         self._in_memory = isinstance(batches, (list, tuple))
         self._num_passes = 0
-        self.fingerprints = [(num_examples(batch), checksum(batch)) for batch in self._read()]
+        self.fingerprints = [(num_examples(batch), checksum(batch)) for batch in self.read()]
         self.sizes = tuple(n for n, _ in self.fingerprints)
         if 0 in self.sizes or not (self.sizes or may_be_empty):
             raise ValueError(f"a loss needs batches with examples in them, got batches of sizes {list(self.sizes)}")
 
     def __iter__(self) -> Iterator[Any]:
         count = 0
-        for count, batch in enumerate(self._read(), 1):
+        for count, batch in enumerate(self.read(), 1):
             if not self._in_memory and (count > len(self.sizes) or self.fingerprints[count - 1][1] != checksum(batch)):
                 raise ValueError(f"batch {count} is not that of the first pass; {REMEDY}")
             yield batch
         if count != len(self.sizes):
             raise ValueError(f"a pass gave {count} batches, the first one {len(self.sizes)}; {REMEDY}")
 
-    def _read(self) -> Iterator[Any]:
+    def read(self) -> Iterator[Any]:
         if self._in_memory:
             yield from self._batches
             return
@@ -95,20 +104,33 @@ class FixedBatches:
 
 
 def num_examples(batch: Any) -> int:
-    """The length of "labels" in a mapping, of the last element of a tuple if it is a tensor, else of the first tensor.
+    """The length of "labels" in a mapping, of the last element of a tuple or of `y`, if it is a tensor; else of the
+    first tensor in the batch itself, of its first list (an example in each entry), or of the first tensor anywhere.
+    Of an object with `num_graphs`, these.
 
     Raises:
         ValueError: no tensor with a first dimension.
     """
-    target: Any = None
-    if isinstance(batch, Mapping):
-        target = batch.get("labels")
-    elif isinstance(batch, (tuple, list)) and batch:
-        target = batch[-1]
-    counted = target if isinstance(target, Tensor) else next(iter(tensors(batch)), None)
+    if isinstance(graphs := getattr(batch, "num_graphs", None), int):
+        return graphs
+    columns = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else []
+    ranked = [target_of(batch), *columns, *tensors(batch)]
+    counted = next((x for x in ranked if isinstance(x, Tensor)), None)
+    lists = [x for x in columns if isinstance(x, list)]
+    if lists and not any(isinstance(x, Tensor) for x in columns):
+        return len(lists[0])
     if counted is None or not counted.ndim:
         raise ValueError(f"a batch needs tensors whose first dimension counts its examples, got {type(batch).__name__}")
     return len(counted)
+
+
+def target_of(batch: Any) -> Any:
+    """ "labels" of a mapping, the last element of a tuple or list, `y` of an object; None where there is none."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    if isinstance(batch, (tuple, list)):
+        return batch[-1] if batch else None
+    return getattr(batch, "y", None)
 
 
 def checksum(batch: Any) -> int:
@@ -158,12 +180,49 @@ def divided(batch: Any, n: int, size: int) -> list[tuple[int, Any]]:
 
     One piece where a tensor has another first dimension, or a leaf may hold examples and is not a tensor.
     """
-
-    def divisible(x: Any) -> bool:
-        if isinstance(x, Tensor):
-            return x.ndim > 0 and len(x) == n
-        return x is None or isinstance(x, (bool, int, float, str))
-
-    if size >= n or not all(map(divisible, leaves(batch))):
+    if size >= n or _rows(batch, n) is None:
         return [(n, batch)]
     return [(min(size, n - start), part(batch, start, min(start + size, n))) for start in range(0, n, size)]
+
+
+def joined(batches: Iterable[tuple[float, int, Any]], size: int) -> Iterator[tuple[float, int, Any]]:
+    """(weight, examples, batch) with consecutive batches joined to at most `size` examples, where they are alike."""
+    group: list[Any] = []
+    total, count, form = 0.0, 0, None
+    for weight, n, batch in batches:
+        rows = _rows(batch, n)
+        if group and (rows is None or rows != form or count + n > size):
+            yield total, count, _join(group)
+            group, total, count = [], 0.0, 0
+        group.append(batch)
+        total, count, form = total + weight, count + n, rows
+    if group:
+        yield total, count, _join(group)
+
+
+def _rows(batch: Any, n: int) -> list[Any] | None:
+    """What an example of the batch looks like; None where it cannot be cut along the first dimension of its tensors."""
+    names = list(batch) if isinstance(batch, Mapping) else []
+    rows: list[Any] = [type(batch), names]
+    for x in leaves(batch):
+        if isinstance(x, Tensor):
+            if not x.ndim or len(x) != n:
+                return None
+            rows.append((x.shape[1:], x.dtype, x.layout))
+        elif x is None or isinstance(x, (bool, int, float, str)):
+            rows.append(x)
+        else:
+            return None
+    return rows
+
+
+def _join(batches: Sequence[Any]) -> Any:
+    if len(batches) == 1:
+        return batches[0]
+    columns = iter(list(zip(*map(leaves, batches), strict=True)))
+
+    def cat(_: Any) -> Any:
+        column = next(columns)
+        return torch.cat(column) if isinstance(column[0], Tensor) else column[0]
+
+    return tree_map(cat, batches[0])

@@ -27,6 +27,9 @@ def check(criterion: Any, normalize_logits: bool) -> None:
 
 def value(criterion: Criterion | None, outputs: Any, target: Any, *, needs_gradient: bool = True) -> Tensor:
     """The loss of a batch, 0-d; without a criterion that of the model, `outputs.loss`."""
+    if criterion is None and not hasattr(outputs, "loss"):
+        raise ValueError(f"criterion=None takes outputs.loss, and the model returns {type(outputs).__name__}: pass one")
+    check_shapes(criterion, outputs, target)
     loss = outputs.loss if criterion is None else criterion(outputs, target)
     if not isinstance(loss, Tensor) or loss.ndim:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -42,14 +45,37 @@ def equal_to_rounding(a: float, b: float, dtype: torch.dtype) -> bool:
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """(outputs, target) of a batch (inputs..., target), or of a mapping with "labels"."""
+    """(outputs, target) of a batch (inputs..., target), of a mapping with "labels", or of an object with `y`."""
     if isinstance(batch, Mapping) and "labels" in batch:
         return model(**batch), batch["labels"]
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         *inputs, target = batch
+        if isinstance(target, (list, tuple)) and target and isinstance(target[0], Mapping):
+            raise ValueError(DETECTION)
         return model(*inputs), target
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)) and isinstance(getattr(batch, "y", None), Tensor):
+        return model(batch), batch.y
     got = f"a mapping of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
     raise ValueError(f"a batch is (inputs..., target) or a mapping with 'labels', got {got}: pass forward=")
+
+
+DETECTION = (
+    "targets are mappings, as of detection models, which give their losses in train mode alone: pass "
+    "forward=lambda model, batch: (model.train()(*batch), None) and criterion=lambda losses, _: sum(losses.values())"
+)
+
+
+def check_shapes(criterion: Criterion | None, outputs: Any, target: Any) -> None:
+    """Raises ValueError for logits of tokens, which cross-entropy takes in another order."""
+    kind = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if not kind or not (isinstance(outputs, Tensor) and isinstance(target, Tensor)) or outputs.ndim < 3:
+        return
+    if outputs.shape[:-1] == target.shape and outputs.shape[:1] + outputs.shape[2:] != target.shape:
+        raise ValueError(
+            f"logits have the shape {tuple(outputs.shape)} and labels {tuple(target.shape)}: criterion=None takes the "
+            "loss of the model itself; of the next token it is forward=lambda model, batch: "
+            "(model(**batch).logits[:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten())"
+        )
 
 
 def normalized(outputs: Any) -> Tensor:
@@ -96,13 +122,13 @@ def shares(criterion: Criterion, pieces: Sequence[tuple[Any, Any]]) -> list[floa
         return None
     if len({(o.shape[1:], t.shape[1:]) for o, t in pieces}) > 1 or any(len(o) != len(t) for o, t in pieces):
         return None
-    whole = _gradient(criterion, torch.cat([o for o, _ in pieces]), torch.cat([t for _, t in pieces])).double()
+    whole = gradient_of(criterion, torch.cat([o for o, _ in pieces]), torch.cat([t for _, t in pieces])).double()
     if not whole.any():  # a step function of the outputs, such as the share of errors
         return None
     tolerance = 1e-5 * float(whole.abs().max())
     result = []
     for (o, t), part in zip(pieces, whole.split([len(o) for o, _ in pieces]), strict=True):
-        g = _gradient(criterion, o, t).double().nan_to_num()  # nan: all labels of the piece are ignored
+        g = gradient_of(criterion, o, t).double().nan_to_num()  # nan: all labels of the piece are ignored
         square = float(g.square().sum())
         share = float((part * g).sum()) / square if square else 0.0
         if not torch.isclose(part, share * g, rtol=1e-4, atol=tolerance, equal_nan=True).all():
@@ -111,113 +137,8 @@ def shares(criterion: Criterion, pieces: Sequence[tuple[Any, Any]]) -> list[floa
     return result
 
 
-class Weigher:
-    """What the means of batches were taken over: how much each batch weighs in the mean over all of them.
-
-    `rule` says it in words. "examples": their number. "counted labels": the labels that are not ignored (also of
-    Hugging Face models: those that are not -100, shifted by one in causal language models). "weights of classes": the
-    weights of the labels. "elements": the entries of the targets. "criterion": what the criterion itself gives to a
-    batch when it is joined with a few examples of the first one.
-
-    Args:
-        criterion: of the loss. outputs, target: of the first batch, for what only examples can show.
-    """
-
-    def __init__(self, criterion: Criterion | None, outputs: Any, target: Any):
-        self.rule = "examples"
-        self._criterion, self._shift = criterion, 0
-        self._reference: tuple[Tensor, Tensor] | None = None
-        keywords = getattr(criterion, "keywords", {})  # of a functools.partial
-        function = getattr(criterion, "func", criterion)
-        is_function = function in (nn.functional.cross_entropy, nn.functional.nll_loss)
-        if is_function or isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)):
-            weight = keywords.get("weight", getattr(criterion, "weight", None))
-            self._class_weights: Tensor | None = weight
-            self._ignored = keywords.get("ignore_index", getattr(criterion, "ignore_index", -100))
-            self.rule = "counted labels" if weight is None else "weights of classes"
-        elif criterion is None:
-            self._class_weights, self._ignored = None, -100
-            if (shift := _shift_of_labels(outputs, target)) is not None:
-                self.rule, self._shift = "counted labels", shift
-        elif isinstance(criterion, nn.modules.loss._Loss):
-            self.rule = "elements" if isinstance(criterion, _OVER_ELEMENTS) else "examples"
-        elif isinstance(outputs, Tensor) and isinstance(target, Tensor) and len(outputs) == len(target) > 1:
-            half = len(outputs) // 2
-            halves = [(outputs[:half], target[:half]), (outputs[half:], target[half:])]
-            parts = shares(criterion, halves)
-            if parts is not None and all(abs(share - 1) < 1e-3 for share in parts):
-                raise ValueError(
-                    f"the criterion is a sum over the batch, not a mean: on half a batch it is half as large; {A_MEAN}"
-                )
-            if parts is not None and not target.is_floating_point():
-                self.rule, self._reference = "criterion", (outputs[:FEW].detach(), target[:FEW])
-
-    def __call__(self, target: Any, n: int) -> float:
-        if not isinstance(target, Tensor):
-            return n
-        if self.rule == "elements":
-            return target.numel()
-        if self._reference is not None:
-            return self._joined(target, n, *self._reference)
-        if self.rule == "examples" or target.is_floating_point():
-            return n
-        total = float(self._weights_of(target[:, self._shift :] if self._shift else target).sum())
-        return int(total) if self._class_weights is None else total
-
-    def _weights_of(self, labels: Tensor) -> Tensor:
-        """Of each label, float64: 0 where it is ignored."""
-        counted = labels != self._ignored
-        if self._class_weights is None:
-            return counted.double()
-        return self._class_weights.to(labels.device, torch.float64)[torch.where(counted, labels, 0)] * counted
-
-    def of_examples(self, outputs: Tensor, target: Any) -> Tensor:
-        """The part of each example in the mean of a batch, (n,); they add up to 1."""
-        n = len(outputs)
-        if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
-            if self.rule in ("counted labels", "weights of classes"):
-                parts = self._weights_of(target).to(outputs)
-                return parts / parts.sum()
-            if self.rule == "criterion" and self._criterion is not None:
-                pieces = list(zip(outputs.detach().split(1), target.split(1), strict=True))
-                if (parts_of_mean := shares(self._criterion, pieces)) is not None:
-                    return outputs.new_tensor(parts_of_mean)
-        return outputs.new_full((n,), 1 / n)
-
-    def _joined(self, target: Tensor, n: int, outputs: Tensor, labels: Tensor) -> float:
-        """With stand-ins for its outputs, which have no part in what a mean is taken over."""
-        assert self._criterion is not None
-        stand_in = outputs[torch.arange(n, device=outputs.device) % len(outputs)]
-        parts = shares(self._criterion, [(outputs, labels), (stand_in, target)])
-        return n if parts is None or not parts[0] else len(outputs) * parts[1] / parts[0]
-
-
-FEW = 16  # examples of the first batch with which others are compared
-_OVER_ELEMENTS = (
-    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
-    nn.GaussianNLLLoss, nn.SoftMarginLoss,
-)  # fmt: skip
-
-
-def _shift_of_labels(outputs: Any, labels: Any) -> int | None:
-    """0 or 1 where `outputs.loss` is the mean cross-entropy of labels, or of those of the next token, that are not
-    -100; None where it is neither."""
-    logits: Any = getattr(outputs, "logits", None)
-    loss: Any = getattr(outputs, "loss", None)
-    if not all(isinstance(x, Tensor) for x in (logits, labels, loss)) or labels.is_floating_point():
-        return None
-    if logits.shape[:-1] != labels.shape:
-        return None
-    for shift in (0, 1) if labels.ndim > 1 else (0,):
-        kept = logits[:, : logits.shape[1] - shift] if shift else logits
-        wanted = labels[:, shift:] if shift else labels
-        value = nn.functional.cross_entropy(kept.flatten(0, -2).float(), wanted.flatten(), ignore_index=-100)
-        if torch.isclose(value, loss.float(), rtol=1e-3):
-            return shift
-    return None
-
-
-def _gradient(criterion: Criterion, outputs: Tensor, target: Any) -> Tensor:
+def gradient_of(criterion: Criterion, outputs: Tensor, target: Any) -> Tensor:
+    """Of the criterion, with respect to the outputs."""
     with torch.enable_grad():
         o = outputs.detach().requires_grad_()
         loss = criterion(o, target)

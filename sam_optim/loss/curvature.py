@@ -47,7 +47,7 @@ class Curvature:
     ):
         self._params, self._batches, self._product, self._shares = params, batches, product, shares
         self._sharding, self._chunk_size = sharding, chunk_size
-        self._graph_bytes, self._kept_bytes = _budgets(params[0].device)
+        self._graph_bytes, self._kept_bytes = budgets(params[0].device)
         self._divisions: list[tuple[int, Sequence[float]]] = []  # of each batch: size of a piece, and their shares
         self._kept: list[tuple[float, Product]] = []
         self._all_kept = False
@@ -106,7 +106,7 @@ class Curvature:
         return (n, [1.0]) if shares is None else (size, shares)
 
 
-def _budgets(device: torch.device) -> tuple[int, int]:
+def budgets(device: torch.device) -> tuple[int, int]:
     """(bytes of one graph, bytes of all graphs that are kept)."""
     if device.type != "cuda":
         return GRAPH_BYTES, KEPT_BYTES

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -15,16 +16,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_optim.core import module_state
 from sam_optim.core import random as rng
+from sam_optim.core.contexts import undone
 from sam_optim.loss import criterion as criteria
 from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
-from sam_optim.loss.batches import FixedBatches, channels_last, checksum, data_id, divided, moved, part
+from sam_optim.loss.batches import (
+    FixedBatches,
+    channels_last,
+    checksum,
+    data_id,
+    divided,
+    joined,
+    moved,
+    part,
+    target_of,
+    tree_map,
+)
 from sam_optim.loss.criterion import Criterion, Forward
-from sam_optim.loss.curvature import PROBE, Curvature, Sum
+from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
+from sam_optim.loss.weights import A_SUM, Weigher, rows_of
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
+
+HALF = (torch.bfloat16, torch.float16)
+JOINED = 128  # examples of small batches that pass through the model together, at most
+CHECKED = 2  # examples for which second derivatives are checked
 
 T = TypeVar("T")
 
@@ -39,6 +57,10 @@ class Loss:
     difference is an error. The model is measured in eval mode, without dropout, and left exactly as found: weights,
     buffers, modes, `p.grad`, and the global generators, also after an exception. Attention runs on the mathematical
     backend in second-order products, the only one with double backward.
+
+    Weights in bfloat16 or float16 are measured in float32, in which a small step is not rounded away: inside each call
+    they are copies, and so are halves in the batches. Batches of few examples pass through the model together where
+    that is the same.
 
     Under torch.distributed each rank holds its share of the batches (`batches[rank::world_size]`; a share may be empty)
     and all ranks make the same calls: each gets the numbers of one process that holds all of them.
@@ -58,10 +80,9 @@ class Loss:
             save 128 MiB (on a device, an eighth of its memory), which is also faster on a CPU. A batch stays whole
             where the loss is not a mean over pieces: batch statistics, losses of pairs, `outputs.loss`.
         batch_weights: W_b of each batch, or a function of a batch. None: seen from the criterion, its labels, and what
-            it gives to a batch that is joined with a few examples of the first (see `loss.criterion.Weigher`).
-
-        differences: products by central differences of gradients (of outputs, for J v of the other matrices), in a
-            float64 copy of the model: for models without double backward (hard sigmoids, fused kernels), or where it
+            it gives to a batch that is joined with a few examples of the first (see `loss.weights.Weigher`).
+        differences: products by central differences of gradients (of outputs, for J v of the other matrices), in
+            float64: for models without double backward (hard sigmoids, fused kernels), or where it
             is wrong. None: where it is missing; results say so, with the Hessian's error, estimated from two steps.
 
     Attributes:
@@ -104,9 +125,15 @@ class Loss:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
         self._device = None if device is None else torch.device(device)
         self._forward = forward or criteria.default_forward
+        if any(p.is_complex() for p in self.params):
+            raise ValueError("measures are of real weights: hold complex ones as torch.view_as_real(w)")
+        # what narrower weights, buffers and batches are widened to inside a pass
+        halves = any(p.dtype in HALF and not _is_spread(p) for p in self.params)
+        self._wide = torch.float32 if halves else None
         self._images_last = _convolves_on_cpu(self.model)
         self._given_weights = batch_weights
-        self._weigher: criteria.Weigher | None = None
+        self._weigher: Weigher | None = None
+        self._joins = 1  # examples of small batches that are computed together, at most
         self._second: dict[str, Any] = {"by differences": differences}  # shared with all losses made from this one
         self._pushes = False  # J v by differences of outputs
         self._hold(batches, Sharding(distributed))
@@ -135,31 +162,51 @@ class Loss:
         self._weigh()
         return self._weights if len(self._weights) == self.num_batches else (math.fsum(self._weights),)
 
+    def zeros(self) -> list[Tensor]:
+        """A vector of zeros: one tensor for each parameter, in float32 or better."""
+        return [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in self.params]
+
     def value(self) -> Tensor:
         """L(w), 0-d float64 on the CPU."""
-        return self._mean(self._batch_values())
+
+        def local() -> float:
+            with self._evaluating(grad=False):
+                pairs = [(weight, self._batch_loss(batch)) for weight, _, batch in self._joined_batches()]
+            return math.fsum(p * x for (p, _), x in zip(pairs, _floats([x for _, x in pairs]), strict=True))
+
+        values = self._sharding.all_gather(self._sharding.together(local))
+        return torch.tensor(math.fsum(values), dtype=torch.float64)
 
     def batch_values(self) -> Tensor:
         """l_b(w) of each batch, (num_batches,) float64 on the CPU."""
-        values = self._batch_values()
-        return values if len(values) == self.num_batches else self._mean(values)[None]
+        if self.num_batches != len(self._sizes):
+            return self.value()[None]
+
+        def local() -> list[float]:
+            with self._evaluating(grad=False):
+                return _floats([self._batch_loss(batch) for _, _, batch in self._weighted_batches()])
+
+        return torch.tensor(self._sharding.interleave(self._sharding.together(local)), dtype=torch.float64)
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w), 0-d float64, and dL/dw in the shapes of `params`; 0 for a parameter that L does not depend on."""
         self._check_whole()
+        weights: list[float] = []
         values: list[Tensor] = []
 
         def local() -> list[Tensor]:
             with self._evaluating(grad=True):
                 total = Sum(self.params)
-                for weight, _, batch in self._weighted_batches():
+                for weight, _, batch in self._joined_batches():
                     loss = self._batch_loss(batch)
                     total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
+                    weights.append(weight)
                     values.append(loss.detach())
             return total.tensors
 
         gradient = self._sharding.all_reduce(local)
-        return self._mean(torch.tensor(self._sharding.interleave(_floats(values)), dtype=torch.float64)), gradient
+        value = math.fsum(p * x for p, x in zip(weights, _floats(values), strict=True))
+        return torch.tensor(math.fsum(self._sharding.all_gather(value)), dtype=torch.float64), gradient
 
     def gradient(self) -> list[Tensor]:
         """dL/dw in the shapes of `params`."""
@@ -200,10 +247,10 @@ class Loss:
             with self._by_differences(matrix, seed) as product:
                 yield product
             return
-        with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH):
+        with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH), _eager(self.model):
             yield Curvature(
                 self.params,
-                (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._weighted_batches,
+                (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._joined_batches,
                 lambda piece, keep: self._piece_product(matrix, piece, keep),
                 lambda batch, n, size: self._shares_of_pieces(matrix, batch, n, size),
                 self._sharding,
@@ -298,27 +345,22 @@ class Loss:
         if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in self.params]:
             raise ValueError(f"d needs one tensor for each parameter, of its shape (see `params`), got shapes {got}")
         grad = torch.is_grad_enabled()
-        saved = [w.detach().clone() for w in self.params]
+        with self._widened():
+            saved = [w.detach().clone() for w in self.params]
 
-        def restore() -> None:
-            torch.set_grad_enabled(False)
-            for w, s in zip(self.params, saved, strict=True):
-                w.copy_(s)
-            torch.clear_autocast_cache()
-            torch.set_grad_enabled(grad)
+            def restore() -> None:
+                torch.set_grad_enabled(False)
+                for w, s in zip(self.params, saved, strict=True):
+                    w.copy_(s)
+                torch.clear_autocast_cache()
+                torch.set_grad_enabled(grad)
 
-        try:
-            with torch.no_grad():
-                for w, x in zip(self.params, d, strict=True):
-                    w.add_(x)
-            torch.clear_autocast_cache()  # or an enclosing autocast region would go on using the weights at w
-            yield
-        finally:
-            try:
-                restore()
-            except BaseException:  # an interrupt on the way back
-                restore()
-                raise
+            with undone(restore):
+                with torch.no_grad():
+                    for w, x in zip(self.params, d, strict=True):
+                        w.add_(x)
+                torch.clear_autocast_cache()  # or an enclosing autocast region would go on using the weights at w
+                yield
 
     def settings(self) -> dict[str, Any]:
         """What a result has to say about its loss: m and n in examples, and which function of w it is."""
@@ -330,7 +372,7 @@ class Loss:
             "batch_norm": module_state.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
             "normalize_logits": self.normalize_logits,
             "parameters": None if self.blocks is None else list(self.blocks),
-            "dtype": str(self.params[0].dtype).removeprefix("torch."),
+            "dtype": str(self.params[0].dtype).removeprefix("torch.") + (", in float32" if self._wide else ""),
             "device": self.device.type,
             "data": data_id(self._fingerprints),
             "weights": self._rule(),
@@ -341,13 +383,19 @@ class Loss:
             return {}
         return {"products": "central differences", "product_error": self._second.get("error")}
 
-    def _weighted_batches(self) -> Iterator[tuple[float, int, Any]]:
-        """(W_b / sum W, n_b, batch on the device) for each batch of this rank."""
+    def _weighted_batches(self, size: int = 1) -> Iterator[tuple[float, int, Any]]:
+        """(W_b / sum W, n_b, batch on the device) for each batch of this rank; small ones joined to `size` examples."""
         self._weigh()
         total = math.fsum(self._weights)
         assert self._local_weights is not None
-        for weight, n, batch in zip(self._local_weights, self._batches.sizes, self._batches, strict=True):
-            yield weight / total, n, moved(batch, self.device)
+        shares = [weight / total for weight in self._local_weights]
+        for share, n, batch in joined(zip(shares, self._batches.sizes, self._batches, strict=True), size):
+            yield share, n, moved(batch, self.device)
+
+    def _joined_batches(self) -> Iterator[tuple[float, int, Any]]:
+        """The same with small batches joined, where that is the same mean."""
+        self._weigh()
+        return self._weighted_batches(self._joins)
 
     def _weigh(self) -> None:
         """What the batches weigh; once, with the checks that one batch can answer."""
@@ -363,38 +411,62 @@ class Loss:
         """Of this rank."""
         sizes, given = self._batches.sizes, self._given_weights
         if self._weigher is None and sizes:
-            self._look_at(moved(next(iter(self._batches)), self.device))
-        if self._weigher is None or len(self._sizes) == 1 or (given is None and self._weigher.rule == "examples"):
-            return list(sizes)
-        if isinstance(given, Sequence):
+            self._look_at(*self._first(PROBE))
+        if (
+            self._weigher is None
+            or len(self._sizes) == 1
+            or (given is None and self._weigher.rule == "examples" and not self._weigher.is_blind)
+        ):
+            weights: list[float] = list(sizes)
+        elif isinstance(given, Sequence):
             if len(given) != len(sizes):
                 raise ValueError(f"batch_weights needs one number for each batch, got {len(given)} for {len(sizes)}")
-            return [float(w) for w in given]
-        if given is not None:
-            return [float(given(batch)) for batch in self._batches]
-        with self._evaluating(grad=False):
-            batches = zip(sizes, self._batches, strict=True)
-            return [self._weigher(self._target(moved(batch, self.device)), n) for n, batch in batches]
+            weights = [float(w) for w in given]
+        elif given is not None:
+            weights = [float(given(batch)) for batch in self._batches]
+        else:
+            with self._evaluating(grad=False):
+                batches = zip(sizes, self._batches, strict=True)
+                weights = [self._weigher(self._target(moved(batch, self.device)), n) for n, batch in batches]
+        return weights
 
-    def _look_at(self, batch: Any) -> None:
+    def _first(self, size: int) -> tuple[int, Any]:
+        """The first batch, or if it is smaller the first ones joined, if they can be, to at most `size` examples."""
+        few = islice(zip(self._batches.sizes, self._batches.read(), strict=False), size)
+        _, n, batch = next(joined(((0.0, n, batch) for n, batch in few), size))
+        return n, moved(batch, self.device)
+
+    def _look_at(self, n: int, batch: Any) -> None:
         """What one batch shows: what its mean is taken over, and whether gradients are those of the same function."""
         with self._evaluating(grad=False):
             outputs, target = self._outputs(batch)
             without = float(criteria.value(self.criterion, outputs, target))
-            weigher = criteria.Weigher(self.criterion, outputs, target)
+            weigher = Weigher(self.criterion, outputs, target)
+            halves = [] if weigher.is_sure else divided(batch, n, -(-n // 2))
+            if len(halves) == 2:
+                parts = [float(criteria.value(self.criterion, *self._outputs(half))) for _, half in halves]
+                if all(parts) and abs(math.fsum(parts) - without) < 1e-3 * max(map(abs, parts)):
+                    raise ValueError(A_SUM)
+        self._weigher, self._joins = weigher, 1
         if not any(map(_is_spread, self.params)):
-            self._check_one_function(batch, without)
-        self._weigher = weigher
+            room = budgets(self.device)[0] * n // max(self._check_one_function(batch, without), 1)
+            size = min(JOINED, self.chunk_size or JOINED, room)
+            may_join = self._given_weights is None and not self.batch_statistics and weigher.is_sure
+            if may_join and self._is_mean_of_joined(weigher, min(size, 2 * PROBE)):
+                self._joins = size
 
-    def _check_one_function(self, batch: Any, without: float) -> None:
-        with self._evaluating(grad=True):
+    def _check_one_function(self, batch: Any, without: float) -> int:
+        """Raises ValueError where the loss is another one with gradients; the bytes that its graph saves."""
+        saved = SavedBytes(self.params)
+        with self._evaluating(grad=True), saved.counting():
             loss = criteria.value(self.criterion, *self._outputs(batch), needs_gradient=False)
-        if not criteria.equal_to_rounding(without, float(loss.detach()), self.params[0].dtype):
+        if not criteria.equal_to_rounding(without, float(loss.detach()), self._wide or self.params[0].dtype):
             raise ValueError(
                 f"the loss is {without:.8g} without gradients and {float(loss.detach()):.8g} with them: the model "
                 "computes two functions, and a measure is of one. Look for torch.is_grad_enabled() or a fused path "
                 "that only inference takes, and switch it off"
             )
+        return saved.count
 
     def _check_whole(self) -> None:
         if any(map(_is_spread, self.params)):
@@ -403,10 +475,25 @@ class Loss:
                 "there are only values of the loss, as in critical_sharpness along a direction"
             )
 
+    def _is_mean_of_joined(self, weigher: Weigher, size: int) -> bool:
+        """Whether the first few batches, if they are small, have the same mean when they are computed together."""
+        n, together = self._first(size)
+        batches, sizes = [], []
+        for batch in self._batches.read():
+            if sum(sizes) == n:
+                break
+            batches.append(moved(batch, self.device))
+            sizes.append(self._batches.sizes[len(sizes)])
+        if len(sizes) < 2:
+            return False
+        with self._evaluating(grad=False):
+            weights = [weigher(self._target(batch), k) for batch, k in zip(batches, sizes, strict=True)]
+            alone = math.fsum(w * float(self._batch_loss(b)) for w, b in zip(weights, batches, strict=True))
+            value = float(self._batch_loss(together))
+        return criteria.equal_to_rounding(alone / math.fsum(weights), value, self._wide or self.params[0].dtype)
+
     def _target(self, batch: Any) -> Any:
-        if self._forward is not criteria.default_forward:
-            return self._outputs(batch)[1]
-        return batch["labels"] if isinstance(batch, Mapping) else batch[-1]
+        return target_of(batch) if self._forward is criteria.default_forward else self._outputs(batch)[1]
 
     def _rule(self) -> str:
         """What the weights of batches are."""
@@ -432,7 +519,7 @@ class Loss:
         try:
             torch.clear_autocast_cache()  # torch 2.8 gives the casts of a pass without gradients to one that needs them
             torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, of another function for padding
-            with preserved, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
+            with self._widened(), preserved, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 yield
         finally:
             for module in self.model.modules():
@@ -441,14 +528,13 @@ class Loss:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             torch.set_grad_enabled(before)  # again, for an interrupt on the way out
 
-    def _batch_values(self) -> Tensor:
-        """l_b(w) of each batch, also where they are merged into one."""
-
-        def local() -> list[float]:
-            with self._evaluating(grad=False):
-                return _floats([self._batch_loss(batch) for _, _, batch in self._weighted_batches()])
-
-        return torch.tensor(self._sharding.interleave(self._sharding.together(local)), dtype=torch.float64)
+    @contextmanager
+    def _widened(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in (self.model, self.criterion):
+                if isinstance(module, nn.Module) and self._wide is not None:
+                    stack.enter_context(module_state.widened(module, self._wide))
+            yield
 
     def _batch_loss(self, batch: Any) -> Tensor:
         """l_b(w)."""
@@ -456,6 +542,9 @@ class Loss:
 
     def _outputs(self, batch: Any) -> tuple[Any, Any]:
         """(outputs, target); images have their channels last, which a CPU convolves faster."""
+        if (wide := self._wide) is not None:
+            is_narrow = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < wide.itemsize  # noqa: E731
+            batch = tree_map(lambda x: x.to(wide) if is_narrow(x) else x, batch)
         if self._images_last:
             try:
                 return self._for_criterion(*self._forward(self.model, channels_last(batch)))
@@ -477,15 +566,11 @@ class Loss:
     def _lacks_double_backward(self) -> bool:
         if not self._batches.sizes:
             return False
-        batch, n = moved(next(iter(self._batches)), self.device), self._batches.sizes[0]
-        probe = self._over([divided(batch, n, PROBE)[0][1]], Sharding(distributed=False))
+        n, batch = self._first(PROBE)
+        probe = self._over([divided(batch, n, CHECKED)[0][1]], Sharding(distributed=False))
+        wide = probe._in_float64()
         try:
-            wide = probe._widened()
-            wide.value()
-        except Exception:  # a model or a criterion that cannot be copied, or not be computed in float64
-            wide, probe = None, probe._copy(_second={"by differences": False})
-        try:
-            with (wide or probe).curvature() as product:
+            with (wide or probe._copy(_second={"by differences": False})).curvature() as product:
                 if wide is None:
                     product([torch.ones_like(w) for w in probe.params])
                     return False
@@ -502,19 +587,15 @@ class Loss:
             )
         return False
 
-    def _widened(self) -> Loss:
-        """The same loss in a float64 copy of the model; w + d there is not rounded to the dtype of the model."""
-        model, forward = by_differences.widened(self.model), self._forward
-        named = dict(model.named_parameters())
-        criterion = by_differences.widened(self.criterion) if isinstance(self.criterion, nn.Module) else self.criterion
-        return self._copy(
-            model=model,
-            criterion=criterion,
-            params=[named[name] for name in self.parameter_names()],
-            _forward=lambda model, batch: forward(model, by_differences.widened(batch)),
-            _images_last=False,
-            _second={"by differences": False},
-        )
+    def _in_float64(self) -> Loss | None:
+        """The same loss with the weights widened to float64, where w + d is not rounded to the dtype of the model; None
+        for a device, a model or a criterion that cannot compute in it."""
+        wide = self._copy(_wide=torch.float64, _images_last=False, _second={"by differences": False})
+        try:
+            wide.value()
+        except Exception:
+            return None
+        return wide
 
     def _differences(self) -> by_differences.Differences:
         def gradient_at(d: Sequence[Tensor]) -> list[Tensor]:
@@ -526,18 +607,15 @@ class Loss:
     @contextmanager
     def _by_differences(self, matrix: str, seed: int) -> Iterator[products.Product]:
         """v -> M v where the graphs of the model have no derivative: of gradients, or J v of outputs."""
-        try:
-            wide = self._widened()
-            wide.value()
-        except (RuntimeError, TypeError):  # a device or a model without float64
-            wide = self._copy(_second={"by differences": False})
+        wide = self._in_float64() or self._copy(_second={"by differences": False})
         wide._pushes = True
-        with nullcontext(wide._differences()) if matrix == "hessian" else wide.curvature(matrix, seed=seed) as compute:
+        dtypes = [x.dtype for x in self.zeros()]
+        of_matrix = nullcontext(wide._differences()) if matrix == "hessian" else wide.curvature(matrix, seed=seed)
+        with wide._widened(), of_matrix as compute:
 
             def product(v: Sequence[Tensor]) -> list[Tensor]:
                 result = compute([x.to(w.dtype) for x, w in zip(v, wide.params, strict=True)])
                 self._second["error"] = getattr(compute, "error", None)
-                dtypes = [torch.promote_types(w.dtype, torch.float32) for w in self.params]
                 return [x.to(dtype) for x, dtype in zip(result, dtypes, strict=True)]
 
             yield product
@@ -562,6 +640,10 @@ class Loss:
             return products.hessian(self.params, criteria.value(self.criterion, outputs, target), keep=keep)
         criteria.check_matrix(self.criterion, outputs, matrix)
         how: dict[str, Any] = {"keep": keep, "push": None if pushed is None else lambda v: pushed}
+        if matrix == "ggn" and (rows := self._cross_entropy_rows(outputs, target)) is not None:
+            if pushed is not None:
+                how["push"] = lambda v: rows_of(pushed)
+            return products.fisher(self.params, rows_of(outputs), rows, **how)
         if matrix == "ggn":
             of_outputs = lambda o: criteria.value(self.criterion, o, target)  # noqa: E731
             return products.gauss_newton(self.params, outputs, of_outputs, **how)
@@ -575,6 +657,11 @@ class Loss:
         return products.empirical_fisher(
             self.params, self._losses_of_examples(outputs, target, counted), shares[counted], **how
         )
+
+    def _cross_entropy_rows(self, outputs: Tensor, target: Any) -> Tensor | None:
+        assert self._weigher is not None
+        rows = self._weigher.cross_entropy_rows(target, outputs.shape[1]) if outputs.ndim > 1 else None
+        return None if rows is None else rows.to(outputs)
 
     def _losses_of_examples(self, outputs: Tensor, target: Any, counted: Tensor) -> Tensor:
         """Of those that count: the loss of a label that is ignored is nan."""
@@ -604,21 +691,20 @@ class Loss:
         if matrix == "fisher_mc":
             batch, _ = batch
         divisions = divided(batch, n, size)
-        pieces = [self._outputs(piece) for _, piece in divisions]
         few, _ = self._outputs(part(batch, 0, min(size, PROBE) // 2 or 1))
-        if not criteria.same_outputs(few, pieces[0][0]):
+        first, _ = self._outputs(divisions[0][1])
+        if not criteria.same_outputs(few, first):
             return None
+        if self._weigher is not None and self._weigher.is_sure:
+            weights = [self._weigher(self._target(piece), k) for k, piece in divisions]
+            return [w / math.fsum(weights) for w in weights]
         equal = [k / n for k, _ in divisions]
-        shares = criteria.shares(self.criterion, pieces)
+        shares = criteria.shares(self.criterion, [self._outputs(piece) for _, piece in divisions])
         if shares is None:
             return equal if matrix in ("fisher", "fisher_mc", "empirical_fisher") else None  # sums by definition
         if abs(math.fsum(shares) - 1) > 1e-3:
             return None
         return [e if abs(s - e) < 1e-4 * e else s for s, e in zip(shares, equal, strict=True)]
-
-    def _mean(self, values: Tensor) -> Tensor:
-        weights = torch.tensor(self._weights, dtype=torch.float64)
-        return (values * weights).sum() / weights.sum()
 
 
 def _convolves_on_cpu(model: nn.Module) -> bool:
@@ -644,6 +730,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled submodules, which have no double backward, run as they were before."""
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def _floats(values: list[Tensor]) -> list[float]:

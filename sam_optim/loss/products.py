@@ -16,6 +16,8 @@ from torch import Tensor
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 
+ROWS = 64  # of logits of which softmax is computed at once
+
 
 def hessian(params: Sequence[Tensor], loss: Tensor, *, keep: bool) -> Product:
     """v -> H v = d/dw <dL/dw, v>, for the 0-d `loss` L."""
@@ -35,10 +37,15 @@ def gauss_newton(
 
 def fisher(params: Sequence[Tensor], logits: Tensor, shares: Tensor, **how: Any) -> Product:
     """v -> sum_i s_i J_i^T (diag p_i - p_i p_i^T) J_i v, p = softmax(logits), (n, K), s: (n,): the Fisher matrix."""
-    p = logits.detach().softmax(dim=1)
+    z = logits.detach()
 
-    def covariance(x: Tensor) -> Tensor:
-        return (p * x - p * (p * x).sum(dim=1, keepdim=True)) * shares[:, None]
+    def covariance(x: Tensor) -> Tensor:  # of a large vocabulary neither p nor p x is held for more than a few rows
+        result = torch.empty_like(x)
+        for rows, s, tangent, out in zip(*(t.split(ROWS) for t in (z, shares, x, result)), strict=True):
+            p = rows.softmax(dim=1)
+            torch.mul(p, tangent, out=out)
+            out.sub_(p.mul_(out.sum(dim=1, keepdim=True))).mul_(s[:, None])
+        return result
 
     return _sandwich(params, logits, covariance, **how)
 
@@ -71,7 +78,7 @@ def _sandwich(
     pull = _pullback([f], params, keep=keep)
     if push is not None:
         return lambda v: pull([middle(push(v))])
-    u = torch.zeros_like(f, requires_grad=True)
+    u = f.detach().new_zeros(()).expand_as(f).requires_grad_()
     pulled = torch.autograd.grad(f, params, u, create_graph=True, materialize_grads=True)
     derivative = _pullback(pulled, [u], keep=True)
     return lambda v: pull([middle(derivative(v)[0])])

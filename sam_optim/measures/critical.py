@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sam_optim.core.results import Estimate
@@ -61,10 +62,11 @@ def critical_sharpness(
             f"direction needs one tensor for each parameter, of its shape (see `params`), got shapes {got}"
         )
     tick, rises = Ticks(progress, max_evaluations), {0.0: 0.0}
+    dtypes = [torch.promote_types(w.dtype, torch.float32) for w in loss.params]
 
     def rise(t: float) -> float:
         if t not in rises:
-            with loss.displaced([(-t * x).to(w.dtype) for x, w in zip(d, loss.params, strict=True)]):
+            with loss.displaced([-t * x.to(dtype) for x, dtype in zip(d, dtypes, strict=True)]):
                 rises[t] = float(loss.value() - base)
             tick()
         return rises[t]

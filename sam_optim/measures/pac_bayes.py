@@ -13,7 +13,7 @@ from sam_optim.core.geometry import canonical_adaptive, scale
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, estimate, settings, student_half_width
 
 RISES = ("loss", "error")
 FURTHEST = 60  # factors of at most 10 between the first guess and where the search gives up
@@ -57,7 +57,7 @@ def pac_bayes_sigma(
     Returns:
         `value`, a standard deviation (not a variance) in units of w, of T where adaptive. `stderr` over draws: that of
         the rise at sigma divided by its slope there; the batches are taken as they are. `details`:
-        `interval`, value -+ 1.96 stderr; `rise` at sigma, and `rise_stderr`; `num_evaluations` of L. If no s reaches
+        `rise` at sigma, and `rise_stderr`; `num_evaluations` of L. If no s reaches
         the target, or the noise of eps alone exceeds it, the value is nan and `reason` says which.
 
     Raises:
@@ -73,7 +73,7 @@ def pac_bayes_sigma(
         eps = 0.0
     measured = loss.with_criterion(share_wrong) if of == "error" else loss
     scales = [scale(w, chosen, 0.0) for w in loss.params]
-    pairs = (num_samples + 1) // 2
+    pairs, zeros = (num_samples + 1) // 2, loss.zeros()
     tick = Ticks(progress, 2 * pairs * 12)
     base = float(measured.value())
 
@@ -82,7 +82,7 @@ def pac_bayes_sigma(
         stream, found = Stream(seed), []
         widths = [(s * t) if not eps else ((s * t).square() + eps**2).sqrt() for t in scales]
         for _ in range(pairs):
-            z = [width * stream.normal_like(w) for width, w in zip(widths, loss.params, strict=True)]
+            z = [width * stream.normal_like(x) for width, x in zip(widths, zeros, strict=True)]
             values = []
             for sign in (1, -1):
                 with measured.displaced([sign * x for x in z]):
@@ -94,17 +94,18 @@ def pac_bayes_sigma(
     search = _Search(lambda s: math.fsum(rises(s)) / pairs, target, tol)
     sigma, reason = search.run(_first_guess(loss, scales)) if math.isfinite(base) else (math.nan, None)
     details: dict[str, Any] = {}
-    stderr = math.nan
+    stderr = half_width = math.nan
     if math.isfinite(sigma):
         at = rises(sigma)
         low, high = math.fsum(rises(sigma / SLOPE)) / pairs, math.fsum(rises(sigma * SLOPE)) / pairs
         slope = (high - low) / (sigma * (SLOPE - 1 / SLOPE))
         spread = float(torch.tensor(at, dtype=torch.float64).std()) / math.sqrt(pairs) if pairs > 1 else math.nan
         stderr = spread / slope if slope > 0 else math.nan
+        half_width = student_half_width(stderr, pairs)
         details = {
             "rise": math.fsum(at) / pairs,
             "rise_stderr": spread,
-            "interval": [max(sigma - 1.96 * stderr, 0.0), sigma + 1.96 * stderr] if math.isfinite(stderr) else None,
+            "interval": [sigma - half_width, sigma + half_width] if math.isfinite(half_width) else None,
             "num_evaluations": 2 * pairs * (search.num_calls + 3),
         }
     own = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "num_samples": 2 * pairs, "tol": tol}
@@ -112,6 +113,7 @@ def pac_bayes_sigma(
         sigma,
         stderr,
         num_samples=2 * pairs,
+        half_width=half_width,
         reason=reason,
         details=details,
         settings=settings("pac_bayes_sigma", loss, **own, seed=seed),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.geometry import Ball, ProductBall
-from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance
+from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance, student_quantile
 from sam_optim.loss import Loss
 
 Product = Callable[[Tensor], Tensor]
@@ -90,16 +90,32 @@ def settings(measure: str, loss: Loss, **options: Any) -> dict[str, Any]:
 
 
 def estimate(
-    value: float, stderr: float, *, settings: dict[str, Any], reason: str | None = None, **fields: Any
+    value: float,
+    stderr: float,
+    *,
+    settings: dict[str, Any],
+    reason: str | None = None,
+    half_width: float | None = None,
+    **fields: Any,
 ) -> Estimate:
-    """An Estimate: nan, with a reason, if the value is not finite; says when its standard error is itself a guess."""
+    """An Estimate: nan, with a reason, if the value is not finite; says when its standard error is itself a guess.
+
+    half_width: of the interval; None: stderr times Student's t for num_samples - 1 degrees of freedom."""
     if not math.isfinite(value):
         value, stderr = math.nan, math.nan
         reason = reason or NOT_FINITE
     elif 0 < stderr < math.inf and (n := fields.get("num_samples", 1)) < FEW_SAMPLES:
         reason = reason or f"few samples: the standard error is over {n}"
+    if half_width is None:
+        half_width = student_half_width(stderr, fields.get("num_samples", 1))
+    fields["interval"] = (value - half_width, value + half_width) if math.isfinite(half_width + stderr) else None
     fields["converged"] = fields.get("converged", True) and math.isfinite(value)
     return Estimate(value, stderr, settings=settings, provenance=provenance(), reason=reason, **fields)
+
+
+def student_half_width(stderr: float, num: int) -> float:
+    """Of the interval of 95 %; nan where the standard error is, 0 where it is 0."""
+    return stderr * student_quantile(num - 1) if stderr and num > 1 else stderr
 
 
 class Ticks:

@@ -17,7 +17,7 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
 from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, search
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings, student_half_width
 
 RESTARTS = 4  # searches per batch
 AGREEMENT = 0.05  # of the two best of them, relative
@@ -168,12 +168,12 @@ def _peaks(
 ) -> list[_Peak]:
     """Of one batch in balls of ascending radii."""
     value, gradient = loss.value_and_gradient()
-    base, centre = float(value), [torch.zeros_like(w, requires_grad=False) for w in loss.params]
+    base, centre = float(value), loss.zeros()
     peaks: list[_Peak] = []
     smaller: tuple[Ball | ProductBall, Maximum] | None = None
     for ball in balls:
         chart, starts = Chart(ball, loss.params), [centre]
-        points = random_points(chart, loss.params, seed)
+        points = random_points(chart, centre, seed)
         if smaller is not None and smaller[1].step:
             starts.append(smaller[1].u)
         maxima = []
@@ -251,10 +251,12 @@ def average_sharpness(
         means = [table[k] for table in tables]
         value, batches = batch_mean(loss, [m.rise for m in means])
         draws = math.sqrt(math.fsum(p * p * m.variance for p, m in zip(weights, means, strict=True)))
+        widths = student_half_width(draws, num_samples), student_half_width(batches, loss.num_batches)
         result = estimate(
             value,
             draws if loss.num_batches == 1 else max(draws, batches),
             num_samples=num_samples,
+            half_width=widths[0] if loss.num_batches == 1 else max(widths),
             reason=None if math.isfinite(value) else "the loss is not finite at the weights or at a displaced point",
             details={
                 "stderr_draws": draws,
@@ -285,8 +287,9 @@ def _means(
     rises = torch.empty(len(balls), num_samples, dtype=torch.float64)
     slopes = torch.zeros(num_samples, dtype=torch.float64)  # in the first ball
     pulled = charts[0].pull_back(gradient) if gradient else []
+    like = loss.zeros()
     for i in range(num_samples):
-        z = _noise(charts[0].norm, loss.params, stream)
+        z = _noise(charts[0].norm, like, stream)
         slopes[i] = math.fsum(float((v * x).sum(dtype=torch.float64)) for v, x in zip(pulled, z, strict=False))
         for k, chart in enumerate(charts):
             with loss.displaced(chart.displacement(z)):

@@ -1,0 +1,182 @@
+"""What the means of batches were taken over: how much each batch, and each row of outputs, weighs in the whole mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_optim.loss.criterion import A_MEAN, Criterion, gradient_of, shares
+
+FEW = 16  # examples of the first batch with which others are compared
+_OVER_ELEMENTS = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
+    nn.GaussianNLLLoss, nn.SoftMarginLoss,
+)  # fmt: skip
+
+
+class Weigher:
+    """W_b of a batch, from its labels.
+
+    `rule` says what it is. "examples": their number. "counted labels": the labels that are not ignored (also of
+    Hugging Face models: those that are not -100, shifted by one in causal language models). "weights of classes": the
+    weights of the labels. "elements": the entries of the targets. "criterion": what the criterion itself gives to a
+    batch when it is joined with a few examples of the first one.
+
+    Args:
+        criterion: of the loss. outputs, target: of the first examples, for what only they can show.
+
+    Attributes:
+        is_sure: whether the mean over joined batches is the mean of theirs with these weights.
+        is_blind: whether ignored labels would go unseen: `outputs.loss` is none that is known.
+    """
+
+    def __init__(self, criterion: Criterion | None, outputs: Any, target: Any):
+        self.rule, self.is_sure, self.is_blind = "examples", True, False
+        self._criterion, self._shift = criterion, 0
+        self._reference: tuple[Tensor, Tensor] | None = None
+        keywords = getattr(criterion, "keywords", {})  # of a functools.partial
+        function = getattr(criterion, "func", criterion)
+        kind = (
+            type(criterion) if type(criterion).__module__ == "torch.nn.modules.loss" else None
+        )  # a subclass may differ
+        cross_entropy = function is nn.functional.cross_entropy or kind is nn.CrossEntropyLoss
+        self._class_weights: Tensor | None = keywords.get("weight", getattr(criterion, "weight", None))
+        self._ignored: int = keywords.get("ignore_index", getattr(criterion, "ignore_index", -100))
+        self._smoothing: float = keywords.get("label_smoothing", getattr(criterion, "label_smoothing", 0.0))
+        self._is_cross_entropy = cross_entropy
+        if cross_entropy or function is nn.functional.nll_loss or kind is nn.NLLLoss:
+            self.rule = "counted labels" if self._class_weights is None else "weights of classes"
+        elif criterion is None:
+            if (shift := _shift_of_labels(outputs, target)) is not None:
+                self.rule, self._shift = "counted labels", shift
+            else:
+                self.is_sure, self.is_blind = False, True
+        elif kind is not None:
+            self.rule = "elements" if kind in _OVER_ELEMENTS else "examples"
+        else:
+            self._look_at(criterion, outputs, target)
+
+    def _look_at(self, criterion: Criterion, outputs: Any, target: Any) -> None:
+        self.is_sure = False
+        if not (isinstance(outputs, Tensor) and isinstance(target, Tensor) and len(outputs) == len(target) > 1):
+            return
+        half = len(outputs) // 2
+        parts = shares(criterion, [(outputs[:half], target[:half]), (outputs[half:], target[half:])])
+        if parts is None:
+            return
+        if all(abs(share - 1) < 1e-3 for share in parts):
+            raise ValueError(A_SUM)
+        by_number = [half / len(outputs), 1 - half / len(outputs)]
+        self.is_sure = not target.is_floating_point() or all(
+            abs(a - b) < 1e-3 for a, b in zip(parts, by_number, strict=True)
+        )
+        if not target.is_floating_point():
+            self.rule, self._reference = "criterion", (outputs[:FEW].detach(), target[:FEW])
+
+    def __call__(self, target: Any, n: int) -> float:
+        if not isinstance(target, Tensor):
+            return n
+        if self.rule == "elements":
+            return target.numel()
+        if self._reference is not None:
+            return self._joined(target, n, *self._reference)
+        if self.is_blind and bool((target == -100).any()):
+            raise ValueError(
+                "some labels are -100, and outputs.loss is no mean over the others that can be seen: say with "
+                "batch_weights= what the loss of each batch is a mean over"
+            )
+        if self.rule == "examples" or target.is_floating_point():
+            return n
+        total = float(self._weights_of(target[:, self._shift :] if self._shift else target).sum())
+        return int(total) if self._class_weights is None else total
+
+    def _weights_of(self, labels: Tensor) -> Tensor:
+        """Of each label, float64: 0 where it is ignored."""
+        counted = labels != self._ignored
+        if self._class_weights is None:
+            return counted.double()
+        return self._class_weights.to(labels.device, torch.float64)[torch.where(counted, labels, 0)] * counted
+
+    def of_examples(self, outputs: Tensor, target: Any) -> Tensor:
+        """The part of each example in the mean of a batch, (n,); they add up to 1."""
+        n = len(outputs)
+        if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
+            if self.rule in ("counted labels", "weights of classes"):
+                parts = self._weights_of(target).to(outputs)
+                return parts / parts.sum()
+            if self.rule == "criterion" and self._criterion is not None:
+                pieces = list(zip(outputs.detach().split(1), target.split(1), strict=True))
+                if (parts_of_mean := shares(self._criterion, pieces)) is not None:
+                    return outputs.new_tensor(parts_of_mean)
+        return outputs.new_full((n,), 1 / n)
+
+    def cross_entropy_rows(self, target: Any, num_classes: int) -> Tensor | None:
+        """s, (N,), with criterion = sum_i s_i logsumexp(o_i) + a linear function, over the N rows of logits o_i; so the
+        Hessian of row i is s_i (diag p_i - p_i p_i^T). None: no cross-entropy."""
+        if not self._is_cross_entropy or not isinstance(target, Tensor):
+            return None
+        weights = target.new_ones(num_classes, dtype=torch.float64)
+        if self._class_weights is not None:
+            weights = self._class_weights.to(weights)
+        if target.is_floating_point():  # probabilities
+            rows = (rows_of(target).double() @ weights) * (1 - self._smoothing)
+            return (rows + self._smoothing * weights.mean()) / len(rows)
+        of_labels = self._weights_of(target).flatten()
+        smoothed = (1 - self._smoothing) * of_labels + self._smoothing * weights.mean() * (
+            target.flatten() != self._ignored
+        )
+        return smoothed / of_labels.sum()
+
+    def _joined(self, target: Tensor, n: int, outputs: Tensor, labels: Tensor) -> float:
+        """With stand-ins for its outputs, which have no part in what a mean is taken over."""
+        assert self._criterion is not None
+        unit = float(len(outputs))
+        if target.ndim > 1 and target.shape[1] != labels.shape[1]:  # sequences of another length
+            (outputs, labels), factor = self._of_length(outputs, labels, target.shape[1])
+            unit *= factor
+        stand_in = outputs[torch.arange(n, device=outputs.device) % len(outputs)]
+        parts = shares(self._criterion, [(outputs, labels), (stand_in, target)])
+        if parts is None or not parts[0]:
+            raise ValueError(
+                f"what the mean of a batch is over cannot be seen from the criterion, for labels of shape "
+                f"{tuple(target.shape)}: say it with batch_weights="
+            )
+        return unit * parts[1] / parts[0]
+
+    def _of_length(self, outputs: Tensor, labels: Tensor, length: int) -> tuple[tuple[Tensor, Tensor], float]:
+        """The reference cut or repeated along its second dimension, and W of the result over W of the reference: how
+        much less the outputs matter that both have."""
+        assert self._criterion is not None
+        both = max(min(length, labels.shape[1]) - 1, 1)  # the last one may be left out, as of the next token
+        index = torch.arange(length, device=labels.device) % labels.shape[1]
+        other = outputs[:, index], labels[:, index]
+        before, after = (gradient_of(self._criterion, o, t)[:, :both] for o, t in ((outputs, labels), other))
+        return other, float(before.double().norm() / after.double().norm())
+
+
+A_SUM = f"the criterion is a sum over the batch, not a mean: on half a batch it is half as large; {A_MEAN}"
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(n, K, ...) -> (N, K), as cross-entropy reads logits and probabilities."""
+    return x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)
+
+
+def _shift_of_labels(outputs: Any, labels: Any) -> int | None:
+    """0 or 1 where `outputs.loss` is the mean cross-entropy of labels, or of those of the next token, that are not
+    -100; None where it is neither."""
+    logits: Any = getattr(outputs, "logits", None)
+    loss: Any = getattr(outputs, "loss", None)
+    if not all(isinstance(x, Tensor) for x in (logits, labels, loss)) or labels.is_floating_point():
+        return None
+    if logits.shape[:-1] != labels.shape:
+        return None
+    distances = []
+    for shift in (0, 1) if labels.ndim > 1 else (0,):
+        kept, wanted = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+        value = nn.functional.cross_entropy(kept.flatten(0, -2).float(), wanted.flatten(), ignore_index=-100)
+        distances.append(abs(float(value - loss)))
+    nearest = min(distances)  # before training both are nearly the logarithm of the number of classes
+    return distances.index(nearest) if nearest <= 1e-3 * abs(float(loss)) else None

@@ -11,7 +11,13 @@ from torch import nn
 from sam_optim.core.geometry import Ball
 from sam_optim.loss import MATRICES, Loss
 from sam_optim.measures import deflation as deflation_module
-from sam_optim.measures import hessian_diagonal, hessian_eigenvalues, hessian_frobenius_norm, hessian_trace
+from sam_optim.measures import (
+    hessian_diagonal,
+    hessian_eigenvalues,
+    hessian_frobenius_norm,
+    hessian_trace,
+    relative_flatness,
+)
 
 EPS = torch.finfo(torch.float64).eps
 cross_entropy = nn.CrossEntropyLoss()
@@ -253,3 +259,26 @@ def test_progress_counts_products(measure, num_probes):
     result = measure(loss, num_probes=num_probes, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, num_probes) for i in range(num_probes)]
     assert result.details["num_products"] == num_probes
+
+
+@pytest.mark.parametrize("measure", [hessian_trace, hessian_frobenius_norm, relative_flatness])
+def test_errors_of_drawn_labels_hold_their_draw(measure):
+    """With one draw of labels for all probes, 0 of 60 seeds were within two errors of the Fisher matrix."""
+    model, data = network(mlp).eval(), batches(mlp, (12,))
+    loss, f = Loss(model, cross_entropy, data), Dense(model, cross_entropy, whole(data)).matrix("fisher")
+    if measure is relative_flatness:
+        exact = measure(loss, "3", matrix="fisher").value
+        results = [measure(loss, "3", matrix="fisher_mc", num_probes=30, seed=seed) for seed in range(50)]
+    else:
+        exact = float(f.trace() if measure is hessian_trace else f.norm())
+        results = [measure(loss, matrix="fisher_mc", num_probes=60, seed=seed) for seed in range(50)]
+    check_calibration(results, exact)
+    assert sum(low <= exact <= high for low, high in (x.interval for x in results)) >= 43  # 47.5 +- 1.5
+
+
+def test_drawn_labels_in_the_diagonal():
+    model, data = network(mlp).eval(), batches(mlp, (12,))
+    loss, f = Loss(model, cross_entropy, data), Dense(model, cross_entropy, whole(data)).matrix("fisher")
+    results = [hessian_diagonal(loss, matrix="fisher_mc", num_probes=60, seed=seed) for seed in range(5)]
+    z = torch.stack([(flat(x.values) - f.diagonal()) / flat(x.stderr) for x in results])
+    assert 0.5 < float(z.square().mean()) < 2.0

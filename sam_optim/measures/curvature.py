@@ -49,7 +49,8 @@ def hessian_eigenvalues(
         ball: its T, for curvature per relative change of the weights; its radius does not matter.
         matrix: "hessian"; "ggn", the generalized Gauss-Newton matrix; "fisher", of softmax(outputs), exact; or
             "empirical_fisher", 1/N sum_i g_i g_i^T; these have no negative eigenvalues. "fisher_mc" is "fisher" with
-            one label for each example, drawn from softmax(outputs), in place of the expectation.
+            one label for each example, drawn from softmax(outputs), in place of the expectation; no error holds the
+            draw.
         which: "largest" and "smallest" are algebraic (the largest of -5 and 2 is 2), "magnitude" is the absolute value;
             "both" is `num` largest and `num` smallest, from one Krylov space.
         tol: of the residual r = ||T M T x - lambda x||_2 relative to |lambda|; the error of lambda is at most r, and

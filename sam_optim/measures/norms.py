@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
-from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings
+from sam_optim.loss import SAMPLED, Loss
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, redrawn, settings
 
 EXACT = 2048  # products up to which relative flatness is computed without drawing
 
@@ -86,7 +86,8 @@ def relative_flatness(
         layer: the name of a parameter ("fc.weight") or of a module with a `weight`, or the module or parameter itself.
         matrix: "hessian", or another of `hessian_eigenvalues`.
         num_probes: random vectors of the estimate, with entries +1 or -1: one product each.
-        exact: no draws, but rank(W) times the inputs of a neuron products; None: where these are at most 2048.
+        exact: no draws, but rank(W) times the inputs of a neuron products; None: where these are at most 2048. Never of
+            "fisher_mc", whose labels are drawn.
         seed: of the draws.
         progress: called with (products done, total), over all batches.
 
@@ -108,8 +109,7 @@ def relative_flatness(
     root = _root(rows, torch.finfo(weight.dtype).eps)
     rank = root.shape[1]
     total = rank * rows.shape[1]
-    if exact is None:
-        exact = total <= EXACT
+    exact = matrix not in SAMPLED and (total <= EXACT if exact is None else exact)
     num = total if exact else num_probes
     tick = Ticks(progress, num * loss.num_batches)
 
@@ -125,7 +125,7 @@ def relative_flatness(
 
     def forms(single: Loss) -> list[float]:
         found = []
-        with single.block(name).curvature(matrix) as product:
+        with redrawn(single.block(name), matrix, seed) as product:
             for v in vectors():
                 found.append(_inner([v], product([v])))
                 tick()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance, student_quantile
-from sam_optim.loss import Loss
+from sam_optim.loss import SAMPLED, Loss
 
 Product = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
@@ -23,12 +25,29 @@ NOT_FINITE = "the loss or one of its derivatives is not finite"
 
 
 @contextmanager
+def redrawn(loss: Loss, matrix: str, seed: int) -> Iterator[Callable[[Sequence[Tensor]], list[Tensor]]]:
+    """v -> M v; of "fisher_mc" with other labels in each product, so that the spread of products holds theirs."""
+    if matrix not in SAMPLED:
+        with loss.curvature(matrix) as product:
+            yield product
+        return
+    numbers = count()
+    yield lambda v: loss.fisher_mc_product(v, seed=zlib.crc32(f"{seed} {next(numbers)}".encode()))
+
+
+@contextmanager
 def flat_product(
-    loss: Loss, ball: Ball | ProductBall | None, matrix: str, *, seed: int = 0, damping: float = 0.0
+    loss: Loss,
+    ball: Ball | ProductBall | None,
+    matrix: str,
+    *,
+    seed: int = 0,
+    damping: float = 0.0,
+    redraw: bool = False,
 ) -> Iterator[Product]:
-    """v -> (T M T + damping) v for vectors of P entries."""
+    """v -> (T M T + damping) v for vectors of P entries. redraw: as in `redrawn`."""
     scales = None if ball is None else ball.scales(loss.params)
-    with loss.curvature(matrix, seed=seed) as product:
+    with redrawn(loss, matrix, seed) if redraw else loss.curvature(matrix, seed=seed) as product:
         yield lambda v: flat(scaled(product(scaled(unflat(v, loss.params), scales)), scales)) + damping * v
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Diagonal, Estimate, provenance
-from sam_optim.loss import Loss
+from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.deflation import Deflation, deflated
 from sam_optim.measures.shared import (
     NOT_FINITE,
@@ -61,7 +61,8 @@ def hessian_trace(
             the diagonal is read off, and the value is exact.
         tol: stop earlier, as soon as `stderr` is at most tol times the value; then num_probes is the limit, and the
             value has the small bias of every rule that stops on what it sees.
-        seed: of the draws.
+        seed: of the draws. Of "fisher_mc" each product has labels of its own, so that `stderr` holds their draw, and
+            nothing is deflated or read off.
         method: "deflated", or "hutchinson", with the variance above.
         progress: called with (products done, num_probes).
 
@@ -82,10 +83,12 @@ def hessian_trace(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     stream, like = Stream(seed), flat(loss.params)
-    tick = Ticks(progress, min(num_probes, len(like)))
-    with flat_product(loss, ball, matrix, seed=seed) as product:
-        if num_probes < len(like):
-            part, values = _probes(product, stream, like, num_probes, tol, tick, deflate=method == "deflated")
+    drawn = matrix in SAMPLED
+    tick = Ticks(progress, num_probes if drawn else min(num_probes, len(like)))
+    with flat_product(loss, ball, matrix, seed=seed, redraw=True) as product:
+        if num_probes < len(like) or drawn:
+            deflate = method == "deflated" and not drawn
+            part, values = _probes(product, stream, like, num_probes, tol, tick, deflate=deflate)
             value, stderr = mean_and_stderr(values)
             stderr, num_samples = math.hypot(stderr, part.rounding), len(values)
         else:
@@ -123,7 +126,8 @@ def hessian_frobenius_norm(
     L and B are orthogonal, so what stands out enters exactly and the probes have only the rest to estimate.
 
     Args:
-        loss, ball, matrix, num_probes, seed, progress: as in `hessian_trace`. Exact with num_probes >= P.
+        loss, ball, matrix, num_probes, seed, progress: as in `hessian_trace`. Exact with num_probes >= P. Of "fisher_mc"
+            two products, with labels of their own, make one draw.
 
     Returns:
         `value` in units of L per squared unit of w (of T, with a ball). The square is free of bias; `stderr` of the
@@ -134,12 +138,20 @@ def hessian_frobenius_norm(
         ValueError: num_probes < 2, or an unknown matrix.
     """
     _check(num_probes, None)
-    stream, like = Stream(seed), flat(loss.params)
-    num = min(num_probes, len(like))
+    stream, like, drawn = Stream(seed), flat(loss.params), matrix in SAMPLED
+    num = num_probes if drawn else min(num_probes, len(like))
     tick = Ticks(progress, num)
-    epsilon, size = torch.finfo(like.dtype).eps, 0
-    with flat_product(loss, ball, matrix, seed=seed) as product:
-        if num_probes >= len(like):
+    epsilon, size, num_products = torch.finfo(like.dtype).eps, 0, num
+    with flat_product(loss, ball, matrix, seed=seed, redraw=True) as product:
+        if drawn:  # two products with other labels, whose errors are independent
+            num, num_products = num // 2, num // 2 * 2
+            squares = []
+            for _ in _ticking(num, tick):
+                z = stream.rademacher_like(like)
+                squares.append(dot(product(z), product(z)))
+                tick()
+            square, error = mean_and_stderr(squares)
+        elif num_probes >= len(like):
             square = math.fsum(norm(product(_unit(like, i))) ** 2 for i in _ticking(num, tick))
             error = epsilon * square
         else:
@@ -159,7 +171,7 @@ def hessian_frobenius_norm(
         value,
         error / (2 * value) if value else error**0.5,
         num_samples=num,
-        details={"square": square, "square_stderr": error, "num_products": size + num, "num_deflated": size},
+        details={"square": square, "square_stderr": error, "num_products": num_products, "num_deflated": size},
         settings=settings("hessian_frobenius_norm", loss, ball=ball, matrix=matrix, num_probes=num_probes, seed=seed),
     )
 
@@ -192,14 +204,17 @@ def hessian_diagonal(
     """
     _check(num_probes, None)
     stream, like = Stream(seed), flat(loss.params)
-    tick = Ticks(progress, min(num_probes, len(like)))
-    size, num = 0, min(num_probes, len(like))
-    with flat_product(loss, ball, matrix, seed=seed) as product:
-        if num_probes >= len(like):
+    drawn = matrix in SAMPLED
+    size, num = 0, num_probes if drawn else min(num_probes, len(like))
+    tick = Ticks(progress, num)
+    with flat_product(loss, ball, matrix, seed=seed, redraw=True) as product:
+        if num_probes >= len(like) and not drawn:
             mean = torch.tensor(_exact_diagonal(product, like, tick), dtype=like.dtype, device=like.device)
             squares = torch.zeros_like(mean)
         else:
-            part, _ = deflated(product, lambda: stream.normal_like(like), num_probes, None, tick)
+            part = Deflation()
+            if not drawn:
+                part, _ = deflated(product, lambda: stream.normal_like(like), num_probes, None, tick)
             size, num = part.size, num_probes - part.size
             mean, squares = torch.zeros_like(like), torch.zeros_like(like)
             for i in _ticking(num, tick):  # Welford's mean and sum of squared differences, entry by entry

@@ -126,8 +126,8 @@ def hessian_frobenius_norm(
     L and B are orthogonal, so what stands out enters exactly and the probes have only the rest to estimate.
 
     Args:
-        loss, ball, matrix, num_probes, seed, progress: as in `hessian_trace`. Exact with num_probes >= P. Of "fisher_mc"
-            two products, with labels of their own, make one draw.
+        loss, ball, matrix, num_probes, seed, progress: as in `hessian_trace`. Exact with num_probes >= P. Of
+            "fisher_mc" two products, with labels of their own, make one draw.
 
     Returns:
         `value` in units of L per squared unit of w (of T, with a ball). The square is free of bias; `stderr` of the

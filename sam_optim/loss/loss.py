@@ -478,7 +478,8 @@ class Loss:
     def _is_mean_of_joined(self, weigher: Weigher, size: int) -> bool:
         """Whether the first few batches, if they are small, have the same mean when they are computed together."""
         n, together = self._first(size)
-        batches, sizes = [], []
+        batches: list[Any] = []
+        sizes: list[int] = []
         for batch in self._batches.read():
             if sum(sizes) == n:
                 break

@@ -39,7 +39,10 @@ class Measuring:
     """What is measured of a run, on which examples, in which ball."""
 
     names: list[str] = option(
-        ["worst", "average", "eigenvalue", "trace"], f"of {', '.join(MEASURES)}", type=chosen, flags=["--measures"]
+        ["worst", "average_in_ball", "eigenvalue", "trace"],
+        f"of {', '.join(MEASURES)}",
+        type=chosen,
+        flags=["--measures"],
     )
     split: str = option("train", choices=SPLITS)
     examples: int = option(
@@ -98,21 +101,11 @@ def neighborhood(options: Options, model: nn.Module, measuring: Measuring) -> Pr
     return Perturbation(groups, rho=radius, eta=options.sam_eta, norm=float(options.sam_norm)).neighborhood
 
 
-def as_noise(ball: ProductBall, loss: Loss) -> ProductBall:
-    """The ball whose Gaussian noise is as long as `ball`'s radius: E ||T^-1 d||^2 = rho^2 for d = rho / sqrt(P) T z.
-
-    With rho itself as the standard deviation of every weight, the noise would be sqrt(P) times longer than the
-    perturbation that the worst case is over, and no longer near the weights. For the sup norm rho is kept.
-    """
-    num = 1.0 if ball.norm == math.inf else math.sqrt(sum(p.numel() for p in loss.params))
-    return ProductBall([(replace(b, rho=b.rho / num), params) for b, params in ball.groups])
-
-
 def _measured(name: str, loss: Loss, ball: ProductBall) -> dict[str, Any]:
     """The result as plain values, or the reason why this model or these data have none."""
     brief: dict[str, Any] = BRIEF | ({"tol": 1e-3} if name.startswith("eigenvalue") else {})
     if registry.needs_ball(name):
-        brief |= {"ball": as_noise(ball, loss) if name == "average" else ball}
+        brief |= {"ball": ball}
     try:
         return registry.call(name, loss, registry.arguments(name, brief, {})).to_dict()
     except (ValueError, RuntimeError, NotImplementedError) as error:

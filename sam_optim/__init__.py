@@ -16,6 +16,7 @@ from sam_optim.landscape import (
 from sam_optim.loss import Loss
 from sam_optim.measures import (
     RhoRange,
+    average_in_ball,
     average_sharpness,
     by_layer,
     contrastive_sharpness,
@@ -76,6 +77,7 @@ __all__ = [
     "__version__",
     "asam_param_groups",
     "audit",
+    "average_in_ball",
     "average_sharpness",
     "by_layer",
     "contrastive_sharpness",

@@ -45,7 +45,7 @@ class TestNumbers:
             ball = Ball(rho, adaptive=True, eta=0.1)
             worst = worst_case_sharpness(loss, ball, num_steps=3, num_restarts=2, seed=7)
             expected[f"worst adaptive rho={rho}"] = worst
-            expected[f"average adaptive rho={rho}"] = average_sharpness(loss, ball, num_samples=4, seed=7)
+            expected[f"average adaptive sigma={rho}"] = average_sharpness(loss, ball, num_samples=4, seed=7)
         for matrix, suffix in (("hessian", " adaptive"), ("ggn", " ggn adaptive")):
             unit = Ball(1.0, adaptive=True, eta=0.1)
             expected[f"eigenvalue{suffix}"] = hessian_eigenvalues(loss, num=1, ball=unit, matrix=matrix, seed=7)
@@ -105,7 +105,7 @@ class TestNumbers:
                        "--set", "eigenvalue.which=smallest", "--json", "o.json")  # fmt: skip
         result = {column: e["result"] for (_, column), e in entries(here / "o.json").items()}
         assert code == 0
-        assert list(result) == ["worst rho=0.1", "average rho=0.01", "average rho=0.02", "eigenvalue"]
+        assert list(result) == ["worst rho=0.1", "average sigma=0.01", "average sigma=0.02", "eigenvalue"]
         assert result["worst rho=0.1"]["settings"]["ball"]["norm"] == "inf"
         assert result["eigenvalue"]["settings"]["which"] == "smallest"
         assert result["eigenvalue"]["eigenvalues"][0] < 0

@@ -12,7 +12,7 @@ from torch import nn
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.results import mean_over_batches
 from sam_optim.loss import Loss
-from sam_optim.measures import average_sharpness, worst_case_sharpness
+from sam_optim.measures import average_in_ball, average_sharpness, worst_case_sharpness
 from sam_optim.measures.sharpness import _without_slope
 
 EPS = torch.finfo(torch.float64).eps
@@ -468,3 +468,16 @@ def test_the_default_reaches_the_best_of_many_long_searches(kind, ball):
     loss = Loss(model, cross_entropy, data)
     best = worst_case_sharpness(loss, ball, num_steps=60, num_restarts=12, seed=7).value
     assert worst_case_sharpness(loss, ball).value >= 0.95 * best
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+def test_noise_as_long_as_the_radius(norm):
+    """E ||d||^2 = rho^2: for a quadratic loss S = rho^2 tr A / (2 P)."""
+    a = symmetric([5.0, 2.0, 0.5, 0.1])
+    loss = unshifted(Quadratic(a, None, torch.ones(4, dtype=torch.float64)), num=1)
+    result = average_in_ball(loss, Ball(0.3, norm=norm), num_samples=2000)
+    expected = 0.3**2 / 2 * float(a.trace()) * (1 / 4 if norm == 2 else 1 / 3)
+    assert abs(result.value - expected) < 4 * result.stderr
+    assert result.stderr < 0.05 * expected
+    assert result.settings["measure"] == "average_in_ball"
+    assert result.settings["ball"]["rho"] == 0.3

@@ -147,7 +147,7 @@ class Options:
     monitor: float = option(
         0.0, "share of the time, e.g. 0.05, for sharpness while training: RUN_DIR/sharpness.jsonl", type=_below_one
     )
-    measures: str = option("worst,average,eigenvalue,trace", "after the last epoch; 'none' for no measures")
+    measures: str = option("worst,average_in_ball,eigenvalue,trace", "after the last epoch; 'none' for no measures")
     out: Path = option(None, "default: runs/DATA-MODEL-...", type=Path, metavar="RUN_DIR")
     eval_every: int = option(1, "and after the last epoch; 0: never", type=_natural, metavar="EPOCHS")
     checkpoint_steps: int | None = option(None, "also every so many updates, not only after each epoch", type=_count)

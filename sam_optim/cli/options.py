@@ -91,7 +91,8 @@ def _measure(p: argparse.ArgumentParser) -> None:
     _problem(p)
     add("--measures", default="worst,average,eigenvalue,trace", help="separated by commas (default: %(default)s)")
     add("--rho", type=numbers, default=[DEFAULT_RHO], metavar="RHO,...", help="radii, one column each (default: 0.05)")
-    add("--noise-rho", type=numbers, metavar="RHO,...", help="radii for the measure average (default: those of --rho)")
+    about = "standard deviations for the measure average (default: those of --rho)"
+    add("--noise-rho", "--sigma", type=numbers, metavar="SIGMA,...", help=about)
     add(
         "--adaptive",
         nargs="?",

@@ -10,11 +10,12 @@ from sam_optim.measures.norms import fisher_rao_norm, relative_flatness
 from sam_optim.measures.pac_bayes import flatness_bounds, pac_bayes_sigma, sharpness_alpha
 from sam_optim.measures.registry import standard_measures
 from sam_optim.measures.rho import RhoRange, rho_range
-from sam_optim.measures.sharpness import average_sharpness, worst_case_sharpness
+from sam_optim.measures.sharpness import average_in_ball, average_sharpness, worst_case_sharpness
 from sam_optim.measures.trace import hessian_diagonal, hessian_frobenius_norm, hessian_trace
 
 __all__ = [
     "RhoRange",
+    "average_in_ball",
     "average_sharpness",
     "by_layer",
     "contrastive_sharpness",

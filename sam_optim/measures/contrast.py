@@ -13,7 +13,14 @@ from sam_optim.loss import Loss
 from sam_optim.measures.shared import Progress, Ticks, batch_mean, estimate
 
 # Linear in the loss: their mean over batches is their value for the mean loss.
-LINEAR = {"hessian_trace", "hessian_diagonal", "average_sharpness", "fisher_rao_norm", "relative_flatness"}
+LINEAR = {
+    "hessian_trace",
+    "hessian_diagonal",
+    "average_sharpness",
+    "average_in_ball",
+    "fisher_rao_norm",
+    "relative_flatness",
+}
 
 Measure = Callable[..., "Estimate | Spectrum | float | Tensor"]
 

@@ -17,7 +17,7 @@ MOST = 80  # evaluations of the loss
 
 def critical_sharpness(
     loss: Loss,
-    direction: Sequence[Tensor] | None = None,
+    direction: Sequence[Tensor] | Loss | None = None,
     *,
     tol: float = 1e-4,
     first_step: float | None = None,
@@ -37,6 +37,8 @@ def critical_sharpness(
         loss: L, at the weights w.
         direction: d, in the shapes of `loss.params`, such as the update of an optimizer. Its sign does not matter:
             steps go where the loss falls at first. lambda_c is in units of 1 / t, so it is inverse to the length of d.
+            Another Loss of the same weights: its gradient, for the relative critical sharpness, how far a step down the
+            other loss may go before this one rises. Where this one rises at once, it is nan, with a reason.
         tol: of t_c, relative: the bracket is as narrow.
         first_step: t to begin with; with a direction also -t, for the slope. None: a thousandth of the weights.
         max_evaluations: of the loss at other weights than w; then the best guess in the bracket, as not converged.
@@ -56,6 +58,10 @@ def critical_sharpness(
         raise ValueError(f"tol must be > 0, got {tol}")
     if not (first_step is None or first_step > 0) or max_evaluations < 3:
         raise ValueError(f"first_step must be > 0 and max_evaluations >= 3, got {first_step} and {max_evaluations}")
+    other = isinstance(direction, Loss)
+    along = "gradient" if direction is None else "gradient of another loss" if other else "direction"
+    if isinstance(direction, Loss):
+        direction = direction.gradient()
     base, d = (loss.value(), list(direction)) if direction is not None else loss.value_and_gradient()
     if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in loss.params]:
         raise ValueError(
@@ -77,13 +83,14 @@ def critical_sharpness(
     else:
         slope = (rise(-t) - rise(t)) / (2 * t) if math.isfinite(t) else 0.0
     sign, slope = math.copysign(1.0, slope), abs(slope)
+    is_defined = slope > 0 and math.isfinite(slope) and not (other and sign < 0)
     low, high, below, num_low, num_high, reason = 0.0, math.inf, 0.0, 0, 0, None
 
     def ratio(t: float) -> float:
         """Of the rise to t, which for a quadratic loss is a straight line."""
         return rises[sign * t] / t if t else -slope
 
-    if slope and math.isfinite(slope):
+    if is_defined:
         while not high - low <= tol * low and (sign * t in rises or len(rises) <= max_evaluations):
             r = rise(sign * t)
             if r > 0 or math.isnan(r):
@@ -101,18 +108,20 @@ def critical_sharpness(
                 t = (low + high) / 2
     else:
         reason = "the slope along the direction is 0" if slope == 0 else None
+        if slope and math.isfinite(slope):
+            reason = "the loss rises at once along the gradient of the other loss"
     num = len(rises) - 1
     converged = math.isfinite(high) and high - low <= tol * low
     step = (low + high) / 2 if converged or math.isinf(high) else t
-    if reason is None and math.isinf(high) and math.isfinite(slope):
+    if is_defined and math.isinf(high):
         reason = f"the loss does not rise along the direction up to t = {low:.2g}"
     return estimate(
-        2 / step if slope and math.isfinite(slope) else math.nan,
+        2 / step if is_defined else math.nan,
         math.nan,
         converged=converged,
         reason=reason if reason or converged else f"t_c is not bracketed to tol after {num} evaluations",
         details={"step": step if math.isfinite(step) else None, "slope": slope, "num_evaluations": num},
-        settings=settings("critical_sharpness", loss, along="gradient" if direction is None else "direction", tol=tol),
+        settings=settings("critical_sharpness", loss, along=along, tol=tol),
     )
 
 

@@ -18,12 +18,13 @@ from sam_optim.core.geometry import Ball
 from sam_optim.core.results import Estimate, Spectrum
 from sam_optim.loss import Loss
 from sam_optim.measures.contrast import contrastive_sharpness
+from sam_optim.measures.critical import critical_sharpness
 from sam_optim.measures.curvature import hessian_eigenvalues
 from sam_optim.measures.density import spectral_density
 from sam_optim.measures.gradients import gradient_coherence, gradient_noise_scale, gradient_regret
 from sam_optim.measures.norms import fisher_rao_norm, relative_flatness
 from sam_optim.measures.pac_bayes import pac_bayes_sigma
-from sam_optim.measures.sharpness import average_sharpness, worst_case_sharpness
+from sam_optim.measures.sharpness import average_in_ball, average_sharpness, worst_case_sharpness
 from sam_optim.measures.trace import hessian_frobenius_norm, hessian_trace
 
 Progress = Callable[[int, int], None]
@@ -64,7 +65,9 @@ LAST_LAYER = OfLoss("the last linear layer", last_layer)
 
 MEASURES: dict[str, Row] = {
     "worst": Row(worst_case_sharpness, "highest rise of the loss within rho"),
-    "average": Row(average_sharpness, "mean rise of the loss under noise of standard deviation rho on each weight"),
+    "average": Row(average_sharpness, "mean rise of the loss under noise of standard deviation sigma on each weight"),
+    "average_in_ball": Row(average_in_ball, "the same for noise whose length is rho on average"),
+    "critical": Row(critical_sharpness, "2 / the step along the gradient at which the loss begins to rise"),
     "eigenvalue": Row(hessian_eigenvalues, "largest eigenvalue of the curvature", {"num": 1}),
     "eigenvalues": Row(hessian_eigenvalues, "the five largest eigenvalues of the curvature", {"num": 5}),
     "trace": Row(hessian_trace, "trace of the curvature"),
@@ -106,7 +109,7 @@ def options_of(name: str) -> dict[str, Any]:
     options = _keywords(row.function, skipped=1 if row.of is None else 2)
     if row.of is not None:
         options = _keywords(row.of, skipped=1) | options
-    return {k: v for k, v in (options | dict(row.defaults)).items() if k != "progress"}
+    return {k: v for k, v in (options | dict(row.defaults)).items() if k not in ("progress", "direction")}
 
 
 def needs_ball(name: str) -> bool:

@@ -211,7 +211,7 @@ def average_sharpness(
 ) -> Estimate | list[Estimate]:
     """The mean rise of the loss under random displacements of the weights.
 
-        S(w) = E[L(w + rho T z)] - L(w),   z ~ N(0, I_P)         (T = 1: rho^2/2 tr H(w) + O(rho^4))
+        S(w) = E[L(w + sigma T z)] - L(w),   z ~ N(0, I_P)       (T = 1: sigma^2/2 tr H(w) + O(sigma^4))
 
     In a ball of the sup norm z ~ U(-1, 1)^P, as in the published code, and the limit is a third of that. Each batch
     has draws of its own. The slope dl_b/dw d of each draw, whose mean is 0, is subtracted with a coefficient that is
@@ -220,9 +220,10 @@ def average_sharpness(
 
     Args:
         loss: L, at the weights w, P entries in total.
-        ball: T, and rho, the standard deviation (p = 2) or largest size (p = inf) of the noise on each weight in units
-            of T. The noise is not normalised: ||T^-1 d||_2 is about rho sqrt(P). A sequence of balls that differ in rho
-            alone gives a list of results, in its order, with the same draws of z and one pass at w for all.
+        ball: T, and as its rho sigma, the standard deviation (p = 2) or largest size (p = inf) of the noise on each
+            weight in units of T. The noise is not normalised: ||T^-1 d||_2 is about sigma sqrt(P), and not within a
+            radius (see `average_in_ball`). A sequence of balls that differ in rho alone gives a list of results, in its
+            order, with the same draws of z and one pass at w for all.
         num_samples: draws for each batch, each of them one evaluation of its loss.
         seed: of the draws; those of a batch depend on its data and not on its place.
         progress: called with (done, total) evaluations.
@@ -268,6 +269,36 @@ def average_sharpness(
         )
         results.append(result)
     return results if isinstance(ball, Sequence) else results[0]
+
+
+def average_in_ball(
+    loss: Loss,
+    ball: Ball | ProductBall,
+    *,
+    num_samples: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Estimate:
+    """The mean rise of the loss under random displacements that are as long as the radius of the ball.
+
+        S(w) = E[L(w + d)] - L(w),   d = rho / sqrt(P) T z,   z ~ N(0, I_P),   so that E ||T^-1 d||^2 = rho^2
+
+    So it is `average_sharpness` with sigma = rho / sqrt(P), which is near the weights where the worst case of the same
+    ball is. In a ball of the sup norm, whose noise is within rho anyway, it is `average_sharpness` itself.
+
+    Args:
+        loss, num_samples, seed, progress: as in `average_sharpness`, and so are results and errors. P parameters.
+        ball: T, and rho, the root mean square of ||T^-1 d||_2.
+    """
+    _check_loss(loss)
+    _check_ball(ball)
+    num = 1.0 if ball.norm == math.inf else math.sqrt(sum(w.numel() for w in loss.params))
+    if isinstance(ball, Ball):
+        shorter: Ball | ProductBall = replace(ball, rho=ball.rho / num)
+    else:
+        shorter = ProductBall([(replace(b, rho=b.rho / num), params) for b, params in ball.groups])
+    result = average_sharpness(loss, shorter, num_samples=num_samples, seed=seed, progress=progress)
+    return replace(result, settings=dict(result.settings) | {"measure": "average_in_ball", "ball": ball.to_dict()})
 
 
 @dataclass(frozen=True)

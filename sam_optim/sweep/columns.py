@@ -21,7 +21,8 @@ class Measures:
 
     Args:
         names: of `sam_optim.measures.registry.MEASURES`.
-        rho: radii, a column for each, of the measures that have a ball. noise_rho: those of "average", if they differ.
+        rho: radii, a column for each, of the measures that have a ball. noise_rho: sigma, the standard deviations of
+            "average", if they differ.
         adaptive, eta, norm: of the ball (see `Ball`); of the curvature, T H T.
         matrices: of the measures of curvature, a column for each; none: the Hessian.
         num_steps, num_restarts, num_samples, num_probes: for every measure that takes them; None: its default.
@@ -65,7 +66,8 @@ class Measures:
                 given = common | {"matrix": matrix, "ball": self._ball(rho)}
                 options = registry.arguments(name, given, self.options_of.get(name, {}))
                 words = [name, matrix if matrix != "hessian" else None, self._geometry(options)]
-                words.append(f"rho={rho:g}" if rho is not None else None)
+                unit = "sigma" if name == "average" else "rho"  # a standard deviation is no radius
+                words.append(f"{unit}={rho:g}" if rho is not None else None)
                 yield Column(" ".join(filter(None, words)), name, rho, options)
 
     def _geometry(self, options: Mapping[str, Any]) -> str | None:

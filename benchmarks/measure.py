@@ -5,10 +5,9 @@ python -m benchmarks.measure RUN_DIR --measures worst,eigenvalue
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn

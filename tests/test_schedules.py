@@ -7,11 +7,11 @@ import pytest
 import ranks
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
-from test_variants import WAYS, ByHand, backward, by_closure, closure_of, network
+from test_variants import WAYS, ByHand, backward, batch, by_closure, closure_of, network
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from sam_optim import ASAM, MSAM, SAM, late_phase, periodic, proportional_to_lr, warmup
+from sam_optim import ASAM, MSAM, SAM, LookSAM, late_phase, periodic, proportional_to_lr, warmup
 
 
 def sgd_with(cls, model, **options):
@@ -194,3 +194,24 @@ def test_a_plain_step_averages_over_ranks():
     expected = torch.cat([p.detach().flatten() for p in plain.parameters()])
     for weights in ranks.spawn(worker):
         torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [SAM, LookSAM, MSAM])
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_plain_step_after_a_loss_scale(cls, fused):
+    """One backward, whose gradients GradScaler has not unscaled yet where the base can do it itself."""
+    model, plain = network().float(), network().float()
+    optimizer = cls(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, fused=fused, schedule=late_phase(3))
+    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i in range(3):
+        optimizer.zero_grad()
+        base.zero_grad()
+        x, y = batch(i)
+        scaler.scale(nn.functional.cross_entropy(model(x.float()), y)).backward()
+        assert not optimizer.ascends
+        scaler.step(optimizer)
+        scaler.update()
+        nn.functional.cross_entropy(plain(x.float()), y).backward()
+        base.step()
+    assert same(model, plain)

@@ -61,7 +61,7 @@ class Clean:
     """A split as uint8 images of the size that the model sees, before normalisation."""
 
     def __init__(self, examples: Examples | Streamed, preprocessing: Preprocessing):
-        if preprocessing.image_size[0] != 3 or not isinstance(examples, Examples) or examples.normalised:
+        if preprocessing.image_size[0] != 3 or not isinstance(examples, Examples) or examples.normalized:
             raise InputError("corruptions are for colour images: CIFAR, folders, timm's data sets; this one is not")
         self.examples = examples
         # timm's: resize, crop, to tensor, normalise

@@ -44,7 +44,7 @@ class Examples(Dataset):
         return self.split.picture(int(self.rows[i]), self.mode), int(self.labels[i])
 
     @property
-    def normalised(self) -> bool:
+    def normalized(self) -> bool:
         """Whether x are numbers that a model takes as they are, not pixels."""
         return self.x is not None and self.x.is_floating_point()
 
@@ -71,7 +71,7 @@ class Splits:
 
     def shown_as(self) -> dict[str, Any]:
         """What is done to every image, for config.json; empty where nothing is."""
-        return {} if isinstance(self.train, Examples) and self.train.normalised else self.preprocessing.to_dict()
+        return {} if isinstance(self.train, Examples) and self.train.normalized else self.preprocessing.to_dict()
 
 
 def load(options: Options) -> Splits:

@@ -83,7 +83,7 @@ class Clean:
         return np.asarray(image)
 
     def inputs(self, shown: NDArray[np.uint8]) -> Tensor:
-        """(n, 3, H, W), normalised as in training."""
+        """(n, 3, H, W), normalized as in training."""
         return self._normalise(torch.from_numpy(np.ascontiguousarray(shown)).permute(0, 3, 1, 2) / 255)
 
 

@@ -334,7 +334,7 @@ def _check(options: Options) -> None:
         )
     resizing = options.crop_pct or options.interpolation or options.crop_mode
     if options.data == "digits" and (options.mean or options.std or resizing):
-        raise InputError("digits are normalised as they are read: leave --mean, --std and --crop-pct out")
+        raise InputError("digits are normalized as they are read: leave --mean, --std and --crop-pct out")
     if options.data in LAYOUT and resizing:
         raise InputError(f"--data {options.data} is not resized: leave --crop-pct, --crop-mode and --interpolation out")
     for name in ("adaptive", "sync_ascent", "sam_variant", "sam_kwargs", "sam_schedule", "sam_norm_only"):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import images, network, run, small, study
+from limits import PATIENCE
 from torch import nn
 
 from sam_optim import sweep
@@ -459,7 +460,7 @@ class TestWriting:
         words = ["measure", "c0.pt", "--target", "study_problem:problem", "--measures", "trace", "--num-probes", "2"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
         return subprocess.run(
-            [sys.executable, "-m", "sam_optim", *words, *argv], env=environment, timeout=120, **options
+            [sys.executable, "-m", "sam_optim", *words, *argv], env=environment, timeout=PATIENCE, **options
         )
 
     def test_results_on_standard_output(self, here):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import PATIENCE
 
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo.findings import (
@@ -136,7 +137,7 @@ def test_two_worker_processes_give_the_same_numbers(finished, tmp_path):
     for path in paths:
         (tmp_path / "runs" / path).unlink()
     argv = [sys.executable, "-m", "benchmarks.demo", "--quick", "--workers", "2", "--out", str(tmp_path)]
-    subprocess.run(argv, check=True, capture_output=True, cwd=Path(__file__).resolve().parents[1], timeout=300)
+    subprocess.run(argv, check=True, capture_output=True, cwd=Path(__file__).resolve().parents[1], timeout=PATIENCE)
     for path in paths:
         assert strict(tmp_path / "runs" / path)["curves"] == strict(finished / "runs" / path)["curves"]
 

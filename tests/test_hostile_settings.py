@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import PATIENCE
 
 pytest.importorskip("timm")
 pytest.importorskip("optuna")
@@ -18,8 +19,10 @@ from benchmarks import command, finetune_text
 from benchmarks.corruptions import Published
 from benchmarks.study import config as study_config
 from benchmarks.study import report as study_report
+from benchmarks.study.queue import Queue
 from benchmarks.train import options
 from benchmarks.train.__main__ import main as train
+from sam_optim import sweep
 from sam_optim.core.errors import InputError, run
 from sam_optim.core.files import locked, write_atomic
 
@@ -176,6 +179,35 @@ def test_published_corruptions_that_are_damaged(tmp_path, content):
         Published(tmp_path).images("fog", 1)
 
 
+@pytest.mark.parametrize("record", [3, {"a": 1}, {"levels": 3, "targets": 5}, {"levels": {}, "targets": {"a": "b"}}])
+def test_a_storage_that_was_changed(tmp_path, record):
+    (tmp_path / "s.toml").write_text('name = "x"\n[grid]\nlr = [0.1, 0.2]\n')
+    url, settings = f"sqlite:///{tmp_path / 's.db'}", study_config.load(tmp_path / "s.toml")
+    queue = Queue(settings, url)
+    trial = queue.claim().trial
+    trial.set_user_attr("record", record)
+    queue.study.tell(trial, 1.0)
+    with pytest.raises(InputError, match=r"s\.db is not one of benchmarks\.study"):
+        Queue(settings, url).tally()
+
+
+@pytest.mark.parametrize("option", ["json", "csv", "out"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_computed(tmp_path, option):
+    def problem():
+        raise AssertionError("it began")
+
+    (tmp_path / "file").write_text("x")
+    function, measures = sweep.FunctionProblem(problem), sweep.Measures(["trace"])
+    refused = pytest.raises(InputError, match=r"is a directory; name a file|is not a directory; choose another")
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        if option == "out":
+            with refused:
+                sweep.draw_landscape([], function, path)
+        else:
+            with refused:
+                sweep.measure_checkpoints([], function, measures, **{option: path})
+
+
 DIGITS = ["--epochs", "1", "--train-examples", "60", "--measures", "none"]
 
 
@@ -227,7 +259,7 @@ class TestTwoAtOnce:
                 assert training.poll() is None, log.read_text()
                 time.sleep(0.1)
             out.rename(tmp_path / "elsewhere")
-            assert training.wait(timeout=600) == 2
+            assert training.wait(timeout=PATIENCE) == 2
         finally:
             training.kill()
         assert "No such file or directory" in log.read_text() or "has gone while the run wrote to it" in log.read_text()
@@ -249,14 +281,16 @@ def test_standard_error_may_be_closed_and_standard_output_a_file(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "out", "wb") as out:
         done = subprocess.run(
-            argv, cwd=tmp_path, env=environment, stdout=out, preexec_fn=lambda: os.close(2), timeout=600
+            argv, cwd=tmp_path, env=environment, stdout=out, preexec_fn=lambda: os.close(2), timeout=PATIENCE
         )
     assert done.returncode == 0
     assert "epoch   1" in (tmp_path / "out").read_text()
     argv = ["measure", "run", "--data", "digits", "--measures", "trace", "--num-probes", "2", "--quiet"]
     with open(tmp_path / "out", "wb") as out:  # a file that is opened again would be written from its start
         argv = [sys.executable, "-m", "sam_optim", *argv, "--json", "/dev/stdout"]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.DEVNULL, timeout=600)
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.DEVNULL, timeout=PATIENCE
+        )
     assert done.returncode == 0
     written, end, table = (tmp_path / "out").read_text().partition("\n]}\n")
     assert len(json.loads(written + end)["entries"]) == 1

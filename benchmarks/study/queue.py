@@ -115,12 +115,8 @@ class Queue:
         """levels, record and number of every combination that ran to its end, diverged ones included."""
         with stores.quiet():
             trials = [t for t in self._trials() if _is_result(t) and "record" in t.user_attrs]
-        try:
-            records = [{"number": t.number, **t.user_attrs["record"]} for t in trials]
-            return sorted(records, key=lambda r: key(r["levels"]))
-        except (KeyError, TypeError):
-            where = stores.shown(self.url)
-            raise InputError(f"a record in {where} is not one of benchmarks.study; it was changed") from None
+        records = [{"number": t.number, **t.user_attrs["record"]} for t in trials]
+        return sorted(records, key=lambda r: key(r["levels"]))
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -157,7 +153,11 @@ class Queue:
         return optuna.create_study(study_name=name, storage=self.storage, sampler=sampler, load_if_exists=True)
 
     def _trials(self) -> list[Any]:
-        return self.study.get_trials(deepcopy=False)
+        trials = self.study.get_trials(deepcopy=False)
+        if not all(map(_is_ours, trials)):
+            where = stores.shown(self.url)
+            raise InputError(f"a record in {where} is not one of benchmarks.study; it was changed or damaged")
+        return trials
 
     def _reconcile(self) -> None:
         from optuna.trial import TrialState
@@ -302,6 +302,20 @@ def _in_use(trials: Sequence[Any]) -> str:
     if any(t.state.name == "RUNNING" and "worker" in t.user_attrs for t in trials):
         return "a worker runs one of its models: stop it, or wait until it counts as dead (--grace)"
     return ""
+
+
+def _is_ours(trial: Any) -> bool:
+    """Whether what a trial says of itself has the types that `trial.execute` and `_next` write."""
+    record, worker = trial.user_attrs.get("record"), trial.user_attrs.get("worker", {})
+    if not isinstance(worker, dict) or not isinstance(worker.get("heartbeat", 0), int):
+        return False
+    if record is None:
+        return True
+    tables = ("levels", "targets", "measures")
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in tables):
+        return False
+    numbers = [record.get("seconds"), *record["targets"].values(), *record["measures"].values()]
+    return all(n is None or isinstance(n, (int, float)) for n in numbers)
 
 
 def _is_result(trial: Any) -> bool:

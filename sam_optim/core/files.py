@@ -22,7 +22,21 @@ def is_stream(path: Path) -> bool:
     """Whether a path is a device or a pipe (/dev/stdout), which cannot be replaced or read back."""
     if path.is_relative_to("/dev/shm"):
         return False
-    return path.is_relative_to("/dev") or path.is_relative_to("/proc") or (path.exists() and not path.is_file())
+    if path.is_relative_to("/dev") or path.is_relative_to("/proc"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_writable(path: Path | None, option: str = "--out") -> None:
+    """Raises InputError for what cannot become a file, before hours go into what it is to hold."""
+    if path is None or is_stream(path):
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; name a file for {option}")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "cannot be written to" if folder.is_dir() else "is not a directory"
+        raise InputError(f"{path} cannot be written: {folder} {reason}; choose another {option}")
 
 
 def _open_stream(path: Path) -> IO[bytes]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.errors import InputError
-from sam_optim.core.files import write_json
+from sam_optim.core.files import check_writable, write_json
 from sam_optim.core.geometry import p_norm
 from sam_optim.core.results import Landscape
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
@@ -54,6 +54,7 @@ def draw_landscape(
         checkpoints: one file or directory; none where the function of the problem brings its own weights.
         other: the loss on the straight way to these weights, instead of along `grid.directions`.
     """
+    check_writable(out)
     with started(device) as here:
         starts, ends = find(checkpoints), find([other] if other else [])
         for matches in (starts, ends):

@@ -6,17 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo import figures as draw
-from benchmarks.demo.findings import (
-    SHARPNESS,
-    Results,
-    flatter_went_with,
-    interpolation_note,
-    mean,
-    training_note,
-    values,
-    verdict,
-)
+from benchmarks.demo import figures, findings
+from benchmarks.demo.findings import SHARPNESS, Results
 from benchmarks.demo.plan import CLEAN, DATA, METHODS, NOISY, TEST, Plan
 from benchmarks.paired import difference
 from sam_optim.core.text import signed, spread
@@ -63,7 +54,8 @@ def page(plan: Plan, results: Mapping[str, Any], final: Results) -> Markup:
     sharpness = [c for c in results["correlations"] if c["measure"] in SHARPNESS]
     body = render(
         Path(__file__).with_name("page.html").read_text(encoding="utf-8"),
-        draw=draw,
+        draw=figures,
+        findings=findings,
         final=final,
         plan=plan,
         results=results,
@@ -75,13 +67,10 @@ def page(plan: Plan, results: Mapping[str, Any], final: Results) -> Markup:
         gain=gain,
         whole="{:.0f}".format,
         facts=_facts(results, tau("sam_ball", NOISY)),
-        learned={method: mean(values(final, method, "memorised", scale=100)) for method in METHODS},
         differences=_differences(results),
         tuning=_tuning(results),
-        training_note=training_note(final),
-        interpolation_note=interpolation_note(final),
-        verdict=verdict(sharpness),
-        directions={data: flatter_went_with([c for c in sharpness if c["data"] == data]) for data in DATA},
+        sharpness={data: [c for c in sharpness if c["data"] == data] for data in DATA},
+        verdict=findings.verdict(sharpness),
         your_model=YOUR_MODEL,
     )
     return html_page("SAM, ASAM and SGD on noisy digits", body, data=dict(results) | {"runs": list(final.values())})

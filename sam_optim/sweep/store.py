@@ -39,17 +39,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def check_entry(path: Path, entry: Any) -> None:
-    damage = InputError(f"{path} has an entry that was changed or damaged; choose another --json")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("checkpoint", "key")):
-        raise damage
-    if not isinstance(entry.get("column", ""), (str, NoneType)) or not isinstance(entry.get("error", ""), str):
-        raise damage
-    if any(not isinstance(entry.get(k, {}), dict) for k in ("identity", "result", "quality")):
-        raise damage
-    if not isinstance(entry.get("identity", {}).get("loss", {}), dict) or not ("result" in entry or "error" in entry):
-        raise damage
-    if not all(_numbers(value, 0) for value in entry.get("quality", {}).values()):
-        raise damage
+    types: dict[str, Any] = {"checkpoint": str, "key": str, "column": (str, NoneType), "error": str}
+    types |= dict.fromkeys(("identity", "result", "quality"), dict)
+    is_intact = (
+        isinstance(entry, dict)
+        and {"checkpoint", "key"} <= entry.keys()
+        and ("result" in entry or "error" in entry)
+        and all(isinstance(entry[name], kind) for name, kind in types.items() if name in entry)
+        and isinstance(entry.get("identity", {}).get("loss", {}), dict)
+        and all(_numbers(value, 0) for value in entry.get("quality", {}).values())
+    )
+    if not is_intact:
+        raise InputError(f"{path} has an entry that was changed or damaged; choose another --json")
     if "result" in entry:
         check_result(path, entry["result"])
 

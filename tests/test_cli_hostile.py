@@ -284,7 +284,18 @@ class TestRuns:
             checkpoints.find([self.made(tmp_path / "run", config)])
 
     @pytest.mark.parametrize(
-        "content", ['{"weight_map": []}', '{"weight_map": {"a": 3}}', "{}", "[]", '{"weight_map": {}}']
+        "content",
+        [
+            '{"weight_map": {"a": ""}}',
+            '{"weight_map": {"a": ".."}}',
+            '{"weight_map": {"a": "\\u0000"}}',
+            '{"weight_map": {"a": "../x"}}',
+            '{"weight_map": []}',
+            '{"weight_map": {"a": 3}}',
+            "{}",
+            "[]",
+            '{"weight_map": {}}',
+        ],
     )
     def test_wrong_lists_of_parts(self, tmp_path, content):
         (tmp_path / "model.safetensors.index.json").write_text(content)

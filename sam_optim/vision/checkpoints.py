@@ -162,7 +162,7 @@ def _parts(path: Path) -> tuple[Path, ...]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f'{path} has no "weight_map" of names to files; it was changed or damaged')
     parts = sorted(set(names.values()))
-    if any(Path(part).name != part for part in parts):
+    if any(part in ("", "..") or "\0" in part or Path(part).name != part for part in parts):
         raise InputError(f"{path} names files outside its directory; it was changed or damaged")
     return tuple(path.with_name(part) for part in parts)
 

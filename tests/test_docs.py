@@ -8,7 +8,7 @@ import torch
 
 DOCS = examples.ROOT / "docs"
 NEEDS = {"plain": "torch", "amp": "torch", "accelerate": "accelerate", "lightning": "lightning"}
-NEEDS |= {"transformers": "transformers", "timm": "timm"}
+NEEDS |= {"transformers": "transformers", "timm": "timm", "loops": "torch", "state": "torch"}
 # What a training of some seconds ends with: accuracies on 899 images, whose own standard error is 0.01, and losses.
 TRAINED = 0.03
 ROUNDING = 0.001

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dis
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ class SAMTrainer(Trainer):
         args, kwargs: the Trainer's own.
 
     Raises:
+        TypeError: a trainer whose `training_step` makes its own batch (GRPO, RLOO), another one in the second pass.
         RuntimeError: with DeepSpeed, whose engine runs a backward of its own, and with optimizers that step in one.
         ValueError: when training starts with a `SAM` in `optimizers` and settings here.
 
@@ -69,6 +74,7 @@ class SAMTrainer(Trainer):
         schedule: Callable[[int], float] | None = None,
         **kwargs: Any,
     ):
+        _refuse_other_batches(type(self))
         check_schedule(schedule)
         self._sam_schedule = schedule
         self._sam_settings: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "norm": norm}
@@ -96,7 +102,7 @@ class SAMTrainer(Trainer):
                 return super().training_step(model, *args, **kwargs)
         with sam.microbatch():
             loss = super().training_step(model, *args, **kwargs)
-            with sam.perturbed():
+            with sam.perturbed(), _unseen(self):
                 super().training_step(model, *args, **kwargs)
         return loss
 
@@ -119,6 +125,50 @@ class SAMTrainer(Trainer):
             self._sam_is_for = model, self.optimizer
         assert self.perturbation is not None
         return self.perturbation
+
+
+def _refuse_other_batches(cls: type) -> None:
+    """Raises TypeError for a trainer that generates its batch, or takes the next one of its own, in each step."""
+    for base in cls.__mro__[: cls.__mro__.index(Trainer)]:
+        for name in {"training_step", "_prepare_inputs"} & base.__dict__.keys():
+            code = inspect.unwrap(base.__dict__[name]).__code__
+            generates = any("generat" in called for called in code.co_names)
+            buffers = any(i.opname == "STORE_ATTR" for i in dis.get_instructions(code)) and name == "_prepare_inputs"
+            if generates or buffers:
+                raise TypeError(
+                    f"{base.__name__}.{name} makes its batch anew in each call (it "
+                    f"{'generates text' if generates else 'goes on in a buffer'}): the second pass would see another "
+                    "batch than the first, and SAM needs one for both"
+                )
+
+
+@contextmanager
+def _unseen(trainer: Trainer) -> Iterator[None]:
+    """The numbers and containers in private attributes (metrics, counts of tokens) are afterwards as before."""
+    saved = {
+        k: _copied(v) for k, v in trainer.__dict__.items() if k[0] == "_" and isinstance(v, (int, float, list, dict))
+    }
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            now = trainer.__dict__[name]
+            if isinstance(value, dict):  # in place: somebody else may hold it
+                now.clear()
+                now.update(value)
+            elif isinstance(value, list):
+                now[:] = value
+            else:
+                trainer.__dict__[name] = value
+
+
+def _copied(value: Any) -> Any:
+    """With the containers in it, and not what is in those."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({k: _copied(v) for k, v in value.items()})
+        return copied
+    return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
 class MonitorCallback(TrainerCallback):

@@ -205,7 +205,7 @@ class Perturbation:
             self._begin_first_pass(GradientStash([*self._params, *self._guard.other_params]))
             try:
                 if not self.ascends:
-                    self._await_last_pass()
+                    self._await_last_pass(may_repeat=True)  # a perturbed pass may follow all the same
                 yield
                 if not (self.completed or not self.ascends):
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
@@ -393,12 +393,12 @@ class Perturbation:
             self._draws.remember()
         self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
 
-    def _await_last_pass(self) -> None:
+    def _await_last_pass(self, *, may_repeat: bool = False) -> None:
         """From here on DDP averages gradients again, those of earlier micro-batches with them."""
         if self._first is not None:
             self._first.end()
             if self._stash is not None and self._first.then_syncs:
-                self._stash.put_under()
+                self._stash.put_under(may_repeat=may_repeat)
 
     def _end_first_pass(self, *, failed: bool = False) -> None:
         if self._first is not None:

@@ -390,13 +390,14 @@ class GradientStash:
         for p in params:
             p.grad = None
 
-    def put_under(self) -> None:
+    def put_under(self, *, may_repeat: bool = False) -> None:
+        """`may_repeat`: this pass may not be the last one, and what is put under it is a copy."""
         self._is_under = True
         for i, (p, g) in enumerate(zip(self._params, self._earlier, strict=True)):
             if g is not None and self._in_backward and p.requires_grad:
                 self._hooks.append(p.register_hook(functools.partial(self._join, i)))
             elif g is not None:
-                p.grad = g
+                p.grad = g.clone() if may_repeat else g
 
     def _join(self, i: int, grad: Tensor) -> Tensor:
         earlier, self._earlier[i] = self._earlier[i], None

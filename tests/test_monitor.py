@@ -269,8 +269,7 @@ def test_the_edges_are_where_quadratics_begin_to_diverge(momentum, nesterov):
         pytest.skip("Nesterov needs momentum")
     w = nn.Parameter(torch.ones(1, dtype=torch.float64))
     options = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov}
-    sam = SAM([w], torch.optim.SGD, rho=0.3, **options)
-    edges = stability_edges(sam, sam.ball, grad_norm=0.7)
+    edges = stability_edges(SAM([w], torch.optim.SGD, rho=0.3, **options), 0.3, grad_norm=0.7)
     assert edges["edge"] == 20
     for name, curvature in (("sgd_edge", lambda x: x), ("sam_edge", lambda x: x * (1 + 0.3 * x / 0.7))):
         for factor in (0.99, 1.01):
@@ -280,8 +279,20 @@ def test_the_edges_are_where_quadratics_begin_to_diverge(momentum, nesterov):
                 w.grad = curvature(factor * edges[name]) * w.detach()
                 optimizer.step()
             assert (abs(float(w.detach())) < 1) == (factor < 1), (name, factor)
-    assert stability_edges(torch.optim.Adam([w], lr=0.1), sam.ball, 0.7) == {"edge": 20}
-    assert "sam_edge" not in stability_edges(SAM([w], rho=0.3, adaptive=True, **options), sam.balls[0], None)
+    assert stability_edges(torch.optim.Adam([w], lr=0.1), 0.3, 0.7) == {"edge": 20}
+
+
+@pytest.mark.parametrize(
+    ("rho", "arguments", "has_edge"),
+    [(0.1, {}, True), (0.1, {"adaptive": True}, False), (0.1, {"norm": math.inf}, False), (0.0, {}, False)],
+)
+def test_sam_s_edge_is_that_of_plain_sam(rho, arguments, has_edge):
+    model, data, loss = problem()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=0.1, module=model, **arguments)
+    optimizer.step(closure_of(model, optimizer, *data[0]))
+    row = SharpnessMonitor(loss, every=1, measures=[]).step(optimizer)
+    assert ("sam_edge" in row) == has_edge
+    assert row["edge"] == 20
 
 
 def test_a_budget_spaces_the_rows_and_says_what_they_took():

@@ -288,9 +288,11 @@ class TestPlateau:
     def test_epochs_that_do_not_evaluate_the_validation_split_do_not_count(self, tmp_path, monkeypatch):
         """It follows 1.0, 0.9, 0.95, 0.96; the training loss, which is lower and rises, is another one."""
         training, validation = itertools.count(), iter([1.0, 0.9, 0.95, 0.96])
-        train_epoch, evaluate_ = engine.train_epoch, Training._evaluate
+        train_epoch, evaluate_ = engine.train_epoch, Training.evaluate
         monkeypatch.setattr(engine, "train_epoch", lambda *a, **k: train_epoch(*a, **k) | {"loss": next(training) / 10})
-        monkeypatch.setattr(Training, "_evaluate", lambda t: evaluate_(t) | {"validation_loss": next(validation)})
+        monkeypatch.setattr(
+            Training, "evaluate", lambda t, *splits: evaluate_(t, *splits) | {"validation_loss": next(validation)}
+        )
         argv = [*self.ARGV, "--epochs", "8", "--eval-every", "2", "--validation-fraction", "0.2", "--lr", "0.04"]
         assert errors.run(train.main, [*argv, "--patience-epochs", "0", "--out", str(tmp_path)]) == 0
         rates = [r["lr"] for r in command.read_jsonl(tmp_path / "metrics.jsonl")]

@@ -186,13 +186,12 @@ def _may_be_none(action: argparse.Action) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The options of a run; on a resume those in its config.json, which options given now may not contradict."""
-    argv = _with_config(sys.argv[1:] if argv is None else argv)
-    options = _options_of(vars(parser().parse_args(argv)))
+    argv = with_config(sys.argv[1:] if argv is None else argv)
+    options = options_of(vars(parser().parse_args(argv)))
     if options.out is None:
         options = replace(options, out=Path("runs") / default_name(options))
     if not (options.resume and (options.out / "config.json").exists()):
-        _check(options)
-        return _as_pretrained(options)
+        return checked(options)
     run = of_run(options.out)
     earlier, now = run.recorded(), options.recorded()
     changed = given(argv) - ({"initial_checkpoint"} if options.initial_checkpoint == REQUIRED else set())
@@ -204,7 +203,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return replace(run, **values)
 
 
-def _options_of(values: dict[str, Any]) -> Options:
+def options_of(values: dict[str, Any]) -> Options:
     """Options of what `parser` gives."""
     pairs = {key: dict(values[key]) for key in PAIRS}
     return Options(**{f.name: values[f.name] for f in fields(Options)} | pairs)
@@ -226,7 +225,7 @@ def of_run(directory: Path, **replaced: Any) -> Options:
         names = {f.name for f in fields(Options)} - set(NOT_RECORDED)
         pairs = {key: dict(recorded[key]) for key in PAIRS if key in recorded}
         argv = [word for key, value in (recorded | pairs).items() if key in names for word in words(key, value)]
-        options = _options_of(vars(parser().parse_args(argv)))
+        options = options_of(vars(parser().parse_args(argv)))
         check_options(options.model, options.model_kwargs)
     except (TypeError, ValueError) as error:
         reason = one_line(error)
@@ -256,7 +255,7 @@ def given(argv: Sequence[str]) -> set[str]:
     return set(vars(p.parse_args(argv))) - {"config"}
 
 
-def _with_config(argv: Sequence[str]) -> list[str]:
+def with_config(argv: Sequence[str]) -> list[str]:
     """The options of --config FILE before those of the command line, which so replace them."""
     p = Parser(add_help=False)
     p.add_argument("--config", type=Path)
@@ -322,6 +321,12 @@ def _as_pretrained(options: Options) -> Options:
         return options
     of_weights = Preprocessing.of_model(options.model).to_dict()
     return replace(options, **{name: of_weights[name] for name in PIXELS if getattr(options, name) is None})
+
+
+def checked(options: Options) -> Options:
+    """Those of a new run, with what is left to the weights of --initial-checkpoint."""
+    _check(options)
+    return _as_pretrained(options)
 
 
 def _check(options: Options) -> None:

@@ -271,14 +271,14 @@ class Training:
             self._estimate_statistics()
         every = self.options.eval_every
         if every and (number % every == 0 or number == self.options.epochs):
-            record |= self._evaluate()
+            record |= self.evaluate()
         record |= {"images_per_s": trained["images_per_s"], "seconds": time.perf_counter() - start}
         followed = "validation_loss" if "validation" in self.held_out else "train_loss"
         if isinstance(self._set_rates, recipe.Plateau) and followed in record:  # never one loss against the other
             self._set_rates.epoch(record[followed])
         if self.world.main:
             self._log(record)
-        self.position.epoch, self.position.batch, self.totals = number, 0, Totals(self.device)
+        self.next_epoch()
         self.save()
 
     def _estimate_statistics(self) -> None:
@@ -286,6 +286,9 @@ class Training:
         if getattr(self.optimizer, "one_pass", False):
             batches = self._batches(self.splits.train, train=True)
             torch.optim.swa_utils.update_bn(batches, self.model, device=self.device)
+
+    def next_epoch(self) -> None:
+        self.position.epoch, self.position.batch, self.totals = self.position.epoch + 1, 0, Totals(self.device)
 
     def _after_update(self, batch: int) -> None:
         self.position.batch = batch
@@ -300,11 +303,13 @@ class Training:
         if every and self.position.updates % every == 0 and batch < len(self.train_batches):
             self.save()
 
-    def _evaluate(self) -> dict[str, float]:
+    def evaluate(self, *splits: str) -> dict[str, float]:
+        """Loss and accuracy of the splits (none: of all that are held out), such as `test_accuracy`."""
         self._mean_statistics()
         record = {}
         for prefix, model in self._models().items():
-            for name, split in self.held_out.items():
+            for name in splits or self.held_out:
+                split = self.held_out[name]
                 evaluated = epoch.evaluate(
                     model,
                     _checking(self._batches(split), self.signals),

@@ -49,7 +49,8 @@ class SharpnessMonitor:
         worst_case             rise of the loss in the optimizer's ball, after two steps of ascent (with a SAM)
         edge, sgd_edge, sam_edge   what they are compared with, see `stability_edges`
         last_loss, last_sharpness, last_grad_norm, ...   `optimizer.last_step`, which costs nothing
-        step, lr, seconds, share   calls so far, what this row took, what all rows took of the training's time
+        step, lr               calls so far, and the largest learning rate
+        num_products, seconds, share   of lambda_max; of this row; what all rows took of the training's time
         reason                 why a measure has no number
 
     Weights, buffers, gradients, modes and global generators stay as they are, bit for bit. A measure that fails is a
@@ -168,15 +169,18 @@ class SharpnessMonitor:
         start = time.perf_counter()
         row: dict[str, Any] = {"step": self.num_steps, "lr": learning_rate(optimizer)}
         row |= self._last_step(perturbation, 1.0 if scaler is None else scaler.get_scale())
-        balls = [] if perturbation is None else perturbation.balls
-        ball = balls[0] if balls and all(b == balls[0] for b in balls) else None
-        row |= stability_edges(optimizer, ball, row.get("last_grad_norm"))
+        if perturbation is not None and _is_plain(perturbation):
+            row |= stability_edges(optimizer, row["last_radius"], row["last_grad_norm"])
+        else:
+            row |= stability_edges(optimizer)
         reasons, cuda = {}, [self.loss.device] if self.loss.device.type == "cuda" else []
         for name, measure in self._measures.items():
             row[name] = None
             try:
                 with rng.preserved(cuda), module_state.measured(self.loss.model):
-                    row[name], reason = measure(optimizer=optimizer, perturbation=perturbation)
+                    values = measure(optimizer=optimizer, perturbation=perturbation)
+                reason = values.pop("reason", None)
+                row |= values
             except Exception as error:
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 if name not in self._warned:
@@ -211,42 +215,42 @@ class SharpnessMonitor:
         scaled = ("grad_norm", "dual_norm")
         return {f"last_{k}": float(x) / (scale if k in scaled else 1) for k, x in values.items() if x is not None}
 
-    # measures: (number, or None; why there is none, or why it is doubtful)
+    # measures: entries of the row, and the reason why there is no number, or a doubtful one
 
-    def _named(self, measure: Measure) -> tuple[str, Callable[..., tuple[float | None, str | None]]]:
+    def _named(self, measure: Measure) -> tuple[str, Callable[..., dict[str, Any]]]:
         if isinstance(measure, str):
             if measure not in NAMES:
                 raise ValueError(str(unknown("measure", measure, NAMES)))
             return measure, getattr(self, f"_{measure}")
         function: Any = measure.func if isinstance(measure, partial) else measure
-        return function.__name__, lambda **_: _number(measure(self.loss))
+        name = function.__name__
+        return name, lambda **_: _entry(name, measure(self.loss))
 
-    def _lambda_max(self, **_: Any) -> tuple[float | None, str | None]:
+    def _lambda_max(self, **_: Any) -> dict[str, Any]:
         spectrum = hessian_eigenvalues(
             self.loss, tol=TOL, stop="value", max_products=MOST_PRODUCTS, start=self._vector, seed=self.num_steps
         )
-        number = _number(spectrum)
-        if spectrum.eigenvectors is not None and number[0] is not None:
+        entry = _entry("lambda_max", spectrum)
+        if spectrum.eigenvectors is not None and entry["lambda_max"] is not None:
             self._vector = spectrum.eigenvectors[0]
-        return number
+        return entry | {"num_products": spectrum.num_products}
 
-    def _critical_sharpness(self, optimizer: Optimizer, **_: Any) -> tuple[float | None, str | None]:
+    def _critical_sharpness(self, optimizer: Optimizer, **_: Any) -> dict[str, Any]:
         if self._before is None:
-            return None, "it needs a step before"
+            return {"reason": "it needs a step before"}
         update = [b - w.detach() for b, w in zip(self._before, self.loss.params, strict=True)]
         with self.loss.displaced(update):  # where the update began
             result = critical_sharpness(
                 self.loss, update, tol=STEP_TOL, first_step=1.0, max_evaluations=MOST_EVALUATIONS
             )
-        value, reason = _number(result)
-        return value / learning_rate(optimizer) if value else None, reason
+        return _entry("critical_sharpness", result, unit=learning_rate(optimizer), may_be_zero=False)
 
-    def _worst_case(self, perturbation: Perturbation | None, **_: Any) -> tuple[float | None, str | None]:
+    def _worst_case(self, perturbation: Perturbation | None, **_: Any) -> dict[str, Any]:
         if perturbation is None or not perturbation.ascends:
-            return None, None
+            return {}
         ball = perturbation.neighborhood
-        value, _reason = _number(worst_case_sharpness(self.loss, ball, num_steps=NUM_STEPS, num_restarts=1))
-        return value, None if value is not None else _reason
+        entry = _entry("worst_case", worst_case_sharpness(self.loss, ball, num_steps=NUM_STEPS, num_restarts=1))
+        return entry if entry["worst_case"] is None else entry | {"reason": None}  # a single search is what it is
 
     # checkpoints
 
@@ -263,10 +267,16 @@ class SharpnessMonitor:
         self._clock = None
 
 
-def _number(result: Any) -> tuple[float | None, str | None]:
-    if isinstance(result, Spectrum):
-        value = float(result.eigenvalues[0])
-    else:
-        value = float(result)
-    reason = result.reason if isinstance(result, (Spectrum, Estimate)) and not result.converged else None
-    return (value, reason) if math.isfinite(value) else (None, reason or "not finite")
+def _is_plain(perturbation: Perturbation) -> bool:
+    """Whether the last step moved the weights along g, by one radius: SAM itself, with T = 1."""
+    balls = perturbation.balls
+    is_sam = perturbation.rule is None and all(b == balls[0] and b.norm == 2 and not b.adaptive for b in balls)
+    return is_sam and None not in (perturbation.last_step.radius, perturbation.last_step.grad_norm)
+
+
+def _entry(name: str, result: Any, *, unit: float = 1.0, may_be_zero: bool = True) -> dict[str, Any]:
+    value = float(result.eigenvalues[0]) if isinstance(result, Spectrum) else float(result)
+    reason = result.reason if isinstance(result, Spectrum | Estimate) and not result.converged else None
+    if not math.isfinite(value) or (value == 0 and not may_be_zero):
+        return {name: None, "reason": reason or "not finite"}
+    return {name: value / unit, "reason": reason}

@@ -214,9 +214,10 @@ def sharpness_picture(
         edges.pop("sgd_edge", None)
     lines += [Curves(EDGES[name], steps, [column], len(measures) + k) for k, (name, column) in enumerate(edges.items())]
     figure = curves(title, lines, x_label="step", y_label="per unit of weight²", log=None, size=size)
-    marks = [mark for legend in figure.legends or [figure.axes[0].get_legend()] for mark in legend.get_lines()]
-    for line in (*figure.axes[0].get_lines()[len(measures) :], *marks[len(measures) :]):
-        line.set(linewidth=1.0, linestyle="--")
+    legend = (figure.legends or [figure.axes[0].get_legend()])[0]
+    for marks in (figure.axes[0].get_lines(), legend.get_lines()):
+        for k, line in enumerate(marks):
+            line.set(linestyle="-" if k < len(measures) else "--", linewidth=1.8 if k < len(measures) else 1.2)
     return figure
 
 

@@ -90,6 +90,9 @@ def test_every_run_measures_everything_on_all_data(finished):
         assert set(run["slices"]) == set(DATA)
         epochs = QUICK.epochs * METHODS[run["job"]["method"]].epochs_factor
         assert {len(curve) for curve in run["curves"].values()} == {epochs}
+        assert ("sharpness" in run) == run["job"]["plane"]
+        assert all(row["lambda_max"] > 0 and row["edge"] > 0 for row in run.get("sharpness", []))
+        assert len(run.get("sharpness", [])) == epochs * run["job"]["plane"]
 
 
 def test_finished_runs_are_reused_and_a_missing_one_is_made_again(finished, capsys):

@@ -15,7 +15,7 @@ from sam_optim.core.text import mean_and_std, number, signed, spread
 from sam_optim.report.canvas import PANEL
 from sam_optim.report.figures import Curves, Group, Interval, curves, intervals, legend, scatter, strip
 from sam_optim.report.page import Markup, drawing, figure, html_table, panels
-from sam_optim.report.pictures import contour_picture
+from sam_optim.report.pictures import contour_picture, sharpness_picture
 
 Correlations = Sequence[Mapping[str, Any]]
 GREY = 5  # the style of what is there to be compared with
@@ -78,6 +78,21 @@ def training_curves(final: Results) -> Markup:
         "them stopped half-way. SAM and ASAM take two passes in each epoch."
     )
     return figure(panels(*pictures), caption)
+
+
+def sharpness_curves(final: Results) -> Markup | None:
+    watched = [(run["job"]["method"], rows) for run in final.values() if (rows := run.get("sharpness"))]
+    pictures = [
+        sharpness_picture(rows, title=METHODS[name].name, size=PANEL)
+        for name, rows in watched
+        if any(row.get("lambda_max") for row in rows)
+    ]
+    caption = (
+        "The largest Hessian eigenvalue and the critical sharpness of 128 noisy training images while the first seed "
+        "trains, with the edges of stability: above its edge, training on all images at once would diverge. SAM's edge "
+        "is drawn where T = 1. Made by SharpnessMonitor."
+    )
+    return figure(panels(*pictures), caption) if pictures else None
 
 
 def sharpness_table(final: Results, data: str) -> Markup:

@@ -23,6 +23,7 @@ from sam_optim.core.results import plain
 from sam_optim.landscape import slice_1d, slice_2d
 from sam_optim.loss import Loss
 from sam_optim.measures import gradient_regret, hessian_eigenvalues, hessian_trace, worst_case_sharpness
+from sam_optim.monitor import SharpnessMonitor
 from sam_optim.vision.models import build
 
 CRITERION = nn.CrossEntropyLoss()
@@ -36,9 +37,12 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
     start = time.thread_time()
     splits = load(Options(**{key: job[key] for key in ("label_noise", "seed", "validation_fraction")}))
     model = initialised(splits, job["seed"])
-    curves, failed = train(model, optimizer_for(model, job), splits, job)
+    watch = monitor(model, splits, job) if job.get("plane") else None
+    curves, failed = train(model, optimizer_for(model, job), splits, job, watch)
     result: dict[str, Any] = {"job": dict(job), "fingerprint": fingerprint(job), "curves": curves, "failed": failed}
     result |= {"last": _at(curves, job["epochs"]), "best": _at(curves, _best_epoch(curves))}
+    if watch:
+        result["sharpness"] = [{k: v for k, v in row.items() if k not in ("seconds", "share")} for row in watch.history]
     if job["kind"] == "final" and not failed:
         result |= labels_learned(model, splits) | measure(model, splits, job)
     return plain(result | {"cpu_s": time.thread_time() - start})
@@ -64,8 +68,20 @@ def optimizer_for(model: nn.Module, job: Mapping[str, Any]) -> torch.optim.Optim
     return kind(model.parameters(), torch.optim.SGD, rho=job["rho"], module=model, **settings)
 
 
+def monitor(model: nn.Module, splits: Splits, job: Mapping[str, Any]) -> SharpnessMonitor:
+    """Every third epoch, on two batches of noisy training data."""
+    probes = measured_batches(splits.train, splits.train.labels, job, job["batch_size"])[:2]
+    every = max(1, 3 * job["epochs"] // 30) * -(-len(splits.train) // job["batch_size"])
+    measures = ("lambda_max", "critical_sharpness")
+    return SharpnessMonitor(Loss(model, CRITERION, probes), every=every, budget=None, measures=measures)
+
+
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, splits: Splits, job: Mapping[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    splits: Splits,
+    job: Mapping[str, Any],
+    watch: SharpnessMonitor | None = None,
 ) -> tuple[dict[str, list[float]], str | None]:
     """One number per epoch and curve, nan from the epoch in which training diverged; and why it did."""
     order = Order(len(splits.train), job["batch_size"], shuffle=True, loading=Loading(job["seed"]))
@@ -74,7 +90,8 @@ def train(
     for epoch in range(job["epochs"]):
         batches.set_epoch(epoch)
         try:
-            trained = train_epoch(model, optimizer, batches, CRITERION)
+            after = (lambda done, totals: watch.step(optimizer)) if watch else None
+            trained = train_epoch(model, optimizer, batches, CRITERION, after_step=after)
         except NonFiniteLoss:
             missing = [NAN] * (job["epochs"] - epoch)
             return {name: c + missing for name, c in curves.items()}, f"diverged in epoch {epoch + 1}"

@@ -27,7 +27,7 @@ from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.transaction import is_moved
 
 NAMES = ("lambda_max", "critical_sharpness", "worst_case")
-TOL, STEP_TOL = 0.01, 0.02  # of lambda_max, of the critical step
+TOL, STEP_TOL = 0.005, 0.02  # of lambda_max: a bound of its error; of the critical step
 MOST_PRODUCTS, MOST_EVALUATIONS, NUM_STEPS = 40, 7, 2
 
 Measure = str | Callable[[Loss], Any]
@@ -43,7 +43,7 @@ class SharpnessMonitor:
 
     A row of `history` has, by name:
 
-        lambda_max             largest eigenvalue of the Hessian, to 1 %: Lanczos from the last eigenvector
+        lambda_max             largest eigenvalue of the Hessian, mostly to 1 %: Lanczos from the last eigenvector
         critical_sharpness     2 / lr_c, lr_c the smallest learning rate at which the last update would have raised the
                                loss of the probes: at most 8 forward passes, also for weights spread over ranks
         worst_case             rise of the loss in the optimizer's ball, after two steps of ascent (with a SAM)

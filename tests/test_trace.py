@@ -130,8 +130,8 @@ def middling(num, *, low=10.0, step=1.0):
 
 
 def with_a_useless_basis(budget):
-    """The squared error in units of Hutchinson's where half of the products are lost, and a coefficient is fitted to the
-    n others, which costs 1 / (n - 2); with two standard errors of 200 seeds."""
+    """The squared error in units of Hutchinson's where half of the products are lost, and a coefficient is fitted to
+    the n others, which costs 1 / (n - 2); with two standard errors of 200 seeds."""
     n = budget - budget // 2
     return 2 * (1 + 1 / (n - 2)) * (1 + 2 * (2 / 200) ** 0.5)
 

@@ -76,9 +76,8 @@ def hessian_trace(
 
     Source: Hutchinson (1990). Deflation as in Hutch++ (arXiv:2010.09649) and with an adaptive size (arXiv:2109.10659),
     by a Krylov space in place of a random sketch (arXiv:2205.01736, arXiv:2512.02316). On eight spectra of 200 values
-    (outliers, decay, flat, doubtful; 30, 60 and 100 products, 30 seeds) Hutch++ has 1.1 to 4.1 times the error, in all
-    of them more; XTrace (arXiv:2301.07825, not rescaled) 0.7 to 3.6 times, less in 3 of 15, and 2.5 to 3.6 times on
-    flat ones.
+    (outliers, decay, flat, doubtful; 30, 60 and 100 products, 30 seeds) Hutch++ has 1.1 to 4.1 times the error, and
+    XTrace (arXiv:2301.07825, not rescaled) 0.7 to 3.6 times, less in 3 of 15 cases.
     """
     _check(num_probes, tol)
     if method not in METHODS:

@@ -6,7 +6,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,27 +20,16 @@ from sam_optim.core.contexts import undone
 from sam_optim.loss import criterion as criteria
 from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
-from sam_optim.loss.batches import (
-    FixedBatches,
-    channels_last,
-    checksum,
-    data_id,
-    divided,
-    joined,
-    moved,
-    part,
-    target_of,
-    tree_map,
-)
+from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved
 from sam_optim.loss.criterion import Criterion, Forward
 from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
-from sam_optim.loss.weights import A_SUM, Weigher, rows_of
+from sam_optim.loss.passes import Passes, is_spread
+from sam_optim.loss.pieces import Pieces
+from sam_optim.loss.weights import A_SUM, Weigher
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
-
-HALF = (torch.bfloat16, torch.float16)
 JOINED = 128  # examples of small batches that pass through the model together, at most
 CHECKED = 2  # examples for which second derivatives are checked
 
@@ -111,26 +100,13 @@ class Loss:
         batch_weights: Sequence[float] | Callable[[Any], float] | None = None,
         differences: bool | None = None,
     ):
-        criteria.check(criterion, normalize_logits)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size counts examples and must be >= 1 or None, got {chunk_size}")
-        self.model = _unwrapped(model)
-        self.criterion = criterion
-        self.normalize_logits = normalize_logits
-        self.batch_statistics = batch_statistics
+        how: dict[str, Any] = {"normalize_logits": normalize_logits, "batch_statistics": batch_statistics}
+        self._passes = Passes(model, criterion, forward, **how, device=device)
+        self.params = self._passes.params
         self.chunk_size = chunk_size
         self.blocks: tuple[str, ...] | None = None
-        self.params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        if not self.params:
-            raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
-        self._device = None if device is None else torch.device(device)
-        self._forward = forward or criteria.default_forward
-        if any(p.is_complex() for p in self.params):
-            raise ValueError("measures are of real weights: hold complex ones as torch.view_as_real(w)")
-        # what narrower weights, buffers and batches are widened to inside a pass
-        halves = any(p.dtype in HALF and not _is_spread(p) for p in self.params)
-        self._wide = torch.float32 if halves else None
-        self._images_last = _convolves_on_cpu(self.model)
         self._given_weights = batch_weights
         self._weigher: Weigher | None = None
         self._joins = 1  # examples of small batches that are computed together, at most
@@ -141,7 +117,7 @@ class Loss:
     def _hold(self, batches: Iterable[Any], sharding: Sharding) -> None:
         self._sharding = sharding
         self._batches = sharding.together(lambda: FixedBatches(batches, may_be_empty=not sharding.is_single))
-        sharding.check(self._batches.fingerprints, [w for w in self.params if not _is_spread(w)])
+        sharding.check(self._batches.fingerprints, [w for w in self.params if not is_spread(w)])
         self._fingerprints = sharding.interleave(self._batches.fingerprints)
         self._sizes = tuple(n for n, _ in self._fingerprints)
         if not self._sizes:
@@ -154,7 +130,23 @@ class Loss:
     @property
     def device(self) -> torch.device:
         """Where the batches go: with the parameters, also after a framework has moved them."""
-        return self.params[0].device if self._device is None else self._device
+        return self._passes.device
+
+    @property
+    def model(self) -> nn.Module:
+        return self._passes.model
+
+    @property
+    def criterion(self) -> Criterion | None:
+        return self._passes.criterion
+
+    @property
+    def normalize_logits(self) -> bool:
+        return self._passes.normalize_logits
+
+    @property
+    def batch_statistics(self) -> bool:
+        return self._passes.batch_statistics
 
     @property
     def batch_weights(self) -> tuple[float, ...]:
@@ -170,8 +162,8 @@ class Loss:
         """L(w), 0-d float64 on the CPU."""
 
         def local() -> float:
-            with self._evaluating(grad=False):
-                pairs = [(weight, self._batch_loss(batch)) for weight, _, batch in self._joined_batches()]
+            with self._passes.evaluating(grad=False):
+                pairs = [(weight, self._passes.loss(batch)) for weight, _, batch in self._joined_batches()]
             return math.fsum(p * x for (p, _), x in zip(pairs, _floats([x for _, x in pairs]), strict=True))
 
         values = self._sharding.all_gather(self._sharding.together(local))
@@ -183,8 +175,8 @@ class Loss:
             return self.value()[None]
 
         def local() -> list[float]:
-            with self._evaluating(grad=False):
-                return _floats([self._batch_loss(batch) for _, _, batch in self._weighted_batches()])
+            with self._passes.evaluating(grad=False):
+                return _floats([self._passes.loss(batch) for _, _, batch in self._weighted_batches()])
 
         return torch.tensor(self._sharding.interleave(self._sharding.together(local)), dtype=torch.float64)
 
@@ -195,10 +187,10 @@ class Loss:
         values: list[Tensor] = []
 
         def local() -> list[Tensor]:
-            with self._evaluating(grad=True):
+            with self._passes.evaluating(grad=True):
                 total = Sum(self.params)
                 for weight, _, batch in self._joined_batches():
-                    loss = self._batch_loss(batch)
+                    loss = self._passes.loss(batch)
                     total.add(torch.autograd.grad(loss, self.params, materialize_grads=True), weight)
                     weights.append(weight)
                     values.append(loss.detach())
@@ -247,12 +239,14 @@ class Loss:
             with self._by_differences(matrix, seed) as product:
                 yield product
             return
-        with self._evaluating(grad=True), sdpa_kernel(SDPBackend.MATH), _eager(self.model):
+        weigher = self._weigher or Weigher(self.criterion, None, None)  # of a rank without batches
+        pieces = Pieces(matrix, self._passes, self.params, weigher, self.displaced if self._pushes else None)
+        with self._passes.evaluating(grad=True), sdpa_kernel(SDPBackend.MATH), self._passes.eager():
             yield Curvature(
                 self.params,
                 (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._joined_batches,
-                lambda piece, keep: self._piece_product(matrix, piece, keep),
-                lambda batch, n, size: self._shares_of_pieces(matrix, batch, n, size),
+                pieces.product,
+                pieces.shares,
                 self._sharding,
                 chunk_size=self.num_examples if self.batch_statistics else self.chunk_size,
             )
@@ -282,8 +276,7 @@ class Loss:
 
     def with_criterion(self, criterion: Criterion) -> Loss:
         """Another loss of the same outputs, over the same batches."""
-        criteria.check(criterion, self.normalize_logits)
-        return self._copy(criterion=criterion, _weigher=None, _local_weights=None)
+        return self._copy(_passes=self._passes.with_criterion(criterion), _weigher=None, _local_weights=None)
 
     def merged(self) -> Loss:
         """L as one unit: a single batch of all examples, which still passes through memory batch by batch."""
@@ -325,7 +318,7 @@ class Loss:
             if self._weigher is None or self._weigher.rule == "examples":
                 pieces += [piece for _, piece in parts]
             else:  # a piece whose labels are all ignored has no mean
-                pieces += [piece for k, piece in parts if self._weigher(self._target(piece), k)]
+                pieces += [piece for k, piece in parts if self._weigher(self._passes.target(piece), k)]
         return self._over(pieces, self._sharding)
 
     def _copy(self, **changes: Any) -> Loss:
@@ -345,7 +338,7 @@ class Loss:
         if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in self.params]:
             raise ValueError(f"d needs one tensor for each parameter, of its shape (see `params`), got shapes {got}")
         grad = torch.is_grad_enabled()
-        with self._widened():
+        with self._passes.widened():
             saved = [w.detach().clone() for w in self.params]
 
             def restore() -> None:
@@ -372,7 +365,7 @@ class Loss:
             "batch_norm": module_state.statistics_in_use(self.model, batch_statistics=self.batch_statistics),
             "normalize_logits": self.normalize_logits,
             "parameters": None if self.blocks is None else list(self.blocks),
-            "dtype": str(self.params[0].dtype).removeprefix("torch.") + (", in float32" if self._wide else ""),
+            "dtype": str(self.params[0].dtype).removeprefix("torch.") + (", in float32" if self._passes.wide else ""),
             "device": self.device.type,
             "data": data_id(self._fingerprints),
             "weights": self._rule(),
@@ -425,9 +418,9 @@ class Loss:
         elif given is not None:
             weights = [float(given(batch)) for batch in self._batches]
         else:
-            with self._evaluating(grad=False):
+            with self._passes.evaluating(grad=False):
                 batches = zip(sizes, self._batches, strict=True)
-                weights = [self._weigher(self._target(moved(batch, self.device)), n) for n, batch in batches]
+                weights = [self._weigher(self._passes.target(moved(batch, self.device)), n) for n, batch in batches]
         return weights
 
     def _first(self, size: int) -> tuple[int, Any]:
@@ -438,17 +431,17 @@ class Loss:
 
     def _look_at(self, n: int, batch: Any) -> None:
         """What one batch shows: what its mean is taken over, and whether gradients are those of the same function."""
-        with self._evaluating(grad=False):
-            outputs, target = self._outputs(batch)
-            without = float(criteria.value(self.criterion, outputs, target))
+        with self._passes.evaluating(grad=False):
+            outputs, target = self._passes.outputs(batch)
+            without = float(self._passes.of_outputs(outputs, target))
             weigher = Weigher(self.criterion, outputs, target)
             halves = [] if weigher.is_sure else divided(batch, n, -(-n // 2))
             if len(halves) == 2:
-                parts = [float(criteria.value(self.criterion, *self._outputs(half))) for _, half in halves]
+                parts = [float(self._passes.loss(half)) for _, half in halves]
                 if all(parts) and abs(math.fsum(parts) - without) < 1e-3 * max(map(abs, parts)):
                     raise ValueError(A_SUM)
         self._weigher, self._joins = weigher, 1
-        if not any(map(_is_spread, self.params)):
+        if not any(map(is_spread, self.params)):
             room = budgets(self.device)[0] * n // max(self._check_one_function(batch, without), 1)
             size = min(JOINED, self.chunk_size or JOINED, room)
             may_join = self._given_weights is None and not self.batch_statistics and weigher.is_sure
@@ -458,9 +451,9 @@ class Loss:
     def _check_one_function(self, batch: Any, without: float) -> int:
         """Raises ValueError where the loss is another one with gradients; the bytes that its graph saves."""
         saved = SavedBytes(self.params)
-        with self._evaluating(grad=True), saved.counting():
-            loss = criteria.value(self.criterion, *self._outputs(batch), needs_gradient=False)
-        if not criteria.equal_to_rounding(without, float(loss.detach()), self._wide or self.params[0].dtype):
+        with self._passes.evaluating(grad=True), saved.counting():
+            loss = self._passes.loss(batch, needs_gradient=False)
+        if not criteria.equal_to_rounding(without, float(loss.detach()), self._passes.dtype):
             raise ValueError(
                 f"the loss is {without:.8g} without gradients and {float(loss.detach()):.8g} with them: the model "
                 "computes two functions, and a measure is of one. Look for torch.is_grad_enabled() or a fused path "
@@ -469,7 +462,7 @@ class Loss:
         return saved.count
 
     def _check_whole(self) -> None:
-        if any(map(_is_spread, self.params)):
+        if any(map(is_spread, self.params)):
             raise ValueError(
                 "the weights are spread over ranks (FSDP2, tensor parallel), and this measure needs their gradients: "
                 "there are only values of the loss, as in critical_sharpness along a direction"
@@ -487,14 +480,11 @@ class Loss:
             sizes.append(self._batches.sizes[len(sizes)])
         if len(sizes) < 2:
             return False
-        with self._evaluating(grad=False):
-            weights = [weigher(self._target(batch), k) for batch, k in zip(batches, sizes, strict=True)]
-            alone = math.fsum(w * float(self._batch_loss(b)) for w, b in zip(weights, batches, strict=True))
-            value = float(self._batch_loss(together))
-        return criteria.equal_to_rounding(alone / math.fsum(weights), value, self._wide or self.params[0].dtype)
-
-    def _target(self, batch: Any) -> Any:
-        return target_of(batch) if self._forward is criteria.default_forward else self._outputs(batch)[1]
+        with self._passes.evaluating(grad=False):
+            weights = [weigher(self._passes.target(batch), k) for batch, k in zip(batches, sizes, strict=True)]
+            alone = math.fsum(w * float(self._passes.loss(b)) for w, b in zip(weights, batches, strict=True))
+            value = float(self._passes.loss(together))
+        return criteria.equal_to_rounding(alone / math.fsum(weights), value, self._passes.dtype)
 
     def _rule(self) -> str:
         """What the weights of batches are."""
@@ -509,54 +499,6 @@ class Loss:
             # hashed together: torch's generator reads the lower 32 bits of a seed alone
             stream = rng.Stream(zlib.crc32(f"{seed} {checksum(batch)}".encode()))
             yield weight, n, (batch, stream.uniform_like(torch.empty(n, dtype=torch.float64)))
-
-    @contextmanager
-    def _evaluating(self, *, grad: bool) -> Iterator[None]:
-        cuda = [self.device] if self.device.type == "cuda" else []
-        measured = module_state.measured(self.model, batch_statistics=self.batch_statistics)
-        # a model that draws in eval mode draws the same in every pass
-        preserved, aside = rng.preserved(cuda), rng.Aside(0, cuda)
-        before, fast_path = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
-        try:
-            torch.clear_autocast_cache()  # torch 2.8 gives the casts of a pass without gradients to one that needs them
-            torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's, of another function for padding
-            with self._widened(), preserved, measured, aside, torch.inference_mode(False), torch.set_grad_enabled(grad):
-                yield
-        finally:
-            for module in self.model.modules():
-                if hasattr(module, "_get_fsdp_state"):  # FSDP2 would use the gathered weights again, also after a move
-                    module.reshard()  # type: ignore[operator]
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            torch.set_grad_enabled(before)  # again, for an interrupt on the way out
-
-    @contextmanager
-    def _widened(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in (self.model, self.criterion):
-                if isinstance(module, nn.Module) and self._wide is not None:
-                    stack.enter_context(module_state.widened(module, self._wide))
-            yield
-
-    def _batch_loss(self, batch: Any) -> Tensor:
-        """l_b(w)."""
-        return criteria.value(self.criterion, *self._outputs(batch))
-
-    def _outputs(self, batch: Any) -> tuple[Any, Any]:
-        """(outputs, target); images have their channels last, which a CPU convolves faster."""
-        if (wide := self._wide) is not None:
-            is_narrow = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.itemsize < wide.itemsize  # noqa: E731
-            batch = tree_map(lambda x: x.to(wide) if is_narrow(x) else x, batch)
-        if self._images_last:
-            try:
-                return self._for_criterion(*self._forward(self.model, channels_last(batch)))
-            except RuntimeError:  # of a view() that needs the other layout; any other error comes again
-                self._images_last = False
-        return self._for_criterion(*self._forward(self.model, batch))
-
-    def _for_criterion(self, outputs: Any, target: Any) -> tuple[Any, Any]:
-        if self.criterion is not None:
-            outputs = getattr(outputs, "logits", outputs)
-        return (criteria.normalized(outputs) if self.normalize_logits else outputs), target
 
     def _uses_differences(self) -> bool:
         """As chosen; or, once, as the first examples show: whether double backward is there, and right."""
@@ -591,7 +533,7 @@ class Loss:
     def _in_float64(self) -> Loss | None:
         """The same loss with the weights widened to float64, where w + d is not rounded to the dtype of the model; None
         for a device, a model or a criterion that cannot compute in it."""
-        wide = self._copy(_wide=torch.float64, _images_last=False, _second={"by differences": False})
+        wide = self._copy(_passes=self._passes.in_float64(), _second={"by differences": False})
         try:
             wide.value()
         except Exception:
@@ -612,7 +554,7 @@ class Loss:
         wide._pushes = True
         dtypes = [x.dtype for x in self.zeros()]
         of_matrix = nullcontext(wide._differences()) if matrix == "hessian" else wide.curvature(matrix, seed=seed)
-        with wide._widened(), of_matrix as compute:
+        with wide._passes.widened(), of_matrix as compute:
 
             def product(v: Sequence[Tensor]) -> list[Tensor]:
                 result = compute([x.to(w.dtype) for x, w in zip(v, wide.params, strict=True)])
@@ -624,120 +566,6 @@ class Loss:
     def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
         with self.curvature(matrix, seed=seed) as product:
             return product(v)
-
-    def _piece_product(self, matrix: str, piece: Any, keep: bool) -> products.Product:
-        """v -> M v of one batch, or of a piece of it; for "fisher_mc" of (piece, uniform draws)."""
-        piece, uniforms = piece if matrix == "fisher_mc" else (piece, torch.empty(0))
-        if self._pushes:  # weights that move make a kept graph stale
-            return lambda v: self._product_of(matrix, piece, uniforms, False, self._pushed(matrix, piece, v))(v)
-        return self._product_of(matrix, piece, uniforms, keep, None)
-
-    def _product_of(
-        self, matrix: str, piece: Any, uniforms: Tensor, keep: bool, pushed: Tensor | None
-    ) -> products.Product:
-        """pushed: J v for the v that the product is for, where double backward is missing."""
-        outputs, target = self._outputs(piece)
-        if matrix == "hessian":
-            return products.hessian(self.params, criteria.value(self.criterion, outputs, target), keep=keep)
-        criteria.check_matrix(self.criterion, outputs, matrix)
-        how: dict[str, Any] = {"keep": keep, "push": None if pushed is None else lambda v: pushed}
-        if matrix == "ggn" and (rows := self._cross_entropy_rows(outputs, target)) is not None:
-            if pushed is not None:
-                how["push"] = lambda v: rows_of(pushed)
-            return products.fisher(self.params, rows_of(outputs), rows, **how)
-        if matrix == "ggn":
-            of_outputs = lambda o: criteria.value(self.criterion, o, target)  # noqa: E731
-            return products.gauss_newton(self.params, outputs, of_outputs, **how)
-        assert self._weigher is not None
-        shares = self._weigher.of_examples(outputs, target)
-        if matrix == "fisher":
-            return products.fisher(self.params, outputs, shares, **how)
-        if matrix == "fisher_mc":
-            return products.fisher_mc(self.params, outputs, shares, uniforms, **how)
-        counted = shares.nonzero().flatten()
-        return products.empirical_fisher(
-            self.params, self._losses_of_examples(outputs, target, counted), shares[counted], **how
-        )
-
-    def _cross_entropy_rows(self, outputs: Tensor, target: Any) -> Tensor | None:
-        assert self._weigher is not None
-        rows = self._weigher.cross_entropy_rows(target, outputs.shape[1]) if outputs.ndim > 1 else None
-        return None if rows is None else rows.to(outputs)
-
-    def _losses_of_examples(self, outputs: Tensor, target: Any, counted: Tensor) -> Tensor:
-        """Of those that count: the loss of a label that is ignored is nan."""
-        alone = [(outputs[i : i + 1], target[i : i + 1]) for i in counted.tolist()]
-        return torch.stack([criteria.value(self.criterion, o, t) for o, t in alone])
-
-    @torch.no_grad()
-    def _pushed(self, matrix: str, piece: Any, v: Sequence[Tensor]) -> Tensor:
-        """J v of the outputs, or of the losses of single examples, by a central difference."""
-
-        def at(d: Sequence[Tensor]) -> Tensor:
-            with self.displaced(d):
-                outputs, target = self._outputs(piece)
-            if matrix != "empirical_fisher":
-                return outputs
-            assert self._weigher is not None
-            return self._losses_of_examples(outputs, target, self._weigher.of_examples(outputs, target).nonzero()[:, 0])
-
-        h = by_differences.step(self.params, v)
-        return (at([h * x for x in v]) - at([-h * x for x in v])) / (2 * h)
-
-    @torch.no_grad()
-    def _shares_of_pieces(self, matrix: str, batch: Any, n: int, size: int) -> list[float] | None:
-        """s_k for which the matrix of a batch is the sum of s_k times those of its pieces."""
-        if self.criterion is None:
-            return None
-        if matrix == "fisher_mc":
-            batch, _ = batch
-        divisions = divided(batch, n, size)
-        few, _ = self._outputs(part(batch, 0, min(size, PROBE) // 2 or 1))
-        first, _ = self._outputs(divisions[0][1])
-        if not criteria.same_outputs(few, first):
-            return None
-        if self._weigher is not None and self._weigher.is_sure:
-            weights = [self._weigher(self._target(piece), k) for k, piece in divisions]
-            return [w / math.fsum(weights) for w in weights]
-        equal = [k / n for k, _ in divisions]
-        shares = criteria.shares(self.criterion, [self._outputs(piece) for _, piece in divisions])
-        if shares is None:
-            return equal if matrix in ("fisher", "fisher_mc", "empirical_fisher") else None  # sums by definition
-        if abs(math.fsum(shares) - 1) > 1e-3:
-            return None
-        return [e if abs(s - e) < 1e-4 * e else s for s, e in zip(shares, equal, strict=True)]
-
-
-def _convolves_on_cpu(model: nn.Module) -> bool:
-    """Convolutions in float32 on the CPU: where images with their channels last are faster, and equal to rounding."""
-    return any(
-        isinstance(m, nn.Conv2d) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-        for m in model.modules()
-    )
-
-
-def _is_spread(w: Tensor) -> bool:
-    """A DTensor: FSDP2, tensor parallelism."""
-    return hasattr(w, "full_tensor")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DDP, whose reducer waits for a backward that never comes, and inside torch.compile, which has
-    no double backward."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled submodules, which have no double backward, run as they were before."""
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
 
 
 def _floats(values: list[Tensor]) -> list[float]:

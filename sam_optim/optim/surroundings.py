@@ -44,7 +44,9 @@ class Surroundings:
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in named and m.num_batches_tracked is not None
         ]
         tensors = [(m, k, x) for m in guard.modules for k, x in m.__dict__.items() if isinstance(x, Tensor)]
-        self._attributes = [(m, name, x, x._version) for m, name, x in tensors if not x.is_inference()]
+        # what needs a gradient comes from a parameter: the views that FSDP1 puts in the place of its own
+        tensors = [(m, name, x) for m, name, x in tensors if not (x.is_inference() or x.requires_grad)]
+        self._attributes = [(m, name, x, x._version) for m, name, x in tensors]
         self._versions = [x._version for x in self._counters]
         self._others = []
         for x in seen:

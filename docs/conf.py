@@ -54,7 +54,8 @@ def complete(app, docname: str, source: list[str]) -> None:
     """The index names its pages in tables: the sidebar follows them. A page of the reference gets its docstrings."""
     if docname == root_doc:
         for section in re.split(r"^## ", source[0], flags=re.MULTILINE)[1:]:
-            pages = dict.fromkeys(re.findall(r"^\| \[[^]]*\]\(([^)#]+)\.md\)", section, re.MULTILINE))
+            cells = " ".join(row.split("|")[1] for row in section.splitlines() if row.startswith("|"))
+            pages = dict.fromkeys(re.findall(r"\]\(([^)#]+)\.md\)", cells))  # of the first column
             tree = [":hidden:", f":caption: {section.splitlines()[0]}", "", *pages]
             source[0] += "\n".join(["\n```{toctree}", *tree, "```\n"])
     folder, _, page = docname.rpartition("/")

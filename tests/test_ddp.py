@@ -506,3 +506,32 @@ def test_a_layer_that_only_the_first_pass_uses():
     first, second = ranks.spawn(skipping)
     assert first == second
     torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), flat(model), rtol=0, atol=1e-12)
+
+
+def named_before_it_was_wrapped(rank):
+    """timm's train.py makes the optimizer before the wrapper."""
+    model = nn.Linear(4, 2)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, module=model)
+    ddp = DDP(model)
+    x = torch.randn(8, 4)
+
+    def passes():
+        ddp(x).square().mean().backward()
+        with optimizer.perturbed():
+            ddp(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"inside a DistributedDataParallel.*optimizer\.module = ddp"):
+        passes()
+    optimizer.module = ddp
+    with optimizer.microbatch():
+        ddp(x).square().mean().backward()
+        with optimizer.perturbed():
+            ddp(x).square().mean().backward()
+    optimizer.step()
+    return True
+
+
+def test_a_module_that_is_wrapped_later_is_noticed():
+    assert ranks.spawn(named_before_it_was_wrapped) == [True, True]

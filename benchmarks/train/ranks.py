@@ -133,6 +133,9 @@ def shard_(model: nn.Module, device: torch.device) -> None:
     for part in _parts(model):
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for part in model.modules() if device.type == "cpu" else ():
+        if hasattr(part, "set_force_sum_reduction_for_comms"):  # torch 2.8: gloo would sum where an average is meant
+            part.set_force_sum_reduction_for_comms(True)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

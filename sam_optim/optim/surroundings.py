@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
@@ -37,6 +38,12 @@ class Surroundings:
         self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
         self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
         named = set(guard.modules)
+        if any([isinstance(x, DistributedDataParallel) and x.module in named and x not in named for x in seen]):
+            warnings.warn(
+                "module= is inside a DistributedDataParallel: pass that, or set optimizer.module = ddp before the "
+                "first step. As it is, all ranks have one e where DDP averages the first pass, and else each its own",
+                stacklevel=8,
+            )
         modules = [m for x in seen if isinstance(x, nn.Module) for m in x.modules()] if named else []
         self._counters = [
             m.num_batches_tracked

@@ -221,7 +221,8 @@ def gradient_noise_scale(
         into batches, 2 tr(Sigma^2) (1 - 1/m) / (B - 1), 0 for batches of one example; sampled=True: a jackknife over
         batches. Both nan for two batches. `details`: `trace` tr Sigma and `squared_gradient` ||G||^2 in squared units
         of the gradient; `effective_rank`, (tr Sigma)^2 / tr Sigma^2; `mean_norm`, `root_mean_square_norm`,
-        `gradient_norm`, `norms` as in `gradient_regret`. `converged` is False and the value nan where ||G||^2 <= 0.
+        `gradient_norm`, `norms` as in `gradient_regret`. `converged` is False and the value nan where ||G||^2 <= 0;
+        sampled=True has no `interval` where ||G||^2 is below twice the noise in g, because a ratio has none there.
 
     Raises:
         ValueError: one example, or one batch with batch statistics, where examples have no gradients of their own.
@@ -244,6 +245,7 @@ def gradient_noise_scale(
     else:
         variance = 2 * second_moment * float(1 - (1 / sizes).mean()) / (len(p) - 1)
         stderr = math.sqrt(variance) / squared if squared > 0 else math.nan
+    is_lost = sampled and squared < 2 * trace / float(sizes.sum())
     why = None
     if math.isfinite(trace) and not squared > 0:
         why = (
@@ -255,6 +257,7 @@ def gradient_noise_scale(
         value,
         stderr,
         num_samples=len(p),
+        half_width=math.nan if is_lost else None,
         reason=why,
         details=_norms(gram, p)
         | {

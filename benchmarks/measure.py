@@ -52,6 +52,8 @@ class Measuring:
         None, f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}", type=number(float, 0, above=True)
     )
     adaptive: str | None = option(None, "default: as the optimizer's", choices=GEOMETRIES)
+    norm: str | None = option(None, "of the ball; default: as the optimizer's", choices=("2", "inf"))
+    normalize_logits: bool = option(False, "centred and divided by their norm before the loss", action="store_true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,13 @@ def measure(model_run: TrainedRun, measuring: Measuring) -> int:
     """Measures, prints a table, writes measures.json. Exit code 1 where a measure has no value."""
     options, examples = model_run.options, model_run.split(measuring.split)
     batches = list(model_run.batches(examples, measuring.batch_size, measuring.examples))
-    loss = Loss(model_run.model, nn.CrossEntropyLoss(), batches, device=model_run.device)
+    loss = Loss(
+        model_run.model,
+        nn.CrossEntropyLoss(),
+        batches,
+        device=model_run.device,
+        normalize_logits=measuring.normalize_logits,
+    )
     ball = neighborhood(options, model_run.model, measuring)
     results = {}
     for name in measuring.names:
@@ -97,7 +105,9 @@ def neighborhood(options: Options, model: nn.Module, measuring: Measuring) -> Pr
     adaptive = {None: options.adaptive, "no": None}.get(measuring.adaptive, measuring.adaptive)
     groups = asam_param_groups(model, adaptive=adaptive) if adaptive else model.parameters()
     radius = measuring.rho or options.sam_rho or DEFAULT_RHO
-    return Perturbation(groups, rho=radius, eta=options.sam_eta, norm=float(options.sam_norm)).neighborhood
+    return Perturbation(
+        groups, rho=radius, eta=options.sam_eta, norm=float(measuring.norm or options.sam_norm)
+    ).neighborhood
 
 
 def _measured(name: str, loss: Loss, ball: ProductBall) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from benchmarks.examples import cifar_resnet
 from sam_optim.core.arguments import number as at_least
 from sam_optim.core.errors import InputError, one_line, run, show
 from sam_optim.core.files import write_atomic
-from sam_optim.core.text import MISSING, cell, csv_text, number
+from sam_optim.core.text import MISSING, cell, csv_text, mean_and_std, number
 from sam_optim.measures import registry
 from sam_optim.report.canvas import COLOURS, DASHES, styled
 from sam_optim.sweep import Entry, FunctionProblem, Measures, measure_checkpoints, write_report
@@ -44,12 +44,14 @@ OPTIONS_OF = {
     "regret_fisher": {"damping": 10, "tol": 0.01, "max_products": 200, "num_probes": 0},
 }
 
+OF_BATCHES = "eigenvalue of a batch"  # not measured again: the contrastive one has them
 ROWS = (  # (measure, in the ball of ASAM, what it is called in the table)
     ("worst", False, "worst-case rise of the loss, rho 0.05"),
     ("worst", True, "the same for ASAM's ball, rho 0.5"),
     ("average", False, "mean rise under noise of 0.01"),
     ("average", True, "the same for noise of 0.05 (\\|w\\| + 0.01)"),
     ("eigenvalue", False, "largest eigenvalue of H"),
+    (OF_BATCHES, False, "the same of one batch, mean over batches"),
     ("eigenvalue", True, "largest eigenvalue of T H T"),
     ("eigenvalues", False, "the next four of H"),
     ("density", False, "smallest Ritz value of H (15 steps)"),
@@ -148,6 +150,11 @@ def results(entries: Iterable[Entry]) -> Results:
         if "result" in entry:
             ball = entry["identity"]["options"].get("ball")
             by_measure[entry["checkpoint"], entry["measure"], bool(ball and ball["adaptive"])] = entry["result"]
+            if entry["measure"] == "contrastive_eigenvalue":
+                values = entry["result"]["details"]["batch_values"]
+                mean, std = mean_and_std(values)
+                over_batches = {"value": mean, "stderr": std / len(values) ** 0.5}
+                by_measure[entry["checkpoint"], OF_BATCHES, False] = entry["result"] | over_batches
     return by_measure
 
 

@@ -2,6 +2,8 @@
 
     python -m benchmarks.frontier run benchmarks/studies/frontier_digits.toml
     python -m benchmarks.frontier status benchmarks/studies/frontier_*.toml
+    python -m benchmarks.frontier collect benchmarks/studies/frontier_*.toml    # into benchmarks/results/frontier
+    python -m benchmarks.frontier report docs/which_sam.md
 
 Each training is a file when it is done: a run that was stopped goes on where it was with the same command.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.command import Parser
 from benchmarks.frontier import plan as plans
+from benchmarks.frontier import report
 from benchmarks.frontier.plan import Plan
 from benchmarks.frontier.runs import available, execute
 from benchmarks.study.queue import duration
@@ -33,14 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     p = Parser(prog="python -m benchmarks.frontier", description=(__doc__ or "").splitlines()[0])
-    commands = p.add_subparsers(required=True, metavar="run | status")
+    commands = p.add_subparsers(required=True, metavar="run | status | collect | report")
     running = commands.add_parser("run", help="tune and train what is not done yet")
     running.set_defaults(function=_run)
     running.add_argument("--data-dir", metavar="DIR", help="of images, or of the texts and their model")
     running.add_argument("--limit", type=number(int, 1), metavar="N", help="train at most so many, then leave")
     status = commands.add_parser("status", help="how far each comparison is, and how long the rest takes")
     status.set_defaults(function=_status)
-    for sub in (running, status):
+    collect = commands.add_parser("collect", help="write what is done to benchmarks/results/frontier")
+    collect.set_defaults(function=_collect)
+    reporting = commands.add_parser("report", help="write the tables and the picture of a page from those results")
+    reporting.set_defaults(function=_report)
+    reporting.add_argument("page", type=Path, metavar="PAGE")
+    for sub in (running, status, collect):
         sub.add_argument("plans", type=Path, nargs="+", metavar="FILE")
         sub.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     return p
@@ -69,6 +77,19 @@ def _status(args: argparse.Namespace) -> int:
     for path in args.plans:
         plan = plans.load(path)
         print(status(plan, args.out / plan.name))
+    return 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    for path in args.plans:
+        plan = plans.load(path)
+        print(report.collect(plan, args.out / plan.name))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    report.write(args.page)
+    print(report.text(report.committed()))
     return 0
 
 

@@ -50,6 +50,18 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
                 yield run, record, new
 
 
+def expected(plan: Plan, condition: str, out: Path) -> list[Run]:
+    """The runs of one condition that are known by now: reported ones where tuning is done."""
+    known = []
+    for method in plan.methods:
+        tuning = plan.tuning_runs(method, condition)
+        paths = [out / "records" / f"{run.name}.json" for run in tuning]
+        known += tuning
+        if all(path.is_file() for path in paths):
+            known += plan.final_runs(method, condition, chosen(plan, method, [read_json(path) for path in paths]))
+    return known
+
+
 def _both(plan: Plan, method: str, condition: str, done: list[tuple[Run, Record]]) -> Iterator[Run]:
     """The tuning runs, and when all of them are in `done` the reported ones."""
     yield from plan.tuning_runs(method, condition)

@@ -59,6 +59,10 @@ class Measures(Measuring):
             raise unknown("split of [[measures]]", str(self.split), SPLITS)
         if self.adaptive not in (*GEOMETRIES, None, True, False):  # None: the optimizer's; YAML reads no as False
             raise unknown("adaptive of [[measures]]", str(self.adaptive), GEOMETRIES)
+        if self.norm not in (None, "2", "inf"):
+            raise unknown("norm of [[measures]]", str(self.norm), ("2", "inf"))
+        if not isinstance(self.normalize_logits, bool):
+            raise InputError(f"normalize_logits of [[measures]] is true or false, got {self.normalize_logits!r}")
         if self.rho is not None and not (_is_number(self.rho) and math.isfinite(self.rho) and self.rho > 0):
             raise InputError(f"rho of [[measures]] is a radius in weight space and must be > 0, got {self.rho!r}")
         _check_count("examples of [[measures]]", self.examples, "0 for all")
@@ -177,6 +181,8 @@ class Config:
         values["grid"] = values.pop("factors") | {name: asdict(self.factors[name]) for name in self.ranges}
         # what older studies could not say is recorded only where it is said, so that they go on
         values["corruptions"] = {k: v for k, v in values["corruptions"].items() if k != "published" or v}
+        newer = ("norm", "normalize_logits")
+        values["measures"] = [{k: v for k, v in m.items() if k not in newer or v} for m in values["measures"]]
         return json.loads(json.dumps(values, allow_nan=False))
 
 

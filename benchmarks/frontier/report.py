@@ -1,0 +1,103 @@
+"""Committed results of comparisons -> the tables, the advice and the picture of docs/which_sam.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.frontier import analysis, runs
+from benchmarks.frontier.analysis import Row, Task
+from benchmarks.frontier.plan import Plan
+from sam_optim.core.files import read_json, write_atomic, write_json
+from sam_optim.report.canvas import COLOURS, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "frontier"
+BEGIN, END = "<!-- written by python -m benchmarks.frontier report -->", "<!-- end -->"
+TWO_PASSES, CHEAPER, CONTROL = 0, 1, 5  # colours
+
+
+def collect(plan: Plan, out: Path) -> Path:
+    """The records of a plan in one file, without those of other settings in the same folder."""
+    wanted = {run.name for condition in plan.conditions for run in runs.expected(plan, condition, out)}
+    records = [read_json(path) for path in sorted((out / "records").glob("*.json")) if path.stem in wanted]
+    facts: dict[str, list[str]] = {}
+    for record in records:
+        for key, value in record.pop("provenance").items():
+            facts[key] = sorted({*facts.get(key, []), str(value)})
+    path = RESULTS / f"{plan.name.removeprefix('frontier-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"plan": asdict(plan), "facts": facts, "num_runs": plan.total, "runs": records})
+    return path
+
+
+def committed() -> list[Task]:
+    return analysis.tasks([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))])
+
+
+def text(tasks: Sequence[Task]) -> str:
+    """The generated part of the page."""
+    parts = ["## What to use", *(f"- {analysis.advice(task)}" for task in tasks)]
+    parts += [line for task in tasks for line in (f"### {task.title}", analysis.table(task))]
+    return "\n\n".join(parts).replace("\n\n- ", "\n- ")
+
+
+def write(page: Path) -> None:
+    """The part between the marks of the page, and the picture beside it."""
+    tasks, before = committed(), page.read_text(encoding="utf-8")
+    head, tail = before[: before.index(BEGIN) + len(BEGIN)], before[before.index(END) :]
+    write_atomic(page, f"{head}\n\n{text(tasks)}\n\n{tail}".encode())
+    picture(tasks).savefig(page.with_suffix(".png"), dpi=130)
+
+
+def picture(tasks: Sequence[Task]) -> Figure:
+    """Accuracy against cost, a panel for each task: the mean of each method with Student's 95 % interval over seeds."""
+    with styled((11.0, 4.4 * len(tasks))) as figure:
+        for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
+            _panel(axes, task)
+    return figure
+
+
+def _panel(axes: Axes, task: Task) -> None:
+    """Costs are categories: methods of one cost stand side by side, with their names beside them."""
+    costs = sorted({round(row.cost, 2) for row in task.rows})
+    low = min(row.interval[0] for row in task.rows if not math.isnan(row.interval[0]))
+    high = max(row.interval[1] for row in task.rows if not math.isnan(row.interval[1]))
+    for i, cost in enumerate(costs):
+        rows = sorted((row for row in task.rows if round(row.cost, 2) == cost), key=lambda row: row.mean)
+        heights = _apart([row.mean for row in rows], 0.055 * (high - low))
+        for j, (row, height) in enumerate(zip(rows, heights, strict=True)):
+            x, colour = i + 0.045 * j, COLOURS[_colour(task, row)]
+            ends = [[row.mean - row.interval[0]], [row.interval[1] - row.mean]]
+            axes.errorbar([x], [row.mean], yerr=ends, fmt="o", color=colour, capsize=2.5, markersize=5)
+            start = i + 0.045 * len(rows) + 0.03
+            axes.plot([x, start], [row.mean, height], color=colour, linewidth=0.5, alpha=0.6)
+            axes.text(start + 0.01, height, row.method, color=colour, va="center", fontsize=8)
+    if control := task.row(task.control):
+        axes.axhline(control.mean, color=COLOURS[CONTROL], linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(costs)), [f"{cost:g}" for cost in costs])
+    axes.set_xlim(-0.15, len(costs) - 0.1)
+    axes.set(title=task.title, ylabel="test accuracy, %", xlabel="forward and backward passes, over the base's")
+
+
+def _colour(task: Task, row: Row) -> int:
+    if row.method.startswith(task.baseline):
+        return CONTROL
+    return TWO_PASSES if row.cost > 1.9 else CHEAPER
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Ascending values, moved so that neighbours are `gap` apart at least, around the same mean."""
+    moved = list(values)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    shift = (sum(moved) - sum(values)) / max(len(moved), 1)
+    return [value - shift for value in moved]

@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED = 1
 # no installation: machines with a GPU often have their own torch, and no network
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help install demo test test-slow test-lowest test-matrix lint format docs bench gpu clean
+.PHONY: help install demo test test-slow test-lowest test-matrix lint format docs bench results gpu clean
 
 help:
 	@echo "make demo         train SGD, SAM and ASAM on real digits, measure all, write runs/demo/report.html (5 minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-matrix  the tests as other processors, threads, orders and loads have them (hours; goes on where it was)"
 	@echo "make docs         the documentation as a site, build/site/index.html; runs the examples in docstrings"
 	@echo "make bench        cost of a SAM step against davda54/sam's algorithm, and on the host (CPU)"
+	@echo "make results      what of the published results can be run again, at what cost, and what is done"
 	@echo "make gpu          tests and costs on a CUDA device (under 8 minutes; needs torch, Triton, timm and pytest, no network)"
 	@echo "make install      .venv with everything from pyproject.toml"
 
@@ -65,6 +66,9 @@ docs: install
 bench: install
 	$(BIN)/python -m benchmarks.speed.step
 	$(BIN)/python -m benchmarks.speed.host --json runs/speed/host_cpu.json
+
+results: install
+	$(BIN)/python -m benchmarks.catalogue
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu

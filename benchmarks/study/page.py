@@ -9,15 +9,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.study.analysis import Row, Table, capitalised, directions, labelled, listed, name, table_size
 from sam_optim.core.text import MISSING, number, signed
 from sam_optim.report.figures import Group, Interval, heat_map, intervals, legend, scatter
 from sam_optim.report.page import Child, Markup, drawing, html_page, html_table, panels, render
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LEVELS = 6  # colours of a factor; with more values than that, neighbours share one
 SHORT = {"gap": "gap", "ood_error": "corrupted error"}
@@ -39,7 +36,7 @@ def page(table: Table, results: Row) -> Markup:
         clear_fixed=f"{sum(sign != 0 for sign in fixed)} of {len(fixed)}",
         percent=f"{100 * results['level']:g}",
         size=table_size(results["comparisons"]),
-        maps=panels(*maps(table, results)),
+        maps=_maps(table, results),
         comparisons=_comparisons(table, results),
         scatters={capitalised(name(t)): _scatters(table, results, t, colours, style_of) for t in table.targets},
         models=_models(table),
@@ -50,18 +47,17 @@ def page(table: Table, results: Row) -> Markup:
     return html_page(f"{table.title}: does flatness go with generalization?", body, data=data, sortable=True)
 
 
-def maps(table: Table, results: Row) -> list[Figure]:
-    """tau of every measure with every target, over all models and with `given` held fixed."""
+def _maps(table: Table, results: Row) -> Markup:
     columns = [SHORT.get(target, name(target)) for target in table.targets]
-    drawn = []
+    maps = []
     for title, keys, index in (("All models", OVERALL, 0), (f"Models with the same {name(table.given)}", FIXED, 1)):
         if index and not table.given:
             continue
         rows = [[_row(results, measure, target) for target in table.targets] for measure in table.measures]
         values = [[_numbers(row, keys)[0] for row in line] for line in rows]
         firm = [[bool(directions(row, results["level"])[index]) for row in line] for line in rows]
-        drawn.append(heat_map(title, table.measures, columns, values, firm=firm))
-    return drawn
+        maps.append(heat_map(title, table.measures, columns, values, firm=firm))
+    return panels(*maps)
 
 
 def _given(table: Table, results: Row) -> dict[str, Child]:

@@ -148,7 +148,7 @@ def where(table: Table, text: str) -> Table:
 
 
 def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) -> int:
-    """report.html, results.json (everything that the page says), models.csv (what it says it from), taus-1.png, ..."""
+    """report.html, results.json (everything that the page says) and models.csv (what it says it from)."""
     results = analyse(table, num_resamples=num_resamples, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in table.rows]

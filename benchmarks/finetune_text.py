@@ -4,8 +4,8 @@
 
 The defaults are those of Hugging Face's run_glue example: 3 epochs, batches of 32, learning rate 2e-5, 128 tokens; for
 the radius no source was found. Files are TSV with the names of the columns in the first line (MNLI's: sentence1,
-sentence2, gold_label) or JSON Lines with those keys, or premise, hypothesis, label. Examples without a label ("-", -1)
-are left out.
+sentence2, gold_label; or SICK's) or JSON Lines with those keys, or premise, hypothesis, label. Examples without a label
+("-", -1) are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +25,18 @@ import torch
 from torch.utils.data import Dataset
 
 from benchmarks.command import option, settings_of
+from benchmarks.train.data import noisy
+from benchmarks.train.order import derive
+from benchmarks.train.recipe import sam_schedule
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, one_line, run
 from sam_optim.core.files import read_bytes, write_json
+from sam_optim.core.random import Stream
 from sam_optim.core.results import provenance
 
 LABELS = ("entailment", "neutral", "contradiction")
-FIRST, SECOND, LABEL = ("sentence1", "premise", "question1"), ("sentence2", "hypothesis"), ("gold_label", "label")
+FIRST, SECOND = ("sentence1", "premise", "question1", "sentence_A"), ("sentence2", "hypothesis", "sentence_B")
+LABEL = ("gold_label", "label", "entailment_judgment")
 FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
@@ -38,9 +45,14 @@ class Settings:
     model: str = option(help="of save_pretrained, with the tokenizer", metavar="DIR")
     train: Path = option(type=Path, metavar="FILE")
     validation: Path = option(type=Path, metavar="FILE")
+    test: list[Path] = option([], "evaluated after training, also where word overlap misleads", type=Path, nargs="*")
+    train_examples: int = option(0, "only so many, drawn by --seed; 0 for all", type=number(int, 0))
+    label_noise: float = option(0.0, "fraction of the training labels that is drawn anew", type=number(float, 0, 1))
     out: Path = option(Path("runs/text"), type=Path)
     sam_rho: float = option(0.0, "radius; 0 (default) is the base optimizer, AdamW", type=number(float, 0))
     adaptive: bool = option(False, "ASAM, T = 1 for biases and normalization parameters", action="store_true")
+    sam_norm_only: bool = option(False, "SAM-ON: perturbs normalization parameters alone", action="store_true")
+    sam_schedule: str | None = option(None, "as of benchmarks.train, e.g. late_phase:0.7")
     lr: float = option(2e-5, type=float)
     weight_decay: float = option(0.0, type=float)
     warmup_steps: int = option(0, type=int)
@@ -80,6 +92,7 @@ def read(path: Path) -> list[Pair]:
     pairs = []
     for i, record in enumerate(records):
         first, second, label = (_field(record, names, path, i) for names in (FIRST, SECOND, LABEL))
+        label = label.lower() if isinstance(label, str) else label
         if label in ("-", -1, "-1", None):
             continue
         if label not in LABELS and str(label) not in ("0", "1", "2"):
@@ -97,11 +110,34 @@ def _field(record: Any, names: tuple[str, ...], path: Path, i: int) -> Any:
     raise InputError(f"{path}, example {i + 1} has no {' or '.join(names)}")
 
 
+def drawn(pairs: list[Pair], settings: Settings) -> list[Pair]:
+    """--train-examples of them, with --label-noise, by --seed."""
+    num = settings.train_examples or len(pairs)
+    if num > len(pairs):
+        raise InputError(f"there are {len(pairs)} examples to train on, --train-examples cannot be {num}")
+    rows = Stream(derive(settings.seed, "examples")).permutation(len(pairs))[:num].tolist()
+    labels = noisy(torch.tensor([pairs[i].label for i in rows]), len(LABELS), settings.label_noise, settings.seed)
+    return [pairs[i]._replace(label=label) for i, label in zip(rows, labels.tolist(), strict=True)]
+
+
+def misleading(train: list[Pair], test: list[Pair]) -> list[Pair]:
+    """Pairs of `test` on which a model of word overlap is wrong: it says entailment from that Jaccard index on which is
+    best on `train`. HANS (arXiv:1902.01007) in small."""
+
+    def overlap(pair: Pair) -> float:
+        a, b = (set(re.findall(r"\w+", text.lower())) for text in (pair.first, pair.second))
+        return len(a & b) / max(len(a | b), 1)
+
+    known = [(overlap(pair), pair.label == 0) for pair in train]
+    threshold = max(sorted({x for x, _ in known}), key=lambda t: sum((x >= t) == entailed for x, entailed in known))
+    return [pair for pair in test if (overlap(pair) >= threshold) != (pair.label == 0)]
+
+
 class Tokens(Dataset):
     """Pairs as the model takes them, padded to `length`."""
 
     def __init__(self, pairs: list[Pair], tokenizer: Any, length: int):
-        first, second = [p.first for p in pairs], [p.second for p in pairs]
+        self.tokenizer, first, second = tokenizer, [p.first for p in pairs], [p.second for p in pairs]
         self.encoded = tokenizer(
             first, second, truncation=True, padding="max_length", max_length=length, return_tensors="pt"
         )
@@ -122,10 +158,10 @@ def trainer_of(settings: Settings) -> Any:
     """The Trainer of these options: SAMTrainer where --sam-rho is not 0."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-    from sam_optim import asam_param_groups
+    from sam_optim import asam_param_groups, norm_only_param_groups
     from sam_optim.integrations.transformers import SAMTrainer
 
-    files = {"train_dataset": read(settings.train), "eval_dataset": read(settings.validation)}
+    pairs = {"train_dataset": drawn(read(settings.train), settings), "eval_dataset": read(settings.validation)}
     if not Path(settings.model).is_dir():
         raise InputError(
             f"--model {settings.model} is not a directory; give one with the model and tokenizer, nothing is loaded"
@@ -162,26 +198,63 @@ def trainer_of(settings: Settings) -> Any:
     )
     sam: dict[str, Any] = {}
     if settings.sam_rho:
-        sam = {"rho": settings.sam_rho, "param_groups": asam_param_groups if settings.adaptive else None}
-    data = {key: Tokens(pairs, tokenizer, settings.length) for key, pairs in files.items()}
+        groups = norm_only_param_groups if settings.sam_norm_only else asam_param_groups if settings.adaptive else None
+        sam = {"rho": settings.sam_rho, "param_groups": groups}
+    if settings.sam_schedule:
+        each = -(-len(pairs["train_dataset"]) // (settings.batch_size * settings.accumulate))
+        updates = settings.max_steps if settings.max_steps > 0 else math.ceil(each * settings.epochs)
+        sam["schedule"] = sam_schedule(settings.sam_schedule, updates)
+    data = {key: Tokens(chosen, tokenizer, settings.length) for key, chosen in pairs.items()}
     return (SAMTrainer if sam else Trainer)(model, arguments, **data, **sam, compute_metrics=accuracy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_of(Settings, "python -m benchmarks.finetune_text", __doc__, argv)
-    if settings.adaptive and not settings.sam_rho:
-        raise InputError("--adaptive needs a radius: give --sam-rho, e.g. 0.5")
-    trainer = trainer_of(settings)
-    trained = trainer.train()
-    evaluated = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        report = {"train_loss": trained.training_loss, "updates": trainer.state.global_step}
-        report |= {key: evaluated[f"eval_{key}"] for key in ("loss", "accuracy")}
+    report = finetune(settings)
+    if report:
         print(f"validation loss {report['loss']:.4f}  accuracy {report['accuracy']:.4f}")
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+        options = json.loads(json.dumps(asdict(settings), default=str))
         settings.out.mkdir(parents=True, exist_ok=True)
         write_json(settings.out / "result.json", {"options": options, "provenance": provenance(), **report})
     return 0
+
+
+def finetune(settings: Settings) -> dict[str, Any]:
+    """Trains and evaluates; what is reported, on one process. `passes`: forward and backward, of the model, in epochs.
+
+    Raises:
+        InputError: an option of SAM without --sam-rho.
+    """
+    for name in ("adaptive", "sam_norm_only", "sam_schedule"):
+        if getattr(settings, name) and not settings.sam_rho:
+            raise InputError(f"--{name.replace('_', '-')} needs a radius: give --sam-rho, e.g. 0.5")
+    trainer = trainer_of(settings)
+    counted = Counted(trainer.model)
+    trained = trainer.train()
+    evaluated = trainer.evaluate()
+    if not trainer.is_world_process_zero():
+        return {}
+    report = {"train_loss": trained.training_loss, "updates": trainer.state.global_step}
+    report |= {key: evaluated[f"eval_{key}"] for key in ("loss", "accuracy")}
+    report |= {"passes": counted.examples / len(trainer.train_dataset), "test": {}}
+    train, tokenizer = read(settings.train), trainer.train_dataset.tokenizer
+    for path in settings.test:
+        pairs = read(path)
+        for name, chosen in (("test", pairs), ("misleading", misleading(train, pairs))):
+            report["test"][name] = trainer.evaluate(Tokens(chosen, tokenizer, settings.length))["eval_accuracy"]
+    return report
+
+
+class Counted:
+    """Examples that a model has seen in training mode."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.examples = 0
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if model.training:
+            self.examples += len(kwargs["labels"])
 
 
 if __name__ == "__main__":

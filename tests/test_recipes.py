@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,44 @@ class TestText:
         assert result["updates"] == 2
         assert 0 <= result["accuracy"] <= 1
         assert result["loss"] == pytest.approx(1.1, abs=0.3)  # log 3, of a model that has learnt nothing yet
+
+    @pytest.mark.parametrize(
+        ("options", "passes"),
+        [([], 1), (["--sam-norm-only"], 2), (["--sam-schedule", "late_phase:0.5"], 1.5)],
+        ids=str,
+    )
+    def test_few_noisy_labels_are_paid_for_as_said_and_tested_where_overlap_misleads(
+        self, tmp_path, model, options, passes
+    ):
+        tsv, jsonl = self.files(tmp_path)
+        rho = ["--sam-rho", "0.05"] if options else []
+        argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
+        argv += ["--scratch", "--epochs", "2", "--batch-size", "4", "--length", "16", "--device", "cpu", *rho, *options]
+        argv += ["--train-examples", "8", "--label-noise", "0.5", "--test", str(tsv)]
+        assert errors.run(finetune_text.main, argv) == 0
+        result = files.read_json(tmp_path / "out" / "result.json")
+        assert result["passes"] == 2 * passes
+        assert result["updates"] == 4
+        assert set(result["test"]) == {"test", "misleading"}
+
+    def test_pairs_that_mislead_and_labels_of_a_seed(self, tmp_path):
+        tsv, _ = self.files(tmp_path)
+        pairs = finetune_text.read(tsv)
+        more = [finetune_text.Pair("a cat", "cat a", 1), finetune_text.Pair("x", "y", 0)]
+        assert finetune_text.misleading(pairs, [*pairs, *more]) == more
+        settings = finetune_text.Settings(model="m", train=tsv, validation=tsv, train_examples=10, label_noise=1.0)
+        noisy = finetune_text.drawn(pairs, settings)
+        assert len(noisy) == 10
+        assert noisy == finetune_text.drawn(pairs, settings) != finetune_text.drawn(pairs, replace(settings, seed=1))
+        with pytest.raises(errors.InputError, match="18 examples"):
+            finetune_text.drawn(pairs, replace(settings, train_examples=19))
+
+    def test_columns_of_sick_are_read(self, tmp_path):
+        path = tmp_path / "sick.txt"
+        path.write_text(
+            "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n1\ta\tb\t4.5\tNEUTRAL\n"
+        )
+        assert finetune_text.read(path) == [("a", "b", 1)]
 
     def test_bad_input(self, tmp_path, model, capsys):
         tsv, jsonl = self.files(tmp_path)

@@ -19,7 +19,7 @@ from benchmarks.command import Parser
 from benchmarks.frontier import plan as plans
 from benchmarks.frontier import report
 from benchmarks.frontier.plan import Plan
-from benchmarks.frontier.runs import available, execute
+from benchmarks.frontier.runs import available, execute, expected
 from benchmarks.study.queue import duration
 from benchmarks.study.trial import Here
 from benchmarks.study.worker import terminating
@@ -95,7 +95,8 @@ def _report(args: argparse.Namespace) -> int:
 
 def status(plan: Plan, out: Path) -> str:
     """One line. The guess is from the mean CPU time of what is done, else from the plan's `seconds`."""
-    records = [read_json(path) for path in sorted((out / "records").glob("*.json"))]
+    paths = [out / "records" / f"{r.name}.json" for c in plan.conditions for r in expected(plan, c, out)]
+    records = [read_json(path) for path in paths if path.is_file()]
     seconds = sum(r["cpu_seconds"] for r in records) / len(records) if records else plan.seconds
     left = plan.total - len(records)
     missing = [method for method in plan.methods if not available(plan, method)]

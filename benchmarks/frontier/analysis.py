@@ -107,22 +107,29 @@ def _at_end(plan: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
 
 
 def advice(task: Task) -> str:
-    """What to use on one task, from the corrected tests alone: the cheapest method that beats the tuned control."""
+    """What to use on one task, from the corrected tests alone: what beats the tuned control, and what SAM."""
     better = [row for row in task.rows if _sign(row.to_control, row.p_control) > 0]
     sam = task.row(SAM)
     if sam is None or sam.to_control is None:
         return f"{task.title}: SAM and the tuned control have not both been run."
     text = f"{task.title}: SAM minus {task.control} is {shown(sam.to_control)} points ({_p(sam.p_control)})"
-    if not better:
-        return f"{text}, and no method is told apart from {task.control} upwards: keep the base and tune its decay."
-    cheapest = min(better, key=lambda row: (round(row.cost, 2), -row.mean))
-    text += f". The cheapest method that beats {task.control} is {cheapest.method} at {cheapest.cost:.2f} times the "
-    text += f"base's passes, by {shown(cheapest.to_control)} ({_p(cheapest.p_control)})"
-    if cheapest.method != SAM and cheapest.to_sam:
-        words = {1: "better than SAM", -1: "worse than SAM", 0: "not told apart from SAM"}
-        text += f"; it is {words[_sign(cheapest.to_sam, cheapest.p_sam)]}: {shown(cheapest.to_sam)}"
-    worse = [row.method for row in task.rows if _sign(row.to_sam, row.p_sam) < 0 and row.method != cheapest.method]
-    return text + (f". Worse than SAM: {', '.join(worse)}." if worse else ".")
+    if better:
+        cheapest = min(better, key=lambda row: (round(row.cost, 2), -row.mean))
+        text += (
+            f". The cheapest method that beats {task.control} is {cheapest.method}, at {cheapest.cost:.2f} times the "
+        )
+        text += f"base's passes: {shown(cheapest.to_control)} ({_p(cheapest.p_control)})."
+    else:
+        text += (
+            f", and no method beats {task.control} after correction. Tune the decay first, it costs nothing; whether "
+        )
+        text += "anything adds to it cannot be told from these seeds."
+    for words, sign in (("Worse than SAM", -1), ("Not told apart from SAM", 0), ("Better than SAM", 1)):
+        rows = [row for row in task.rows if row.to_sam and _sign(row.to_sam, row.p_sam) == sign]
+        if rows:
+            listed = "; ".join(f"{row.method} {shown(row.to_sam)}" for row in rows)
+            text += f" {words} at less than its cost: {listed}."
+    return text
 
 
 def _sign(d: Difference | None, p: float) -> int:

@@ -136,7 +136,7 @@ def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
     cost = {"failed": None, "passes": result["passes"], "cpu_seconds": time.process_time() - start}
     if run.tuning:
         return cost | {"validation_accuracy": 100 * result["accuracy"]}
-    tested = {f"{name}_accuracy": 100 * value for name, value in result["test"].items()}
+    tested = {f"{name}_accuracy": 100 * accuracy for name, accuracy in result["test"].items()}
     return cost | tested | {"train_loss": result["train_loss"]}
 
 

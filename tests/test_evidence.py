@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.examples import diagonal_network
 from benchmarks.frontier import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,12 @@ def test_the_page_on_which_sam_is_that_of_the_committed_runs():
     page = (ROOT / "docs" / "which_sam.md").read_text()
     between = page[page.index(report.BEGIN) + len(report.BEGIN) : page.index(report.END)]
     assert between.strip() == report.text(report.committed()).strip()
+
+
+def test_the_table_of_the_diagonal_network_is_that_of_the_committed_taus():
+    results = json.loads((RESULTS / "diagonal_network.json").read_text())
+    page = (ROOT / "docs" / "measures" / "reparametrization.md").read_text()
+    assert diagonal_network.table(results["taus"], results["about"]["num_sets"]) in page
 
 
 def test_the_taus_of_the_findings_are_those_of_the_committed_study():

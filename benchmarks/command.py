@@ -122,6 +122,8 @@ def read_settings(path: Path, *, yaml: bool) -> dict[str, Any]:
 def _from_yaml(text: str) -> Any:
     import yaml
 
+    if text.count("[") + text.count("{") > 1000:  # the time of the parser grows with the square of their depth
+        raise InputError("it has more than 1000 brackets, which no settings need")
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
         raise InputError("it has an alias (*NAME): write out what that stands for")
     return yaml.safe_load(text)

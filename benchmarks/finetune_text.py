@@ -241,6 +241,8 @@ def finetune(settings: Settings) -> dict[str, Any]:
     for path in settings.test:
         pairs = read(path)
         for name, chosen in (("test", pairs), ("misleading", misleading(train, pairs))):
+            if not chosen:
+                continue
             report["test"][name] = trainer.evaluate(Tokens(chosen, tokenizer, settings.length))["eval_accuracy"]
     return report
 

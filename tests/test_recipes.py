@@ -400,10 +400,12 @@ class TestText:
         self, tmp_path, model, options, passes
     ):
         tsv, jsonl = self.files(tmp_path)
+        fooling = tmp_path / "fooling.tsv"
+        fooling.write_text("sentence1\tsentence2\tgold_label\na dog\tdog a\tneutral\n")
         rho = ["--sam-rho", "0.05"] if options else []
         argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
         argv += ["--scratch", "--epochs", "2", "--batch-size", "4", "--length", "16", "--device", "cpu", *rho, *options]
-        argv += ["--train-examples", "8", "--label-noise", "0.5", "--test", str(tsv)]
+        argv += ["--train-examples", "8", "--label-noise", "0.5", "--test", str(tsv), str(fooling)]
         assert errors.run(finetune_text.main, argv) == 0
         result = files.read_json(tmp_path / "out" / "result.json")
         assert result["passes"] == 2 * passes

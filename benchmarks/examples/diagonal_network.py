@@ -143,7 +143,8 @@ def table(correlations: Mapping[str, Mapping[str, tuple[float, float]]], num_set
         f"| measure | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for name, taus in correlations.items():
+    for name in MEASURES:
+        taus = correlations[name]
         cells = [f"{taus[c][0]:+.2f} ± {taus[c][1]:.2f}" for c in columns]
         lines.append(f"| {name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -50,6 +50,8 @@ ROWS = (  # (measure, in the ball of ASAM, what it is called in the table)
     ("worst", True, "the same for ASAM's ball, rho 0.5"),
     ("average", False, "mean rise under noise of 0.01"),
     ("average", True, "the same for noise of 0.05 (\\|w\\| + 0.01)"),
+    ("average_in_ball", False, "mean rise under noise as long as rho, 0.05"),
+    ("critical", False, "critical sharpness along the gradient"),
     ("eigenvalue", False, "largest eigenvalue of H"),
     (OF_BATCHES, False, "the same of one batch, mean over batches"),
     ("eigenvalue", True, "largest eigenvalue of T H T"),

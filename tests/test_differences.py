@@ -157,6 +157,7 @@ class PartlyCompiled(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.filterwarnings("ignore:Using .torch.compile.module:UserWarning")  # an optimizer of another test may wait
 def test_a_compiled_submodule_has_products():
     data = batches(mlp)
     found, expected = (

@@ -200,7 +200,7 @@ def test_every_variant_and_schedule_trains_at_its_price_and_resumes(words, passe
     assert [line["train_passes"] for line in lines] == passes
     settings = options(*words, "--out", str(tmp_path / "parts"))
     training = Training(settings, data.load(settings), torch.device("cpu"))
-    _start(training)
+    _start(training, None)
     training._epoch()
     assert train(parse(["--out", str(tmp_path / "parts"), "--resume"])) == 0
     whole, parts = (checkpoint.newest(tmp_path / name / "checkpoints")["model"] for name in ("whole", "parts"))

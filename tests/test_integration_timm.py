@@ -89,7 +89,7 @@ def test_groups_and_schedules_are_those_of_the_base(name, layer_decay):
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("sam", "asam"))])
 def test_training_gives_the_bits_of_sam_by_hand(name, layer_decay):
     model, truth = vit(), vit()
     optimizer = timm.optim.create_optimizer_v2(

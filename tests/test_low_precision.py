@@ -733,9 +733,13 @@ def test_the_warning_names_the_option_and_the_option_does_not_warn():
     sam = Perturbation(model, rho=1e-4)
     with pytest.warns(UserWarning, match="rounding='float32' with module=model") as seen, sam.perturbed():
         loss_of(model, x, y).backward()
+    model.zero_grad()
+    loss_of(model, x, y).backward()
     with sam.perturbed():
         loss_of(model, x, y).backward()
     assert len(seen) == 1
+    model.zero_grad()
+    loss_of(model, x, y).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with Perturbation(model, rho=1e-4, rounding="float32").perturbed():
@@ -787,6 +791,7 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:module= is inside a DistributedDataParallel")
 def test_models_that_share_their_parameters_with_other_ranks_are_refused(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -322,7 +322,7 @@ class TestPreprocessing:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["--mean", "0.5"], "digits are normalised as they are read"),
+            (["--mean", "0.5"], "digits are normalized as they are read"),
             (["--data", "cifar10", "--crop-pct", "0.9"], "is not resized: leave --crop-pct"),
             (["--std", "0"], "--std: must be > 0"),
             (["--interpolation", "cubic"], "choose from"),

@@ -102,6 +102,9 @@ class Watched(nn.Module):
         ("SAM-ON", [(16, torch.float32, 6)] * 2),
         ("SAM-ON, 25 % ascent", [(4, torch.float32, 6), (16, torch.float32, 6)]),
         ("SAM, 2 micro-batches", [(8, torch.float32, 6)] * 4),
+        ("GSAM", [(16, torch.float32, 6)] * 2),
+        ("FriendlySAM", [(16, torch.float32, 6)] * 2),
+        ("VaSSO", [(16, torch.float32, 6)] * 2),
     ],
 )
 def test_every_way_runs_the_passes_that_it_names(way, passes, monkeypatch):
@@ -119,8 +122,26 @@ def test_every_way_runs_the_passes_that_it_names(way, passes, monkeypatch):
     assert all(not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("way", "passes"),
+    [
+        ("late phase, last 30 %", 13),
+        ("SAM, every 5th", 6),
+        ("LookSAM, every 5th", 6),
+        ("MSAM", 1),
+        ("StaleSAM", 1),
+    ],
+)
+def test_cheap_ways_have_as_many_passes_as_they_say(way, passes, monkeypatch):
+    model = Watched()
+    monkeypatch.setattr(whole_step, "build", lambda name, size, classes: model)
+    whole_step.several(whole_step.Setting("any", 16), **whole_step.WAYS[way])()
+    assert len(model.seen) == passes
+
+
 def test_every_row_has_a_test_and_every_target_a_row():
-    rows = {p.args[1][i][0] for p in test_every_way_runs_the_passes_that_it_names.pytestmark for i in range(9)}
+    tests = (test_every_way_runs_the_passes_that_it_names, test_cheap_ways_have_as_many_passes_as_they_say)
+    rows = {row[0] for test in tests for mark in test.pytestmark for row in mark.args[1]}
     assert rows == {"base", *whole_step.WAYS}
     assert set(whole_step.TARGETS) <= set(whole_step.WAYS)
 

@@ -251,7 +251,7 @@ class TestOptions:
             (["--sched", "plateau", "--warmup-epochs", "1"], "has no warm-up"),
             (["--sched", "plateau", "--decay-rate", "1"], "must be < 1"),
             (["--grad-checkpointing"], "cannot checkpoint its gradients"),
-            (["--initial-checkpoint", "x"], "is for timm's models"),
+            (["--initial-checkpoint", __file__], "is for timm's models"),
         ],
     )
     def test_what_does_not_go_together(self, tmp_path, capsys, argv, message):

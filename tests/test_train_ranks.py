@@ -251,13 +251,20 @@ class TestOptions:
             (["--sched", "plateau", "--warmup-epochs", "1"], "has no warm-up"),
             (["--sched", "plateau", "--decay-rate", "1"], "must be < 1"),
             (["--grad-checkpointing"], "cannot checkpoint its gradients"),
-            (["--initial-checkpoint", __file__], "is for timm's models"),
+            (["--initial-checkpoint", "x"], "--initial-checkpoint x is not a file"),
         ],
     )
     def test_what_does_not_go_together(self, tmp_path, capsys, argv, message):
         assert errors.run(train.main, [*argv, "--out", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
+
+    def test_initial_weights_must_fit(self, tmp_path, capsys):
+        torch.save({"state_dict": {"w": torch.zeros(2)}}, tmp_path / "w.pt")
+        assert (
+            errors.run(train.main, ["--initial-checkpoint", str(tmp_path / "w.pt"), "--out", str(tmp_path / "x")]) == 2
+        )
+        assert "does not fit cnn3" in capsys.readouterr().err
 
 
 class TestPlateau:

@@ -128,8 +128,10 @@ def misleading(train: list[Pair], test: list[Pair]) -> list[Pair]:
         a, b = (set(re.findall(r"\w+", text.lower())) for text in (pair.first, pair.second))
         return len(a & b) / max(len(a | b), 1)
 
-    known = [(overlap(pair), pair.label == 0) for pair in train]
-    threshold = max(sorted({x for x, _ in known}), key=lambda t: sum((x >= t) == entailed for x, entailed in known))
+    overlaps = [(overlap(pair), pair.label == 0) for pair in train]
+    threshold = max(
+        sorted({x for x, _ in overlaps}), key=lambda t: sum((x >= t) == entailed for x, entailed in overlaps)
+    )
     return [pair for pair in test if (overlap(pair) >= threshold) != (pair.label == 0)]
 
 

@@ -182,5 +182,5 @@ def test_weight_norm_of_torch(norm):
     for sign in (1, -1):
         with loss.displaced([sign * x for x in step]):
             slopes.append(flat(loss.gradient()))
-    found = flat(by_differences.hessian_product(like(v, loss.params)))
-    torch.testing.assert_close(found, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+    product = flat(by_differences.hessian_product(like(v, loss.params)))
+    torch.testing.assert_close(product, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-5, atol=1e-7)

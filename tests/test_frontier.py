@@ -215,5 +215,5 @@ def test_statistics_of_batch_norm_are_those_at_the_weights_after_one_pass_traini
     run.model.train()[0].register_forward_hook(lambda module, inputs, output: means.append(output.mean((0, 2, 3))))
     for x, _ in run.batches(run.splits.train, 64):
         run.model(x)
-    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")["model"]["1.running_mean"]
-    torch.testing.assert_close(kept, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+    running_mean = checkpoint.newest(tmp_path / "run" / "checkpoints")["model"]["1.running_mean"]
+    torch.testing.assert_close(running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)

@@ -63,8 +63,8 @@ def test_products_and_displaced_values_against_dense_float64(matrix):
     dense = Dense(copy.deepcopy(model).double().eval(), cross_entropy, whole)
     v = torch.linspace(-1, 1, len(dense.w), dtype=torch.float64)
     with loss.curvature(matrix) as product:
-        found = flat(product(like(v.float(), loss.params)))
-    torch.testing.assert_close(found.double(), dense.matrix(matrix) @ v, rtol=1e-4, atol=1e-6)
+        result = flat(product(like(v.float(), loss.params)))
+    torch.testing.assert_close(result.double(), dense.matrix(matrix) @ v, rtol=1e-4, atol=1e-6)
     with loss.displaced(like(1e-4 * v.float(), loss.params)):
         rise = float(loss.value())
     assert rise == pytest.approx(float(dense.loss(dense.w + 1e-4 * v)), rel=1e-6)

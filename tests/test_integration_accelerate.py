@@ -232,15 +232,15 @@ def test_a_monitor_attached_to_the_prepared_optimizer_sees_every_step(accelerato
 
     weights = []
     for watched in (False, True):
-        made = accelerator(gradient_accumulation_steps=accumulate)
+        prepared_by = accelerator(gradient_accumulation_steps=accumulate)
         model = network()
         optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1) if kind == "sam" else sgd(model)
-        model, optimizer, loader = prepared(made, model, optimizer)
+        model, optimizer, loader = prepared(prepared_by, model, optimizer)
         sam = optimizer.optimizer.perturbation if kind == "sam" else Perturbation(model, rho=0.1)
         monitor = SharpnessMonitor(Loss(model, LOSS, batches()[:2]), every=1, budget=None)
         if watched:
             monitor.attach(optimizer, **({} if kind == "sam" else {"perturbation": sam}))
-        loop(made, model, sam, optimizer, loader, clip=None)
+        loop(prepared_by, model, sam, optimizer, loader, clip=None)
         weights.append([p.detach().clone() for p in model.parameters()])
         assert len(monitor.history) == (len(batches()) // accumulate if watched else 0)
         assert all(row["worst_case"] > 0 for row in monitor.history)

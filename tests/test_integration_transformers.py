@@ -311,18 +311,18 @@ def test_a_monitor_sees_every_step_reports_and_resumes(tmp_path):
         loss = Loss(model, None, [{"input_ids": ids[:8].clamp(min=1), "labels": labels[:8]}])  # 0 is padding
         monitor = SharpnessMonitor(loss, every=2, budget=None)
         args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=4)
-        made = trainer(model, args, rho=0.1)
+        sam_trainer = trainer(model, args, rho=0.1)
         if kwargs.pop("watched", True):
-            made.add_callback(MonitorCallback(made, monitor))
-        made.train(**kwargs)
-        return made, monitor, [p.detach().clone() for p in model.parameters()]
+            sam_trainer.add_callback(MonitorCallback(sam_trainer, monitor))
+        sam_trainer.train(**kwargs)
+        return sam_trainer, monitor, [p.detach().clone() for p in model.parameters()]
 
     _, _, plain = train_(8, watched=False)
-    made, whole, watched = train_(8)
+    sam_trainer, whole, watched = train_(8)
     assert all(map(torch.equal, plain, watched))
     assert [row["step"] for row in whole.history] == [2, 4, 6, 8]
     assert all(row["worst_case"] > 0 and row["lambda_max"] > 0 for row in whole.history)
-    logged = [row["sharpness/lambda_max"] for row in made.state.log_history if "sharpness/lambda_max" in row]
+    logged = [row["sharpness/lambda_max"] for row in sam_trainer.state.log_history if "sharpness/lambda_max" in row]
     assert logged == [row["lambda_max"] for row in whole.history]
     _, resumed, _ = train_(8, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for name in ("step", "lambda_max", "critical_sharpness"):

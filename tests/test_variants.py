@@ -379,10 +379,16 @@ def calls_of(cls, steps=7, **options):
     model, calls = network(), []
     optimizer = cls(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **options)
     for i in range(steps):
-        calls.append(0)
-
+        num_calls = 0
         inner = closure_of(model, optimizer, i)
-        optimizer.step(lambda: calls.__setitem__(-1, calls[-1] + 1) or inner())  # noqa: B023
+
+        def closure(inner=inner):
+            nonlocal num_calls
+            num_calls += 1
+            return inner()
+
+        optimizer.step(closure)
+        calls.append(num_calls)
     return calls
 
 

@@ -77,12 +77,12 @@ def _task(result: Mapping[str, Any], condition: str) -> Task:
     base = mean_and_std(passes[plan["baseline"]])[0]
     rows = []
     for method in plan["methods"]:
-        own = [r for r in final if r["method"] == method]
-        if len(own) < len(plan["seeds"]):
+        of_method = [r for r in final if r["method"] == method]
+        if len(of_method) < len(plan["seeds"]):
             continue
-        accuracies = {r["seed"]: r["test_accuracy"] for r in own if r["test_accuracy"] is not None}
+        accuracies = {r["seed"]: r["test_accuracy"] for r in of_method if r["test_accuracy"] is not None}
         cost = mean_and_std(passes[method])[0] / base
-        rows.append(Row(method, cost, accuracies, own[0]["candidate"], _at_end(plan, own[0])))
+        rows.append(Row(method, cost, accuracies, of_method[0]["candidate"], _at_end(plan, of_method[0])))
     title = plan["task"] + (f", {condition}" if len(plan["conditions"]) > 1 else "")
     task = Task(title, plan["control"], plan["baseline"], rows)
     control, sam = task.row(task.control), task.row(SAM)

@@ -52,14 +52,14 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
 
 def expected(plan: Plan, condition: str, out: Path) -> list[Run]:
     """The runs of one condition that are known by now: reported ones where tuning is done."""
-    known = []
+    runs = []
     for method in plan.methods:
         tuning = plan.tuning_runs(method, condition)
         paths = [out / "records" / f"{run.name}.json" for run in tuning]
-        known += tuning
+        runs += tuning
         if all(path.is_file() for path in paths):
-            known += plan.final_runs(method, condition, chosen(plan, method, [read_json(path) for path in paths]))
-    return known
+            runs += plan.final_runs(method, condition, chosen(plan, method, [read_json(path) for path in paths]))
+    return runs
 
 
 def _both(plan: Plan, method: str, condition: str, done: list[tuple[Run, Record]]) -> Iterator[Run]:

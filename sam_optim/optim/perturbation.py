@@ -207,7 +207,7 @@ class Perturbation:
                 if not self.ascends:
                     self._await_last_pass(may_repeat=True)  # a perturbed pass may follow all the same
                 yield
-                if not (self.completed or not self.ascends):
+                if self.ascends and not self.completed:
                     raise RuntimeError("microbatch() ended without a second pass: run it in `with sam.perturbed():`")
                 self._end_first_pass()
             except BaseException:  # also an interrupt on the way out

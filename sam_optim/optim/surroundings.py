@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from types import FunctionType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ class Surroundings:
     """
 
     def __init__(self, params: Sequence[Tensor], guard: ModelGuard):
-        seen = {id(y): y for y in map(_unwrapped, _variables((GradScaler, Optimizer, nn.Module)))}.values()
+        by_id = {id(y): y for y in map(_unwrapped, _variables(sys._getframe(1)))}
+        seen = by_id.values()
+        self._ids = set(by_id)
         ours = {id(p) for p in params} | {id(p) for p in guard.other_params}
         self.is_watching = True
         self._unscaled: list[Any] = []
@@ -87,8 +90,8 @@ class Surroundings:
         counted = [x._version for x in self._counters] != self._versions
         changed = [(m, name) for m, name, x, version in self._attributes if x._version != version]
         self._counters, self._attributes, self._others, self.is_watching = [], [], [], False
-        if failed:
-            return
+        if failed or not (mixed or counted or changed) or self._ids & _ids_in_other_threads():
+            return  # who has changed what another thread holds is not known
         if counted:
             warnings.warn(
                 "a BatchNorm in training mode that is not in `module` has counted both passes: pass all networks that "
@@ -133,10 +136,15 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _variables(kinds: tuple[type, ...], num_frames: int = 24) -> Iterator[Any]:
-    """Each once: what the callers' variables hold, and what lists and attributes of those hold."""
+_KINDS = (GradScaler, Optimizer, nn.Module)
+
+
+def _variables(frame: FrameType | None, num_frames: int = 24, *, only_named: bool = False) -> Iterator[Any]:
+    """Each once: what the variables of `frame` and its callers hold, and what lists and attributes of those hold.
+
+    Of the globals those that the code names if `only_named`, else all.
+    """
     seen: set[int] = set()
-    frame = sys._getframe(2)
     for _ in range(num_frames):
         if frame is None:
             return
@@ -145,18 +153,26 @@ def _variables(kinds: tuple[type, ...], num_frames: int = 24) -> Iterator[Any]:
         if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(local, dict):
             local.clear()  # before Python 3.13 a copy, which would keep the tensors alive
         if str(frame.f_globals.get("__name__")).split(".")[0] not in _LIBRARIES:
-            values += list(frame.f_globals.values())
+            names = frame.f_code.co_names if only_named else list(frame.f_globals)
+            values += [frame.f_globals[name] for name in names if name in frame.f_globals]
         for x in values:
-            for y in (x, *_inside(x, kinds)):
-                if issubclass(type(y), kinds) and id(y) not in seen:
+            for y in (x, *_inside(x)):
+                if issubclass(type(y), _KINDS) and id(y) not in seen:
                     seen.add(id(y))
                     yield y
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
-def _inside(x: Any, kinds: tuple[type, ...]) -> Iterable[Any]:
+def _ids_in_other_threads() -> set[int]:
+    """Of the networks, optimizers and scalers that other running threads use."""
+    me = threading.get_ident()
+    frames = [frame for thread, frame in sys._current_frames().items() if thread != me]
+    return {id(_unwrapped(x)) for frame in frames for x in _variables(frame, only_named=True)}
+
+
+def _inside(x: Any) -> Iterable[Any]:
     kind = type(x)
-    if issubclass(kind, kinds) or issubclass(kind, _NOT_OPENED):
+    if issubclass(kind, _KINDS) or issubclass(kind, _NOT_OPENED):
         return ()
     if kind in (list, tuple):
         return x[:20]

@@ -315,6 +315,40 @@ def test_two_threads_with_a_model_each_train_as_if_alone(foreach):
     assert all(equal(together[seed], alone[seed]) for seed in alone)
 
 
+def test_what_another_thread_does_in_a_second_pass_is_not_taken_for_the_pass():
+    """BatchNorm counts and gradients add up in another thread within this one's second pass: nothing is said."""
+    x = torch.randn(16, 6)
+    networks, barrier = [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)) for _ in range(2)], threading.Barrier(2)
+    errors = []
+
+    def accumulate(network: nn.Module) -> None:
+        sgd = torch.optim.SGD(network.parameters(), lr=0.1)
+        try:
+            network(x).square().mean().backward()
+            barrier.wait(30)
+            barrier.wait(30)  # the first pass is over
+            network(x).square().mean().backward()
+            barrier.wait(30)
+            barrier.wait(30)  # the second pass is over
+            sgd.step()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=accumulate, args=(networks[1],))
+    thread.start()
+    barrier.wait(30)
+    optimizer = SAM(networks[0].parameters(), lr=0.05, rho=0.2, module=networks[0])
+    networks[0](x).square().mean().backward()
+    with optimizer.perturbed():
+        barrier.wait(30)
+        barrier.wait(30)
+        networks[0](x).square().mean().backward()
+    barrier.wait(30)
+    thread.join(30)
+    assert errors == []
+    assert not thread.is_alive()
+
+
 def test_of_two_optimizers_on_one_model_only_one_perturbs_at_a_time():
     """In one thread, and in four that begin at the same moment: one gets in, the others are told, no weight is lost."""
     w = nn.Parameter(torch.arange(8.0))

@@ -105,10 +105,8 @@ class TestOtherLabels:
         (root / "bad.npz").write_bytes(b"no archive")
         with pytest.raises(InputError, match=r"is not an \.npz file of labels"):
             load("cifar10", root, train_labels=f"{root}/bad.npz:human")
-        with pytest.raises(InputError, match="must be left out"):
+        with pytest.raises(InputError, match="leave --label-noise out"):
             load("cifar10", root, train_labels="x.npz:y", label_noise=0.1)
-        with pytest.raises(InputError, match="cifar10 or cifar100"):
-            load("digits", train_labels="x.npz:y")
 
 
 class TestDigits:
@@ -309,6 +307,14 @@ class TestFolders:
         assert splits.clean_train_labels.tolist() == [0] * 4 + [1] * 4
         assert len(splits.test) == 8
         assert splits.validation is None
+
+    def test_other_labels_are_in_the_folders_order_and_held_out_images_keep_theirs(self, tmp_path):
+        root = picture_tree(tmp_path, size=(24, 16))
+        np.savez(root / "labels.npz", human=np.array([1, 0, 0, 0, 1, 1, 0, 1]), clean_label=np.repeat([0, 1], 4))
+        splits = load("folder", root, train_labels="labels.npz:human", validation_fraction=0.25)
+        human, kept = torch.tensor([1, 0, 0, 0, 1, 1, 0, 1]), splits.train.rows
+        assert torch.equal(splits.train.labels, human[kept])
+        assert torch.equal(splits.validation.labels, (splits.validation.rows >= 4).long())
 
     def test_val_and_test_are_validation_and_test(self, tmp_path):
         splits = load("folder", picture_tree(tmp_path, splits=("train", "val", "test")))

@@ -84,8 +84,8 @@ def load(options: Options) -> Splits:
         InputError: no such data, or options that do not fit them.
     """
     name, directory = options.data, options.data_dir
-    if options.train_labels is not None and (name not in cifar.LAYOUT or options.label_noise):
-        raise InputError("--train-labels replaces those of cifar10 or cifar100, and --label-noise must be left out")
+    if options.train_labels is not None and options.label_noise:
+        raise InputError("--train-labels has labels that are wrong already: leave --label-noise out")
     if name == "digits":
         if directory is not None or options.img_size not in (None, 8):
             raise InputError("digits come with scikit-learn, 8x8: leave --data-dir and --img-size out")
@@ -137,7 +137,7 @@ def _split_up(options: Options, train: Split, validation: Split | None, test: Sp
     num_classes = train.num_classes or int(train.labels.max()) + 1
     given = train.labels
     if options.train_labels is not None:
-        given = other_labels(options.train_labels, train.labels, num_classes, Path(str(options.data_dir)))
+        given = other_labels(options.train_labels, train.labels, num_classes, Path(options.data_dir or "."))
     rows, held_out = hold_out(len(train), options.validation_fraction, options.seed, options.train_examples)
     if len(held_out) and validation is not None:
         raise InputError("there is a validation folder already: leave --validation-fraction out")
@@ -181,9 +181,9 @@ def _of_size(size: tuple[int, ...], pixels: dict[str, Any]) -> Preprocessing:
 def _streamed(options: Options, directory: Path) -> Splits:
     if options.num_classes is None:
         raise InputError("a streamed data set does not tell how many classes it has: give --num-classes")
-    if options.label_noise or options.validation_fraction or options.train_examples is not None:
+    if options.label_noise or options.train_labels or options.validation_fraction or options.train_examples is not None:
         raise InputError(
-            "--label-noise, --validation-fraction, --train-examples pick examples; a stream has no numbers"
+            "--label-noise, --train-labels, --validation-fraction, --train-examples number examples: not of a stream"
         )
     try:
         test = Streamed(options.data, directory, "validation")

@@ -79,7 +79,7 @@ class Options:
     num_classes: int | None = option(None, "of a streamed data set (wds/NAME); others are counted", type=_count)
     label_noise: float = option(0.0, "fraction of the training labels that is drawn anew", type=_fraction)
     train_labels: str | None = option(
-        None, "other labels for the training images, as CIFAR-10N's are", metavar="FILE.npz:ARRAY"
+        None, "other labels for the training images, in their order, as CIFAR-10N's are", metavar="FILE.npz:ARRAY"
     )
     validation_fraction: float = option(0.0, "of the training set, held out", type=_below_one)
     train_examples: int | None = option(None, "only so many, drawn by --seed; default: all", type=_count, metavar="N")
@@ -131,6 +131,11 @@ class Options:
     mixup: float = option(0.0, type=_amount, metavar="ALPHA")
     cutmix: float = option(0.0, type=_amount, metavar="ALPHA")
     smoothing: float = option(0.0, type=_below_one)
+    update_bn: bool = option(
+        False,
+        "BatchNorm's running statistics at the last weights, from the training images (one-pass variants always do it)",
+        action=SWITCH,
+    )
     model_ema: float | None = option(None, "also evaluate an average of the weights", type=_fraction, metavar="DECAY")
 
     initial_checkpoint: str | None = option(

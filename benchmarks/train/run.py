@@ -282,8 +282,8 @@ class Training:
         self.save()
 
     def _estimate_statistics(self) -> None:
-        """BatchNorm's statistics at w, from the training batches, where the passes of training were at w + e alone."""
-        if getattr(self.optimizer, "one_pass", False):
+        """BatchNorm's statistics at w, from the training batches; always where all passes of training were at w + e."""
+        if self.options.update_bn or getattr(self.optimizer, "one_pass", False):
             batches = self._batches(self.splits.train, train=True)
             torch.optim.swa_utils.update_bn(batches, self.model, device=self.device)
 

@@ -34,8 +34,8 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
     program: Callable[[Plan, Run, Path, trial.Here], Record] = {"train": image_run, "finetune_text": text_run}[
         plan.program
     ]
-    for condition in plan.conditions:
-        for method in filter(partial(available, plan), plan.methods):
+    for method in filter(partial(available, plan), plan.methods):
+        for condition in plan.conditions:
             done: list[tuple[Run, Record]] = []
             for run in _both(plan, method, condition, done):
                 path = out / "records" / f"{run.name}.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.train import options
 from sam_optim.core.errors import InputError, run
-from sam_optim.core.files import read_json
+from sam_optim.core.files import read_json, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "benchmarks" / "results" / "accuracies.json", ROOT / "docs" / "accuracies.md"
@@ -37,7 +37,7 @@ def page(text: str, rows: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options.Parser(prog="python -m benchmarks.accuracies", description=__doc__).parse_args(argv)
-    PAGE.write_text(page(PAGE.read_text(), read_json(DATA)))
+    write_atomic(PAGE, page(PAGE.read_text(), read_json(DATA)).encode())
     return 0
 
 

@@ -158,11 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if published and command.split != "test":
         raise InputError("--cifar-c are damaged test images: leave --split validation out")
     names = _chosen(command.corruptions, published)
-    model_run = trained.load(command.options(), ema=command.ema)
-    evaluated = evaluate(model_run, command, names, published)
-    show(title(evaluated))
-    show(table(evaluated))
-    write_json(command.run / "corrupted.json", evaluated)
+    with command.locked():
+        model_run = trained.load(command.options(), ema=command.ema)
+        evaluated = evaluate(model_run, command, names, published)
+        show(title(evaluated))
+        show(table(evaluated))
+        write_json(command.run / "corrupted.json", evaluated)
     return 0
 
 

@@ -17,6 +17,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,10 @@ from benchmarks.train.order import derive
 from benchmarks.train.recipe import sam_schedule
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, one_line, run
-from sam_optim.core.files import read_bytes, write_json
+from sam_optim.core.files import locked, read_bytes, write_json
 from sam_optim.core.random import Stream
 from sam_optim.core.results import provenance
+from sam_optim.sweep.processes import is_first_process
 
 LABELS = ("entailment", "neutral", "contradiction")
 FIRST, SECOND = ("sentence1", "premise", "question1", "sentence_A"), ("sentence2", "hypothesis", "sentence_B")
@@ -212,12 +214,13 @@ def trainer_of(settings: Settings) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_of(Settings, "python -m benchmarks.finetune_text", __doc__, argv)
-    report = finetune(settings)
-    if report:
-        print(f"validation loss {report['loss']:.4f}  accuracy {report['accuracy']:.4f}")
-        options = json.loads(json.dumps(asdict(settings), default=str))
-        settings.out.mkdir(parents=True, exist_ok=True)
-        write_json(settings.out / "result.json", {"options": options, "provenance": provenance(), **report})
+    with locked(settings.out.resolve()) if is_first_process() else nullcontext():
+        report = finetune(settings)
+        if report:
+            print(f"validation loss {report['loss']:.4f}  accuracy {report['accuracy']:.4f}")
+            options = json.loads(json.dumps(asdict(settings), default=str))
+            settings.out.mkdir(parents=True, exist_ok=True)
+            write_json(settings.out / "result.json", {"options": options, "provenance": provenance(), **report})
     return 0
 
 

@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = settings_of(Command, "python -m benchmarks.measure", __doc__, argv)
     if not command.names:
         raise InputError(f"--measures names none; choose from {', '.join(MEASURES)}")
-    return measure(trained.load(command.options(), ema=command.ema), command)
+    with command.locked():
+        return measure(trained.load(command.options(), ema=command.ema), command)
 
 
 def measure(model_run: TrainedRun, measuring: Measuring) -> int:

@@ -27,10 +27,10 @@ from benchmarks.command import Parser
 from benchmarks.examples import cifar_resnet
 from sam_optim.core.arguments import number as at_least
 from sam_optim.core.errors import InputError, one_line, run, show
-from sam_optim.core.files import write_atomic
+from sam_optim.core.files import locked, write_atomic
 from sam_optim.core.text import MISSING, cell, csv_text, mean_and_std, number
 from sam_optim.measures import registry
-from sam_optim.report.canvas import COLOURS, DASHES, styled
+from sam_optim.report.canvas import COLOURS, DASHES, save, styled
 from sam_optim.sweep import Entry, FunctionProblem, Measures, measure_checkpoints, write_report
 from sam_optim.vision.checkpoints import find
 from sam_optim.vision.data import open_split
@@ -222,18 +222,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     if missing := [name for name in args.checkpoints if not Path(name).is_file()]:
         raise InputError(f"{missing[0]} is not a file; give the checkpoints themselves")
-    counted = errors(args.checkpoints, args.out / "errors.csv", args.data_dir)
-    path = args.out / "measures.json"
-    code, entries = measure(args.checkpoints, path, data_dir=args.data_dir, images=args.images, names=args.measures)
-    by_measure = results(entries)
-    title = f"{len(counted)} trained ResNets on CIFAR-10"
-    targets = {"targets": args.out / "errors.csv", "target": "test_error"}
-    print(write_report([path], args.out / "report.html", **targets, title=title))
-    if any(measure == "density" for _, measure, _ in by_measure):
-        spectra(by_measure).savefig(args.out / "spectra.png", dpi=160)
-    text = table(by_measure, counted)
-    write_atomic(args.out / "table.md", f"{text}\n".encode())
-    show(text)
+    with locked(args.out.resolve()):
+        counted = errors(args.checkpoints, args.out / "errors.csv", args.data_dir)
+        path = args.out / "measures.json"
+        code, entries = measure(args.checkpoints, path, data_dir=args.data_dir, images=args.images, names=args.measures)
+        by_measure = results(entries)
+        title = f"{len(counted)} trained ResNets on CIFAR-10"
+        targets = {"targets": args.out / "errors.csv", "target": "test_error"}
+        print(write_report([path], args.out / "report.html", **targets, title=title))
+        if any(measure == "density" for _, measure, _ in by_measure):
+            save(spectra(by_measure), args.out / "spectra.png", dpi=160)
+        text = table(by_measure, counted)
+        write_atomic(args.out / "table.md", f"{text}\n".encode())
+        show(text)
     return code
 
 

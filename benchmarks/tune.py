@@ -114,11 +114,11 @@ def tune(
         Arm("sam", "sam_rho", tuple(rhos), options),
         Arm("base", "weight_decay", tuple(decays), replace(options, sam_rho=0.0)),
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with locked(options.out / "tune.db"), rng.preserved():
+    with locked(options.out.resolve()), rng.preserved():
         sam, base = (_choose(arm, num_seeds, check) for arm in arms)
-    tuned = Tuned(sam, base, difference(*([100 * x for x in c.tests] for c in (sam, base))))
-    write_json(options.out / "tuned.json", plain({"sam": vars(sam), "base": vars(base), "gain": tuned.gain._asdict()}))
+        tuned = Tuned(sam, base, difference(*([100 * x for x in c.tests] for c in (sam, base))))
+        results = {"sam": vars(sam), "base": vars(base), "gain": tuned.gain._asdict()}
+        write_json(options.out / "tuned.json", plain(results))
     return tuned
 
 

@@ -15,10 +15,12 @@ from limits import PATIENCE
 pytest.importorskip("timm")
 pytest.importorskip("optuna")
 
-from benchmarks import command, finetune_text
+from benchmarks import command, evaluate, finetune_text, measure, pretrained, tune
 from benchmarks.corruptions import Published
+from benchmarks.frontier.__main__ import main as frontier
 from benchmarks.study import config as study_config
 from benchmarks.study import report as study_report
+from benchmarks.study.__main__ import main as study
 from benchmarks.study.queue import Queue
 from benchmarks.train import options
 from benchmarks.train.__main__ import main as train
@@ -211,6 +213,17 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_computed(tmp_pa
 DIGITS = ["--epochs", "1", "--train-examples", "60", "--measures", "none"]
 
 
+DIGITS_PLAN = "frontier-digits"
+WRITERS = {  # of benchmarks, and the words for it
+    "measure": (measure.main, "{out}"),
+    "evaluate": (evaluate.main, "{out}"),
+    "tune": (tune.main, "--epochs 1 --out {out}"),
+    "pretrained": (pretrained.main, "{x} --data-dir {x} --out {out}"),
+    "finetune_text": (finetune_text.main, "--model {x} --train {x} --validation {x} --out {out}"),
+    "frontier": (frontier, "run benchmarks/studies/frontier_digits.toml --out {out}"),
+}
+
+
 class TestTwoAtOnce:
     def test_one_folder_has_one_training(self, tmp_path, capsys):
         with locked(tmp_path / "run"):
@@ -223,6 +236,27 @@ class TestTwoAtOnce:
         assert list(tmp_path.iterdir()) == []
         assert run(train, [*DIGITS, "--out", str(tmp_path / "run")]) == 0
         assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+    @pytest.mark.parametrize("name", list(WRITERS))
+    def test_whatever_writes_results_says_who_does_already(self, name, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(ROOT)  # of the plan
+        program, words = WRITERS[name]
+        (tmp_path / "x").touch()
+        with locked(tmp_path / "out" / DIGITS_PLAN if name == "frontier" else tmp_path / "out"):
+            assert run(program, words.format(out=tmp_path / "out", x=tmp_path / "x").split()) == 2
+        assert capsys.readouterr().err.count(f"is being written by process {os.getpid()}; wait for it") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+
+    def test_two_reports_wait_for_each_other(self, tmp_path, monkeypatch):
+        rows = [f"{lr},{lr},{10 * lr + i}" for lr in (1, 2) for i in range(3)]
+        (tmp_path / "t.csv").write_text("\n".join(["lr,m,e", *rows]))
+        argv = ["report", "--csv", tmp_path / "t.csv", "--measures", "m", "--targets", "e", "--factors", "lr"]
+        argv = [*map(str, argv), "--out", str(tmp_path), "--resamples", "20"]
+        monkeypatch.setattr(study_report, "PATIENCE", 0.1)
+        with locked(tmp_path / "results.json"):
+            assert run(study, argv) == 2
+        assert not (tmp_path / "report.html").exists()
+        assert run(study, argv) == 0
 
     def test_a_lock_leaves_no_folder_behind(self, tmp_path):
         with locked(tmp_path / "a" / "b" / "run"):

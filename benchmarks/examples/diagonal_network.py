@@ -190,7 +190,7 @@ def picture(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ("trace, T
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="where to write the picture (png, pdf or svg)")
+    parser.add_argument("--out", type=Path, help="where to write the picture (png, pdf or svg)")
     parser.add_argument("--json", type=Path, help="where to write the taus")
     parser.add_argument("--num-sets", type=int, default=40, help="data sets for each target")
     options = parser.parse_args(argv)
@@ -201,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"num_sets": options.num_sets, "scales": SCALES, "num_probes": PROBES, "facts": machine.facts()}
         write_json(options.json, {"taus": taus, "about": about})
     if options.out:
-        picture(rows).savefig(options.out, dpi=160)
+        from sam_optim.report.canvas import save
+
+        save(picture(rows), options.out, dpi=160)
         print(f"\n{options.out} has the errors against both traces")
     return 0
 

@@ -95,6 +95,8 @@ def over_edge(points: Sequence[Point]) -> float:
 def draw(runs: dict[str, list[Point]], path: str) -> None:
     import matplotlib.pyplot as plt
 
+    from sam_optim.report.canvas import save
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (name, points) in enumerate(runs.items()):
         steps, style = [p.step for p in points], {"color": f"C{i}", "linewidth": 1.2}
@@ -107,7 +109,7 @@ def draw(runs: dict[str, list[Point]], path: str) -> None:
     )
     right.set(xlabel="step", ylabel="eigenvalue / edge", title="over the edge of SAM (of gradient descent for rho = 0)")
     figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=110)
+    save(figure, Path(path), dpi=110)
     plt.close(figure)
 
 

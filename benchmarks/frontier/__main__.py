@@ -25,7 +25,7 @@ from benchmarks.study.trial import Here
 from benchmarks.study.worker import terminating
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import run
-from sam_optim.core.files import read_json
+from sam_optim.core.files import locked, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,16 +60,17 @@ def _run(args: argparse.Namespace) -> int:
         for path in args.plans:
             plan = plans.load(path)
             out = args.out / plan.name
-            print(status(plan, out), flush=True)
-            for current, record, new in execute(plan, out, Here(out / "runs", args.data_dir)):
-                if not new:
-                    continue
-                key = "validation_accuracy" if current.tuning else "test_accuracy"
-                print(f"{current.name}: {key} {record[key]}, {record['cpu_seconds']:.1f} s of CPU", flush=True)
-                trained += 1
-                if trained == args.limit:
-                    return 0
-            print(status(plan, out), flush=True)
+            with locked(out.resolve()):
+                print(status(plan, out), flush=True)
+                for current, record, new in execute(plan, out, Here(out / "runs", args.data_dir)):
+                    if not new:
+                        continue
+                    key = "validation_accuracy" if current.tuning else "test_accuracy"
+                    print(f"{current.name}: {key} {record[key]}, {record['cpu_seconds']:.1f} s of CPU", flush=True)
+                    trained += 1
+                    if trained == args.limit:
+                        return 0
+                print(status(plan, out), flush=True)
     return 0
 
 

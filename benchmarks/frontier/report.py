@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from benchmarks.frontier import analysis, runs
 from benchmarks.frontier.analysis import Row, Task
 from benchmarks.frontier.plan import Plan
-from sam_optim.core.files import read_json, write_atomic, write_json
-from sam_optim.report.canvas import COLOURS, styled
+from sam_optim.core.files import PATIENCE, locked, read_json, write_atomic, write_json
+from sam_optim.report.canvas import COLOURS, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,6 @@ def collect(plan: Plan, out: Path) -> Path:
         for key, value in record.pop("provenance").items():
             facts[key] = sorted({*facts.get(key, []), str(value)})
     path = RESULTS / f"{plan.name.removeprefix('frontier-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"plan": asdict(plan), "facts": facts, "num_runs": plan.total, "runs": records})
     return path
 
@@ -52,10 +51,11 @@ def text(tasks: Sequence[Task]) -> str:
 
 def write(page: Path) -> None:
     """The part between the marks of the page, and the picture beside it."""
-    tasks, before = committed(), page.read_text(encoding="utf-8")
-    head, tail = before[: before.index(BEGIN) + len(BEGIN)], before[before.index(END) :]
-    write_atomic(page, f"{head}\n\n{text(tasks)}\n\n{tail}".encode())
-    picture(tasks).savefig(page.with_suffix(".png"), dpi=130)
+    with locked(page, patience=PATIENCE):
+        tasks, before = committed(), page.read_text(encoding="utf-8")
+        head, tail = before[: before.index(BEGIN) + len(BEGIN)], before[before.index(END) :]
+        write_atomic(page, f"{head}\n\n{text(tasks)}\n\n{tail}".encode())
+        save(picture(tasks), page.with_suffix(".png"), dpi=130)
 
 
 def picture(tasks: Sequence[Task]) -> Figure:

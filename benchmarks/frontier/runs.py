@@ -20,7 +20,7 @@ from benchmarks.study import config, trial
 from benchmarks.train.data import Examples, Splits
 from benchmarks.train.epoch import evaluate
 from sam_optim.core.errors import InputError
-from sam_optim.core.files import read_json, write_json
+from sam_optim.core.files import locked, read_json, write_json
 from sam_optim.core.random import Stream
 
 Record = dict[str, Any]
@@ -41,7 +41,9 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
                 path = out / "records" / f"{run.name}.json"
                 new = not path.is_file()
                 if new:
-                    record = program(plan, run, out / "runs" / run.name, here)
+                    directory = out / "runs" / run.name
+                    with locked(directory.resolve()):
+                        record = program(plan, run, directory, here)
                     about = {"method": method, "condition": condition, "candidate": dict(run.candidate)}
                     about |= {"seed": run.seed, "tuning": run.tuning}
                     write_json(path, about | record | {"provenance": facts("timm", "transformers")})

@@ -14,7 +14,7 @@ from benchmarks.paired import LEVEL
 from benchmarks.study.analysis import UNITS, capitalised, labelled, name
 from benchmarks.study.config import Config, Range
 from sam_optim.core.errors import InputError, show, unknown
-from sam_optim.core.files import write_json
+from sam_optim.core.files import PATIENCE, locked, write_json
 from sam_optim.core.text import MISSING, mean_and_std, number, signed, spread, text_table
 from sam_optim.report.figures import Group, strip
 from sam_optim.report.page import (
@@ -136,14 +136,15 @@ def difference(a: Mapping[str, float], b: Mapping[str, float], level: float = LE
 
 def write(comparisons: Sequence[Row], out: Path, runs: Runs) -> int:
     """compare.html and compare.json; the same tables in the terminal."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "compare.json", {"comparisons": list(comparisons), "about": runs.about})
+    content = page(comparisons, runs)
+    with locked(out / "compare.json", patience=PATIENCE):  # both are of one call
+        write_json(out / "compare.json", {"comparisons": list(comparisons), "about": runs.about})
+        path = write_page(out / "compare.html", content)
     for one in comparisons:
         title = ", ".join(filter(None, [capitalised(name(one["target"])), _setting(one)]))
         show(f"\n{title}\n{text_table(_head(one), _body(one))}")
     if not runs.about.get("complete", True):
         print(f"\nThe study is not complete: {runs.about['tally']}.")
-    path = write_page(out / "compare.html", page(comparisons, runs))
     print(f"\nOpen {path.resolve().as_uri()}")
     return 0
 

@@ -16,7 +16,7 @@ from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, identifier
 from benchmarks.study.page import page
 from sam_optim.core.errors import InputError, one_line, show, unknown
-from sam_optim.core.files import read_bytes, read_json, write_atomic, write_json
+from sam_optim.core.files import PATIENCE, locked, read_bytes, read_json, write_atomic, write_json
 from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
 
@@ -150,12 +150,13 @@ def where(table: Table, text: str) -> Table:
 def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) -> int:
     """report.html, results.json (everything that the page says) and models.csv (what it says it from)."""
     results = analyse(table, num_resamples=num_resamples, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in table.rows]
-    write_json(out / "results.json", results | {"about": table.about, "failed": list(table.failed), "models": rows})
     head = list(dict.fromkeys(key for row in rows for key in row))
-    write_atomic(out / "models.csv", csv_text(head, [[row.get(key) for key in head] for row in rows]).encode())
-    path = write_page(out / "report.html", page(table, results))
+    content = page(table, results)
+    with locked(out / "results.json", patience=PATIENCE):  # the three are of one call
+        write_json(out / "results.json", results | {"about": table.about, "failed": list(table.failed), "models": rows})
+        write_atomic(out / "models.csv", csv_text(head, [[row.get(key) for key in head] for row in rows]).encode())
+        path = write_page(out / "report.html", content)
     show(results["headline"])
     for line in results["conclusions"]:
         show(f"  {line}")

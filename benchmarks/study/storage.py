@@ -18,9 +18,9 @@ from typing import Any
 
 from sam_optim.core import files
 from sam_optim.core.errors import InputError, one_line
+from sam_optim.core.files import PATIENCE
 
 ENVIRONMENT = "SAM_OPTIM_STUDY_STORAGE"  # a URL with a password does not belong on a command line
-PATIENCE = 120.0  # seconds to wait for the lock: whoever holds it does so for a fraction of one
 
 
 def url_of(given: str | None, out: Path) -> str:

@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import SWITCH, Parser, add_options, option, read_settings
+from sam_optim.core import files
 from sam_optim.core.arguments import number
 from sam_optim.core.arguments import pair as any_pair
 from sam_optim.core.errors import InputError, one_line, unknown
@@ -247,6 +249,10 @@ class OfRun:
     device: str | None = option(None, "default: that of the run")
     workers: int | None = option(None, "processes that decode images; default: as many as the run's", type=_natural)
     ema: bool = option(False, "the averaged weights of --model-ema", action="store_true")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Nobody else trains, measures or evaluates the run meanwhile."""
+        return files.locked(self.run.resolve(), "run")
 
     def options(self) -> Options:
         return of_run(self.run, data_dir=self.data_dir, device=self.device, workers=self.workers)

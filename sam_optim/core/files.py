@@ -16,6 +16,7 @@ from typing import IO, Any, NoReturn
 from sam_optim.core.errors import InputError, one_line
 
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
+PATIENCE = 120.0  # seconds to wait for a lock that is held while something is written
 
 
 def is_stream(path: Path) -> bool:

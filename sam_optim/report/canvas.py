@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sam_optim.core.files import write_atomic
 from sam_optim.core.text import printable, shortened
 
 # Okabe and Ito (2008), "Color Universal Design", and a grey. Dashes and markers: colour is never the only difference.
@@ -51,6 +52,13 @@ def styled(size: tuple[float, float] = SIZE) -> Iterator[Figure]:
         figure = MatplotlibFigure(figsize=size, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[call-arg, union-attr]
         yield figure
+
+
+def save(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """The figure in a file, whole or not at all; the ending of its name says which format (png, pdf, svg)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=dpi)
+    write_atomic(path, buffer.getvalue(), "path")
 
 
 def label(text: str, *, width: int | None = None, limit: int = 60) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_optim.core.files import write_atomic
 from sam_optim.core.results import Landscape, Spectrum
 from sam_optim.report import canvas
 from sam_optim.report.canvas import SIZE, Axes, Figure, label, styled
@@ -231,9 +229,7 @@ def save_picture(result: Landscape | Spectrum, path: str | Path, *, kind: str | 
     usual = "spectrum" if isinstance(result, Spectrum) else ("contour" if len(result.coordinates) == 2 else "slices")
     if (kind or usual) not in PICTURES:
         raise ValueError(f"kind must be one of {', '.join(PICTURES)}, got {kind!r}")
-    path, buffer = Path(path), io.BytesIO()
-    PICTURES[kind or usual](result, **options).savefig(buffer, format=path.suffix[1:] or "png", dpi=200)
-    write_atomic(path, buffer.getvalue(), "path")
+    canvas.save(PICTURES[kind or usual](result, **options), path := Path(path))
     return path
 
 

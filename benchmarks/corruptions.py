@@ -103,12 +103,16 @@ class Published:
         Raises:
             InputError: the folder is of another data set, or its labels are not those of its images.
         """
-        theirs, num = self._read("labels"), len(labels)
-        if theirs.dtype.kind not in "iu":
-            wrong = f"holds {theirs.dtype}, not integers"
-        elif theirs.size and theirs.max() > labels.max():
-            wrong = f"has labels up to {theirs.max()}, and the test images up to {labels.max()}"
-        elif in_order and theirs.shape == (5 * num,) and (differing := (theirs.reshape(5, num) != labels).any(0)).any():
+        published, num = self._read("labels"), len(labels)
+        if published.dtype.kind not in "iu":
+            wrong = f"holds {published.dtype}, not integers"
+        elif published.size and published.max() > labels.max():
+            wrong = f"has labels up to {published.max()}, and the test images up to {labels.max()}"
+        elif (
+            in_order
+            and published.shape == (5 * num,)
+            and (differing := (published.reshape(5, num) != labels).any(0)).any()
+        ):
             wrong = f"differs from the labels of {differing.sum()} of {num} test images"
         else:
             return

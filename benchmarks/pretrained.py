@@ -127,11 +127,11 @@ def test_error(checkpoint: str, x: Tensor, y: Tensor) -> float:
 def errors(checkpoints: Sequence[str], path: Path, data_dir: Path) -> dict[str, float]:
     """Test error of each checkpoint; what the file has for the same weights and images is not computed again."""
     images = open_split("cifar10", data_dir, "test")
-    seen = hashlib.sha256(images.x.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(images.x.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
     cached = {(line["sha256"], line["data"]): float(line["test_error"]) for line in read_errors(path)}
     lines: list[tuple[str, str, str, float]] = []
     for checkpoint in find(checkpoints):
-        key = (checkpoint.digest(), seen)
+        key = (checkpoint.digest(), fingerprint)
         error = cached[key] if key in cached else test_error(checkpoint.name, images.x, images.labels)
         lines.append((checkpoint.name, *key, error))
         write_atomic(path, csv_text(("checkpoint", "sha256", "data", "test_error"), lines).encode())

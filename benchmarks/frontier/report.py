@@ -27,8 +27,8 @@ TWO_PASSES, CHEAPER, CONTROL = 0, 1, 5  # colours
 
 def collect(plan: Plan, out: Path) -> Path:
     """The records of a plan in one file, without those of other settings in the same folder."""
-    wanted = {run.name for condition in plan.conditions for run in runs.expected(plan, condition, out)}
-    records = [read_json(path) for path in sorted((out / "records").glob("*.json")) if path.stem in wanted]
+    expected = {run.name for condition in plan.conditions for run in runs.expected(plan, condition, out)}
+    records = [read_json(path) for path in sorted((out / "records").glob("*.json")) if path.stem in expected]
     facts: dict[str, list[str]] = {}
     for record in records:
         for key, value in record.pop("provenance").items():

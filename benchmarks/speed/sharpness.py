@@ -68,9 +68,9 @@ def draws_for_equal_error(problem: Problem, ball: Ball) -> int:
     """How many draws per batch have the standard error over draws of `DRAWS` published ones, at least 4."""
     sizes = torch.tensor([len(y) for _, y in problem.batches], dtype=torch.float64)
     published = published_average_case(problem.make_model().eval(), problem.criterion, problem.batches, ball.rho)
-    theirs = float((published.var(dim=1) / DRAWS) @ (sizes / sizes.sum()).square())
-    ours = average_sharpness(_loss(problem), ball, num_samples=DRAWS).details["stderr_draws"] ** 2
-    return max(4, math.ceil(DRAWS * ours / theirs))
+    published_variance = float((published.var(dim=1) / DRAWS) @ (sizes / sizes.sum()).square())
+    own_variance = average_sharpness(_loss(problem), ball, num_samples=DRAWS).details["stderr_draws"] ** 2
+    return max(4, math.ceil(DRAWS * own_variance / published_variance))
 
 
 @torch.no_grad()

@@ -51,8 +51,8 @@ class Here:
 
     def options(self, config: Config, levels: Mapping[str, Any], directory: Path) -> Options:
         """Those of a run of `benchmarks.train` on this machine."""
-        ours = {key: value for key in HERE if (value := getattr(self, key)) is not None}
-        return replace(config.options(levels, directory), measures="none", **ours)
+        overrides = {key: value for key in HERE if (value := getattr(self, key)) is not None}
+        return replace(config.options(levels, directory), measures="none", **overrides)
 
 
 def check(config: Config, here: Here) -> None:
@@ -114,8 +114,8 @@ def begun_with(config: Config, levels: Mapping[str, Any], directory: Path) -> bo
     """Whether the run in `directory`, if there is one, has the options of this trial."""
     if not (directory / "config.json").is_file():
         return True
-    wanted, there = config.options(levels, directory).recorded(), of_run(directory).recorded()
-    return all(wanted[key] == there[key] for key in wanted if key not in OURS)
+    settings, recorded_settings = config.options(levels, directory).recorded(), of_run(directory).recorded()
+    return all(settings[key] == recorded_settings[key] for key in settings if key not in OURS)
 
 
 def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: Here) -> dict[str, Any]:

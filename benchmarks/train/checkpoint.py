@@ -27,9 +27,9 @@ def save(directory: Path, state: dict[str, Any]) -> Path:
     path = directory / f"checkpoint-{state['step']:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     directory.mkdir(exist_ok=True)
     write_atomic(path, content, folder=False)
-    for old in newest_first(directory)[KEEP:]:
-        if old != path:
-            old.unlink(missing_ok=True)
+    for outdated in newest_first(directory)[KEEP:]:
+        if outdated != path:
+            outdated.unlink(missing_ok=True)
     for leftover in directory.glob(".checkpoint-*.tmp"):
         leftover.unlink(missing_ok=True)
     return path

@@ -135,9 +135,9 @@ def _folders(directory: Path) -> tuple[Split, Split | None, Split]:
 def _split_up(options: Options, train: Split, validation: Split | None, test: Split) -> Splits:
     preprocessing = _preprocessing(options, train)
     num_classes = train.num_classes or int(train.labels.max()) + 1
-    given = train.labels
+    labels = train.labels
     if options.train_labels is not None:
-        given = other_labels(options.train_labels, train.labels, num_classes, Path(options.data_dir or "."))
+        labels = other_labels(options.train_labels, train.labels, num_classes, Path(options.data_dir or "."))
     rows, held_out = hold_out(len(train), options.validation_fraction, options.seed, options.train_examples)
     if len(held_out) and validation is not None:
         raise InputError("there is a validation folder already: leave --validation-fraction out")
@@ -147,7 +147,7 @@ def _split_up(options: Options, train: Split, validation: Split | None, test: Sp
     else:
         held = None if validation is None else Examples(validation, mode)
     return Splits(
-        train=Examples(train, mode, rows, noisy(given[rows], num_classes, options.label_noise, options.seed)),
+        train=Examples(train, mode, rows, noisy(labels[rows], num_classes, options.label_noise, options.seed)),
         validation=held,
         test=Examples(test, mode),
         num_classes=num_classes,

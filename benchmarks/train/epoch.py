@@ -116,14 +116,14 @@ def train_epoch(
         num_updates += 1
         if after_step:
             after_step(done, totals)
-    seen = totals.sums.new_tensor(images)
+    num_seen = totals.sums.new_tensor(images)
     if reduce:
         reduce(totals.sums)
-        reduce(seen)
+        reduce(num_seen)
     means = totals.means()
     check_finite(means["loss"])
     seconds = max(time.perf_counter() - start, 1e-9)
-    return means | {"images_per_s": float(seen) / seconds, "num_updates": num_updates}
+    return means | {"images_per_s": float(num_seen) / seconds, "num_updates": num_updates}
 
 
 class _Step:

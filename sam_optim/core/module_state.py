@@ -23,11 +23,11 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 def modules_of(*models: nn.Module) -> list[nn.Module]:
     """As `model.modules()`, in a third of its time, which is part of every step."""
     modules = list(dict.fromkeys(models))
-    seen = set(modules)
+    visited = set(modules)
     for m in modules:  # which grows meanwhile
         for child in m._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
+            if child is not None and child not in visited:
+                visited.add(child)
                 modules.append(child)
     return modules
 
@@ -57,8 +57,8 @@ class Buffers:
         stale, self._copies = self._copies, {}
         copies = {}
         for key, b in tensors.items():
-            old, copy = stale.get(key, (None, b))
-            copies[key] = (b, copy if old is b and _alike(copy, b) else torch.empty_like(b.detach()))
+            owner, copy = stale.get(key, (None, b))
+            copies[key] = (b, copy if owner is b and _alike(copy, b) else torch.empty_like(b.detach()))
         _copy([c for _, c in copies.values()], [b for b, _ in copies.values()])
         self._copies = copies  # whole, or not at all: an interrupt may come in between
 

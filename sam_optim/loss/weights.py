@@ -175,8 +175,8 @@ def _shift_of_labels(outputs: Any, labels: Any) -> int | None:
         return None
     distances = []
     for shift in (0, 1) if labels.ndim > 1 else (0,):
-        kept, wanted = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
-        value = nn.functional.cross_entropy(kept.flatten(0, -2).float(), wanted.flatten(), ignore_index=-100)
+        scores, classes = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+        value = nn.functional.cross_entropy(scores.flatten(0, -2).float(), classes.flatten(), ignore_index=-100)
         distances.append(abs(float(value - loss)))
     nearest = min(distances)  # before training both are nearly the logarithm of the number of classes
     return distances.index(nearest) if nearest <= 1e-3 * abs(float(loss)) else None

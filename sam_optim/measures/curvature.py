@@ -92,9 +92,9 @@ def hessian_eigenvalues(
         goal = _Goal(num, which, tol, stop, exhaust=num_parameters <= min(limit, SMALL))
         _iterate(lanczos, goal, limit, tick)
         ritz = lanczos.ritz() if lanczos.finite else None
-    own = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "stop": stop, "seed": seed}
-    own |= {} if start is None else {"start": "given"}
-    record = settings("hessian_eigenvalues", loss, **own)
+    options = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "stop": stop, "seed": seed}
+    options |= {} if start is None else {"start": "given"}
+    record = settings("hessian_eigenvalues", loss, **options)
     if ritz is None:
         nan = torch.full((num,), math.nan, dtype=torch.float64)
         reason = "a curvature product is not finite"
@@ -155,8 +155,8 @@ class _Goal:
             # a space that ends has seen each eigenvalue once, and there may be equal ones
             return not (lanczos.ended or self.exhaust)
         best = int(torch.where(ritz.latest, key, -math.inf).argmax())
-        found = key[~ritz.latest] >= key[best] - threshold[best]
-        return bool(small[best]) and int(found.sum()) >= self.num
+        settled = key[~ritz.latest] >= key[best] - threshold[best]
+        return bool(small[best]) and int(settled.sum()) >= self.num
 
 
 def _iterate(lanczos: Lanczos, goal: _Goal, limit: int, tick: Ticks) -> None:

@@ -60,11 +60,11 @@ class Deflation:
 
     def diagonal(self, like: Tensor) -> Tensor:
         """diag(mu + L), (P,): L_ii = sum_jk Q_ij T'_jk Q_ik + 2 beta Q_ik q_i."""
-        found = torch.full_like(like, self.mean)
+        diagonal = torch.full_like(like, self.mean)
         if self._lanczos:
-            found += self._lanczos.diagonal_of(self._t)
-            found += 2 * self._beta * self._lanczos.last * self._lanczos.next
-        return found
+            diagonal += self._lanczos.diagonal_of(self._t)
+            diagonal += 2 * self._beta * self._lanczos.last * self._lanczos.next
+        return diagonal
 
 
 def deflated(
@@ -121,9 +121,9 @@ def _bulk(lanczos: Lanczos) -> tuple[float, float, float]:
     start = ritz.weights[0].square()
     # relative to the distance from the middle, which is in the bulk: of a flat spectrum far from 0 nothing stands out
     middle = ritz.values[torch.searchsorted(start.cumsum(0), start.sum() / 2)]
-    found = ritz.bounds <= 0.1 * (ritz.values - middle).abs()
-    weights = torch.where(found, 0.0, lanczos.dimension * start)
+    isolated = ritz.bounds <= 0.1 * (ritz.values - middle).abs()
+    weights = torch.where(isolated, 0.0, lanczos.dimension * start)
     mean = float((weights * ritz.values).sum() / weights.sum()) if float(weights.sum()) > 0 else 0.0
-    weights = weights + found
+    weights = weights + isolated
     rest = (ritz.values - mean).square()
     return mean, float((weights * ritz.values).sum()), float((weights * rest).sum())

@@ -83,8 +83,8 @@ def spectral_density(
                 nodes.append(ritz.values)
                 weights.append(ritz.weights[0].square())
                 bounds.append(ritz.bounds)
-    own = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "num_lanczos": num_lanczos, "seed": seed}
-    record = settings("spectral_density", loss, **own, width=width, num_points=num_points)
+    options = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "num_lanczos": num_lanczos, "seed": seed}
+    record = settings("spectral_density", loss, **options, width=width, num_points=num_points)
     if not finite:
         nan = torch.full((2,), math.nan, dtype=torch.float64)
         points = torch.full((num_points,), math.nan, dtype=torch.float64)

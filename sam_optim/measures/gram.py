@@ -80,6 +80,6 @@ def jackknife(statistic: Callable[[Tensor, Tensor], float], gram: Tensor, sizes:
     if num < 3:
         return float("nan")
     all_sizes = torch.tensor(sizes, dtype=torch.float64)
-    kept = [torch.tensor([i for i in range(num) if i != b]) for b in range(num)]
-    left = torch.tensor([statistic(gram[k][:, k], all_sizes[k]) for k in kept], dtype=torch.float64)
-    return float(((num - 1) * left.var(unbiased=False)).sqrt())
+    subsets = [torch.tensor([i for i in range(num) if i != b]) for b in range(num)]
+    leave_one_out = torch.tensor([statistic(gram[k][:, k], all_sizes[k]) for k in subsets], dtype=torch.float64)
+    return float(((num - 1) * leave_one_out.var(unbiased=False)).sqrt())

@@ -140,13 +140,13 @@ class Lanczos:
 
     def diagonal_of(self, t: Tensor) -> Tensor:
         """diag(Q t Q^T), (P,), for a tridiagonal t."""
-        found = torch.zeros_like(self.next)
+        diagonal = torch.zeros_like(self.next)
         q = [row for block in self._blocks for row in block][: self.size]
         for i, row in enumerate(q):
-            found += float(t[i, i]) * row.square()
+            diagonal += float(t[i, i]) * row.square()
             if i:
-                found += 2 * float(t[i, i - 1]) * row * q[i - 1]
-        return found
+                diagonal += 2 * float(t[i, i - 1]) * row * q[i - 1]
+        return diagonal
 
     def _append(self, q: Tensor) -> None:
         if self.size == len(self._blocks) * ROWS:

@@ -124,15 +124,15 @@ def relative_flatness(
             yield v.view(weight.shape).to(weight)
 
     def forms(single: Loss) -> list[float]:
-        found = []
+        values = []
         with redrawn(single.block(name), matrix, seed) as product:
             for v in vectors():
-                found.append(_inner([v], product([v])))
+                values.append(_inner([v], product([v])))
                 tick()
-        return found
+        return values
 
-    found = loss.over_batches(forms)
-    table = torch.tensor(found, dtype=torch.float64).view(len(found), num)
+    values = loss.over_batches(forms)
+    table = torch.tensor(values, dtype=torch.float64).view(len(values), num)
     batch_values = (table.sum(dim=1) if exact else table.mean(dim=1)).tolist()
     value, stderr_batches = batch_mean(loss, batch_values)
     over_probes = table.T @ batch_weights(loss)
@@ -170,18 +170,18 @@ def _weight(loss: Loss, layer: str | nn.Module | Tensor) -> tuple[str, Tensor]:
     if isinstance(layer, nn.Module):
         layer = getattr(layer, "weight", layer)
     if isinstance(layer, str):
-        found = layer if layer in named else f"{layer}.weight"
+        name_of_weight = layer if layer in named else f"{layer}.weight"
     else:
-        found = next((name for name, p in named.items() if p is layer), "")
-    if found not in named:
+        name_of_weight = next((name for name, p in named.items() if p is layer), "")
+    if name_of_weight not in named:
         got = repr(layer) if isinstance(layer, str) else type(layer).__name__
         raise ValueError(f"layer must be a trainable weight of the model, one of {', '.join(fitting)}; got {got}")
-    if named[found].ndim < 2:
+    if named[name_of_weight].ndim < 2:
         raise ValueError(
             f"relative flatness needs a weight of two dimensions or more, one of {', '.join(fitting)}; "
-            f"{found} has shape {tuple(named[found].shape)}"
+            f"{name_of_weight} has shape {tuple(named[name_of_weight].shape)}"
         )
-    return found, named[found]
+    return name_of_weight, named[name_of_weight]
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> float:

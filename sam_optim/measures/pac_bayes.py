@@ -79,7 +79,7 @@ def pac_bayes_sigma(
 
     def rises(s: float) -> list[float]:
         """Of each pair, at the standard deviation s."""
-        stream, found = Stream(seed), []
+        stream, per_pair = Stream(seed), []
         widths = [(s * t) if not eps else ((s * t).square() + eps**2).sqrt() for t in scales]
         for _ in range(pairs):
             z = [width * stream.normal_like(x) for width, x in zip(widths, zeros, strict=True)]
@@ -88,8 +88,8 @@ def pac_bayes_sigma(
                 with measured.displaced([sign * x for x in z]):
                     values.append(float(measured.value()))
                 tick()
-            found.append(sum(values) / 2 - base)
-        return found
+            per_pair.append(sum(values) / 2 - base)
+        return per_pair
 
     search = _Search(lambda s: math.fsum(rises(s)) / pairs, target, tol)
     sigma, reason = search.run(_first_guess(loss, scales)) if math.isfinite(base) else (math.nan, None)
@@ -108,7 +108,7 @@ def pac_bayes_sigma(
             "interval": [sigma - half_width, sigma + half_width] if math.isfinite(half_width) else None,
             "num_evaluations": 2 * pairs * (search.num_calls + 3),
         }
-    own = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "num_samples": 2 * pairs, "tol": tol}
+    options = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "tol": tol}
     return estimate(
         sigma,
         stderr,
@@ -116,7 +116,7 @@ def pac_bayes_sigma(
         half_width=half_width,
         reason=reason,
         details=details,
-        settings=settings("pac_bayes_sigma", loss, **own, seed=seed),
+        settings=settings("pac_bayes_sigma", loss, **options, num_samples=2 * pairs, seed=seed),
     )
 
 
@@ -177,22 +177,22 @@ def sharpness_alpha(
             u = [(x + step * (width * g).sign()).clamp(-1, 1) for x, width, g in zip(u, widths, gradient, strict=True)]
             with loss.displaced([width * x for width, x in zip(widths, u, strict=True)]):
                 value, gradient = loss.value_and_gradient()
-                found = float(value) if error is None else float(error.value())
+                reached = float(value) if error is None else float(error.value())
             tick()
-            if not math.isfinite(found):
+            if not math.isfinite(reached):
                 return math.nan
-            best = max(best, found - base)
+            best = max(best, reached - base)
         return best
 
     search = _Search(rise, target, tol)
     alpha, reason = search.run(_first_guess(loss, scales) / 10) if math.isfinite(base) else (math.nan, None)
-    own = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "num_steps": num_steps, "tol": tol}
+    options = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "num_steps": num_steps, "tol": tol}
     return estimate(
         alpha,
         math.nan,
         reason=reason,
         details={"rise": search.rise_at_low} if math.isfinite(alpha) else {},
-        settings=settings("sharpness_alpha", loss, **own),
+        settings=settings("sharpness_alpha", loss, **options),
     )
 
 
@@ -247,17 +247,17 @@ def flatness_bounds(
     if initial_weights is not None and (got := [tuple(w.shape) for w in initial_weights]) != shapes:
         raise ValueError(f"initial_weights needs one tensor for each parameter, of its shape, got shapes {got}")
     tick = Ticks(progress, 4)
-    own: dict[str, Any] = {"target": target, "of": of, "eps": eps}
+    options: dict[str, Any] = {"target": target, "of": of, "eps": eps}
     w = [p.detach().double() for p in loss.params]
     origins = {"orig": w}
     if initial_weights is not None:
         origins["init"] = [x - x0.detach().to(x) for x, x0 in zip(w, initial_weights, strict=True)]
     n, num = loss.num_examples, sum(x.numel() for x in w)
-    found: dict[str, Estimate] = {}
+    estimates: dict[str, Estimate] = {}
     for mag, adaptive in (("", False), ("mag_", True)):
-        sigma = pac_bayes_sigma(loss, **own, adaptive=adaptive, num_samples=num_samples, seed=seed)
+        sigma = pac_bayes_sigma(loss, **options, adaptive=adaptive, num_samples=num_samples, seed=seed)
         tick()
-        alpha = sharpness_alpha(loss, **own, adaptive=adaptive, num_steps=num_steps)
+        alpha = sharpness_alpha(loss, **options, adaptive=adaptive, num_steps=num_steps)
         tick()
         for family, size in (("pacbayes", sigma), ("sharpness", alpha)):
             bounds = {"flatness": lambda s: s**-2}
@@ -265,8 +265,8 @@ def flatness_bounds(
                 bounds[name] = _bound(family, mag, d, n, num, eps, delta)
             for name, bound in bounds.items():
                 key = f"{family}_{mag}{name}"
-                found[key] = _of(size, bound, key, {"of": of, "target": target, "eps": eps, "delta": delta})
-    return found
+                estimates[key] = _of(size, bound, key, {"of": of, "target": target, "eps": eps, "delta": delta})
+    return estimates
 
 
 def _bound(
@@ -286,7 +286,7 @@ def _bound(
     return bound
 
 
-def _of(size: Estimate, bound: Callable[[float], float], name: str, own: dict[str, Any]) -> Estimate:
+def _of(size: Estimate, bound: Callable[[float], float], name: str, options: dict[str, Any]) -> Estimate:
     """The bound at sigma or alpha, its standard error by the derivative."""
     s = size.value
     value = bound(s) if math.isfinite(s) else math.nan
@@ -298,7 +298,7 @@ def _of(size: Estimate, bound: Callable[[float], float], name: str, own: dict[st
         converged=size.converged,
         reason=size.reason,
         details={"sigma" if name.startswith("pacbayes") else "alpha": s},
-        settings=dict(size.settings) | {"measure": name} | own,
+        settings=dict(size.settings) | {"measure": name} | options,
     )
 
 

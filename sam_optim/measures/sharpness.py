@@ -328,12 +328,12 @@ def _means(
                 rises[k, i] = float(loss.value()) - base
             tick()
     spread = float(p_norm(pulled, 2)) ** 2 * (1 if charts[0].norm == 2 else 1 / 3) if pulled else 0.0
-    found = []
+    means = []
     for ball, x in zip(balls, rises, strict=True):
         ratio = ball.rho / balls[0].rho
         x = _without_slope(x, ratio * slopes, ratio**2 * spread)
-        found.append(_Mean(base, float(x.mean()), float(x.var() / num_samples)))
-    return found
+        means.append(_Mean(base, float(x.mean()), float(x.var() / num_samples)))
+    return means
 
 
 def _value_and_slope(loss: Loss) -> tuple[float, Point]:

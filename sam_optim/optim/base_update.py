@@ -45,8 +45,8 @@ def check_base(base: Any, keys: tuple[str, ...]) -> None:
             f"{type(base).__name__} differentiates its gradients (create_graph=True), and the weights move in between: "
             "it cannot be the base of SAM"
         )
-    own = inspect.signature(type(base).__init__).parameters
-    if clash := [k for k in keys if k in own and k in base.defaults]:
+    parameters = inspect.signature(type(base).__init__).parameters
+    if clash := [k for k in keys if k in parameters and k in base.defaults]:
         raise ValueError(
             f"{type(base).__name__} has a hyperparameter {clash[0]!r} of its own, which means something else: use "
             "sam_optim.Perturbation around it, which keeps its own groups"

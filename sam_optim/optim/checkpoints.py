@@ -27,9 +27,9 @@ def adapted(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
     has_scratch = any(isinstance(s, dict) and not SCRATCH.isdisjoint(s) for s in states.values())
     if not has_scratch and not has_base:
         return state_dict
-    kept = {i: _without(s, SCRATCH) for i, s in (base["state"] if has_base else states).items()}
-    kept = {i: s for i, s in kept.items() if s != {}}
-    if has_scratch and not kept:
+    base_state = {i: _without(s, SCRATCH) for i, s in (base["state"] if has_base else states).items()}
+    base_state = {i: s for i, s in base_state.items() if s != {}}
+    if has_scratch and not base_state:
         warnings.warn(
             "this checkpoint is of another SAM, which saved weights or perturbations of its last step and nothing of "
             "its base optimizer: the momentum (moments, step counts) was never in that file and is lost; training goes "
@@ -37,8 +37,8 @@ def adapted(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
             stacklevel=3,
         )
     unknown = SETTINGS.difference(*groups)
-    found = [_without(g, unknown) for g in state_dict["param_groups"]]
-    return {"state": kept, "param_groups": found}
+    loadable = [_without(g, unknown) for g in state_dict["param_groups"]]
+    return {"state": base_state, "param_groups": loadable}
 
 
 def _without(entries: Any, names: frozenset[str]) -> Any:

@@ -107,8 +107,8 @@ class Ranks:
         self._compared = True
         group = self.replicas[0].process_group
         device = self.replicas[0].device or torch.device("cpu")
-        own = torch.as_tensor(norm, dtype=torch.float64).to(device).reshape(1)
-        low, high = own.clone(), own.clone()
+        local_norm = torch.as_tensor(norm, dtype=torch.float64).to(device).reshape(1)
+        low, high = local_norm.clone(), local_norm.clone()
         torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=group)
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=group)
         if float(low) == float(high) and 0 < float(low) < math.inf:
@@ -150,7 +150,7 @@ class FirstPass:
 def _flat_params(modules: Sequence[nn.Module]) -> dict[int, Groups]:
     """The parameters of FSDP1, and over which groups each is spread."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    found: dict[int, Groups] = {}
+    groups_by_id: dict[int, Groups] = {}
     for m in modules:
         handle = getattr(m, "_handle", None) if fsdp and isinstance(m, fsdp.FullyShardedDataParallel) else None
         if handle is None:
@@ -158,8 +158,8 @@ def _flat_params(modules: Sequence[nn.Module]) -> dict[int, Groups]:
         whole = m.sharding_strategy == fsdp.ShardingStrategy.NO_SHARD or _size(m.process_group) == 1  # type: ignore[union-attr,arg-type]
         groups = () if whole else (m.process_group,)
         flat = handle.flat_param  # type: ignore[union-attr]
-        found |= {id(p): groups for p in (flat, *(getattr(flat, "_params", None) or ()))}
-    return found
+        groups_by_id |= {id(p): groups for p in (flat, *(getattr(flat, "_params", None) or ()))}
+    return groups_by_id
 
 
 def _mesh_groups(p: Tensor) -> list[Any]:

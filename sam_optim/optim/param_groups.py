@@ -28,22 +28,22 @@ def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str,
     """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors or groups, got one tensor: pass [tensor]")
-    found = list(params)
-    if not found:
+    entries = list(params)
+    if not entries:
         raise ValueError("got an empty list of parameters")
-    groups = found if isinstance(found[0], dict) else [{"params": found}]
-    seen: list[int] = []
+    groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
+    ids: list[int] = []
     for group in groups:
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         group["params"] = [m[1] if isinstance(m, tuple) else m for m in members]
-        seen += [id(p) for p in group["params"]]
+        ids += [id(p) for p in group["params"]]
         for p in group["params"]:
             if not isinstance(p, Tensor):
                 raise TypeError(f"params must hold tensors, got {type(p).__name__}")
         for key, value in defaults.items():
             group.setdefault(key, value)
         check_group(group)
-    if len(seen) != len(set(seen)):
+    if len(ids) != len(set(ids)):
         raise ValueError("a parameter is listed twice, and would be moved twice: pass each one once")
     return groups
 
@@ -90,11 +90,11 @@ def norm_only_param_groups(
             f"{type(model).__name__} has no normalization layer with parameters to train, so nothing would be "
             "perturbed: pass the types of its own as norm_layers=, or use SAM on all parameters"
         )
-    chosen: dict[str, Any] = {"params": perturbed}
+    perturbed_group: dict[str, Any] = {"params": perturbed}
     if adaptive is not None:
-        chosen["adaptive"] = adaptive
+        perturbed_group["adaptive"] = adaptive
     rest = [p for p in params if id(p) not in normal]
-    return [chosen, {"params": rest, "rho": 0.0}] if rest else [chosen]
+    return [perturbed_group, {"params": rest, "rho": 0.0}] if rest else [perturbed_group]
 
 
 def _of_norm_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> set[int]:
@@ -106,19 +106,19 @@ def listed(params: Iterable[Any]) -> tuple[Any, set[int] | None]:
     """params as a list that can be read twice, and the ids in it; None where the base must judge the input itself."""
     if isinstance(params, (Tensor, dict, set)) or not isinstance(params, Iterable):
         return params, None
-    found = list(params)
+    entries = list(params)
     members: list[Any] = []
-    for entry in found:
+    for entry in entries:
         if isinstance(entry, dict) and "params" in entry:
             inner = entry["params"]
             if isinstance(inner, set):
-                return found, None  # the base says what is wrong with a set
+                return entries, None  # the base says what is wrong with a set
             if not isinstance(inner, (Tensor, list)):
                 inner = entry["params"] = list(inner)  # in place, as torch.optim does
             members += [inner] if isinstance(inner, Tensor) else inner
         else:
             members.append(entry)
-    return found, {id(m[1] if isinstance(m, tuple) else m) for m in members}
+    return entries, {id(m[1] if isinstance(m, tuple) else m) for m in members}
 
 
 def setting_of_groups(name: str) -> property:

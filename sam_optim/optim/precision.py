@@ -56,7 +56,7 @@ class Float32Pass:
 
     def enter(self, moving: Iterable[Tensor]) -> None:
         """`moving`: the parameters that are about to move, which must be the module's."""
-        params, buffers = (_distinct(found) for found in (self._module.parameters(), self._module.buffers()))
+        params, buffers = (_distinct(tensors) for tensors in (self._module.parameters(), self._module.buffers()))
         if strangers := [p for p in moving if id(p) not in params]:
             raise ValueError(
                 f"rounding='float32' computes with the parameters of module, and one of shape "
@@ -65,8 +65,8 @@ class Float32Pass:
         _check_plain([*params.values()])
         stale, self._copies = self._copies, {}
         for key, tensor in (params | buffers).items():
-            known, copy = stale.get(key, (None, tensor))
-            if known is not tensor or copy.shape != tensor.shape or copy.device != tensor.device:
+            owner, copy = stale.get(key, (None, tensor))
+            if owner is not tensor or copy.shape != tensor.shape or copy.device != tensor.device:
                 copy = torch.empty_like(tensor, dtype=torch.float32)
             self._copies[key] = (tensor, copy.copy_(tensor))
         for key, (tensor, copy) in self._copies.items():
@@ -93,8 +93,8 @@ class Float32Pass:
 
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value, in its own dtype and storage, of what is a float32 copy now."""
-        found = self._data.get(id(tensor))
-        return None if found is None else found[1].detach()
+        recorded = self._data.get(id(tensor))
+        return None if recorded is None else recorded[1].detach()
 
     def _replace_forward(self, devices: set[str]) -> None:
         """By an attribute of the instance: forward hooks are not called on the way out of a KeyboardInterrupt."""

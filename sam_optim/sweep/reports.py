@@ -97,8 +97,8 @@ def _targets(measured: Table, lines: Lines, wanted: str | None, factors: Sequenc
         elif wanted:
             raise InputError(f"--target {wanted} has no number for any of the checkpoints; compare their names")
     if names and not columns and measured.rows:
-        seen = [line.get("checkpoint", "") for line in lines[:2]]
-        raise InputError(f"no checkpoint of the results is among the targets ({seen} against {measured.rows[:2]})")
+        examples = [line.get("checkpoint", "") for line in lines[:2]]
+        raise InputError(f"no checkpoint of the results is among the targets ({examples} against {measured.rows[:2]})")
     return columns
 
 

@@ -147,8 +147,8 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
             if head[:4] != bytes([0, 0, 8, dimensions]):
                 raise ValueError(f"it begins with {head[:4].hex()}")
             sizes = [int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-            content, wanted = bytearray(), min(math.prod(sizes), LARGEST)
-            while len(content) <= wanted and (block := file.read(1 << 20)):
+            content, num_bytes = bytearray(), min(math.prod(sizes), LARGEST)
+            while len(content) <= num_bytes and (block := file.read(1 << 20)):
                 content += block
         return torch.frombuffer(content, dtype=torch.uint8).reshape(sizes)
     except (ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:

@@ -131,12 +131,12 @@ def _converted(image: Any, mode: str | None) -> Any:
 
 def _files(folder: Path) -> Iterator[Path]:
     """All regular files below a folder, through links, each folder once."""
-    seen = set()
+    visited = set()
     for where, inside, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in seen:
+        if (real := os.path.realpath(where)) in visited:
             inside.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         yield from (path for name in names if not name.startswith(".") and (path := Path(where, name)).is_file())
 
 

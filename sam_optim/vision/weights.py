@@ -28,18 +28,18 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str
     Raises:
         InputError: a weight that is missing, left over or of another shape; the first three of each are named.
     """
-    wanted = model.state_dict(keep_vars=True)
-    renamed = without_prefix(state, wanted)
-    there = {id(wanted[k]) for k in renamed if k in wanted}  # a tied weight has several names and is saved under one
-    missing = [k for k in wanted if k not in renamed and id(wanted[k]) not in there and not k.endswith(OPTIONAL)]
-    unexpected = [k for k in renamed if k not in wanted]
+    target = model.state_dict(keep_vars=True)
+    renamed = without_prefix(state, target)
+    there = {id(target[k]) for k in renamed if k in target}  # a tied weight has several names and is saved under one
+    missing = [k for k in target if k not in renamed and id(target[k]) not in there and not k.endswith(OPTIONAL)]
+    unexpected = [k for k in renamed if k not in target]
     shapes = [
-        f"{k} {tuple(renamed[k].shape)} instead of {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in renamed and renamed[k].shape != wanted[k].shape
+        f"{k} {tuple(renamed[k].shape)} instead of {tuple(target[k].shape)}"
+        for k in target
+        if k in renamed and renamed[k].shape != target[k].shape
     ]
     for k, w in renamed.items():
-        if k in wanted and wanted[k].is_floating_point() and not w.is_floating_point():
+        if k in target and target[k].is_floating_point() and not w.is_floating_point():
             kind = str(w.dtype).removeprefix("torch.")
             raise InputError(f"{name}: {k} holds codes ({kind}) and not weights; save the dequantised weights")
     if missing or unexpected or shapes:

@@ -47,14 +47,14 @@ def severities_of(text: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Command(OfRun):
-    corruptions: str = option("standard", f"all, standard (the paper's 15), or of {', '.join(NAMES)}")
-    severities: list[int] = option(list(SEVERITIES), type=severities_of)
+    corruptions: str = option("standard", f"all, standard (the paper's 15, default), or some of {', '.join(NAMES)}")
+    severities: list[int] = option(list(SEVERITIES), "of 1 to 5, separated by commas", type=severities_of)
     cifar_c: str | None = option(
-        None, "a published CIFAR-10-C or CIFAR-100-C, to read in place of making", metavar="DIR"
+        None, "read the published CIFAR-10-C or CIFAR-100-C from here, instead of generating images", metavar="DIR"
     )
     split: str = option("test", choices=("test", "validation"))
-    examples: int = option(0, "so many, evenly spaced; 0 (default) for all", type=number(int, 0))
-    seed: int = option(0, "of what is drawn for the images", type=number(int, 0))
+    examples: int = option(0, "number of examples, evenly spaced; 0 (default): all", type=number(int, 0))
+    seed: int = option(0, "of the random draws of the corruptions (default: 0)", type=number(int, 0))
 
 
 class Clean:

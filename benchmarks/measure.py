@@ -45,15 +45,19 @@ class Measuring:
     )
     split: str = option("train", choices=SPLITS)
     examples: int = option(
-        512, "so many, evenly spaced in the split (of a stream the first); 0 for all", type=number(int, 0)
+        512,
+        "number of examples, evenly spaced in the split (of a stream the first); 0: all (default: 512)",
+        type=number(int, 0),
     )
-    batch_size: int = option(128, "m of m-sharpness", type=number(int, 1))
+    batch_size: int = option(128, "the m of m-sharpness (default: 128)", type=number(int, 1))
     rho: float | None = option(
-        None, f"radius; default: that of the run's optimizer, else {DEFAULT_RHO}", type=number(float, 0, above=True)
+        None, f"radius of the ball; default: the optimizer's, else {DEFAULT_RHO}", type=number(float, 0, above=True)
     )
-    adaptive: str | None = option(None, "default: as the optimizer's", choices=GEOMETRIES)
-    norm: str | None = option(None, "of the ball; default: as the optimizer's", choices=("2", "inf"))
-    normalize_logits: bool = option(False, "centred and divided by their norm before the loss", action="store_true")
+    adaptive: str | None = option(None, "T of the ball; default: the optimizer's", choices=GEOMETRIES)
+    norm: str | None = option(None, "p of the ball; default: the optimizer's", choices=("2", "inf"))
+    normalize_logits: bool = option(
+        False, "center the logits and divide them by their norm before the loss", action="store_true"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,7 @@ def spectra(by_measure: Results) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.pretrained", description=__doc__)
-    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of a ResNet for CIFAR without projections")
+    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of a CIFAR ResNet with identity shortcuts")
     p.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="holds cifar-10-batches-py")
     p.add_argument("--images", type=at_least(int, 1), default=512, help="training images, evenly spaced (default: 512)")
     p.add_argument("--measures", type=registry.chosen, default=list(registry.MEASURES), help="default: all")

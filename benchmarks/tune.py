@@ -3,8 +3,8 @@
     python -m benchmarks.tune --data digits --label-noise 0.4 --epochs 30 --out runs/tune
 
 Takes the options of benchmarks.train. Each value of a grid is trained once and judged on held-out training data; those
-that lag stop early (asynchronous successive halving, arXiv:1810.05934). What wins is trained again with seeds of its
-own, and the two are compared on the test data. Goes on where it was stopped.
+that lag stop early (asynchronous successive halving, arXiv:1810.05934). The winners are trained again with new seeds
+and compared on the test data. After a stop the same command continues.
 """
 
 from __future__ import annotations
@@ -223,9 +223,11 @@ def _opened(arm: Arm) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     p = train_options.parser()
     p.prog, p.description = "python -m benchmarks.tune", (__doc__ or "").splitlines()[0]
-    p.add_argument("--rhos", type=float, nargs="+", default=list(RHOS))
-    p.add_argument("--decays", type=float, nargs="+", default=list(DECAYS))
-    p.add_argument("--num-seeds", type=int, default=3, help="runs with the chosen values, for the comparison")
+    p.add_argument("--rhos", type=float, nargs="+", default=list(RHOS), help="radii of SAM to try")
+    p.add_argument("--decays", type=float, nargs="+", default=list(DECAYS), help="weight decays of the base to try")
+    p.add_argument(
+        "--num-seeds", type=int, default=3, help="runs with the chosen values, for the comparison (default: 3)"
+    )
     given: Mapping[str, Any] = vars(p.parse_args(train_options.with_config(sys.argv[1:] if argv is None else argv)))
     options = train_options.options_of(given)
     out = options.out or Path("runs") / f"tune-{train_options.default_name(options)}"
@@ -239,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check=signals.check,
             )
         except Interrupted as stop:
-            print(f"stopped by {stop.name}; the same command goes on", file=sys.stderr)
+            print(f"stopped by {stop.name}; the same command continues", file=sys.stderr)
             return 128 + stop.signum
     print(tuned)
     return 0

@@ -62,7 +62,9 @@ def parser() -> Parser:
     p.add_argument("--workers", type=number(int, 0), default=2, help="processes of one thread each (default: 2)")
     p.add_argument("--seeds", type=count, help="runs of each method (default: 5)")
     p.add_argument("--epochs", type=count, help="epochs of one training (default: 30)")
-    p.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it works; no result")
+    p.add_argument(
+        "--quick", action="store_true", help="seconds instead of minutes: shows that the demo works, not a result"
+    )
     return p
 
 

@@ -223,7 +223,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = timing.parser("host", __doc__, rounds=100, json=RESULTS)
-    p.add_argument("--tensors", type=int, nargs="+", default=list(TENSORS), help="how many, of 8 numbers each")
+    p.add_argument(
+        "--tensors", type=int, nargs="+", default=list(TENSORS), help="numbers of tensors to try, of 8 entries each"
+    )
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     results = [measure(n, args.rounds) for n in args.tensors]

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = timing.parser("step", __doc__, rounds=21)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--models", nargs="+", help="timm models whose shapes to use, or wide-resnet-28-10")
-    p.add_argument("--minutes", type=float, default=6.0, help="on CUDA: what would take longer is left out")
+    p.add_argument("--minutes", type=float, default=6.0, help="on CUDA: skip what would take longer (default: 6)")
     args = p.parse_args(argv)
     if args.device == "cuda":
         from benchmarks.speed import cuda

@@ -33,27 +33,40 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = p.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    run = commands.add_parser("run", help="work on a study; any number of processes on any number of machines may")
+    run = commands.add_parser(
+        "run", help="train the models of a study; several processes and machines may work on it together"
+    )
     run.set_defaults(function=_run)
-    run.add_argument("--data-dir", metavar="DIR", help="on this machine")
-    run.add_argument("--cifar-c", metavar="DIR", help="on this machine, for published = true of [corruptions]")
+    run.add_argument("--data-dir", metavar="DIR", help="where the data are on this machine")
+    run.add_argument("--cifar-c", metavar="DIR", help="where CIFAR-10-C is, for published = true of [corruptions]")
     run.add_argument("--device", default="auto", help="default: CUDA where torch sees it, else the CPU")
     run.add_argument("--decoders", type=natural, default=0, metavar="N", help="processes that decode images")
-    run.add_argument("--heartbeat", type=count, default=60, metavar="SECONDS", help="between signs of life")
-    run.add_argument("--grace", type=count, metavar="SECONDS", help="without one: dead (default: three heartbeats)")
-    run.add_argument("--limit", type=count, metavar="N", help="run at most so many, then leave")
-    run.add_argument("--no-wait", action="store_true", help="leave while other workers run the last ones")
-    status = commands.add_parser("status", help="how far a study is")
+    run.add_argument(
+        "--heartbeat", type=count, default=60, metavar="SECONDS", help="between two signs of life (default: 60)"
+    )
+    run.add_argument(
+        "--grace",
+        type=count,
+        metavar="SECONDS",
+        help="silence after which a worker is dead (default: three heartbeats)",
+    )
+    run.add_argument("--limit", type=count, metavar="N", help="train at most N models, then end")
+    run.add_argument("--no-wait", action="store_true", help="end while other workers train the last models")
+    status = commands.add_parser("status", help="say how much of a study is done")
     status.set_defaults(function=_status)
-    report = commands.add_parser("report", help="one page on what the numbers say")
+    report = commands.add_parser("report", help="write one page: which measures go with which errors")
     report.set_defaults(function=_report)
     compare = commands.add_parser(
-        "compare", help="the levels of one factor: mean and deviation over seeds, differences"
+        "compare", help="compare the levels of one factor: mean and deviation over seeds, differences"
     )
     compare.set_defaults(function=_compare)
     compare.add_argument("--by", required=True, metavar="FACTOR", help="whose levels are compared, e.g. method")
-    compare.add_argument("--over", default="seed", metavar="FACTOR", help="what the runs of a level differ in")
-    compare.add_argument("--baseline", metavar="LEVEL", help="differences are to this one; default: the first")
+    compare.add_argument(
+        "--over", default="seed", metavar="FACTOR", help="what the runs of one level differ in (default: seed)"
+    )
+    compare.add_argument(
+        "--baseline", metavar="LEVEL", help="level that the others are compared with; default: the first"
+    )
     compare.add_argument("--targets", type=_names, default=["test_accuracy"], help="default: test_accuracy")
     for sub in (run, status, report, compare):
         sub.add_argument("config", type=Path, nargs="?" if sub is report else None, metavar="CONFIG")
@@ -64,12 +77,12 @@ def parser() -> Parser:
             help=f"sqlite:///FILE or postgresql://USER@HOST/DATABASE; default: ${storage.ENVIRONMENT}, or OUT/study.db",
         )
     report.add_argument(
-        "--csv", type=Path, metavar="FILE", help="somebody's table, one row for each model, or a report's results.json"
+        "--csv", type=Path, metavar="FILE", help="a table with one row for each model, or a report's results.json"
     )
-    report.add_argument("--measures", type=_names, help="its columns; for a study: only these")
-    report.add_argument("--targets", type=_names, help="its columns; for a study: only these")
-    report.add_argument("--factors", type=_names, default=[], help="its columns that were varied")
-    report.add_argument("--given", metavar="FACTOR[,FACTOR]", help="what to hold fixed; default: lr, else the first")
+    report.add_argument("--measures", type=_names, help="columns of --csv; for a study: only these")
+    report.add_argument("--targets", type=_names, help="columns of --csv; for a study: only these")
+    report.add_argument("--factors", type=_names, default=[], help="columns of --csv that were varied")
+    report.add_argument("--given", metavar="FACTOR[,FACTOR]", help="factors to hold fixed; default: lr, else the first")
     report.add_argument("--where", metavar="COLUMN<NUMBER", help="only these models, e.g. train_error<21")
     report.add_argument("--resamples", type=count, default=2000, help="of the bootstrap")
     report.add_argument("--seed", type=natural, default=0, help="of the bootstrap")

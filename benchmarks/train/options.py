@@ -65,101 +65,121 @@ class Options:
     model: str = option("cnn3", "any timm name, cnn3 (default), cnn5, wrn28_10, cifar_resnet20")
     model_kwargs: dict[str, Any] = option({}, "for timm.create_model", **_pairs)
     data: str = option("digits", "digits (default), cifar10, cifar100, folder, or a name of timm's create_dataset")
-    data_dir: str | None = option(None, metavar="DIR")
+    data_dir: str | None = option(None, "where --data is; not needed for digits", metavar="DIR")
     img_size: int | None = option(
-        None, "pixels; default: small images as they are, others as the model was made for", type=_count
+        None, "side in pixels; default: small images unchanged, others resized to what the model expects", type=_count
     )
     mean: list[float] | None = option(
-        None, f"of pixels in [0, 1], for each channel or all{_unless} ImageNet's", type=_amount, nargs="+"
+        None, f"of pixels in [0, 1], one for each channel or for all{_unless} ImageNet's", type=_amount, nargs="+"
     )
     std: list[float] | None = option(
-        None, "the same; CIFAR in memory has its own mean and std", type=_positive, nargs="+"
+        None, "as --mean; CIFAR in memory has its own mean and std", type=_positive, nargs="+"
     )
-    crop_pct: float | None = option(None, f"evaluated part of a side{_unless} 0.875", type=_share)
-    interpolation: str | None = option(None, f"of a resized image{_unless} bilinear", choices=INTERPOLATIONS)
+    crop_pct: float | None = option(None, f"share of each side that evaluation keeps{_unless} 0.875", type=_share)
+    interpolation: str | None = option(None, f"for resizing{_unless} bilinear", choices=INTERPOLATIONS)
     crop_mode: str | None = option(None, f"how evaluation crops{_unless} center", choices=CROP_MODES)
-    num_classes: int | None = option(None, "of a streamed data set (wds/NAME); others are counted", type=_count)
-    label_noise: float = option(0.0, "fraction of the training labels that is drawn anew", type=_fraction)
+    num_classes: int | None = option(
+        None, "only for streamed data sets (wds/NAME); for others it is counted", type=_count
+    )
+    label_noise: float = option(0.0, "share of the training labels that is redrawn at random", type=_fraction)
     train_labels: str | None = option(
         None, "other labels for the training images, in their order, as CIFAR-10N's are", metavar="FILE.npz:ARRAY"
     )
-    validation_fraction: float = option(0.0, "of the training set, held out", type=_below_one)
-    train_examples: int | None = option(None, "only so many, drawn by --seed; default: all", type=_count, metavar="N")
+    validation_fraction: float = option(0.0, "share of the training set that is held out", type=_below_one)
+    train_examples: int | None = option(
+        None, "number of training examples, drawn by --seed; default: all", type=_count, metavar="N"
+    )
     workers: int = option(0, "processes that decode images", type=_natural)
 
     opt: str = option("sgd", "any timm optimizer")
-    opt_kwargs: dict[str, Any] = option({}, **_pairs)
-    lr: float = option(0.05, type=_positive)
-    momentum: float = option(0.9, type=_fraction)
-    weight_decay: float = option(5e-4, "not on biases and normalisation parameters, as in timm", type=_amount)
-    decay_all: bool = option(False, "weight decay also on biases and normalisation parameters", action=SWITCH)
+    opt_kwargs: dict[str, Any] = option({}, "for the optimizer, e.g. nesterov=True", **_pairs)
+    lr: float = option(0.05, "learning rate (default: 0.05)", type=_positive)
+    momentum: float = option(0.9, "default: 0.9", type=_fraction)
+    weight_decay: float = option(
+        5e-4, "default: 5e-4; not on biases and normalization parameters, as in timm", type=_amount
+    )
+    decay_all: bool = option(False, "weight decay also on biases and normalization parameters", action=SWITCH)
     layer_decay: float | None = option(
         None, "factor on the learning rate from each layer to the one below", type=_positive
     )
     sched: str = option("cosine", choices=SCHEDULES)
     patience_epochs: int = option(
         10,
-        "of --sched plateau: epochs without a better loss in training; with a validation split evaluations of it",
+        "for --sched plateau: epochs without a better training loss; with a validation split: evaluations of it",
         type=_natural,
     )
-    decay_rate: float = option(0.1, "of --sched plateau, step and multistep", type=_positive)
-    warmup_epochs: float = option(0.0, type=_amount)
-    min_lr: float = option(0.0, type=_amount)
-    epochs: int = option(30, type=_count)
-    batch_size: int = option(64, "of each process, where torchrun starts several", type=_count)
-    accumulate: int = option(1, "batches for one update, each with its own perturbation", type=_count)
+    decay_rate: float = option(0.1, "for --sched plateau, step and multistep (default: 0.1)", type=_positive)
+    warmup_epochs: float = option(0.0, "of the learning rate (default: 0)", type=_amount)
+    min_lr: float = option(0.0, "at the end of the schedule (default: 0)", type=_amount)
+    epochs: int = option(30, "default: 30", type=_count)
+    batch_size: int = option(64, "of each process (default: 64)", type=_count)
+    accumulate: int = option(1, "batches in one update, each with its own perturbation (default: 1)", type=_count)
     clip_grad: float | None = option(None, "largest 2-norm of an update's gradient", type=_positive)
 
-    sam_rho: float = option(0.0, "radius; 0 (default) is the base optimizer", type=_amount)
+    sam_rho: float = option(0.0, "radius of SAM; 0 (default): the base optimizer", type=_amount)
     adaptive: str | None = option(
-        None, "ASAM", nargs="?", const="elementwise", choices=("elementwise", "filter", "layer")
+        None,
+        "ASAM: distances relative to each weight (default), filter or layer",
+        nargs="?",
+        const="elementwise",
+        choices=("elementwise", "filter", "layer"),
     )
-    sam_eta: float = option(0.01, type=_amount)
-    sam_norm: str = option("2", choices=("2", "inf"))
+    sam_eta: float = option(0.01, "added to |w| where adaptive (default: 0.01)", type=_amount)
+    sam_norm: str = option("2", "p of the ball (default: 2)", choices=("2", "inf"))
     sam_variant: str | None = option(None, "default: SAM itself", choices=tuple(SAM_VARIANTS))
-    sam_kwargs: dict[str, Any] = option({}, "of the variant, e.g. alpha=0.4", **_pairs)
+    sam_kwargs: dict[str, Any] = option({}, "for the variant, e.g. alpha=0.4", **_pairs)
     sam_schedule: str | None = option(
-        None, "of the radius: late_phase:0.7, periodic:5, warmup:0.1; below 1: as a share of all updates"
+        None, "schedule of the radius: late_phase:0.7, periodic:5, warmup:0.1; below 1: a share of all updates"
     )
-    sam_norm_only: bool = option(False, "SAM-ON: perturbs normalisation parameters alone", action=SWITCH)
+    sam_norm_only: bool = option(False, "SAM-ON: perturb only normalization parameters", action=SWITCH)
     sync_ascent: bool = option(False, "one perturbation for all processes, not one for each", action=SWITCH)
 
     no_aug: bool = option(False, "no augmentation", action="store_true")
-    hflip: float = option(0.5, type=_fraction)
+    hflip: float = option(0.5, "probability of a horizontal flip (default: 0.5)", type=_fraction)
     aa: str | None = option(None, "timm's auto-augment string, e.g. rand-m9-mstd0.5", metavar="POLICY")
-    color_jitter: float = option(0.0, type=_amount)
-    reprob: float = option(0.0, "random erasing", type=_fraction)
-    crop_scale: float = option(0.08, "smallest area of a resized crop", type=_share)
-    mixup: float = option(0.0, type=_amount, metavar="ALPHA")
-    cutmix: float = option(0.0, type=_amount, metavar="ALPHA")
-    smoothing: float = option(0.0, type=_below_one)
+    color_jitter: float = option(0.0, "strength, as in timm (default: 0)", type=_amount)
+    reprob: float = option(0.0, "probability of random erasing (default: 0)", type=_fraction)
+    crop_scale: float = option(0.08, "smallest share of the image in a random crop (default: 0.08)", type=_share)
+    mixup: float = option(0.0, "as in timm; 0 (default): off", type=_amount, metavar="ALPHA")
+    cutmix: float = option(0.0, "as in timm; 0 (default): off", type=_amount, metavar="ALPHA")
+    smoothing: float = option(0.0, "of the labels (default: 0)", type=_below_one)
     update_bn: bool = option(
         False,
         "BatchNorm's running statistics at the last weights, from the training images (one-pass variants always do it)",
         action=SWITCH,
     )
-    model_ema: float | None = option(None, "also evaluate an average of the weights", type=_fraction, metavar="DECAY")
+    model_ema: float | None = option(
+        None, "also evaluate an exponential average of the weights", type=_fraction, metavar="DECAY"
+    )
 
     initial_checkpoint: str | None = option(
-        None, "weights of the timm model, to start from; a new head if it must", metavar="FILE"
+        None,
+        "weights of the timm model to start from; the head is new where the number of classes differs",
+        metavar="FILE",
     )
-    grad_checkpointing: bool = option(False, "less memory, one more forward pass", action=SWITCH)
-    fsdp: bool = option(False, "weights, gradients and state spread over the processes (FSDP2)", action=SWITCH)
+    grad_checkpointing: bool = option(False, "less memory for one more forward pass", action=SWITCH)
+    fsdp: bool = option(False, "shard weights, gradients and state over the processes (FSDP2)", action=SWITCH)
 
     device: str = option("auto", "auto (default): CUDA where torch sees a device, else the CPU; cpu, cuda, cuda:1")
-    amp: str | None = option(None, choices=("bf16", "fp16"))
-    channels_last: bool = option(False, action=SWITCH)
-    compile: bool = option(False, action=SWITCH)
-    seed: int = option(0, type=_natural)
+    amp: str | None = option(None, "autocast in training", choices=("bf16", "fp16"))
+    channels_last: bool = option(False, "memory format of model and images", action=SWITCH)
+    compile: bool = option(False, "torch.compile the model in training", action=SWITCH)
+    seed: int = option(0, "default: 0", type=_natural)
     monitor: float = option(
-        0.0, "share of the time, e.g. 0.05, for sharpness while training: RUN_DIR/sharpness.jsonl", type=_below_one
+        0.0, "share of the time for a SharpnessMonitor, e.g. 0.05; writes RUN_DIR/sharpness.jsonl", type=_below_one
     )
-    measures: str = option("worst,average_in_ball,eigenvalue,trace", "after the last epoch; 'none' for no measures")
+    measures: str = option(
+        "worst,average_in_ball,eigenvalue,trace", "taken after the last epoch; 'none' for no measures"
+    )
     out: Path = option(None, "default: runs/DATA-MODEL-...", type=Path, metavar="RUN_DIR")
-    eval_every: int = option(1, "and after the last epoch; 0: never", type=_natural, metavar="EPOCHS")
-    checkpoint_steps: int | None = option(None, "also every so many updates, not only after each epoch", type=_count)
+    eval_every: int = option(
+        1, "evaluate after every so many epochs and after the last; 0: never", type=_natural, metavar="EPOCHS"
+    )
+    checkpoint_steps: int | None = option(
+        None, "save a checkpoint after every so many updates, too, not only after each epoch", type=_count
+    )
     resume: bool = option(
-        False, "go on from the newest valid checkpoint of --out; its options hold", action="store_true"
+        False, "continue from the newest valid checkpoint in --out, with its options", action="store_true"
     )
     force: bool = option(False, "replace the run in --out", action="store_true")
 
@@ -172,10 +192,12 @@ class Options:
 def parser() -> Parser:
     p = Parser(prog="python -m benchmarks.train", description="Train an image classifier with or without SAM.")
     p.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML with any of these options; those given here replace them"
+        "--config", type=Path, metavar="FILE", help="YAML with any of these options; the command line replaces them"
     )
     add_options(p, Options)
-    p.add_argument("--aug", action="store_false", dest="no_aug", help="the augmentation that a --config turns off")
+    p.add_argument(
+        "--aug", action="store_false", dest="no_aug", help="turn augmentation on again that a --config turns off"
+    )
     for action in p._actions:
         if action.default is None and action.nargs in (None, "?") and action.dest not in ("config", "out"):
             _may_be_none(action)

@@ -23,12 +23,12 @@ MEASURE = f"""Measure how sharp the loss is around trained weights.
 
   sam-optim measure run-*.pt --model resnet18 --data images/ --measures worst,eigenvalue --rho 0.05,0.1 --json out.json
   sam-optim measure --target study:problem --measures trace
-  torchrun --nproc-per-node 2 -m sam_optim measure ...      the batches are shared out, the numbers are the same
+  torchrun --nproc-per-node 2 -m sam_optim measure ...      divides the batches; the numbers are the same
 
 measures:
 {NAMES}
 
-With --json every number is written as soon as it is there, and the same command goes on where it stopped.
+With --json every result is saved as soon as it is computed, and the same command continues after a stop.
 Exit code: 0; 1 where a checkpoint failed or a number is not finite; 2 for a wrong command; 130 after Ctrl-C."""
 
 
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     about = "the loss on a line or a plane through the weights"
     _landscape(commands.add_parser("landscape", help=about, description=f"Draw {about}."))
     about = "one page of results, for any browser"
-    _report(commands.add_parser("report", help=about, description=f"Write {about}, with nothing outside it."))
+    _report(commands.add_parser("report", help=about, description=f"Write {about}, that loads nothing from elsewhere."))
     return p
 
 
@@ -98,11 +98,11 @@ def _measure(p: argparse.ArgumentParser) -> None:
         nargs="?",
         const="elementwise",
         choices=ADAPTIVE,
-        help="distances relative to each weight (elementwise), to each filter or layer; also of the curvature: T H T",
+        help="distances relative to each weight (elementwise), filter or layer; curvature measures then take T H T",
     )
     add("--eta", type=number(float, 0), default=0.01, help="added to |w| where adaptive (default: 0.01)")
-    add("--norm", choices=("2", "inf"), default="2", help="of the ball (default: 2)")
-    add("--matrix", type=_matrices, metavar="NAME,...", help=f"curvature of {', '.join(MATRICES)} (default: hessian)")
+    add("--norm", choices=("2", "inf"), default="2", help="p of the ball (default: 2)")
+    add("--matrix", type=_matrices, metavar="NAME,...", help=f"of {', '.join(MATRICES)} (default: hessian)")
     add("--num-steps", type=count, help="of each search for the worst point (default: 40)")
     add(
         "--restarts",
@@ -112,10 +112,17 @@ def _measure(p: argparse.ArgumentParser) -> None:
     )
     add("--num-samples", type=count, help="draws of noise for average (default: 100)")
     add("--num-probes", type=count, help="random vectors for trace (default: 100)")
-    add("--set", action="append", type=_setting, default=[], metavar="MEASURE.OPTION=VALUE", help="any other option")
+    add(
+        "--set",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="MEASURE.OPTION=VALUE",
+        help="any other option of a measure",
+    )
     add("--seed", type=natural, default=0, help="of all random draws (default: 0)")
-    add("--json", type=Path, metavar="FILE", help="where results are kept; what is there already is not measured again")
-    add("--csv", type=Path, metavar="FILE", help="the table, for a spreadsheet")
+    add("--json", type=Path, metavar="FILE", help="save results here; what it already holds is not measured again")
+    add("--csv", type=Path, metavar="FILE", help="write the table here, for a spreadsheet")
     add("--quiet", action="store_true", help="no progress on standard error")
 
 
@@ -123,53 +130,66 @@ def _problem(p: argparse.ArgumentParser) -> None:
     """Which model, loss and data."""
     add, count = p.add_argument, number(int, 1)
     g = p.add_argument_group("model")
-    g.add_argument("--model", metavar="NAME", help="a timm model, cnn3, cnn5 or wrn28_10 (default: what a run says)")
-    g.add_argument("--model-kwargs", nargs="+", type=pair, default=[], metavar="KEY=VALUE", help="timm.create_model")
+    g.add_argument("--model", metavar="NAME", help="a timm model, cnn3, cnn5 or wrn28_10 (default: that of the run)")
+    g.add_argument(
+        "--model-kwargs", nargs="+", type=pair, default=[], metavar="KEY=VALUE", help="for timm.create_model"
+    )
     g.add_argument("--num-classes", type=count, help="default: the rows of the checkpoint's last layer")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, stride 1, no max-pool (CIFAR)")
-    g.add_argument("--ema", action="store_true", help="the averaged weights that a checkpoint holds besides its own")
+    g.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint that has both")
     g.add_argument("--key", metavar="NAME", help="the entry of a checkpoint that holds the weights")
     g.add_argument("--target", metavar="MODULE:FUNCTION", help="any model, loss and data: see docs/measures/command.md")
     g = p.add_argument_group("data")
     g.add_argument(
         "--data", metavar="WHERE", help="directory of images or of CIFAR/MNIST, .npz/.safetensors/.pt, digits, timm"
     )
-    g.add_argument("--data-dir", metavar="DIR", help="where a data set lives that timm knows by name (torch/cifar10)")
+    g.add_argument("--data-dir", metavar="DIR", help="directory of a data set that timm knows by name (torch/cifar10)")
     g.add_argument("--split", help="train (default where there is one), val, test, or a folder of that name")
     g.add_argument("--class-to-idx", type=Path, metavar="FILE", help='.json, {"cat": 0, ...} (default: sorted names)')
-    g.add_argument("--examples", type=number(int, 0), default=512, help="the first so many; 0: all (default: 512)")
-    g.add_argument("--order", choices=("file", "mixed"), default="file", help="mixed: drawn from all, always the same")
-    g.add_argument("--batch-size", type=count, default=128, help="m of m-sharpness (default: 128)")
     g.add_argument(
-        "--image-size", type=count, metavar="PIXELS", help="default: the run's, or what the model was made for"
+        "--examples", type=number(int, 0), default=512, help="number of examples, the first ones; 0: all (default: 512)"
     )
-    g.add_argument("--mean", type=numbers_of_any_sign, metavar="R,G,B", help="of the pixels in [0, 1] (the model's)")
-    g.add_argument("--std", type=numbers, metavar="R,G,B")
-    g.add_argument("--crop-pct", type=number(float, 0, 1, above=True), help="part of the resized image that is kept")
+    g.add_argument("--order", choices=("file", "mixed"), default="file", help="mixed: a fixed random sample of all")
+    g.add_argument("--batch-size", type=count, default=128, help="the m of m-sharpness (default: 128)")
+    g.add_argument("--image-size", type=count, metavar="PIXELS", help="default: the run's, else the model's")
+    g.add_argument(
+        "--mean", type=numbers_of_any_sign, metavar="R,G,B", help="of the pixels in [0, 1] (default: the model's)"
+    )
+    g.add_argument("--std", type=numbers, metavar="R,G,B", help="as --mean")
+    g.add_argument("--crop-pct", type=number(float, 0, 1, above=True), help="share of the resized image that is kept")
     g.add_argument(
         "--text", type=Path, metavar="FILE", help=".tsv or .csv; each CHECKPOINT is a folder of transformers"
     )
     g.add_argument(
-        "--text-columns", type=_words, default=[], metavar="NAME,...", help="of --text: one, or two for pairs"
+        "--text-columns", type=_words, default=[], metavar="NAME,...", help="columns of --text: one, or two for pairs"
     )
-    g.add_argument("--label-column", default="label", metavar="NAME", help="of --text: classes (default: label)")
-    g.add_argument("--max-length", type=count, default=128, help="tokens of an example of --text (default: 128)")
+    g.add_argument(
+        "--label-column", default="label", metavar="NAME", help="column of --text with the classes (default: label)"
+    )
+    g.add_argument("--max-length", type=count, default=128, help="tokens taken of each text (default: 128)")
     g = p.add_argument_group("loss")
-    g.add_argument("--normalize-logits", action="store_true", help="outputs are centred and divided by their norm")
-    g.add_argument("--batch-statistics", action="store_true", help="normalisation layers use those of each batch")
+    g.add_argument("--normalize-logits", action="store_true", help="center the logits and divide them by their norm")
+    g.add_argument(
+        "--batch-statistics", action="store_true", help="normalization layers use the statistics of each batch"
+    )
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
-    add("--dtype", choices=("float32", "float64"), help="default: float32; with --target as the function makes it")
+    add("--dtype", choices=("float32", "float64"), help="default: float32; with --target that of the model")
 
 
 def _landscape(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("checkpoints", nargs="*", metavar="CHECKPOINT", help="one file or directory")
     _problem(p)
-    add("--other", metavar="CHECKPOINT", help="the loss on the way to these weights instead")
-    add("--directions", choices=("random", "eigen", "gradient"), default="random", help="default: random, per filter")
+    add("--other", metavar="CHECKPOINT", help="draw the loss on the line to these weights instead")
+    add(
+        "--directions",
+        choices=("random", "eigen", "gradient"),
+        default="random",
+        help="default: random, scaled per filter",
+    )
     add("--two", action="store_true", help="a plane instead of a line")
     add("--range", type=number(float, 0, above=True), default=1.0, help="from -RANGE to RANGE (default: 1)")
-    add("--points", type=number(int, 2), default=21, help="in each direction (default: 21)")
+    add("--points", type=number(int, 2), default=21, help="points in each direction (default: 21)")
     add("--seed", type=number(int, 0), default=0)
     add("--out", type=Path, required=True, metavar="FILE", help=".html, .json, .png or .svg (.json without matplotlib)")
     add("--quiet", action="store_true", help="no progress on standard error")
@@ -179,9 +199,18 @@ def _report(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("results", nargs="+", type=Path, metavar="FILE", help=".json of measure or landscape, .csv of measure")
     add("-o", "--out", type=Path, required=True, metavar="FILE", help="the page, .html")
-    add("--targets", type=Path, metavar="FILE", help=".csv with a column checkpoint and one number or more for each")
-    add("--target", metavar="COLUMN", help="of --targets or of a .csv: what sharpness is compared with (default: all)")
-    add("--factors", default="", metavar="COLUMN,...", help="what was varied between runs: tau also one by one")
+    add("--targets", type=Path, metavar="FILE", help=".csv with a column checkpoint and one or more columns of numbers")
+    add(
+        "--target",
+        metavar="COLUMN",
+        help="column of --targets or of a .csv that sharpness is compared with (default: all)",
+    )
+    add(
+        "--factors",
+        default="",
+        metavar="COLUMN,...",
+        help="columns that were varied between runs: also tau within each",
+    )
     add("--title", default="Sharpness of checkpoints")
 
 

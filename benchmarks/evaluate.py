@@ -62,7 +62,7 @@ class Clean:
 
     def __init__(self, examples: Examples | Streamed, preprocessing: Preprocessing):
         if preprocessing.image_size[0] != 3 or not isinstance(examples, Examples) or examples.normalized:
-            raise InputError("corruptions are for colour images: CIFAR, folders, timm's data sets; this one is not")
+            raise InputError("corruptions are for color images: CIFAR, folders, timm's data sets; this one is not")
         self.examples = examples
         # timm's: resize, crop, to tensor, normalise
         *self._resizing, _, self._normalise = preprocessing.transform().transforms

@@ -102,7 +102,7 @@ def read(path: Path) -> list[Pair]:
         if label in ("-", -1, "-1", None):
             continue
         if label not in LABELS and str(label) not in ("0", "1", "2"):
-            raise InputError(f"{path}, example {i + 1}: label {label!r} is none of {', '.join(LABELS)}, 0, 1, 2")
+            raise InputError(f"{path}, example {i + 1}: label {label!r} is not one of {', '.join(LABELS)}, 0, 1, 2")
         pairs.append(Pair(str(first), str(second), LABELS.index(label) if label in LABELS else int(label)))
     if not pairs:
         raise InputError(f"{path} has no labelled examples")
@@ -120,7 +120,7 @@ def drawn(pairs: list[Pair], settings: Settings) -> list[Pair]:
     """--train-examples of them, with --label-noise, by --seed."""
     num = settings.train_examples or len(pairs)
     if num > len(pairs):
-        raise InputError(f"there are {len(pairs)} examples to train on, --train-examples cannot be {num}")
+        raise InputError(f"there are {len(pairs)} examples to train on, so --train-examples cannot be {num}")
     rows = Stream(derive(settings.seed, "examples")).permutation(len(pairs))[:num].tolist()
     labels = noisy(torch.tensor([pairs[i].label for i in rows]), len(LABELS), settings.label_noise, settings.seed)
     return [pairs[i]._replace(label=label) for i, label in zip(rows, labels.tolist(), strict=True)]

@@ -215,7 +215,9 @@ def _opened(arm: Arm) -> Any:
     before = study.user_attrs.setdefault("options", recorded)
     if before != recorded:
         differing = [key for key in recorded if before.get(key) != recorded[key]]
-        raise InputError(f"--out {arm.options.out} was begun with another {', '.join(differing)}; choose another --out")
+        raise InputError(
+            f"--out {arm.options.out} was started with another {', '.join(differing)}; choose another --out"
+        )
     study.set_user_attr("options", recorded)
     return study
 

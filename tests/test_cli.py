@@ -220,7 +220,7 @@ class TestResuming:
             patch.setattr(registry, "call", stopping)
             code, _, err = self.measure(*names, "--json", "o.json")
         assert code == 130
-        assert "3 of 6 numbers are done; the same command goes on" in err
+        assert "3 of 6 numbers are done; the same command continues" in err
         assert len(store.read(here / "o.json")) == 3
         assert self.measure(*names, "--json", "o.json")[0] == 0
         assert (here / "o.json").read_bytes() == (here / "whole.json").read_bytes()
@@ -363,7 +363,7 @@ BAD = [
     (["measure", "c0.pt", "--target", "study_problem:problem", "--set", "nothing=1"], "MEASURE.OPTION=VALUE"),
     (
         ["measure", "c0.pt", "--target", "study_problem:problem", "--measures", "trace", "--num-steps", "3"],
-        "--num-steps means nothing to trace",
+        "--num-steps does nothing for trace",
     ),
     (["measure", "c0.pt", "--target", "study_problem:nope"], "unknown function of study_problem 'nope'"),
     (["measure", "c0.pt", "--target", "no_such_module:f"], "cannot import no_such_module"),

@@ -347,7 +347,7 @@ class TestArrays:
             ({"x": torch.ones(2, 3).byte(), "y": torch.ones(2).long()}, [], "x of uint8 must be images"),
             ({"x": torch.ones(2, 3), "y": torch.ones(2).long()}, ["--mean", "0.5"], "are for pixels"),
             ({"x": torch.ones(2, 3), "y": torch.ones(2).long()}, ["--split", "val"], "has no splits"),
-            ({"x": torch.ones(2, 3), "y": torch.ones(2).long()}, ["--image-size", "8"], "in the size they have"),
+            ({"x": torch.ones(2, 3), "y": torch.ones(2).long()}, ["--image-size", "8"], "are not resized"),
         ],
     )
     def test_what_is_wrong_is_said(self, content, flags, message, tmp_path):

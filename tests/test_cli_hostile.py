@@ -39,7 +39,7 @@ KINDS = {
     "sparse": (lambda w: w.to_sparse(), "is a sparse tensor"),
     "complex": (lambda w: w.to(torch.complex64), "is complex"),
     "fp8": (lambda w: w.to(torch.float8_e4m3fn), "has the type float8_e4m3fn"),
-    "quantised": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantised"),
+    "quantized": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantized"),
     "codes": (lambda w: w.to(torch.int8), r"holds codes \(int8\) and not weights"),
     "stride 0": (lambda w: torch.zeros(1).expand(1 << 32), "claims the shape"),
 }

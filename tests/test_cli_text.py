@@ -117,9 +117,9 @@ def test_tables(tmp_path):
     path.write_text('text,label\n"a, b",1\n"two\nlines",0\n')
     assert read_table(path, ["text", "label"]) == [{"text": "a, b", "label": "1"}, {"text": "two\nlines", "label": "0"}]
     for content, message in (
-        (b"text,label\n", "no lines"),
+        (b"text,label\n", "no rows"),
         (b"text,label\na\n", "line 2 of the table has too few columns"),
-        (b"\xff\xfe,", "no table in UTF-8"),
+        (b"\xff\xfe,", "not a table in UTF-8"),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):

@@ -309,7 +309,7 @@ class TestCommand:
         run = tmp_path / "run"
         assert errors.run(train.main, ["--epochs", "1", "--measures", "none", "--out", str(run)]) == 0
         assert errors.run(evaluate.main, [str(run)]) == 2
-        assert "corruptions are for colour images" in capsys.readouterr().err
+        assert "corruptions are for color images" in capsys.readouterr().err
 
     def test_no_run(self, tmp_path, capsys):
         assert errors.run(evaluate.main, [str(tmp_path)]) == 2

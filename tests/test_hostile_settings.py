@@ -67,7 +67,7 @@ def test_nor_can_a_study(tmp_path):
 @pytest.mark.parametrize("line", LOADING)
 def test_no_file_names_weights_urls_or_hubs_for_timm(tmp_path, line):
     (tmp_path / "c.yaml").write_text(f"model: test_resnet\nmodel-kwargs: {{{line}}}\n")
-    with pytest.raises(InputError, match=r"may stand in a file|must be a number or a word"):
+    with pytest.raises(InputError, match=r"may be set from a file|must be a number or a word"):
         options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
     key, value = line.split(": ", 1)
     recorded = {"model": "test_resnet", "model_kwargs": {key: value}}
@@ -296,7 +296,9 @@ class TestTwoAtOnce:
             assert training.wait(timeout=PATIENCE) == 2
         finally:
             training.kill()
-        assert "No such file or directory" in log.read_text() or "has gone while the run wrote to it" in log.read_text()
+        assert (
+            "No such file or directory" in log.read_text() or "was deleted while the run wrote to it" in log.read_text()
+        )
         assert not out.exists()
 
 

@@ -72,7 +72,7 @@ def test_it_is_the_rise_of_the_optimizer_s_own_step(kind):
 
 def test_what_makes_no_sense_is_named():
     loss = unshifted(Quadratic(symmetric([1.0, 2.0]), None, W[:2]))
-    with pytest.raises(ValueError, match="radii are all 0"):
+    with pytest.raises(ValueError, match="all radii of the optimizer are 0"):
         rho_range(loss, SAM(loss.params, torch.optim.SGD, rho=0.0, lr=0.1))
     for radii in ([0.0, 1.0], [], [math.inf], [-1.0]):
         with pytest.raises(ValueError, match="radii"):

@@ -614,7 +614,7 @@ class TestRuns:
             (TINY.replace('"digits"', '"cifar10"'), [], "--data-dir"),
             (TINY.replace('"digits"', '"cifar10"'), ["--data-dir", "nowhere"], "not a directory"),
             (TINY, ["--device", "cuda:77"], "--device"),
-            (TINY + '[corruptions]\nnames = ["fog"]\n', [], "digits are grey"),
+            (TINY + '[corruptions]\nnames = ["fog"]\n', [], "digits are gray"),
         ],
     )
     def test_what_cannot_run_here_writes_nothing(self, tmp_path, capsys, text, options, words):
@@ -664,7 +664,7 @@ class TestEvaluation:
             (colour | {"corruptions": {"names": ["fog"], "severities": [6]}}, "from 1 to 5"),
             (colour | {"corruptions": {"names": ["fog"], "examples": "all"}}, "examples of"),
             (colour | {"corruptions": {"names": ["fog"], "published": "yes"}}, "true or false"),
-            (grid | {"corruptions": {"names": ["fog"]}}, "digits are grey"),
+            (grid | {"corruptions": {"names": ["fog"]}}, "digits are gray"),
         ):
             with pytest.raises(InputError, match=words):
                 config.checked(content)

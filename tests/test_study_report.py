@@ -161,7 +161,7 @@ def test_a_report_can_be_made_again_from_its_results(tmp_path):
     with pytest.raises(InputError, match="COLUMN<NUMBER"):
         report.where(again, "test_error>0")
     (tmp_path / "empty.json").write_text("{}")
-    with pytest.raises(InputError, match=r"no results\.json"):
+    with pytest.raises(InputError, match=r"not a results\.json"):
         report.from_results(tmp_path / "empty.json", None, None)
 
 

@@ -119,7 +119,7 @@ class TestResume:
             stop_at(patch, 7, signum)
             assert run(*options, "--epochs", 3, "--out", cut) == code
         err = capsys.readouterr().err
-        assert f"to go on: python -m benchmarks.train --out {cut} --resume" in err
+        assert f"to continue: python -m benchmarks.train --out {cut} --resume" in err
         assert final(cut)["step"] == 7
         assert run("--out", cut, "--resume") == 0
         assert_same_run(whole, cut)
@@ -535,7 +535,7 @@ class TestBadInput:
     def test_a_directory_that_is_not_empty_is_refused_without_resume_or_force(self, tmp_path, capsys):
         (tmp_path / "notes.txt").write_text("mine")
         assert run(*DIGITS, "--epochs", 1, "--out", tmp_path) == 2
-        assert "is not empty; go on with --resume, replace the run with --force" in capsys.readouterr().err
+        assert "is not empty; continue its run with --resume, replace it with --force" in capsys.readouterr().err
         assert run("--out", tmp_path, "--resume") == 2
         assert "holds no run to resume" in capsys.readouterr().err
         assert snapshot(tmp_path) == {"notes.txt": b"mine"}

@@ -50,7 +50,7 @@ def _run(options: Namespace, out: Path) -> int:
             print(f"  {METHODS[method].name}: {METHODS[method].tuned} = {value:g}")
         final = run_all(final_jobs(plan, chosen), out / "runs", options.workers, "training and measuring")
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished runs are kept; the same command goes on from here.", file=sys.stderr)
+        print("\nInterrupted. Finished runs are kept; the same command continues from here.", file=sys.stderr)
         return EXIT_INTERRUPTED
     report(plan, chosen, tuning, final, out, quick=options.quick, seconds=time.perf_counter() - start)
     return 0

@@ -91,7 +91,7 @@ def load(path: Path | str) -> Plan:
         methods = {name: _method(dict(table)) for name, table in content.pop("methods").items()}
         plan = Plan(**{"name": Path(path).stem} | content, methods=methods)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no plan of a comparison: {one_line(error)}") from None
+        raise InputError(f"{path} is not a plan of a comparison: {one_line(error)}") from None
     for name in (plan.baseline, plan.control):
         if name not in methods:
             raise unknown("method", name, methods)

@@ -304,7 +304,7 @@ def _check(config: Config) -> None:
         try:
             options = config.options(levels)
             if config.corruptions.names and options.data == "digits":
-                raise InputError("[corruptions] are for colour images, and digits are grey: leave that table out")
+                raise InputError("[corruptions] are for color images, and digits are gray: leave that table out")
             if options.data in ("digits", *LAYOUT):  # others may have a folder for it, which `trial.check` looks for
                 check_held_out(config, options.validation_fraction > 0)
         except InputError as error:

@@ -353,4 +353,4 @@ def _sampler(settings: Sampler | None) -> Any:
     try:
         return kind(**({"seed": seed} | dict(settings.options)))
     except (TypeError, ValueError) as error:
-        raise InputError(f"[sampler] {settings.name} cannot be made: {error}") from None
+        raise InputError(f"[sampler] {settings.name} cannot be created: {error}") from None

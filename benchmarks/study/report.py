@@ -36,7 +36,7 @@ def from_study(
 
     if not config.columns:
         raise InputError(
-            f"study {config.name!r} measures nothing, and a report is on measures; use `compare CONFIG --by FACTOR`, "
+            f"study {config.name!r} measures nothing, so there is nothing to report; use `compare CONFIG --by FACTOR`, "
             "or add [[measures]] to a study of another name"
         )
     queue = Queue(config, url)
@@ -113,7 +113,7 @@ def from_csv(
         for row in lines
     ]
     if not rows:
-        raise InputError(f"{path} has a heading and no rows")
+        raise InputError(f"{path} has a header and no rows")
     for column in numeric:
         words = [value for line in lines if isinstance(value := level(line.get(column)), str)]
         if words and all(row[column] is None for row in rows):
@@ -130,7 +130,7 @@ def from_results(
     try:
         models, about, compared = (earlier[key] for key in ("models", "about", "comparisons"))
     except (KeyError, TypeError):
-        raise InputError(f"{path} is no results.json of a study's report") from None
+        raise InputError(f"{path} is not a results.json of a study's report") from None
     columns = [list(dict.fromkeys(row[key] for row in compared)) for key in ("measure", "target")]
     factors = list(about.get("config", {}).get("grid", compared[0].get("by_factor", {})))
     varied = _varied(models, factors)

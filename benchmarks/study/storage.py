@@ -59,7 +59,7 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
     heartbeat: seconds between the signs of life of a worker. grace: without one for so long a worker counts as dead.
 
     Raises:
-        InputError: it cannot be opened, or `grace` is so short that workers that live would count as dead.
+        InputError: it cannot be opened, or `grace` is so short that live workers would count as dead.
     """
     grace = 3 * heartbeat if grace is None else grace
     if grace < 2 * heartbeat:

@@ -34,7 +34,7 @@ def work(queue: Queue, here: Here, *, limit: int | None = None, wait: bool = Tru
             if not (running and wait):
                 break
             if poll == 1.0:
-                print(f"nothing is waiting; {running} run elsewhere: staying in case one dies", flush=True)
+                print(f"nothing is waiting; {running} run elsewhere: staying in case one fails", flush=True)
             time.sleep(poll)
             poll = min(1.5 * poll, MAX_POLL)
     print(f"finished: {queue.tally()}", flush=True)
@@ -55,7 +55,7 @@ def _run(queue: Queue, claim: Claim, here: Here) -> int:
             return 0
         signum = next((a for a in stop.args if isinstance(a, int)), signal.SIGINT)
         queue.give_back(claim, f"signal {signum}")
-        say(f"trial {claim.number} was stopped and given back; the same command goes on with it")
+        say(f"trial {claim.number} was stopped and given back; the same command continues it")
         return 128 + signum
     except Exception as error:  # whatever it is: else the trial would run for the others until the grace passes
         queue.give_back(claim, one_line(error), died=_can_run(queue, here))

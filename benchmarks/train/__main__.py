@@ -92,7 +92,7 @@ def _run(training: Training) -> int:
             if training.world.main:
                 print(
                     f"stopped by {stop.name} after {training.position.updates} updates; all are saved\n"
-                    f"to go on: python -m benchmarks.train --out {training.options.out} --resume",
+                    f"to continue: python -m benchmarks.train --out {training.options.out} --resume",
                     file=sys.stderr,
                 )
             return 128 + stop.signum
@@ -106,11 +106,11 @@ def _check_out(options: Options, world: World = ALONE) -> dict[str, Any] | None:
         raise InputError(f"--out {out} is a file; choose a directory")
     if not out.exists() or not any(out.iterdir()) or options.force:
         if options.resume and world.main:
-            print(f"{out} holds no run to resume: a new one starts", flush=True)
+            print(f"{out} holds no run to resume: starting a new one", flush=True)
         return None
     if not options.resume:
         raise InputError(
-            f"--out {out} is not empty; go on with --resume, replace the run with --force, or choose another"
+            f"--out {out} is not empty; continue its run with --resume, replace it with --force, or choose another"
         )
     if not (out / "config.json").exists():
         raise InputError(f"--out {out} holds no run to resume: it has no config.json")

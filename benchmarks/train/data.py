@@ -203,14 +203,14 @@ def hold_out(n: int, fraction: float, seed: int, num_train: int | None = None) -
     num_held = round(fraction * n)
     num_train = n - num_held if num_train is None else num_train
     if not 0 < num_train <= n - num_held:
-        raise InputError(f"there are {n - num_held} examples to train on, --train-examples cannot be {num_train}")
+        raise InputError(f"there are {n - num_held} examples to train on, so --train-examples cannot be {num_train}")
     return order[num_held : num_held + num_train].sort().values, order[:num_held].sort().values
 
 
 def noisy(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
     """A copy with exactly round(fraction * n) labels drawn anew, uniformly: 1 in num_classes of them stays right."""
     if not 0 <= fraction <= 1:
-        raise InputError(f"--label-noise is a fraction of the training labels and must be in [0, 1], got {fraction}")
+        raise InputError(f"--label-noise is a share of the training labels and must be in [0, 1], got {fraction}")
     stream = Stream(derive(seed, "label noise"))
     chosen = stream.permutation(len(labels))[: round(fraction * len(labels))]
     result = labels.clone()

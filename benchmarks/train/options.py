@@ -386,4 +386,4 @@ def _check(options: Options) -> None:
     if options.sched == "plateau" and options.warmup_epochs:
         raise InputError("--sched plateau follows the loss and has no warm-up: leave --warmup-epochs out")
     if options.resume and options.force:
-        raise InputError("--resume goes on with a run and --force replaces it: choose one")
+        raise InputError("--resume continues a run and --force replaces it: choose one")

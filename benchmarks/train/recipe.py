@@ -132,7 +132,9 @@ def _base(options: Options, network: nn.Module) -> torch.optim.Optimizer:
             "choose another --model"
         )
     if get_optimizer_info(name).second_order:
-        raise InputError(f"--opt {options.opt} needs second derivatives in every step, which this loop does not make")
+        raise InputError(
+            f"--opt {options.opt} needs second derivatives in every step, which this loop does not compute"
+        )
     try:
         return create_optimizer_v2(
             network,
@@ -145,7 +147,7 @@ def _base(options: Options, network: nn.Module) -> torch.optim.Optimizer:
             **options.opt_kwargs,
         )
     except FAULTS as error:
-        raise InputError(f"--opt {options.opt} cannot be made: {one_line(error)}") from None
+        raise InputError(f"--opt {options.opt} cannot be created: {one_line(error)}") from None
 
 
 def split_groups_(base: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
@@ -206,7 +208,7 @@ def scheduler(options: Options, optimizer: torch.optim.Optimizer, updates_per_ep
             updates_per_epoch=updates_per_epoch,
         )
     except FAULTS as error:
-        raise InputError(f"--sched {options.sched} cannot be made: {one_line(error)}") from None
+        raise InputError(f"--sched {options.sched} cannot be created: {one_line(error)}") from None
     return schedule.step_update if schedule is not None else lambda n: None
 
 

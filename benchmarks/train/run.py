@@ -208,7 +208,7 @@ class Training:
         if (out / "config.json").is_file():
             self._is_recorded = True
         elif self._is_recorded:
-            raise InputError(f"{out} has gone while the run wrote to it; start again, with another --out")
+            raise InputError(f"{out} was deleted while the run wrote to it; start again with another --out")
         else:  # a training without a command
             out.mkdir(parents=True, exist_ok=True)
 

@@ -254,7 +254,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.out.suffix not in (".html", ".json", ".png", ".svg"):
             raise InputError(f"--out must end in .html, .json, .png or .svg, got {args.out}")
         if args.other and (args.two or args.directions != "random"):
-            raise InputError("--other is a direction of its own: leave --two and --directions out")
+            raise InputError("--other names the direction: leave --two and --directions out")
         return
     args.measures = chosen(args.measures)
     if not args.measures:

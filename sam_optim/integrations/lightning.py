@@ -215,7 +215,7 @@ def _check(trainer: Any, pl_module: Any) -> None:
         )
     if trainer.strategy.handles_gradient_accumulation:
         raise RuntimeError(
-            f"{type(trainer.strategy).__name__} runs a backward of its own, which SAM cannot come between"
+            f"{type(trainer.strategy).__name__} runs a backward of its own, and SAM cannot run its second pass"
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise RuntimeError("training_step(dataloader_iter) would see another batch in the second pass: take `batch`")

@@ -87,10 +87,12 @@ class SAMTrainer(Trainer):
         self.perturbation: Perturbation | SAM | None = None
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
-            raise RuntimeError("DeepSpeed runs a backward of its own, which SAM cannot come between: use FSDP or DDP")
+            raise RuntimeError(
+                "DeepSpeed runs a backward of its own, and SAM cannot run its second pass: use FSDP or DDP"
+            )
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optim or "layerwise" in optim:
-            raise RuntimeError(f"optim={optim!r} updates the weights in the first backward: take another")
+            raise RuntimeError(f"optim={optim!r} updates the weights in the first backward: choose another optim")
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         sam = self._around(model)
@@ -136,7 +138,7 @@ def _refuse_other_batches(cls: type) -> None:
             buffers = any(i.opname == "STORE_ATTR" for i in dis.get_instructions(code)) and name == "_prepare_inputs"
             if generates or buffers:
                 raise TypeError(
-                    f"{base.__name__}.{name} makes its batch anew in each call (it "
+                    f"{base.__name__}.{name} makes a new batch in each call (it "
                     f"{'generates text' if generates else 'goes on in a buffer'}): the second pass would see another "
                     "batch than the first, and SAM needs one for both"
                 )

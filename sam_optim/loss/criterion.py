@@ -17,7 +17,9 @@ A_MEAN = "use reduction='mean' (batches are weighted by their size), or add .mea
 def check(criterion: Any, normalize_logits: bool) -> None:
     """Raises ValueError for what can be refused before the first batch."""
     if criterion is None and normalize_logits:
-        raise ValueError("normalize_logits=True needs a criterion of the logits: `outputs.loss` is made of raw ones")
+        raise ValueError(
+            "normalize_logits=True needs a criterion of the logits: the model computes `outputs.loss` from raw ones"
+        )
     if criterion is not None and not callable(criterion):
         raise ValueError(f"criterion must be a callable (outputs, target) -> mean loss, or None, got {criterion!r}")
     reduction = getattr(criterion, "reduction", getattr(criterion, "keywords", {}).get("reduction", "mean"))

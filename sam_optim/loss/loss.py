@@ -465,7 +465,7 @@ class Loss:
         if any(map(is_spread, self.params)):
             raise ValueError(
                 "the weights are spread over ranks (FSDP2, tensor parallel), and this measure needs their gradients: "
-                "there are only values of the loss, as in critical_sharpness along a direction"
+                "only the loss itself can be measured, as by critical_sharpness along a direction"
             )
 
     def _is_mean_of_joined(self, weigher: Weigher, size: int) -> bool:
@@ -525,7 +525,7 @@ class Loss:
         if wrong is not None:
             raise ValueError(
                 f"the second derivatives that torch computes for this model are wrong: {wrong}. Look for a custom "
-                "autograd function whose backward is no function of torch (once_differentiable, .detach()), or pass "
+                "autograd function whose backward torch cannot differentiate (once_differentiable, .detach()), or pass "
                 "differences=True for products by central differences of gradients"
             )
         return False

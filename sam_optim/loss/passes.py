@@ -47,7 +47,7 @@ class Passes:
         if not self.params:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
         if any(p.is_complex() for p in self.params):
-            raise ValueError("measures are of real weights: hold complex ones as torch.view_as_real(w)")
+            raise ValueError("measures need real weights: store complex ones as torch.view_as_real(w)")
         halves = any(p.dtype in HALF and not is_spread(p) for p in self.params)
         self.wide = torch.float32 if halves and not may_be_in_ddp() else None
         self._forward = forward or criteria.default_forward

@@ -57,7 +57,7 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
     name = _name(measure)
     _refuse_linear(name, measure)
     if loss.num_batches < 2:
-        raise ValueError("contrast needs batches to compare with their mean, and this loss has one: split it")
+        raise ValueError("contrast compares batches with their mean, and this loss has a single batch: split it")
     tick = Ticks(progress, loss.num_batches + 1)
 
     def result(part: Loss) -> Estimate:

@@ -67,7 +67,7 @@ def rho_range(
     """
     ball: Ball | ProductBall = getattr(optimizer, "neighborhood", Ball(0.05))
     if not ball.rho > 0:
-        raise ValueError("the optimizer's radii are all 0, and nothing moves: give it the rho that you ask about")
+        raise ValueError("all radii of the optimizer are 0, so nothing moves: give it a rho > 0")
     if radii is None:
         radii = [ball.rho * 2.0**k for k in range(-NUM_HALVINGS, NUM_HALVINGS + 1)]
     grid = sorted(float(r) for r in radii)

@@ -382,7 +382,9 @@ def _noise(norm: float, params: Point, stream: Stream) -> Point:
 
 def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Loss):
-        raise TypeError(f"sharpness is that of a Loss: pass Loss(model, criterion, batches), got {type(loss).__name__}")
+        raise TypeError(
+            f"sharpness is measured on a Loss: pass Loss(model, criterion, batches), got {type(loss).__name__}"
+        )
 
 
 def _balls(ball: Any) -> list[Any]:

@@ -121,8 +121,8 @@ class BaseUpdate:
         self.num_skipped = self.num_skipped + (is_bad.long() if isinstance(is_bad, Tensor) else is_bad)
         if is_bad is True and str(self.num_skipped).strip("0") == "1":  # 1, 10, 100, ...
             warnings.warn(
-                f"a gradient at w or w + e has an inf or NaN, and the step was left out ({self.num_skipped} so far): "
-                "if this goes on, lower lr or rho, or look for the operation with torch.autograd.detect_anomaly(); "
+                f"a gradient at w or w + e has an inf or NaN, and the step was skipped ({self.num_skipped} so far): "
+                "if this happens often, lower lr or rho, or find the operation with torch.autograd.detect_anomaly(); "
                 "nonfinite='raise' stops at once",
                 stacklevel=6,
             )

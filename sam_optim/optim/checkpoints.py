@@ -32,8 +32,8 @@ def adapted(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
     if has_scratch and not base_state:
         warnings.warn(
             "this checkpoint is of another SAM, which saved weights or perturbations of its last step and nothing of "
-            "its base optimizer: the momentum (moments, step counts) was never in that file and is lost; training goes "
-            "on as if it began anew. Its hyperparameters are loaded",
+            "its base optimizer: the momentum (moments, step counts) was never in that file and is lost; training "
+            "starts without it. The hyperparameters are loaded",
             stacklevel=3,
         )
     unknown = SETTINGS.difference(*groups)

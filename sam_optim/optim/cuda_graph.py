@@ -159,8 +159,8 @@ def _check(optimizer: SAM) -> None:
             raise ValueError("SGD copies an lr from the device to the host unless fused=True: pass fused=True")
     if optimizer.param_groups[0].get("sam_step") is not None:
         raise ValueError(
-            f"{type(optimizer).__name__} with a schedule has one pass in some steps and two in others, and a graph has "
-            "always the same: call optimizer.step(closure)"
+            f"{type(optimizer).__name__} with a schedule has one pass in some steps and two in others, and a graph "
+            "always repeats the same passes: call optimizer.step(closure)"
         )
     if optimizer.perturbation.replay_rng:
         raise ValueError("replay_rng=True resets generators from Python, which a graph cannot capture")
@@ -170,6 +170,6 @@ def _check(optimizer: SAM) -> None:
         )
     if optimizer.nonfinite == "raise" or (optimizer.nonfinite == "skip" and not takes_found_inf(base)):
         raise ValueError(
-            f"nonfinite={optimizer.nonfinite!r} reads gradients back, which a graph cannot: use None over a base with "
-            "fused=True, which leaves out a step by itself"
+            f"nonfinite={optimizer.nonfinite!r} reads gradients back, which a graph cannot: use None over a base "
+            "with fused=True, which skips the step on the device"
         )

@@ -115,7 +115,7 @@ class Ranks:
             warnings.warn(
                 "the ascent gradients of all ranks are the same, so this is SAM of the global batch, not of each "
                 "rank's: DDP decides in the forward pass whether to average gradients. Run the first forward and "
-                "backward inside microbatch() or no_sync(), use step(closure), or say sync_ascent=True",
+                "backward inside microbatch() or no_sync(), use step(closure), or pass sync_ascent=True",
                 stacklevel=6,
             )
 

@@ -88,7 +88,7 @@ def norm_only_param_groups(
     if not perturbed:
         raise ValueError(
             f"{type(model).__name__} has no normalization layer with parameters to train, so nothing would be "
-            "perturbed: pass the types of its own as norm_layers=, or use SAM on all parameters"
+            "perturbed: pass the model's own types as norm_layers=, or use SAM on all parameters"
         )
     perturbed_group: dict[str, Any] = {"params": perturbed}
     if adaptive is not None:

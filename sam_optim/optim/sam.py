@@ -108,7 +108,7 @@ class SAM(Optimizer):
         base = base_optimizer(params, **accepted(base_optimizer, flags), **base_kwargs)
         held = [p for group in base.param_groups for p in group["params"]]
         if members is not None and {id(p) for p in held} != members:
-            raise ValueError("the base optimizer holds other parameters than those passed: make it from `params`")
+            raise ValueError("the base optimizer holds other parameters than those passed: create it with `params`")
         options: dict[str, Any] = {"module": module, "sync_ascent": sync_ascent, "foreach": foreach}
         options |= {"rounding": rounding, "replay_rng": replay_rng}
         options["fused"] = fused if kernels.may_be_fused(held) else None  # on the CPU it means the base alone

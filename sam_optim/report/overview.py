@@ -42,7 +42,7 @@ def sections(results: Mapping[str, Result]) -> list[Child]:
     """The results by kind, and their settings; each as `to_dict()` gives it."""
     for name, result in results.items():
         if not isinstance(result, Mapping) or result.get("type") not in _SECTIONS:
-            raise ValueError(f"{name!r} is no result of a measure: its type must be one of {', '.join(_SECTIONS)}")
+            raise ValueError(f"{name!r} is not a result of a measure: its type must be one of {', '.join(_SECTIONS)}")
     by_type = {kind: {n: r for n, r in results.items() if r["type"] == kind} for kind in _SECTIONS}
     parts: list[Child] = [draw(by_type[kind]) for kind, draw in _SECTIONS.items() if by_type[kind]]
     return [*parts, _settings(results)]

@@ -87,7 +87,7 @@ class Measures:
         for option in [*given, *(["matrix"] if self.matrices else [])]:
             if not any(registry.takes(name, option) for name in self.names):
                 shown = OPTIONS.get(option, f"--{option}")
-                raise InputError(f"{shown} means nothing to {', '.join(self.names)}: leave it out")
+                raise InputError(f"{shown} does nothing for {', '.join(self.names)}: leave it out")
         if self.noise_rho and "average" not in self.names:
             raise InputError("--noise-rho is for the measure average: add it to --measures, or leave it out")
         for measure in self.options_of:

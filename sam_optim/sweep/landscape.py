@@ -59,7 +59,9 @@ def draw_landscape(
         starts, ends = find(checkpoints), find([other] if other else [])
         for matches in (starts, ends):
             if len(matches) > 1:
-                raise InputError(f"one CHECKPOINT has one landscape, got {len(matches)}; another one goes to --other")
+                raise InputError(
+                    f"one CHECKPOINT has one landscape, got {len(matches)}; name the second one with --other"
+                )
         losses = problem.open(here, [*starts, *ends])
         start, end = (matches[0] if matches else None for matches in (starts, ends))
         loss = losses.loss(start)
@@ -92,7 +94,7 @@ def _directions(loss: Loss, grid: Grid) -> list[list[Tensor]] | None:
     if grid.directions == "eigen" or grid.two:
         spectrum = hessian_eigenvalues(loss, num=num, which="magnitude", tol=1e-2, seed=grid.seed)
         if not spectrum.eigenvectors or len(spectrum.eigenvectors) < num:
-            raise InputError(f"there is no eigenvector: {spectrum.reason}; use --directions random")
+            raise InputError(f"no eigenvector was found: {spectrum.reason}; use --directions random")
         vectors = spectrum.eigenvectors
     if grid.directions == "eigen":
         return vectors
@@ -106,7 +108,7 @@ def _directions(loss: Loss, grid: Grid) -> list[list[Tensor]] | None:
 def _unit(v: list[Tensor]) -> list[Tensor]:
     length = float(p_norm(v, 2))
     if not length > 0:
-        raise InputError(f"the gradient has the norm {length} and no direction; use --directions random")
+        raise InputError(f"the gradient has the norm {length}, so it gives no direction; use --directions random")
     return [x / length for x in v]
 
 

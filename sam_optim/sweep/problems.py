@@ -199,7 +199,7 @@ def load_examples(problem: ImageProblem, usual: Preprocessing) -> Examples:
     class_to_idx = None if problem.class_to_idx is None else read_class_to_idx(problem.class_to_idx)
     split = open_split(problem.data, problem.data_dir, problem.split, class_to_idx=class_to_idx)
     if split.fixed_size and (problem.image_size or problem.crop_pct):
-        raise InputError(f"{split.name} are taken in the size they have: leave --image-size and --crop-pct out")
+        raise InputError(f"{split.name} are not resized: leave --image-size and --crop-pct out")
     mean, std = problem.mean, problem.std
     if not split.fixed_size:
         preprocessing = usual.replaced(image_size=problem.image_size, mean=mean, std=std, crop_pct=problem.crop_pct)

@@ -77,7 +77,9 @@ def _read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Mapp
             store.check_result(path, content)
             singles[path.stem if path.stem not in singles else str(path)] = content
         else:
-            raise InputError(f"{path} holds no results of this package; give files of `sam-optim measure` or landscape")
+            raise InputError(
+                f"{path} holds no results of this package; give files of `sam-optim measure` or `sam-optim landscape`"
+            )
     return entries, singles, lines
 
 

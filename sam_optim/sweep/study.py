@@ -167,7 +167,7 @@ class _Study:
 
     def how_to_go_on(self, json: Path | None) -> str:
         done = f"{len(self.sweep.entries)} of {len(self.sweep.rows) * len(self.columns)} numbers are done"
-        return f"{done}; the same command goes on" if json else f"{done}; with --json they would be kept"
+        return f"{done}; the same command continues" if json else f"{done}; with --json they would be saved"
 
     def _measure_all(self, row: str, checkpoint: Checkpoint | None) -> None:
         content = checkpoint.digest() if checkpoint else None

@@ -91,13 +91,13 @@ class TextLosses(Losses):
         assert checkpoint is not None
         config, batches = self._prepare(checkpoint)
         if getattr(config, "quantization_config", None):
-            raise InputError(f"{checkpoint.name} is quantised; measures need the weights that it was made from")
+            raise InputError(f"{checkpoint.name} is quantized; give the weights that it was made from")
         kind = _transformers().AutoModelForSequenceClassification
         try:  # eager attention: a file may name another implementation, which would be downloaded
             model = kind.from_config(config, attn_implementation="eager", trust_remote_code=False)
         except Exception as error:  # whatever transformers makes of a damaged file
             reason = one_line(error)[:200]
-            raise InputError(f"{checkpoint.name} is no classifier of texts by transformers: {reason}") from None
+            raise InputError(f"{checkpoint.name} is not a text classifier of transformers: {reason}") from None
         model.load_state_dict(self.state(checkpoint, model), strict=False)
         return self._loss(model, nn.CrossEntropyLoss(), self._here.share(batches))
 
@@ -109,7 +109,7 @@ class TextLosses(Losses):
         if self._cached[0] != checkpoint.name:
             folder = Path(checkpoint.name)
             if not (folder / "config.json").is_file():
-                raise InputError(f"{folder} is no folder of save_pretrained: it has no config.json")
+                raise InputError(f"{folder} is not a folder of save_pretrained: it has no config.json")
             library = _transformers()
             safely: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
             try:
@@ -146,7 +146,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         reader.fieldnames = header
         lines = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no table in UTF-8: {one_line(error)}") from None
+        raise InputError(f"{path} is not a table in UTF-8: {one_line(error)}") from None
     if not columns[:-1]:
         raise InputError(f"--text-columns says which of {', '.join(header)} hold the texts, one or two of them")
     for column in columns:
@@ -156,7 +156,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         if any(line.get(column) is None for column in columns):
             raise InputError(f"{path}, line {number} of the table has too few columns")
     if not lines:
-        raise InputError(f"{path} has a header and no lines")
+        raise InputError(f"{path} has a header and no rows")
     return [{column: line[column].strip() for column in columns} for line in lines]
 
 

@@ -95,7 +95,7 @@ def _checked(content: bytes) -> bytes:
         if opcode.name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "DUP"):
             raise pickle.UnpicklingError(f"it has the instruction {opcode.name}, which no CIFAR file needs")
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(content):
-            raise pickle.UnpicklingError("it numbers more objects than it has")  # the table of them would fill memory
+            raise pickle.UnpicklingError("it refers to more objects than it has")  # the table of them would fill memory
     return content
 
 
@@ -106,7 +106,7 @@ def _pixels(array: Any) -> Tensor:
     _, shape, dtype, fortran, content = array.state
     content = content.encode("latin1") if isinstance(content, str) else content
     if not isinstance(dtype, _Inert) or dtype.arguments[:1] not in (("u1",), ("B",)) or fortran is not False:
-        raise ValueError("data is not an array of uint8 in the order of C")
+        raise ValueError("data is not a C-contiguous array of uint8")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(tuple(shape))
 
 
@@ -117,7 +117,7 @@ def _read_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
     try:
         batch = _Unpickler(_checked(content)).load()
         if not isinstance(batch[key], list) or not all(isinstance(label, int) for label in batch[key]):
-            raise ValueError(f"{key} are no list of whole numbers")
+            raise ValueError(f"{key} is not a list of whole numbers")
         pixels, labels = _pixels(batch["data"]), torch.tensor(batch[key], dtype=torch.int64)
         if pixels.shape != (len(labels), 3072):
             raise ValueError(f"data is {tuple(pixels.shape)}, labels are {tuple(labels.shape)}")

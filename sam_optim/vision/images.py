@@ -116,7 +116,7 @@ def _converted(image: Any, mode: str | None) -> Any:
     from PIL import Image
 
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ValueError(f"it has {image.n_frames} frames, and which one is meant is not known")
+        raise ValueError(f"it has {image.n_frames} frames, and a label belongs to one image; keep one of them")
     if image.mode.startswith("I"):
         import numpy as np
 

@@ -190,7 +190,7 @@ def check_options(name: Any, options: Mapping[str, Any]) -> None:
     accepted = _accepted(name) if options and not builtin(name) else frozenset()
     for key, value in options.items():
         if key not in accepted and key not in ("num_classes", "in_chans"):
-            raise InputError(f"{name} has no option {key!r} that may stand in a file")
+            raise InputError(f"{name} has no option {key!r} that may be set from a file")
         values = value if isinstance(value, (list, tuple)) else (value,)
         if not all(
             v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and NAME.fullmatch(v)) for v in values

@@ -97,8 +97,8 @@ def check_values(checkpoint: str, name: str, w: Tensor) -> None:
         return
     largest = float(w.abs().max())
     if not math.isfinite(largest):
-        raise InputError(f"{checkpoint}: {name} is not finite everywhere; nothing can be measured there")
+        raise InputError(f"{checkpoint}: {name} has values that are not finite; nothing can be measured")
     if largest > LARGEST:
         raise InputError(
-            f"{checkpoint}: {name} has values of up to {largest:.1e}, which no training gives; the file is damaged"
+            f"{checkpoint}: {name} has values of up to {largest:.1e}, far beyond trained weights; the file is damaged"
         )

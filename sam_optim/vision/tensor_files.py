@@ -103,11 +103,13 @@ def check_plain(name: str, x: Tensor) -> None:
     if x.layout != torch.strided:
         raise InputError(f"{name} is a sparse tensor; save it with .to_dense()")
     if x.is_quantized:
-        raise InputError(f"{name} is quantised; save it with .dequantize()")
+        raise InputError(f"{name} is quantized; save it with .dequantize()")
     if x.is_complex():
         raise InputError(f"{name} is complex; measures need real weights")
     if x.is_floating_point() and x.element_size() == 1:
-        raise InputError(f"{name} has the type {str(x.dtype).removeprefix('torch.')}: its scales are elsewhere")
+        raise InputError(
+            f"{name} has the type {str(x.dtype).removeprefix('torch.')}: its scales are elsewhere; save it as float32"
+        )
     if x.numel() * x.element_size() > max(LARGE, x.untyped_storage().nbytes()):
         raise InputError(f"{name} claims the shape {tuple(x.shape)}, with numbers for a small part of it in the file")
 
@@ -157,7 +159,7 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
             raise InputError(f"{path} is an archive (.zip), but not of torch.save; unpack it first")
         check_sizes(path, archive)
         if (bad := archive.testzip()) is not None:
-            raise InputError(f"{path} is damaged: {bad} does not have the checksum that stands in the file")
+            raise InputError(f"{path} is damaged: {bad} does not have the checksum that the file records")
         for name in archive.namelist():
             if name.rpartition("/")[2] == "data.pkl":
                 _check_pickle(path, archive.read(name))

@@ -41,7 +41,7 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str
     for k, w in renamed.items():
         if k in target and target[k].is_floating_point() and not w.is_floating_point():
             kind = str(w.dtype).removeprefix("torch.")
-            raise InputError(f"{name}: {k} holds codes ({kind}) and not weights; save the dequantised weights")
+            raise InputError(f"{name}: {k} holds codes ({kind}) and not weights; save the dequantized weights")
     if missing or unexpected or shapes:
         raise InputError(f"{name} does not fit the model: {_said(missing, unexpected, shapes)}")
     return renamed
@@ -93,7 +93,9 @@ def _renamed_by_transformers(model: Any, state: Mapping[str, Tensor], folder: Pa
     nothing of the folder: the configuration is the model's.
     """
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder} holds an adapter, which names a model elsewhere; use --target to put them together")
+        raise InputError(
+            f"{folder} holds an adapter without its base model; combine the two in a function, and pass it as --target"
+        )
     loaded, about = type(model).from_pretrained(
         None, config=model.config, state_dict=dict(state), output_loading_info=True, dtype="auto"
     )

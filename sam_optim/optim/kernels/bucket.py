@@ -191,7 +191,7 @@ class Backups:
         self._moved = []
         if errors:
             raise RuntimeError(
-                f"{len(errors)} weights could not be brought back from w + e, for they were changed while perturbed; "
+                f"{len(errors)} weights could not be restored from w + e, because they were changed while perturbed; "
                 f"all others are clean. The first error: {errors[0]}"
             )
 

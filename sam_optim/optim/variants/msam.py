@@ -55,8 +55,8 @@ class MSAM(SAM):
     def check_variant(self, base: Optimizer) -> None:
         if not isinstance(base, torch.optim.SGD | torch.optim.Adam):
             raise ValueError(
-                f"MSAM perturbs along the momentum of its base, and where {type(base).__name__} keeps one is not "
-                "known: use torch.optim.SGD with momentum, Adam or AdamW"
+                f"MSAM perturbs along the momentum of its base, and it is not known where {type(base).__name__} "
+                "keeps that: use torch.optim.SGD with momentum, Adam or AdamW"
             )
         self._momenta = ("momentum_buffer", "last_gradient") if isinstance(base, torch.optim.SGD) else ("exp_avg",)
 

@@ -58,14 +58,14 @@ class Command(OfRun):
 
 
 class Clean:
-    """A split as uint8 images of the size that the model sees, before normalisation."""
+    """A split as uint8 images of the size that the model sees, before normalization."""
 
     def __init__(self, examples: Examples | Streamed, preprocessing: Preprocessing):
         if preprocessing.image_size[0] != 3 or not isinstance(examples, Examples) or examples.normalized:
             raise InputError("corruptions are for color images: CIFAR, folders, timm's data sets; this one is not")
         self.examples = examples
-        # timm's: resize, crop, to tensor, normalise
-        *self._resizing, _, self._normalise = preprocessing.transform().transforms
+        # timm's: resize, crop, to tensor, normalize
+        *self._resizing, _, self._normalize = preprocessing.transform().transforms
 
     def parts(self) -> Iterator[tuple[int, NDArray[np.uint8], Tensor]]:
         """(number of the first image, images (n, H, W, 3), labels (n,)), some hundred at a time."""
@@ -84,7 +84,7 @@ class Clean:
 
     def inputs(self, shown: NDArray[np.uint8]) -> Tensor:
         """(n, 3, H, W), normalized as in training."""
-        return self._normalise(torch.from_numpy(np.ascontiguousarray(shown)).permute(0, 3, 1, 2) / 255)
+        return self._normalize(torch.from_numpy(np.ascontiguousarray(shown)).permute(0, 3, 1, 2) / 255)
 
 
 def on_corruptions(

@@ -4,7 +4,7 @@ The words are compared to the letter. A number is free by what the page itself c
 
     | printed - shown |  <=  one unit of the last digit shown  +  its standard error  +  spread * |shown|
 
-- The last digit: both numbers are rounded, so two that hardly differ may show neighbouring digits (0.0032, 0.0033).
+- The last digit: both numbers are rounded, so two that hardly differ may show neighboring digits (0.0032, 0.0033).
 - The standard error: of `v ± s` it is s, which the page prints beside v. s itself, from n values, has the relative
   standard error 1 / sqrt(2 (n - 1)), where the page prints `(n = ...)`. Without an n it may be a bound of what an
   iteration has left, which is as good at half its size: s is then free by s.

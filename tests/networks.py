@@ -51,7 +51,7 @@ NETWORKS = list(SHAPES)
 
 
 def network(kind: type[nn.Module] | object, *, seed: int = 0) -> nn.Module:
-    """The network in float64, its normalisation layers away from their initial values."""
+    """The network in float64, its normalization layers away from their initial values."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind().double()

@@ -316,7 +316,7 @@ class TestArrays:
         assert torch.equal(inputs(result)[1], y[:7])
         assert (result.shape, result.largest) == ((5,), 6)
 
-    def test_pixels_are_scaled_and_normalised(self, tmp_path):
+    def test_pixels_are_scaled_and_normalized(self, tmp_path):
         x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
         np.savez(tmp_path / "d.npz", x=x, y=np.arange(6))
         result = inputs(load(tmp_path / "d.npz"))[0]
@@ -628,7 +628,7 @@ def test_a_run_directory_brings_its_model_and_its_pixels_need_a_word(tmp_path):
 
 @pytest.mark.parametrize("kind", ["digits", "cifar10", "folder", "folder as its weights know it"])
 def test_a_run_of_the_benchmarks_on_its_own_data_has_the_loss_that_it_logged(kind, tmp_path):
-    """Normalisation, size and crop are those of the run: on the whole test set the loss is that of training's log."""
+    """Normalization, size and crop are those of the run: on the whole test set the loss is that of training's log."""
     from test_data import cifar_files, picture_tree
 
     from benchmarks.command import read_jsonl

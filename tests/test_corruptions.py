@@ -242,7 +242,7 @@ class TestCommand:
         assert files.read_json(tmp_path / "run" / "corrupted.json")["clean"]["accuracy"] == logged["ema_test_accuracy"]
 
     def test_the_accuracy_is_that_of_the_damaged_images(self, tmp_path, monkeypatch):
-        """Counted by hand, in one batch, with the normalisation written out."""
+        """Counted by hand, in one batch, with the normalization written out."""
         cifar_files(tmp_path / "data")
         train_one(tmp_path, "--data", "cifar10", "--data-dir", tmp_path / "data")
         run = trained.load(options.of_run(tmp_path / "run"))

@@ -34,7 +34,7 @@ from benchmarks.demo.plan import (
     fingerprint,
     tuning_jobs,
 )
-from benchmarks.demo.runs import as_ball, execute, initialised, optimizer_for
+from benchmarks.demo.runs import as_ball, execute, initialized, optimizer_for
 from benchmarks.paired import difference
 from benchmarks.train.data import load
 from benchmarks.train.options import Options
@@ -156,7 +156,7 @@ def test_training_that_diverges_is_a_result_not_a_crash(tmp_path):
 def test_methods_start_from_the_same_weights_and_the_measured_balls_are_those_of_the_optimizers():
     chosen = {"sgd_decay": 0.01, "sam": 0.1, "asam": 1.0}
     jobs, splits = final_jobs(QUICK, chosen), load(Options(label_noise=0.4, validation_fraction=0.2))
-    models = {m: initialised(splits, 0) for m in METHODS}
+    models = {m: initialized(splits, 0) for m in METHODS}
     for a, b in zip(models["sgd"].parameters(), models["asam"].parameters(), strict=True):
         assert torch.equal(a, b)
     for name in ("sam", "asam"):
@@ -344,9 +344,9 @@ def test_the_code_on_the_page_runs_as_it_stands(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
-    """The finding of the field that is robust here: SAM memorises less of the noise than SGD, in every seed."""
+    """The finding of the field that is robust here: SAM memorizes less of the noise than SGD, in every seed."""
     assert demo.main(["--out", str(tmp_path)]) == 0
     runs = [strict(p) for p in (tmp_path / "runs").glob("s*.json")]
-    learned = {(r["job"]["method"], r["job"]["seed"]): r["memorised"] for r in runs}
+    learned = {(r["job"]["method"], r["job"]["seed"]): r["memorized"] for r in runs}
     assert all(learned["sam", seed] < learned["sgd", seed] for seed in Plan().seeds)
     assert strict(tmp_path / "results.json")["cpu_s"] < 2 * 900  # a quarter of an hour on two idle cores

@@ -32,14 +32,14 @@ from sam_optim.measures import (
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 DIGITS = 1e-11  # relative: the values are written with 13 digits
 BALLS = [
-    (norm, adaptive, normalised, rho)
+    (norm, adaptive, normalized, rho)
     for norm, adaptive, rhos in [
         ("l2", False, (0.01, 0.05, 0.1, 0.5)),
         ("l2", True, (0.05, 0.1, 0.5, 1.0)),
         ("linf", False, (0.0005, 0.001, 0.005, 0.01)),
         ("linf", True, (0.001, 0.005, 0.01, 0.05)),
     ]
-    for normalised in (False, True)
+    for normalized in (False, True)
     for rho in rhos
 ]
 # In these two, the climb from the weights ends at a lower local maximum, 0.978 of the best known value.
@@ -71,8 +71,8 @@ def ball_of(norm, adaptive, rho):
     return Ball(rho, norm=2 if norm == "l2" else math.inf, adaptive=adaptive, eta=0.0)
 
 
-def row(rows, norm, adaptive, normalised, rho, **more):
-    key = {"norm": norm, "adaptive": adaptive, "logit_normalised": normalised, "rho": rho} | more
+def row(rows, norm, adaptive, normalized, rho, **more):
+    key = {"norm": norm, "adaptive": adaptive, "logit_normalised": normalized, "rho": rho} | more
     (result,) = [r for r in rows if r | key == r]
     return result
 
@@ -83,8 +83,8 @@ def test_value_and_gradient(golden, sizes):
     value, gradient = loss.value_and_gradient()
     assert float(value) == pytest.approx(basic["train_loss"], rel=DIGITS)
     assert float(torch.cat([g.flatten() for g in gradient]).norm()) == pytest.approx(basic["grad_norm"], rel=DIGITS)
-    normalised = loss_of(sizes=sizes, normalize_logits=True)
-    assert float(normalised.value()) == pytest.approx(basic["train_loss_logit_normalised"], rel=DIGITS)
+    normalized = loss_of(sizes=sizes, normalize_logits=True)
+    assert float(normalized.value()) == pytest.approx(basic["train_loss_logit_normalised"], rel=DIGITS)
 
 
 @pytest.mark.parametrize("sizes", [[512], [200, 200, 112]], ids=["graph kept", "uneven batches"])
@@ -168,8 +168,8 @@ def test_regret(golden, name, m):
 @pytest.mark.parametrize("case", BALLS, ids=str)
 def test_worst_case_finds_what_the_published_code_finds_and_the_maximum(golden, case):
     """`reference_max` is the best of long searches, a lower bound of the maximum."""
-    norm, adaptive, normalised, rho = case
-    result = worst_case_sharpness(loss_of(128, normalize_logits=normalised), ball_of(norm, adaptive, rho)).value
+    norm, adaptive, normalized, rho = case
+    result = worst_case_sharpness(loss_of(128, normalize_logits=normalized), ball_of(norm, adaptive, rho)).value
     peer = row(golden["tml_epfl"]["worst"], *case, dtype="float64")["value_mean_over_4x128"]
     best = row(golden["reference_max"]["rows"], *case)["best_known_mean_4x128"]
     assert result >= peer * (1 - DIGITS)
@@ -204,13 +204,13 @@ def test_a_zero_weight_does_not_move(golden):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_average_agrees_with_the_published_code(golden, norm, adaptive, normalised):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_average_agrees_with_the_published_code(golden, norm, adaptive, normalized):
     """Their mean over 20 repetitions, each of which has 20 draws for each of 4 batches."""
     rows = [r for r in golden["tml_epfl"]["average"] if r["dtype"] == "float64"]
-    rows = [r for r in rows if (r["norm"], r["adaptive"], r["logit_normalised"]) == (norm, adaptive, normalised)]
+    rows = [r for r in rows if (r["norm"], r["adaptive"], r["logit_normalised"]) == (norm, adaptive, normalized)]
     assert len(rows) == 4
-    loss = loss_of(128, normalize_logits=normalised)
+    loss = loss_of(128, normalize_logits=normalized)
     for r in rows:
         result = average_sharpness(loss, ball_of(norm, adaptive, r["rho"]))
         error = math.hypot(result.details["stderr_draws"], r["std"] / math.sqrt(20))

@@ -469,8 +469,8 @@ def test_the_model_is_left_as_it_was_found(kind):
 
 
 def rescaled_resnet(model, seed=0):
-    """A residual network of timm with another parametrization: in each block the first normalisation and the filters
-    that follow its ReLU, and the filters before that normalisation with its statistics, by random positive factors."""
+    """A residual network of timm with another parametrization: in each block the first normalization and the filters
+    that follow its ReLU, and the filters before that normalization with its statistics, by random positive factors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in model.modules():

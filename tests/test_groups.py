@@ -31,7 +31,7 @@ def t_of(w, adaptive):
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("how", ["SAM", "ASAM"])
 @pytest.mark.parametrize("way", ["closure", "contexts"])
-def test_sam_on_is_sam_by_hand_over_the_normalisation_layers(way, how, adaptive):
+def test_sam_on_is_sam_by_hand_over_the_normalization_layers(way, how, adaptive):
     """e = rho T^2 g / ||T g|| over their parameters alone; the gradient at w + e updates all."""
     model = network()
     groups = norm_only_param_groups(model, adaptive=adaptive)
@@ -107,6 +107,6 @@ def test_layers_of_timm_and_of_the_models_own():
     assert len(rest["params"]) == 2
 
 
-def test_a_normalisation_without_parameters_is_none():
+def test_a_normalization_without_parameters_is_none():
     with pytest.raises(ValueError, match="use SAM on all parameters"):
         norm_only_param_groups(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3, elementwise_affine=False)))

@@ -277,7 +277,7 @@ def test_a_factor_on_a_device_is_the_number(body, factor):
     torch.testing.assert_close(*moved, rtol=0, atol=0, equal_nan=True)
 
 
-def test_stochastic_rounding_is_unbiased_and_between_neighbours():
+def test_stochastic_rounding_is_unbiased_and_between_neighbors():
     x = torch.full((200_000,), 1.0 + 2**-10)  # a quarter of the way from 1 to the next bfloat16
     y = loop.round_to(x, torch.bfloat16, Stream(0)).double()
     assert set(y.unique().tolist()) == {1.0, 1.0 + 2**-7}

@@ -108,7 +108,7 @@ def test_random_directions_have_the_norm_of_every_filter_and_leave_biases():
     assert torch.equal(random_direction(loss, seed=3, biases=True)[1], loss.params[1])
 
 
-def test_normalisation_layers_do_not_move_whatever_their_shape():
+def test_normalization_layers_do_not_move_whatever_their_shape():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.LayerNorm((4, 4)), nn.Flatten())
     loss = Loss(model, nn.CrossEntropyLoss(), [(torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 3]))])
     moved = [bool(d.any()) for d in random_direction(loss)]
@@ -251,7 +251,7 @@ def test_the_plane_of_a_run_is_that_of_its_singular_vectors():
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_a_filter_normalised_plane_of_a_run_is_found_by_least_squares():
+def test_a_filter_normalized_plane_of_a_run_is_found_by_least_squares():
     loss = small_loss()
     checkpoints = run(loss)
     result = trajectory_directions(loss, checkpoints, normalize="filter")

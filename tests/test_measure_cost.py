@@ -49,7 +49,7 @@ def test_both_sides_of_every_row_find_the_same(problem):
         assert torch.equal(w, kept)
         assert w.grad is None
     for result in results:
-        measure_cost.summarise(result)
+        measure_cost.summarize(result)
         assert result["ours / peer"]["median"] > 0
     text = measure_cost.table(results)
     assert all(row.name[:28] in text for row in rows)

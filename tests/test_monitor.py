@@ -264,7 +264,7 @@ def test_on_a_quadratic_critical_sharpness_is_the_curvature_along_the_update():
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_edges_are_where_quadratics_begin_to_diverge(momentum, nesterov):
-    """1 % below an edge SGD contracts, 1 % above it grows; SAM's descent gradient is linearised about ||g||."""
+    """1 % below an edge SGD contracts, 1 % above it grows; SAM's descent gradient is linearized about ||g||."""
     if nesterov and not momentum:
         pytest.skip("Nesterov needs momentum")
     w = nn.Parameter(torch.ones(1, dtype=torch.float64))

@@ -468,7 +468,7 @@ def test_asam_groups_go_by_type_and_dimension_not_by_name():
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))  # a vector that is called weight
             self.token = nn.Parameter(torch.ones(1, 1, 3))
-            self.norm = nn.LayerNorm((4, 3))  # a normalisation with a matrix
+            self.norm = nn.LayerNorm((4, 3))  # a normalization with a matrix
             self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
     model = Odd()

@@ -83,7 +83,7 @@ def two_layers():
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
 
 
-def normalised(kind):
+def normalized(kind):
     norms = {"batch": nn.BatchNorm2d(6), "group": nn.GroupNorm(3, 6), "instance": nn.InstanceNorm2d(6, affine=True)}
     norms |= {"plain": nn.BatchNorm2d(6, affine=False), "untracked": nn.BatchNorm2d(6, track_running_stats=False)}
     return nn.Sequential(nn.Conv2d(2, 6, 3), norms[kind], nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
@@ -91,17 +91,17 @@ def normalised(kind):
 
 MODELS = {
     "two layers": (two_layers, (5, 4)),
-    "batch": (lambda: normalised("batch"), (5, 2, 6, 6)),
-    "group": (lambda: normalised("group"), (5, 2, 6, 6)),
-    "instance": (lambda: normalised("instance"), (5, 2, 6, 6)),
-    "plain": (lambda: normalised("plain"), (5, 2, 6, 6)),
-    "untracked": (lambda: normalised("untracked"), (5, 2, 6, 6)),
+    "batch": (lambda: normalized("batch"), (5, 2, 6, 6)),
+    "group": (lambda: normalized("group"), (5, 2, 6, 6)),
+    "instance": (lambda: normalized("instance"), (5, 2, 6, 6)),
+    "plain": (lambda: normalized("plain"), (5, 2, 6, 6)),
+    "untracked": (lambda: normalized("untracked"), (5, 2, 6, 6)),
     "residual": (Residual, (5, 2, 4, 4)),
     "transformer": (Transformer, (4, 5, 3)),
     "transformer by hand": (lambda: Transformer(fused=False), (4, 5, 3)),
 }
 
-NOTHING = {("two layers", "rescale_normalized"), ("plain", "rescale")}  # no normalisation; no affine parameters
+NOTHING = {("two layers", "rescale_normalized"), ("plain", "rescale")}  # no normalization; no affine parameters
 
 
 def made(name, *, dtype=torch.float64, seed=0):
@@ -186,9 +186,9 @@ def test_without_its_eps_the_difference_is_the_one_that_is_documented():
     with torch.no_grad():
         a, b = model[:2](x), other[:2](x)
         variance = model[0](x).unflatten(1, (3, 2)).var((2, 3, 4), unbiased=False)
-    centred = a - model[1].bias[:, None, None]
+    centered = a - model[1].bias[:, None, None]
     expected = (1e-3 * (1 - 2.0**-2) / (2 * variance)).repeat_interleave(2, dim=1)[:, :, None, None]
-    torch.testing.assert_close((b - a) / centred, expected.expand_as(a), rtol=0.05, atol=1e-6)
+    torch.testing.assert_close((b - a) / centered, expected.expand_as(a), rtol=0.05, atol=1e-6)
 
 
 def test_channels_that_a_skip_ties_have_one_factor():
@@ -440,7 +440,7 @@ def test_timm_models_keep_their_outputs(name):
         try:
             other = change(model)
         except NoSymmetry:
-            assert name == "vgg11"  # which has no normalisation
+            assert name == "vgg11"  # which has no normalization
             continue
         with torch.no_grad():
             a, b = model.eval()(x), other.eval()(x)

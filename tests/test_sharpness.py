@@ -71,7 +71,7 @@ def test_worst_case_is_the_maximum_of_the_quadratic(rho, adaptive):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_worst_case_in_the_cube_is_at_a_vertex(adaptive):
-    """Where all g_i have the sign of their neighbours' pull, A = diag: rho |g| t + rho^2/2 t^2 A_ii."""
+    """Where all g_i have the sign of their neighbors' pull, A = diag: rho |g| t + rho^2/2 t^2 A_ii."""
     a = torch.diag(torch.tensor([3.0, 1.0, 0.5, 2.0, 0.1], dtype=torch.float64))
     loss, ball = unshifted(Quadratic(a, None, W)), Ball(0.3, norm=math.inf, adaptive=adaptive, eta=0.5)
     t = scale(ball)

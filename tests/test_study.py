@@ -55,7 +55,7 @@ rho = 0.05
 """
 
 
-def normalised(images):
+def normalized(images):
     """CIFAR-10's pixels as a model sees them, (n, h, w, 3) -> (n, 3, h, w)."""
     mean, std = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
     return ((torch.from_numpy(images) / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
@@ -710,7 +710,7 @@ class TestEvaluation:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval()
         published = trial.published(found, here)
         found_errors = trial.corrupted_errors(model, splits, found.corruptions, torch.device("cpu"), published)
-        outputs = model(normalised(images[4:8]))
+        outputs = model(normalized(images[4:8]))
         assert found_errors == {
             "fog, 2": pytest.approx(100 * float((outputs.argmax(1) != torch.from_numpy(labels[4:8])).double().mean()))
         }
@@ -730,7 +730,7 @@ class TestEvaluation:
         for key, error in found.items():
             name, severity = key.split(", ")
             bad = corrupted(images.permute(0, 2, 3, 1).contiguous().numpy(), name, int(severity), seed=3)
-            wrong = model(normalised(bad)).argmax(1) != labels
+            wrong = model(normalized(bad)).argmax(1) != labels
             assert error == pytest.approx(100 * float(wrong.double().mean()))
 
     def test_a_measure_that_did_not_converge_has_no_number(self):

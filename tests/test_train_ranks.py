@@ -141,7 +141,7 @@ CASES = {
     "one perturbation for all": ("--sam-rho", "0.1", "--sync-ascent", "--model-ema", "0.9"),
 }
 SHARDED = tuple(CASES)[:2]
-NORMALISED = {"normalised": (), "normalised fsdp": ("--fsdp",)}
+NORMALISED = {"normalized": (), "normalized fsdp": ("--fsdp",)}
 
 
 @pytest.fixture(scope="module")

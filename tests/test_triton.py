@@ -102,7 +102,7 @@ def test_three_launches_whatever_the_model(variant, launches):
             grads = [p.grad for p in params]
             launches.clear()
             sam.enter()
-            assert launches.names == ["norm_partials", "finalise", "perturb"]
+            assert launches.names == ["norm_partials", "finalize", "perturb"]
             chunks = sum(-(-p.numel() // body.CHUNK.value) for p in params)  # every entry is in one program
             assert [programs for _, programs, _, _ in launches] == [chunks, 1, chunks]
             sam.exit(failed=True)  # no backward runs here
@@ -239,7 +239,7 @@ def launched(launches, variant, **types):
 @pytest.mark.parametrize("variant", ["SAM", "ASAM"])
 def test_compiled_kernels_read_and_write_16_bytes_at_a_time_and_spill_nothing(variant, capability, launches):
     for launch in launched(launches, variant):
-        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalise")
+        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalize")
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_compiled_kernels_read_and_write_16_bytes_at_a_time_and_spill_nothing(va
 def test_all_kernels_compile_and_spill_nothing(dtype, variant, capability, launches):
     for launch in launched(launches, variant, dtype=dtype):
         most = 255 if dtype == torch.float64 else 128  # in float64 nobody trains fast
-        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalise", most=most)
+        check_machine_code(launch, capability, wide=launch[0].fn.__name__ != "finalize", most=most)
 
 
 # what is asked for

@@ -69,7 +69,7 @@ def launches(monkeypatch):
     return names
 
 
-THREE = ["norm_partials", "finalise", "perturb"]
+THREE = ["norm_partials", "finalize", "perturb"]
 
 
 @pytest.mark.parametrize(("dtype", "norm"), [*((d, 2) for d in DTYPES), (torch.float32, math.inf)], ids=str)
@@ -258,7 +258,7 @@ def test_groups_of_all_kinds_share_one_norm(in_tensor, launches):
             torch.testing.assert_close(x, y, rtol=2**-21, atol=1e-6)
         for name in ("dual_norm", "grad_norm", "radius", "perturbation_norm"):
             assert float(getattr(fused, name)) == pytest.approx(float(getattr(plain, name)), rel=2e-6), name
-    assert launches.count("finalise") == 2
+    assert launches.count("finalize") == 2
 
 
 def test_a_radius_that_is_0_in_a_tensor_stays_out_of_the_norm():
@@ -566,7 +566,7 @@ def test_twenty_bytes_for_each_entry_and_twenty_four_for_asam(adaptive, norm_byt
     params = make([(2049,), (40, 30), (), (20000,)])
     moved(Perturbation(params, rho=0.05, adaptive=adaptive, fused=True), params)
     number = sum(p.numel() for p in params)
-    by_kernel = {k: v / number for k, v in moved_bytes.items() if k != "finalise"}
+    by_kernel = {k: v / number for k, v in moved_bytes.items() if k != "finalize"}
     assert by_kernel == {"norm_partials": norm_bytes, "perturb": 16}
 
 

@@ -35,7 +35,7 @@ def accuracy_table(final: Results) -> Markup:
             spread(values(final, name, "last", "test_accuracy", scale=100), decimals=1),
             spread(values(final, name, "best", "test_accuracy", scale=100), decimals=1),
             number(mean(values(final, name, "best", "epoch")), 2),
-            spread(values(final, name, "memorised", scale=100), decimals=1),
+            spread(values(final, name, "memorized", scale=100), decimals=1),
             spread(values(final, name, "corrected", scale=100), decimals=1),
         ]
         for name, method in METHODS.items()
@@ -52,7 +52,7 @@ def accuracy_dots(final: Results) -> Markup:
     kinds = {
         "Last epoch": (("last", "test_accuracy"), "test accuracy, %"),
         "Best epoch by validation": (("best", "test_accuracy"), "test accuracy, %"),
-        "Wrong labels learned": (("memorised",), "% of the wrong training labels"),
+        "Wrong labels learned": (("memorized",), "% of the wrong training labels"),
     }
     strips = [strip(title, _groups(final, *at, scale=100), x_label=label) for title, (at, label) in kinds.items()]
     caption = "One marker for each seed; the bar is their mean, the line one standard deviation to both sides."
@@ -161,7 +161,7 @@ def slices(final: Results) -> Markup:
             x_label = "random direction, in filter norms"
             pictures.append(curves(f"On {data}", lines, x_label=x_label, y_label=y_label, log=log))
     caption = (
-        "One filter-normalised random direction for each seed, the same draw for every method; mean and range over "
+        "One filter-normalized random direction for each seed, the same draw for every method; mean and range over "
         "seeds. At ±1 every filter has moved by its own norm."
     )
     return figure(panels(*pictures), caption)
@@ -182,7 +182,7 @@ def planes(final: Results, data: str) -> Markup | None:
         for name, plane in landscapes.items()
     ]
     caption = (
-        f"Loss on {data} over the plane of two filter-normalised random directions, first seed; the cross is where "
+        f"Loss on {data} over the plane of two filter-normalized random directions, first seed; the cross is where "
         "training ended. All planes share one scale, with bands at equal ratios of the loss. The directions are one "
         "draw, scaled to the filters of each network."
     )

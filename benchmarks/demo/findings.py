@@ -170,7 +170,7 @@ def flatter_went_with(taus: Sequence[Mapping[str, Any]]) -> str:
 
 
 def interpolation_note(final: Results) -> str:
-    """Does a low training-set curvature mislead, as it does once SGD has memorised the noise?"""
+    """Does a low training-set curvature mislead, as it does once SGD has memorized the noise?"""
     paths = {
         "loss": ("measures", NOISY, "loss", "value"),
         "curvature": ("measures", NOISY, "lambda_max", "value"),
@@ -238,7 +238,7 @@ def values_by_epoch(final: Results, method: str, curve: str) -> list[list[float]
 
 def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
     head = ["", "test %, last epoch", "test %, best epoch", "wrong labels learned %", "loss, train", "SAM ball, train"]
-    rates = (("last", "test_accuracy"), ("best", "test_accuracy"), ("memorised",))
+    rates = (("last", "test_accuracy"), ("best", "test_accuracy"), ("memorized",))
     measures = [("measures", NOISY, measure, "value") for measure in ("loss", "sam_ball")]
     rows = [
         [

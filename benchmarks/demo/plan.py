@@ -1,4 +1,4 @@
-"""What the demo runs: five methods from the same initialisations, each tuned with the same budget, on noisy digits."""
+"""What the demo runs: five methods from the same initializations, each tuned with the same budget, on noisy digits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def tuning_seeds(self) -> range:
-        """Seeds (of labels, initialisation and order) that no reported run uses."""
+        """Seeds (of labels, initialization and order) that no reported run uses."""
         return range(1000, 1000 + self.num_tuning_seeds)
 
 
@@ -130,7 +130,7 @@ def recipe(plan: Plan, method: str, value: float | None, seed: int) -> dict[str,
 
 
 def balls(chosen: Mapping[str, float]) -> dict[str, Ball]:
-    """The neighbourhoods that SAM and ASAM minimise over, by the name of their measure."""
+    """The neighborhoods that SAM and ASAM minimize over, by the name of their measure."""
     return {"sam_ball": Ball(chosen["sam"]), "asam_ball": Ball(chosen["asam"], adaptive=True)}
 
 

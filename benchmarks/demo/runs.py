@@ -36,7 +36,7 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     start = time.thread_time()
     splits = load(Options(**{key: job[key] for key in ("label_noise", "seed", "validation_fraction")}))
-    model = initialised(splits, job["seed"])
+    model = initialized(splits, job["seed"])
     watch = monitor(model, splits, job) if job.get("plane") else None
     curves, failed = train(model, optimizer_for(model, job), splits, job, watch)
     result: dict[str, Any] = {"job": dict(job), "fingerprint": fingerprint(job), "curves": curves, "failed": failed}
@@ -53,7 +53,7 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def initialised(splits: Splits, seed: int) -> nn.Module:
+def initialized(splits: Splits, seed: int) -> nn.Module:
     """The same weights for every method with this seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
@@ -160,7 +160,7 @@ def labels_learned(model: nn.Module, splits: Splits) -> dict[str, float]:
     wrong = given != splits.clean_train_labels
     said = model.eval()(images[wrong]).argmax(1)
     return {
-        "memorised": float((said == given[wrong]).double().mean()),
+        "memorized": float((said == given[wrong]).double().mean()),
         "corrected": float((said == splits.clean_train_labels[wrong]).double().mean()),
     }
 

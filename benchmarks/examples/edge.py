@@ -2,7 +2,7 @@
 
     python -m benchmarks.examples.edge [--steps 6000] [--out picture.png] [--json FILE]
 
-400 digits in every step (full batch), standardised pixels, a 64-40-10 tanh network, mean squared error, lr 1.25, no
+400 digits in every step (full batch), standardized pixels, a 64-40-10 tanh network, mean squared error, lr 1.25, no
 momentum. The largest eigenvalue rises in training until steps overshoot along its eigenvector: on a quadratic at
 
     2 / lr                                                 gradient descent

@@ -49,7 +49,7 @@ def converted(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def probe(model: nn.Module, train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Accuracy on `test` of ridge regression to one-hot labels on the normalised features of `train`."""
+    """Accuracy on `test` of ridge regression to one-hot labels on the normalized features of `train`."""
 
     def features(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         model.eval()

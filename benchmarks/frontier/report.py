@@ -95,7 +95,7 @@ def _colour(task: Task, row: Row) -> int:
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Ascending values, moved so that neighbours are `gap` apart at least, around the same mean."""
+    """Ascending values, moved so that neighbors are `gap` apart at least, around the same mean."""
     moved = list(values)
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gap)

@@ -140,7 +140,7 @@ def compare(rows: list[Row], rounds: int, device: str) -> list[dict[str, Any]]:
     return [{"row": r.name, "bar": r.bar, "seconds": times[r.name], "found": outcomes[r.name]} for r in rows]
 
 
-def summarise(result: dict[str, Any]) -> None:
+def summarize(result: dict[str, Any]) -> None:
     """Adds ratios of times and memory, and of the products that equal standard errors would take."""
     ours, peer = result["seconds"]["ours"], result["seconds"]["peer"]
     if not peer:
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = rows_of(problem_of(settings), settings.rows)
     results = compare(rows, 1 if settings.quick else settings.rounds, settings.device)
     for row, result in zip(rows, results, strict=True):
-        summarise(result)
+        summarize(result)
         if not settings.quick:
             sides = ["ours", "peer"] if row.peer else ["ours"]
             result["megabytes"] = {side: peak_memory(settings, row.name, side) for side in sides}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.demo.runs import initialised
+from benchmarks.demo.runs import initialized
 from benchmarks.machine import commit, processor
 from benchmarks.train.batches import MemoryBatches
 from benchmarks.train.data import load
@@ -71,7 +71,7 @@ def cost(name: str, *, steps: int, budget: float, size: int, batch: int, device:
 def warm(rho: float, *, epochs: int, rows_per_epoch: int) -> dict[str, Any]:
     """Digits with 40 % wrong labels, a network of three convolutions, a cosine schedule: lambda_max of 256 examples."""
     splits = load(Options(label_noise=0.4, seed=0, validation_fraction=0.2))
-    model = initialised(splits, 0)
+    model = initialized(splits, 0)
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     optimizer = SAM.wrap(base, rho=rho, module=model) if rho else base
     batches = MemoryBatches(

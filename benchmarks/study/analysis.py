@@ -201,8 +201,8 @@ def headline(comparisons: Sequence[Mapping[str, Any]], table: Table, level: floa
     n, goal = len(rows), name(target)
     if n == 1:
         first = {
-            1: f"{capitalised(rows[0]['measure'])} rises with {goal}",
-            -1: f"{capitalised(rows[0]['measure'])} falls with {goal}",
+            1: f"{capitalized(rows[0]['measure'])} rises with {goal}",
+            -1: f"{capitalized(rows[0]['measure'])} falls with {goal}",
         }
         text = first.get(rising - falling, f"No evidence that {rows[0]['measure']} goes with {goal}")
     elif unclear == n:
@@ -249,7 +249,7 @@ def conclusion(
     rows = [row for row in comparisons if row["target"] == target]
     computed = [row for row in rows if row["tau"] is not None]
     if not computed:
-        return f"{capitalised(name(target))}: not computed ({rows[0].get('reason') if rows else 'no measures'})."
+        return f"{capitalized(name(target))}: not computed ({rows[0].get('reason') if rows else 'no measures'})."
     groups: dict[str, list[str]] = {}
     for row in computed:
         groups.setdefault(verdict(row, table.given, level), []).append(str(row["measure"]))
@@ -263,8 +263,8 @@ def conclusion(
     if closer:
         who = "every measure" if len(closer) == len(computed) else listed(closer)
         verb = "follow" if len(closer) > 1 and len(closer) < len(computed) else "follows"
-        text += f". {capitalised(who)} {verb} the {name(table.held[0])} more closely"
-    return f"{capitalised(name(target))}: {text}."
+        text += f". {capitalized(who)} {verb} the {name(table.held[0])} more closely"
+    return f"{capitalized(name(target))}: {text}."
 
 
 def table_size(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -291,5 +291,5 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def capitalised(text: str) -> str:
+def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import paired
 from benchmarks.paired import LEVEL
-from benchmarks.study.analysis import UNITS, capitalised, labelled, name
+from benchmarks.study.analysis import UNITS, capitalized, labelled, name
 from benchmarks.study.config import Config, Range
 from sam_optim.core.errors import InputError, show, unknown
 from sam_optim.core.files import PATIENCE, locked, write_json
@@ -141,7 +141,7 @@ def write(comparisons: Sequence[Row], out: Path, runs: Runs) -> int:
         write_json(out / "compare.json", {"comparisons": list(comparisons), "about": runs.about})
         path = write_page(out / "compare.html", content)
     for one in comparisons:
-        title = ", ".join(filter(None, [capitalised(name(one["target"])), _setting(one)]))
+        title = ", ".join(filter(None, [capitalized(name(one["target"])), _setting(one)]))
         show(f"\n{title}\n{text_table(_head(one), _body(one))}")
     if not runs.about.get("complete", True):
         print(f"\nThe study is not complete: {runs.about['tally']}.")
@@ -165,7 +165,7 @@ def page(comparisons: Sequence[Row], runs: Runs) -> Markup:
         ones = [one for one in comparisons if one["target"] == target]
         strips = [strip(_setting(one) or "all", _groups(one), x_label=labelled(target)) for one in ones]
         tables = [html_table(_head(one), _body(one), _setting(one) or "all", best=_best(one)) for one in ones]
-        parts.append(section(capitalised(name(target)), panels(*strips), *tables))
+        parts.append(section(capitalized(name(target)), panels(*strips), *tables))
     notes = (
         "A marker is a run; the bar is the mean with one standard deviation (n - 1) to both sides. "
         "The best mean is set bold.",

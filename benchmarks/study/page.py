@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.analysis import Row, Table, capitalised, directions, labelled, listed, name, table_size
+from benchmarks.study.analysis import Row, Table, capitalized, directions, labelled, listed, name, table_size
 from sam_optim.core.text import MISSING, number, signed
 from sam_optim.report.figures import Group, Interval, heat_map, intervals, legend, scatter
 from sam_optim.report.page import Child, Markup, drawing, html_page, html_table, panels, render
 
-LEVELS = 6  # colours of a factor; with more values than that, neighbours share one
+LEVELS = 6  # colours of a factor; with more values than that, neighbors share one
 SHORT = {"gap": "gap", "ood_error": "corrupted error"}
 OVERALL, FIXED = ("tau", "low", "high"), ("within", "within_low", "within_high")
 
@@ -38,7 +38,7 @@ def page(table: Table, results: Row) -> Markup:
         size=table_size(results["comparisons"]),
         maps=_maps(table, results),
         comparisons=_comparisons(table, results),
-        scatters={capitalised(name(t)): _scatters(table, results, t, colours, style_of) for t in table.targets},
+        scatters={capitalized(name(t)): _scatters(table, results, t, colours, style_of) for t in table.targets},
         models=_models(table),
         failed=[f"{', '.join(f'{k} {v}' for k, v in f['levels'].items())}: {f['reason']}" for f in table.failed],
         **(_given(table, results) | {"colours": drawing(legend(colours, ordered=True))} if table.given else {}),
@@ -69,7 +69,7 @@ def _given(table: Table, results: Row) -> dict[str, Child]:
         for measure in table.measures:
             row = _row(results, measure, target)
             lines += [Interval(measure, *_numbers(row, OVERALL), 3), Interval("", *_numbers(row, FIXED), 0)]
-        plots.append(intervals(capitalised(name(target)), lines, x_label="tau", span=(-1.0, 1.0)))
+        plots.append(intervals(capitalized(name(target)), lines, x_label="tau", span=(-1.0, 1.0)))
     follows = {row["measure"]: row["tau"] for row in results["follows"]}
     rows = []
     for measure in table.measures:

@@ -380,7 +380,7 @@ def _check(options: Options) -> None:
             rho = 0.5 if name == "adaptive" else 0.05
             raise InputError(f"--{name.replace('_', '-')} needs a radius: give --sam-rho, e.g. {rho}")
     if options.adaptive and options.sam_norm_only:
-        raise InputError("--adaptive leaves normalisation parameters at T = 1, and --sam-norm-only moves no others")
+        raise InputError("--adaptive leaves normalization parameters at T = 1, and --sam-norm-only moves no others")
     if options.fsdp and options.amp == "fp16":
         raise InputError("--fsdp has no scaler for --amp fp16: use --amp bf16")
     if options.sched == "plateau" and options.warmup_epochs:

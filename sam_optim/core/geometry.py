@@ -120,7 +120,7 @@ class Ball:
         return [self.rho] * len(params)
 
     def ascent(self, grads: Tensors, params: Tensors) -> list[Tensor]:
-        """The d in the ball that maximises <g, d>: rho T^2 g / ||T g||_2, or rho T sign(g); 0 where g = 0."""
+        """The d in the ball that maximizes <g, d>: rho T^2 g / ||T g||_2, or rho T sign(g); 0 where g = 0."""
         chart = Chart(self, params)
         return chart.displacement(chart.steepest(chart.pull_back(grads)))
 

@@ -1,4 +1,4 @@
-"""Normalisation statistics and other buffers: kept over a pass that must not count; the mode a model is measured in."""
+"""Normalization statistics and other buffers: kept over a pass that must not count; the mode a model is measured in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def modules_of(*models: nn.Module) -> list[nn.Module]:
 
 
 class Buffers:
-    """A snapshot of every buffer of some modules: BatchNorm statistics and counters, spectral norm, quantiser ranges.
+    """A snapshot of every buffer of some modules: BatchNorm statistics and counters, spectral norm, quantizer ranges.
 
     `restore` brings back the values bit for bit in the same storage, and the same tensor object where the model has
     assigned another one in between. What has changed its shape stays: a cache that has grown, whose length the model
@@ -104,7 +104,7 @@ def _writable(buffer: Tensor) -> bool:
 
 @contextmanager
 def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
-    """The model in eval mode; with `batch_statistics` its normalisation layers use those of the batch instead of the
+    """The model in eval mode; with `batch_statistics` its normalization layers use those of the batch instead of the
     running ones. Training flags and buffers come back as they were, also after an exception."""
     flags = [(m, m.training) for m in model.modules()]
     buffers = Buffers()
@@ -141,7 +141,7 @@ def widened(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def statistics_in_use(model: nn.Module, *, batch_statistics: bool) -> str | None:
-    """What the layers with running statistics normalise by, in words; None for a model without such layers."""
+    """What the layers with running statistics normalize by, in words; None for a model without such layers."""
     layers = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
     if not any(m.track_running_stats for m in layers):
         return None

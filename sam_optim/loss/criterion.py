@@ -85,8 +85,8 @@ def normalized(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"normalize_logits=True needs outputs of shape (n, K), K >= 2, got {got}")
-    centred = outputs - outputs.mean(dim=1, keepdim=True)
-    return centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-10)
+    centered = outputs - outputs.mean(dim=1, keepdim=True)
+    return centered / torch.linalg.vector_norm(centered, dim=1, keepdim=True).clamp(min=1e-10)
 
 
 def check_matrix(criterion: Criterion | None, outputs: Any, matrix: str) -> None:

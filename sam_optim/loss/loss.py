@@ -61,7 +61,7 @@ class Loss:
             (inputs..., target), or a mapping with "labels" that the model takes as keywords.
         forward: (model, batch) -> (outputs, target), for batches and models of other forms.
         normalize_logits: the outputs o, (n, K), become (o - mean o) / ||o - mean o|| of each example.
-        batch_statistics: normalisation layers use the statistics of the batch instead of the running ones; a different
+        batch_statistics: normalization layers use the statistics of the batch instead of the running ones; a different
             function of w, so results say which.
         device: where batches are moved; None is where the parameters are.
         distributed: False measures on each rank alone; None is True where a process group of several ranks runs.

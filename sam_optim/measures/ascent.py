@@ -40,7 +40,7 @@ def evaluate(loss: Loss, chart: Chart, u: Point) -> tuple[float, Point]:
 class Climb:
     """One ascent in the unit ball, from the point u with the loss `value` and the gradient v.
 
-    A step goes all the way to the point of the ball that is best for the linearised loss (conditional gradient with a
+    A step goes all the way to the point of the ball that is best for the linearized loss (conditional gradient with a
     full step: the power method where the loss is quadratic, a vertex in the sup norm), with the gradient extrapolated
     from the last two:
 

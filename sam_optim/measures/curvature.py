@@ -39,7 +39,7 @@ def hessian_eigenvalues(
 
         T M T x = lambda x,   ||x||_2 = 1,   M = d^2 L / dw^2 or another curvature matrix, T = 1 or that of a ball
 
-    Lanczos with full re-orthogonalisation. Eigenvalues are found as often as they occur where there are at most 200
+    Lanczos with full re-orthogonalization. Eigenvalues are found as often as they occur where there are at most 200
     parameters (all products are taken) or few different values (the Krylov space ends, and another one begins); of
     equal ones in a larger, rich spectrum only one may be found.
 

@@ -35,7 +35,7 @@ def spectral_density(
         p(t) = 1/P sum_j N(t; lambda_j, width^2)  ~  1/n sum_i sum_k y_ik^2 N(t; theta_ik, width^2)
 
     theta_ik and y_ik: Ritz values of probe i and the first entries of the Ritz vectors, from `num_lanczos` steps of
-    Lanczos with full re-orthogonalisation from a random direction. One eigenvalue in P weighs 1 / P: outliers show at
+    Lanczos with full re-orthogonalization from a random direction. One eigenvalue in P weighs 1 / P: outliers show at
     their place, but with a weight that is uncertain.
 
     Args:
@@ -57,7 +57,7 @@ def spectral_density(
     Raises:
         ValueError: num_probes or num_lanczos < 1, num_points < 2, width <= 0, or an unknown matrix.
 
-    Source: stochastic Lanczos quadrature as in arXiv:1901.10159, with full re-orthogonalisation.
+    Source: stochastic Lanczos quadrature as in arXiv:1901.10159, with full re-orthogonalization.
     """
     if num_probes < 1 or num_lanczos < 1 or num_points < 2:
         got = f"{num_probes}, {num_lanczos} and {num_points}"

@@ -371,6 +371,6 @@ def _trace_of_square(gram: Tensor, sizes: Tensor) -> float:
     if d < 2:
         return math.nan
     root, p = sizes.sqrt(), sizes / sizes.sum()
-    centred = gram - (gram @ p)[:, None] - (p @ gram) + p @ gram @ p
-    c = root[:, None] * centred * root
+    centered = gram - (gram @ p)[:, None] - (p @ gram) + p @ gram @ p
+    c = root[:, None] * centered * root
     return max(float(c.square().sum() - c.trace().square() / d) / ((d - 1) * (d + 2)), 0.0)

@@ -1,4 +1,4 @@
-"""Lanczos with full re-orthogonalisation: extreme eigenvalues of a symmetric matrix that is known by its products."""
+"""Lanczos with full re-orthogonalization: extreme eigenvalues of a symmetric matrix that is known by its products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sam_optim.measures.shared import dot, norm
 
-ROWS = 8  # basis vectors in one block of memory: two matrix products orthogonalise against all of them
+ROWS = 8  # basis vectors in one block of memory: two matrix products orthogonalize against all of them
 
 
 @dataclass

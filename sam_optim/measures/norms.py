@@ -23,7 +23,7 @@ def fisher_rao_norm(loss: Loss, *, matrix: str = "fisher", progress: Progress | 
 
     How strongly the predictions react to a common relative change of all weights: to leading order, the KL divergence
     after w -> (1 + eps) w is eps^2 / 2 times this. It does not change where the weights are rescaled and the function
-    is not (positive factors between ReLU layers, before normalisation), because w and F change inversely.
+    is not (positive factors between ReLU layers, before normalization), because w and F change inversely.
 
     Args:
         loss: L with a criterion of logits (n, K), for the exact Fisher matrix. w are its trainable parameters.

@@ -90,7 +90,7 @@ def worst_case_sharpness(
     Raises:
         ValueError: rho is 0, balls that differ in more than rho, or num_steps or num_restarts < 1.
 
-    Source: arXiv:2302.07011, whose search is Auto-PGD along T g. The point that maximises the linear part is along
+    Source: arXiv:2302.07011, whose search is Auto-PGD along T g. The point that maximizes the linear part is along
     T^2 g, as in SAM and ASAM (arXiv:2010.01412, arXiv:2102.11600): in adaptive balls it finds up to a third more.
     """
     _check_loss(loss)
@@ -222,7 +222,7 @@ def average_sharpness(
     Args:
         loss: L, at the weights w, P entries in total.
         ball: T, and as its rho sigma, the standard deviation (p = 2) or largest size (p = inf) of the noise on each
-            weight in units of T. The noise is not normalised: ||T^-1 d||_2 is about sigma sqrt(P), and not within a
+            weight in units of T. The noise is not normalized: ||T^-1 d||_2 is about sigma sqrt(P), and not within a
             radius (see `average_in_ball`). A sequence of balls that differ in rho alone gives a list of results, in its
             order, with the same draws of z and one pass at w for all.
         num_samples: draws for each batch, each of them one evaluation of its loss.

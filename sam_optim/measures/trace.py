@@ -266,7 +266,7 @@ def _probes(
 
 
 def _controlled(quadratics: Sequence[float], controls: Sequence[float]) -> list[float]:
-    """a_i - c_i k_i for a = z^T A z and k = z^T L z - tr L, of mean 0; c_i minimises the variance of the probes but i,
+    """a_i - c_i k_i for a = z^T A z and k = z^T L z - tr L, of mean 0; c_i minimizes the variance of the probes but i,
     and so is independent of k_i."""
     n = len(quadratics)
     a, k = torch.tensor([quadratics, controls], dtype=torch.float64)

@@ -56,7 +56,7 @@ class Perturbation:
         module: the model, in its DDP or FSDP wrapper if it has one, or a list of modules that a pass runs through. With
             it their buffers (BatchNorm statistics, ...) and the parameters that the optimizer does not step are, after
             the second pass, those of the first; `state_dict()` holds the clean weights also while they are perturbed;
-            DDP synchronises only the second gradient, so that each rank has its own perturbation.
+            DDP synchronizes only the second gradient, so that each rank has its own perturbation.
         sync_ascent: with DDP, True for one perturbation by the gradient of all ranks. FSDP and tensor parallel have
             no other.
         foreach: as in torch.optim. None chooses.

@@ -115,7 +115,7 @@ def published(directory: Path) -> Published | None:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits: float32 (N, 1, 8, 8), normalised by the first `DIGITS_TRAIN`, and their labels."""
+    """scikit-learn's 1,797 digits: float32 (N, 1, 8, 8), normalized by the first `DIGITS_TRAIN`, and their labels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:

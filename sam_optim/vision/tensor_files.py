@@ -27,7 +27,7 @@ SAFE_TORCH = (2, 10)  # before it, a crafted pickle gets past weights_only=True
 TRUST = "SAM_OPTIM_TRUST_PICKLES"
 LARGE = 1 << 30  # bytes: up to here nobody asks whether a size is true
 OTHER_FORMATS = {  # how a file begins -> what it is, and what to do
-    b"GGUF": "a GGUF file of llama.cpp, whose weights are quantised; give the checkpoint that it was made from",
+    b"GGUF": "a GGUF file of llama.cpp, whose weights are quantized; give the checkpoint that it was made from",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras), not one of PyTorch",
     b"version https://git-lfs": "a Git LFS pointer and not the file itself: run `git lfs pull`",
     b"<!doctype html": "a web page and not the file itself: download it again",

@@ -109,7 +109,7 @@ def test_two_hundred_kills_at_random_times_while_saving(tmp_path, victims):
 
 
 def test_saving_is_durable_before_it_is_visible(tmp_path, monkeypatch):
-    """A power cut loses what has not been synchronised: content, then name, then the directory that holds the name."""
+    """A power cut loses what has not been synchronized: content, then name, then the directory that holds the name."""
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)

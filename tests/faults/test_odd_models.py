@@ -230,7 +230,7 @@ def image_model(norm) -> nn.Module:
 
 
 class RunningRange(nn.Module):
-    """What a quantiser keeps: buffers that are replaced, not written to."""
+    """What a quantizer keeps: buffers that are replaced, not written to."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +252,7 @@ NORMS = {
     "spectral": lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(16, 3)
     ),
-    "quantiser": lambda: image_model(RunningRange()),
+    "quantizer": lambda: image_model(RunningRange()),
 }
 
 

@@ -123,7 +123,7 @@ def test_the_steady_state_waits_for_nothing_and_allocates_nothing():
 
 def network():
     torch.manual_seed(0)
-    # no bias before the normalisation: its gradient is rounding alone, which Adam makes steps of full length of
+    # no bias before the normalization: its gradient is rounding alone, which Adam makes steps of full length of
     return nn.Sequential(nn.Linear(20, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 5)).to(DEVICE)
 
 

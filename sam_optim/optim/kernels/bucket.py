@@ -47,7 +47,7 @@ class Ascent(NamedTuple):
 class Bucket:
     """Weights of one group that move together, of one dtype on one device.
 
-    p: 2 or inf. rho: the radius, negative where the loss is maximised. T is |w| + eta where eta is given, else `t`
+    p: 2 or inf. rho: the radius, negative where the loss is maximized. T is |w| + eta where eta is given, else `t`
     (one tensor for each weight, broadcastable to it), else 1. params: as the user knows them. weights, grads, copies:
     their entries on this rank, as real tensors of equal shapes. noise: draws for stochastic rounding. groups: process
     groups over which the weights are spread. unit: what the ascent divides gradients by, so that their powers neither

@@ -186,7 +186,7 @@ def _flat(x: Tensor, w: Tensor) -> Tensor:
 
 
 def round_to(x: Tensor, dtype: torch.dtype, noise: Any) -> Tensor:
-    """x in `dtype`: the nearest value; with `noise` one of its two neighbours, so that the mean is x."""
+    """x in `dtype`: the nearest value; with `noise` one of its two neighbors, so that the mean is x."""
     near = x.to(dtype)
     if noise is None or dtype not in LOW_PRECISION:
         return near

@@ -153,7 +153,7 @@ def norm_partials(
 
 
 @triton.jit
-def finalise(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUMS: tl.constexpr):
+def finalize(buckets, partials, out, NUM: tl.constexpr, LANES: tl.constexpr, SUMS: tl.constexpr):
     """One program: out <- [||T g||_q, ||g||_2, ||T^2 g||_2 or ||T sign g||_2, factor] of each bucket, (NUM, 4).
 
     The factor is rho / ||T g||_2 with the norm over all buckets of p = 2 whose rho is not 0, and rho where p = inf; 0
@@ -369,7 +369,7 @@ class _Launcher:
                 launch(norm_partials, part.programs, *args, **part.constants, SUMS=self._sums)
             lanes = max(2, next_power_of_2(self._num_buckets))
             sizes = {"NUM": self._num_buckets, "LANES": lanes, "SUMS": self._sums}
-            launch(finalise, 1, tables[1], self._partials, self._out, **sizes)
+            launch(finalize, 1, tables[1], self._partials, self._out, **sizes)
             backups.expect(self._moved, self._complete)
             for k, part in enumerate(self._parts):
                 retained = self._out if part.retained is None else part.retained

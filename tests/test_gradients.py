@@ -420,6 +420,26 @@ def test_the_jackknife_over_batches(sizes, monkeypatch):
     assert 0.54 < (errors < 1).double().mean() < 0.82
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("num_batches", [4, 15])
+@pytest.mark.parametrize("eigenvalues", [[1.0] * 20, [i**-0.5 for i in range(1, 21)]], ids=["flat", "decay"])
+def test_intervals_of_the_noise_scale(sampled, num_batches, eigenvalues, monkeypatch):
+    """Of 600 samples, 92 to 98 % of the intervals hold the value of the distribution, or that of the sample itself. Where
+    one eigenvalue of the covariance outweighs all others it is a little less."""
+    offset = 3 * torch.ones(20, dtype=torch.float64)
+    examples, gradient = samples([1] * (8 * num_batches), 600, eigenvalues, offset)[1:]
+    truths = [math.fsum(x * x for x in eigenvalues) / float(gradient.square().sum())] * 600
+    if not sampled:
+        truths = [float(g.var(0, unbiased=False).sum() / g.mean(0).square().sum()) for g in examples]
+    loss = samples([8] * num_batches, 1, eigenvalues, offset)[0]
+    held = 0
+    for g, truth in zip(examples.view(600, num_batches, 8, -1).mean(2), truths, strict=True):
+        low, high = measured(monkeypatch, gradient_noise_scale, loss, g @ g.T, sampled=sampled).interval
+        held += low <= truth <= high
+    assert 0.92 <= held / 600 <= 0.98
+
+
 def test_a_gradient_that_is_noise_alone_has_no_scale():
     model = Quadratic(symmetric([3.0, 1.0, 0.2]))
     x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from sam_optim.measures.gram import (
     jackknife,
     pair_weights,
 )
-from sam_optim.measures.shared import Progress, Ticks, batch_weights, estimate, flat_product, settings
+from sam_optim.measures.shared import (
+    Progress,
+    Ticks,
+    batch_weights,
+    estimate,
+    flat_product,
+    settings,
+    student_half_width,
+)
 
 METRICS = ("euclidean", "fisher")
 DAMPING = 1e-3
@@ -222,7 +231,8 @@ def gradient_noise_scale(
         batches. Both nan for two batches. `details`: `trace` tr Sigma and `squared_gradient` ||G||^2 in squared units
         of the gradient; `effective_rank`, (tr Sigma)^2 / tr Sigma^2; `mean_norm`, `root_mean_square_norm`,
         `gradient_norm`, `norms` as in `gradient_regret`. `converged` is False and the value nan where ||G||^2 <= 0;
-        sampled=True has no `interval` where ||G||^2 is below twice the noise in g, because a ratio has none there.
+        `interval` is symmetric in the logarithm, by a jackknife over batches; None for two, and with sampled=True where
+        ||G||^2 <= 0 without one of them. Where ||G||^2 is below its noise, tr Sigma / N, it may be too short.
 
     Raises:
         ValueError: one example, or one batch with batch statistics, where examples have no gradients of their own.
@@ -243,9 +253,8 @@ def gradient_noise_scale(
     if sampled:
         stderr = jackknife(lambda gram, sizes: _ratio(*_noise(gram, sizes, sampled=True)), gram, loss.batch_weights)
     else:
-        variance = 2 * second_moment * float(1 - (1 / sizes).mean()) / (len(p) - 1)
+        variance = 2 * second_moment * _unseen(sizes) / (len(p) - 1)
         stderr = math.sqrt(variance) / squared if squared > 0 else math.nan
-    is_lost = sampled and squared < 2 * trace / float(sizes.sum())
     why = None
     if math.isfinite(trace) and not squared > 0:
         why = (
@@ -253,11 +262,10 @@ def gradient_noise_scale(
             if sampled
             else "the gradient of the whole loss is 0"
         )
-    return estimate(
+    result = estimate(
         value,
         stderr,
         num_samples=len(p),
-        half_width=math.nan if is_lost else None,
         reason=why,
         details=_norms(gram, p)
         | {
@@ -267,6 +275,27 @@ def gradient_noise_scale(
         },
         settings=settings("gradient_noise_scale", loss, ball=ball, sampled=sampled),
     )
+    return replace(result, interval=_interval_of_ratio(value, gram, sizes, sampled) if stderr else result.interval)
+
+
+def _unseen(sizes: Tensor) -> float:
+    """The part of the covariance of examples that batches of these sizes leave to chance; 0 for single examples."""
+    return max(float(1 - (1 / sizes).mean()), 0.0)
+
+
+def _interval_of_ratio(value: float, gram: Tensor, sizes: Tensor, sampled: bool) -> tuple[float, float] | None:
+    """Student's interval of the logarithm, by a jackknife over batches; None where a logarithm is not finite."""
+
+    def log_ratio(gram: Tensor, sizes: Tensor) -> float:
+        trace, squared = _noise(gram, sizes, sampled=True)
+        ratio = trace / (squared if sampled else 1.0) if squared else math.nan  # else ||g|| is known
+        return math.log(ratio) if ratio > 0 else math.nan
+
+    stderr = jackknife(log_ratio, gram, sizes.tolist())
+    if not sampled:  # the whole is what the batches are parts of
+        stderr *= math.sqrt(_unseen(sizes))
+    factor = math.exp(min(student_half_width(stderr, len(sizes)), 700.0))
+    return (value / factor, value * factor) if math.isfinite(stderr + value) else None
 
 
 def _check_batches(loss: Loss, why: str) -> None:

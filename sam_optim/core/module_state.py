@@ -125,19 +125,37 @@ def measured(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
 
 
 @contextmanager
-def widened(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters and buffers of fewer bits as copies in `dtype`. They come back in their storage, bit for bit."""
-    tensors = {id(x): x for x in (*module.parameters(), *module.buffers())}
-    narrow = [(x, x.data) for x in tensors.values() if x.is_floating_point() and x.itemsize < dtype.itemsize]
+def widened(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Parameters and buffers of fewer bits as copies in `dtype`, and no hooks on the gradients of parameters, which may
+    change them or do more than that. All come back in their storage, bit for bit, with their hooks.
+
+    The tensor objects stay, and hold other implementations meanwhile: `x.data = ...` of another dtype would part a
+    parameter from its accumulator of gradients, and so from the hooks on that, by which DDP averages.
+    """
+    tensors = {} if is_scripted(module) else {id(x): x for x in (*module.parameters(), *module.buffers())}
+    replaced = []
+    for x in tensors.values():
+        narrow = dtype is not None and x.is_floating_point() and x.itemsize < dtype.itemsize
+        if narrow or x._backward_hooks:
+            other = x.detach().to(dtype if narrow else x.dtype).requires_grad_(x.requires_grad)
+            replaced.append((x, other, x._cdata))
 
     def restore() -> None:
-        for x, data in narrow:
-            x.data = data
+        torch.clear_autocast_cache()  # whose weak references keep implementations from being swapped
+        for x, other, implementation in replaced:
+            if x._cdata != implementation:
+                torch._C._swap_tensor_impl(x, other)
 
+    torch.clear_autocast_cache()
     with undone(restore):
-        for x, data in narrow:
-            x.data = data.to(dtype)
+        for x, other, _ in replaced:
+            torch._C._swap_tensor_impl(x, other)
         yield
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether TorchScript holds implementations of tensors, out of reach: then nothing is widened."""
+    return any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
 
 
 def statistics_in_use(model: nn.Module, *, batch_statistics: bool) -> str | None:

@@ -24,7 +24,7 @@ from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joi
 from sam_optim.loss.criterion import Criterion, Forward
 from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
-from sam_optim.loss.passes import Passes, is_spread, may_be_in_ddp
+from sam_optim.loss.passes import Passes, is_spread
 from sam_optim.loss.pieces import Pieces
 from sam_optim.loss.weights import A_SUM, Weigher
 
@@ -48,7 +48,8 @@ class Loss:
     backend in second-order products, the only one with double backward.
 
     Weights in bfloat16 or float16 are measured in float32, in which a small step is not rounded away: inside each call
-    they are copies, and so are halves in the batches. Batches of few examples pass through the model together where
+    they are copies, and so are halves in the batches. Hooks on the gradients of parameters, such as masks and clipping,
+    are no part of L: they do not run in a measure, and stay for training. Batches of few examples pass through the model together where
     that is the same.
 
     Under torch.distributed each rank holds its share of the batches (`batches[rank::world_size]`; a share may be empty)
@@ -532,8 +533,8 @@ class Loss:
 
     def _in_float64(self) -> Loss | None:
         """The same loss with the weights widened to float64, where w + d is not rounded to the dtype of the model; None
-        for a device, a model or a criterion that cannot compute in it, and where DDP may hold the weights."""
-        if may_be_in_ddp():
+        for a device, a model or a criterion that cannot compute in it."""
+        if module_state.is_scripted(self.model):
             return None
         wide = self._copy(_passes=self._passes.in_float64(), _second={"by differences": False})
         try:

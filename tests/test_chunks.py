@@ -138,6 +138,9 @@ def test_sampled_fisher_is_unbiased_and_depends_on_the_contents_of_batches_alone
     assert not torch.equal(product_of(loss, "fisher_mc", seed=1), product_of(loss, "fisher_mc"))
     assert torch.equal(flat(loss.fisher_mc_product([torch.ones_like(p) for p in loss.params], seed=3)),
                        flat(loss.fisher_mc_product([torch.ones_like(p) for p in loss.params], seed=3)))  # fmt: skip
+    many = {"seed": 1, "draws": 20_000}
+    torch.testing.assert_close(product_of(pieces, "fisher_mc", **many), product_of(loss, "fisher_mc", **many))
+    torch.testing.assert_close(product_of(loss, "fisher_mc", **many), product_of(loss, "fisher"), rtol=0.05, atol=0.01)
     with pytest.raises(ValueError, match="softmax"):
         Loss(model, nn.MSELoss(), [(x, x[:, :3]) for x, _ in data]).fisher_mc_product(loss.params)
 

@@ -425,8 +425,8 @@ def test_the_jackknife_over_batches(sizes, monkeypatch):
 @pytest.mark.parametrize("num_batches", [4, 15])
 @pytest.mark.parametrize("eigenvalues", [[1.0] * 20, [i**-0.5 for i in range(1, 21)]], ids=["flat", "decay"])
 def test_intervals_of_the_noise_scale(sampled, num_batches, eigenvalues, monkeypatch):
-    """Of 600 samples, 92 to 98 % of the intervals hold the value of the distribution, or that of the sample itself. Where
-    one eigenvalue of the covariance outweighs all others it is a little less."""
+    """Of 600 samples, 92 to 98 % of the intervals hold the value of the distribution, or that of the sample itself.
+    Where one eigenvalue of the covariance outweighs all others it is a little less."""
     offset = 3 * torch.ones(20, dtype=torch.float64)
     examples, gradient = samples([1] * (8 * num_batches), 600, eigenvalues, offset)[1:]
     truths = [math.fsum(x * x for x in eigenvalues) / float(gradient.square().sum())] * 600

@@ -17,6 +17,7 @@ from sam_optim.measures import (
     hessian_frobenius_norm,
     hessian_trace,
     relative_flatness,
+    spectral_density,
 )
 
 EPS = torch.finfo(torch.float64).eps
@@ -283,6 +284,19 @@ def test_errors_of_drawn_labels_hold_their_draw(measure):
         results = [measure(loss, matrix="fisher_mc", num_probes=60, seed=seed) for seed in range(50)]
     check_calibration(results, exact)
     assert sum(low <= exact <= high for low, high in (x.interval for x in results)) >= 43  # 47.5 +- 1.5
+
+
+def test_drawn_labels_in_eigenvalues_and_densities():
+    model, data = network(mlp).eval(), batches(mlp, (12,))
+    loss, f = Loss(model, cross_entropy, data), Dense(model, cross_entropy, whole(data)).matrix("fisher")
+    exact = torch.linalg.eigvalsh(f)[-2:].flip(0)
+    results = [hessian_eigenvalues(loss, matrix="fisher_mc", num=2, seed=seed) for seed in range(50)]
+    within = torch.stack([(x.eigenvalues - exact).abs() <= 2 * x.errors for x in results]).sum(0)
+    assert (within >= 43).all()
+    assert float(torch.stack([x.errors for x in results]).mean(0)[0]) < 0.2 * float(exact[0])
+    densities = [spectral_density(loss, matrix="fisher_mc", num_lanczos=5, seed=seed) for seed in range(50)]
+    means = [(x.details["moments"][0], x.details["moment_stderr"][0]) for x in densities]
+    assert sum(abs(mean - float(f.trace()) / len(f)) <= 2.26 * stderr for mean, stderr in means) >= 43
 
 
 def test_drawn_labels_in_the_diagonal():

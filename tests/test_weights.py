@@ -7,7 +7,10 @@ import pytest
 import torch
 from networks import Dense, batches, flat, like, mlp, network
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sam_optim.loss import MATRICES, Loss
 from sam_optim.measures import gradient_noise_scale, hessian_eigenvalues
@@ -276,6 +279,48 @@ def test_cross_entropy_of_large_vocabularies_in_closed_form():
             torch.testing.assert_close(
                 flat(built_in.ggn_product(v)), flat(general.ggn_product(v)), rtol=1e-9, atol=1e-12
             )
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of large storages that were alive at once, of those that operations returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).nbytes() > 2**20:
+                self.alive[StorageWeakRef(storage)] = storage.nbytes()
+        self.alive = {ref: n for ref, n in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matrix", ["ggn", "fisher"])
+def test_the_memory_of_a_large_vocabulary_is_little_more_than_the_logits(matrix):
+    torch.manual_seed(0)
+    vocabulary, n, length = 50_000, 8, 128
+    rows = matrix == "fisher"  # a batch of tokens, (N, V); else of sequences, (n, V, length)
+    x, y = torch.randint(50, (n, length)), torch.randint(vocabulary, (n, length))
+    head = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, vocabulary, bias=False))
+    model = head if rows else nn.Sequential(head, nn.Flatten(0, 1), nn.Unflatten(0, (-1, length)), Transposed())
+    data = [(x.flatten(), y.flatten())] if rows else [(x, y)]
+    logits = 4 * n * length * vocabulary
+    with Peak() as memory, Loss(model, nn.CrossEntropyLoss(), data).curvature(matrix) as product:
+        result = product([torch.ones_like(p) for p in model.parameters()])
+    assert memory.peak < 2.2 * logits  # a forward pass takes 2: the criterion has the logarithms of softmax
+    g, w = head[0](x).detach().flatten(0, 1), head[1].weight.detach()  # d = J v of the logits, by hand
+    p, d = (g @ w.T).softmax(1), (g.sum(1)[:, None] + w.sum(1))
+    covariance = (p * (d - (p * d).sum(1, keepdim=True))) / len(p)
+    torch.testing.assert_close(result[1], covariance.T @ g, rtol=1e-3, atol=1e-7)
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
 
 
 class Graphs:

@@ -18,6 +18,7 @@ PROBE = 8  # examples whose graph is weighed
 # faster: they stay in the cache, and the allocator gives their memory back. Fixed numbers and not what is free: what
 # ran before must not change the pieces, and with them the rounding.
 GRAPH_BYTES, KEPT_BYTES = 2**27, 7 * 2**27
+COPIES = 4  # of outputs: themselves, J v, M J v, and what is in between
 DEVICE_SHARE = 8  # one graph on a device may take this part of its memory, and all that are kept as much
 
 
@@ -33,6 +34,7 @@ class Curvature:
             is no such sum.
         sharding: where the sum goes on over ranks.
         chunk_size: examples in a piece; None: as many as GRAPH_BYTES allow.
+        output_bytes: of an example, which no graph counts; COPIES of a piece's are held during a product.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class Curvature:
         sharding: Sharding,
         *,
         chunk_size: int | None = None,
+        output_bytes: int = 0,
     ):
         self._params, self._batches, self._product, self._shares = params, batches, product, shares
         self._sharding, self._chunk_size = sharding, chunk_size
         self._graph_bytes, self._kept_bytes = budgets(params[0].device)
+        self._output_bytes = output_bytes
         self._divisions: list[tuple[int, Sequence[float]]] = []  # of each batch: size of a piece, and their shares
         self._kept: list[tuple[float, Product]] = []
         self._all_kept = False
@@ -80,12 +84,13 @@ class Curvature:
     def _keep_first(self) -> None:
         """A loss of one piece keeps its graph whatever that takes: streaming it would need no less."""
         saved, heaviest = SavedBytes(self._params), 0.0
-        for weight, _, piece in self.pieces():
+        for weight, k, piece in self.pieces():
             if self._kept and saved.count + heaviest * weight > self._kept_bytes:
                 return
             before = saved.count
             with saved.counting():
                 product = self._product(piece, True)
+            saved.count += k * self._output_bytes
             if saved.count > self._kept_bytes and weight < 1:
                 return
             self._kept.append((weight, product))
@@ -94,14 +99,16 @@ class Curvature:
 
     def _division(self, batch: Any, n: int) -> tuple[int, Sequence[float]]:
         """How many examples of this batch go through one graph, and the shares of the pieces."""
-        size = self._chunk_size
-        if n <= (size or PROBE) or len(divided(batch, n, 1)) == 1:
+        size, most = self._chunk_size, max(self._graph_bytes // max(COPIES * self._output_bytes, 1), 1)
+        if n <= min(size or PROBE, most) or len(divided(batch, n, 1)) == 1:
             return n, [1.0]
-        if size is None:
+        if size is None and most <= PROBE:
+            size = most
+        elif size is None:
             saved = SavedBytes(self._params)
             with saved.counting():
                 self._product(part(batch, 0, PROBE), True)
-            size = max(PROBE, int(self._graph_bytes * PROBE // max(saved.count, 1)))
+            size = min(most, max(PROBE, int(self._graph_bytes * PROBE // max(saved.count, 1))))
         shares = self._shares(batch, n, size) if size < n else None
         return (n, [1.0]) if shares is None else (size, shares)
 

@@ -31,7 +31,8 @@ from sam_optim.loss.weights import A_SUM, Weigher
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
 JOINED = 128  # examples of small batches that pass through the model together, at most
-CHECKED = 2  # examples for which second derivatives are checked
+CHECKED = 2  # examples for which second derivatives are checked; one, where its outputs alone are so many bytes:
+MANY_OUTPUT_BYTES = 2**22
 
 T = TypeVar("T")
 
@@ -48,9 +49,9 @@ class Loss:
     backend in second-order products, the only one with double backward.
 
     Weights in bfloat16 or float16 are measured in float32, in which a small step is not rounded away: inside each call
-    they are copies, and so are halves in the batches. Hooks on the gradients of parameters, such as masks and clipping,
-    are no part of L: they do not run in a measure, and stay for training. Batches of few examples pass through the model together where
-    that is the same.
+    they are copies, and so are halves in the batches. Hooks on the gradients of parameters (masks, clipping) are no
+    part of L: they do not run in a measure, and stay for training. Batches of few examples pass through the model
+    together where that is the same.
 
     Under torch.distributed each rank holds its share of the batches (`batches[rank::world_size]`; a share may be empty)
     and all ranks make the same calls: each gets the numbers of one process that holds all of them.
@@ -226,10 +227,10 @@ class Loss:
         return self._product("fisher_mc", v, seed=seed)
 
     @contextmanager
-    def curvature(self, matrix: str = "hessian", *, seed: int = 0) -> Iterator[products.Product]:
+    def curvature(self, matrix: str = "hessian", *, seed: int = 0, draws: int = 1) -> Iterator[products.Product]:
         """v -> M v at fixed weights, for many products in a row: graphs are kept between them as far as 896 MiB (on a
         device, an eighth of its memory) go, which saves 40 % of the time; the rest is streamed, one at a time.
-        `seed` is of the labels of "fisher_mc", which depend on it and on the contents of their batch alone."""
+        "fisher_mc" has `draws` labels for each example, which depend on `seed` and the contents of a batch alone."""
         if matrix not in MATRICES + SAMPLED:
             raise ValueError(f"matrix must be one of {', '.join(MATRICES + SAMPLED)}, got {matrix!r}")
         if matrix in ("empirical_fisher", "fisher_mc") and self.batch_statistics:
@@ -237,7 +238,7 @@ class Loss:
         self._check_whole()
         self._weigh()
         if self._uses_differences():
-            with self._by_differences(matrix, seed) as product:
+            with self._by_differences(matrix, seed, draws) as product:
                 yield product
             return
         weigher = self._weigher or Weigher(self.criterion, None, None)  # of a rank without batches
@@ -245,11 +246,12 @@ class Loss:
         with self._passes.evaluating(grad=True), sdpa_kernel(SDPBackend.MATH), self._passes.eager():
             yield Curvature(
                 self.params,
-                (lambda: self._with_draws(seed)) if matrix == "fisher_mc" else self._joined_batches,
+                (lambda: self._with_draws(seed, draws)) if matrix == "fisher_mc" else self._joined_batches,
                 pieces.product,
                 pieces.shares,
                 self._sharding,
                 chunk_size=self.num_examples if self.batch_statistics else self.chunk_size,
+                output_bytes=weigher.output_bytes,
             )
 
     @property
@@ -441,6 +443,7 @@ class Loss:
                 parts = [float(self._passes.loss(half)) for _, half in halves]
                 if all(parts) and abs(math.fsum(parts) - without) < 1e-3 * max(map(abs, parts)):
                     raise ValueError(A_SUM)
+        del outputs  # of a large vocabulary more than all the rest
         self._weigher, self._joins = weigher, 1
         if not any(map(is_spread, self.params)):
             room = budgets(self.device)[0] * n // max(self._check_one_function(batch, without), 1)
@@ -494,12 +497,12 @@ class Loss:
         self._weigh()
         return "examples" if self._weigher is None else self._weigher.rule
 
-    def _with_draws(self, seed: int) -> Iterator[tuple[float, int, Any]]:
-        """The same with (batch, (n_b,) uniform draws): those of a batch depend on the seed and its contents alone."""
+    def _with_draws(self, seed: int, draws: int) -> Iterator[tuple[float, int, Any]]:
+        """The same with (batch, (n_b, draws) uniform draws), which depend on the seed and its contents alone."""
         for weight, n, batch in self._weighted_batches():
             # hashed together: torch's generator reads the lower 32 bits of a seed alone
             stream = rng.Stream(zlib.crc32(f"{seed} {checksum(batch)}".encode()))
-            yield weight, n, (batch, stream.uniform_like(torch.empty(n, dtype=torch.float64)))
+            yield weight, n, (batch, stream.uniform_like(torch.empty(n, draws, dtype=torch.float64)))
 
     def _uses_differences(self) -> bool:
         """As chosen; or, once, as the first examples show: whether double backward is there, and right."""
@@ -511,7 +514,9 @@ class Loss:
         if not self._batches.sizes:
             return False
         n, batch = self._first(PROBE)
-        probe = self._over([divided(batch, n, CHECKED)[0][1]], Sharding(distributed=False))
+        assert self._weigher is not None
+        size = 1 if self._weigher.output_bytes > MANY_OUTPUT_BYTES and not self.batch_statistics else CHECKED
+        probe = self._over([divided(batch, n, size)[0][1]], Sharding(distributed=False))
         wide = probe._in_float64()
         try:
             with (wide or probe._copy(_second={"by differences": False})).curvature() as product:
@@ -551,12 +556,14 @@ class Loss:
         return by_differences.Differences(self.params, gradient_at)
 
     @contextmanager
-    def _by_differences(self, matrix: str, seed: int) -> Iterator[products.Product]:
+    def _by_differences(self, matrix: str, seed: int, draws: int) -> Iterator[products.Product]:
         """v -> M v where the graphs of the model have no derivative: of gradients, or J v of outputs."""
         wide = self._in_float64() or self._copy(_second={"by differences": False})
         wide._pushes = True
         dtypes = [x.dtype for x in self.zeros()]
-        of_matrix = nullcontext(wide._differences()) if matrix == "hessian" else wide.curvature(matrix, seed=seed)
+        of_matrix = (
+            nullcontext(wide._differences()) if matrix == "hessian" else wide.curvature(matrix, seed=seed, draws=draws)
+        )
         with wide._passes.widened(), of_matrix as compute:
 
             def product(v: Sequence[Tensor]) -> list[Tensor]:

@@ -97,8 +97,8 @@ class Passes:
 
     @contextmanager
     def widened(self) -> Iterator[None]:
-        """Weights and buffers in the precision of the passes; what autocast has cast before is cast anew (torch 2.8 gives
-        the casts of a pass without gradients to one that needs them)."""
+        """Weights and buffers in the precision of the passes. What autocast has cast before is cast anew: torch 2.8
+        gives the casts of a pass without gradients to one that needs them."""
         with ExitStack() as stack:
             for module in (self.model, self.criterion):
                 if isinstance(module, nn.Module):

@@ -96,7 +96,7 @@ class Pieces:
             batch, _ = batch
         pieces = divided(batch, n, size)
         few, _ = self._passes.outputs(part(batch, 0, min(size, PROBE) // 2 or 1))
-        first, _ = self._passes.outputs(pieces[0][1])
+        first, _ = self._passes.outputs(part(batch, 0, max(size, 2)))
         if not criteria.same_outputs(few, first):
             return None
         if self._weigher.is_sure:

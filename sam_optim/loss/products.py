@@ -51,14 +51,18 @@ def fisher(params: Sequence[Tensor], logits: Tensor, shares: Tensor, **how: Any)
 
 
 def fisher_mc(params: Sequence[Tensor], logits: Tensor, shares: Tensor, uniforms: Tensor, **how: Any) -> Product:
-    """v -> sum_i s_i g_i g_i^T v, g_i = J_i^T (p_i - e_y), with one label y ~ p_i = softmax(logits_i) for each example:
-    that at which the cumulative probabilities pass uniforms_i, (n,), on [0, 1)."""
+    """v -> sum_i s_i mean_k g_ik g_ik^T v, g_ik = J_i^T (p_i - e_y), with labels y ~ p_i = softmax(logits_i): those at
+    which the cumulative probabilities pass uniforms_ik, (n, draws), on [0, 1)."""
     p = logits.detach().softmax(dim=1)
     cumulative = p.double().cumsum(dim=1)
-    draw = uniforms.to(p.device)[:, None] * cumulative[:, -1:]  # the last sum is 1 only to rounding
-    labels = (cumulative <= draw).sum(dim=1).clamp(max=p.shape[1] - 1)
-    r = p - torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
-    return _sandwich(params, logits, lambda x: r * (r * x).sum(dim=1, keepdim=True) * shares[:, None], **how)
+    draw = uniforms.to(p.device) * cumulative[:, -1:]  # the last sum is 1 only to rounding
+    labels = torch.searchsorted(cumulative, draw, right=True).clamp(max=p.shape[1] - 1)
+
+    def covariance(x: Tensor) -> Tensor:
+        along = ((p * x).sum(dim=1, keepdim=True) - x.gather(1, labels)) / labels.shape[1]  # (p - e_y) x
+        return (p * along.sum(dim=1, keepdim=True)).scatter_add(1, labels, -along) * shares[:, None]
+
+    return _sandwich(params, logits, covariance, **how)
 
 
 def empirical_fisher(params: Sequence[Tensor], losses: Tensor, shares: Tensor, **how: Any) -> Product:

@@ -30,11 +30,14 @@ class Weigher:
     Attributes:
         is_sure: whether the mean over joined batches is the mean of theirs with these weights.
         is_blind: whether ignored labels would go unseen: `outputs.loss` is none that is known.
+        output_bytes: of the outputs of an example.
     """
 
     def __init__(self, criterion: Criterion | None, outputs: Any, target: Any):
         self.rule, self.is_sure, self.is_blind = "examples", True, False
         self._criterion, self._shift = criterion, 0
+        logits = getattr(outputs, "logits", outputs)
+        self.output_bytes = logits.nbytes // max(len(logits), 1) if isinstance(logits, Tensor) and logits.ndim else 0
         self._reference: tuple[Tensor, Tensor] | None = None
         keywords = getattr(criterion, "keywords", {})  # of a functools.partial
         function = getattr(criterion, "func", criterion)

@@ -12,12 +12,13 @@ from torch import Tensor
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
-from sam_optim.loss import Loss
+from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.lanczos import Lanczos, Ritz
-from sam_optim.measures.shared import Progress, Ticks, flat, flat_product, settings, unflat
+from sam_optim.measures.shared import DRAWS, Progress, Ticks, dot, flat, flat_product, other_seed, settings, unflat
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 STOP = ("residual", "value")
+REDRAWN = 4  # sets of other labels of "fisher_mc"
 SMALL = 200  # parameters: as many products are soon taken, and leave nothing out
 
 
@@ -49,8 +50,7 @@ def hessian_eigenvalues(
         ball: its T, for curvature per relative change of the weights; its radius does not matter.
         matrix: "hessian"; "ggn", the generalized Gauss-Newton matrix; "fisher", of softmax(outputs), exact; or
             "empirical_fisher", 1/N sum_i g_i g_i^T; these have no negative eigenvalues. "fisher_mc" is "fisher" with
-            one label for each example, drawn from softmax(outputs), in place of the expectation; no error holds the
-            draw.
+            16 labels for each example, drawn from softmax(outputs), in place of the expectation.
         which: "largest" and "smallest" are algebraic (the largest of -5 and 2 is 2), "magnitude" is the absolute value;
             "both" is `num` largest and `num` smallest, from one Krylov space.
         tol: of the residual r = ||T M T x - lambda x||_2 relative to |lambda|; the error of lambda is at most r, and
@@ -66,8 +66,9 @@ def hessian_eigenvalues(
     Returns:
         `eigenvalues` in units of L per squared unit of w (of T, with a ball), descending; `residuals` r, from the
         recurrence, exact to rounding; `errors`, min(r, r^2 / gap), but not below the rounding of the products, taken
-        as 100 ulps of the largest value; `eigenvectors` x; `num_products`; `converged`, and
-        `reason` where it is not.
+        as 100 ulps of the largest value (of "fisher_mc" nor below the distance, in the root mean square, to x^T M x
+        with four other sets of labels, so that the draw is in them); `eigenvectors` x; `num_products`; `converged`,
+        and `reason` where it is not.
 
     Raises:
         ValueError: num, which, stop or matrix out of range, tol <= 0; a start of other shapes.
@@ -87,7 +88,7 @@ def hessian_eigenvalues(
     stream, like = Stream(seed), flat(loss.params)
     first = [] if start is None else [flat(start).to(like)]
     tick = Ticks(progress, limit)
-    with flat_product(loss, ball, matrix, seed=seed) as product:
+    with flat_product(loss, ball, matrix, seed=seed, draws=DRAWS) as product:
         lanczos = Lanczos(product, lambda: first.pop() if first else stream.normal_like(like))
         goal = _Goal(num, which, tol, stop, exhaust=num_parameters <= min(limit, SMALL))
         _iterate(lanczos, goal, limit, tick)
@@ -105,14 +106,20 @@ def hessian_eigenvalues(
     chosen = goal.chosen(ritz.values)
     chosen = chosen[ritz.values[chosen].argsort(descending=True)]
     converged = goal.reached(lanczos, ritz)
+    vectors = [lanczos.vector(ritz.weights[:, i]) for i in chosen.tolist()]
+    errors = _errors(ritz)[chosen].clamp(min=100 * lanczos.epsilon * lanczos.scale)
+    others = torch.empty(0, len(vectors))
+    if matrix in SAMPLED:
+        others = torch.tensor([_quotients(loss, ball, matrix, seed, k, vectors) for k in range(REDRAWN)])
+        errors = errors.maximum((others - ritz.values[chosen]).square().mean(0).sqrt())
     why = f"{stop}s above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
     return Spectrum(
         ritz.values[chosen],
         residuals=ritz.bounds[chosen],
-        errors=_errors(ritz)[chosen].clamp(min=100 * lanczos.epsilon * lanczos.scale),
-        eigenvectors=[unflat(_signed(lanczos.vector(ritz.weights[:, i])), loss.params) for i in chosen.tolist()],
+        errors=errors,
+        eigenvectors=[unflat(_signed(x), loss.params) for x in vectors],
         converged=converged,
-        num_products=lanczos.size,
+        num_products=lanczos.size + others.numel(),
         settings=record,
         provenance=provenance(),
         reason=None if converged else why,
@@ -167,6 +174,14 @@ def _iterate(lanczos: Lanczos, goal: _Goal, limit: int, tick: Ticks) -> None:
         due = lanczos.size < 100 or lanczos.size % 10 == 0  # eigh of a large T is not free
         if lanczos.finite and due and goal.reached(lanczos, lanczos.ritz()):
             return
+
+
+def _quotients(
+    loss: Loss, ball: Ball | ProductBall | None, matrix: str, seed: int, k: int, vectors: Sequence[Tensor]
+) -> list[float]:
+    """x^T M x with the k-th of other sets of labels."""
+    with flat_product(loss, ball, matrix, seed=other_seed(seed, k), draws=DRAWS) as product:
+        return [dot(x, product(x)) for x in vectors]
 
 
 def _errors(ritz: Ritz) -> Tensor:

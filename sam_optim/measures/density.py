@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch import Tensor
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
-from sam_optim.loss import Loss
+from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.lanczos import Lanczos
-from sam_optim.measures.shared import Progress, Ticks, flat, flat_product, settings
+from sam_optim.measures.shared import DRAWS, Progress, Ticks, flat, flat_product, other_seed, settings
 
 KERNEL = 0.01  # default width of the kernel, relative to the range of the spectrum
 MARGIN = 5  # kernel widths of the grid beyond the spectrum: all but 1e-6 of the mass is on it
@@ -42,7 +43,8 @@ def spectral_density(
         loss, ball, matrix: M, T as in `hessian_eigenvalues`; P parameters.
         num_probes: start vectors; `stderr` falls as num_probes ** -0.5, and is nan for one (`reason` says so).
         num_lanczos: products for each; at most P. Moments up to 2 num_lanczos - 1 of each probe are exact.
-        seed: of the start vectors.
+        seed: of the start vectors, and of the labels of "fisher_mc": each probe has its own, so that `stderr` holds
+            their draw. What 16 labels for each example add to the second and higher moments is not in it.
         width: standard deviation of the Gaussian kernel, in units of the eigenvalues; None is 0.01 of the range.
         num_points: of the grid, which goes 5 widths beyond the outermost Ritz values.
         progress: called with (products done, at most num_probes * num_lanczos).
@@ -71,8 +73,12 @@ def spectral_density(
     weights: list[Tensor] = []
     bounds: list[Tensor] = []
     num_products, finite = 0, True
-    with flat_product(loss, ball, matrix, seed=seed) as product:
+    with ExitStack() as stack:
         while len(nodes) < num_probes and finite:
+            if matrix in SAMPLED or not nodes:
+                stack.close()
+                labels = other_seed(seed, len(nodes))
+                product = stack.enter_context(flat_product(loss, ball, matrix, seed=labels, draws=DRAWS))
             lanczos = Lanczos(product, lambda: stream.normal_like(like))
             while lanczos.finite and lanczos.size < steps and (lanczos.size == 0 or not lanczos.ended):
                 lanczos.extend()

@@ -19,6 +19,7 @@ from sam_optim.loss import SAMPLED, Loss
 Product = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
 
+DRAWS = 16  # labels for each example of "fisher_mc", where one matrix is needed
 CHUNK = 1 << 20  # entries that are in float64 at once
 FEW_SAMPLES = 4  # below it a standard error is itself uncertain by half
 NOT_FINITE = "the loss or one of its derivatives is not finite"
@@ -32,7 +33,12 @@ def redrawn(loss: Loss, matrix: str, seed: int) -> Iterator[Callable[[Sequence[T
             yield product
         return
     numbers = count()
-    yield lambda v: loss.fisher_mc_product(v, seed=zlib.crc32(f"{seed} {next(numbers)}".encode()))
+    yield lambda v: loss.fisher_mc_product(v, seed=other_seed(seed, next(numbers)))
+
+
+def other_seed(seed: int, k: int) -> int:
+    """The k-th of independent seeds."""
+    return zlib.crc32(f"{seed} {k}".encode())
 
 
 @contextmanager
@@ -44,10 +50,11 @@ def flat_product(
     seed: int = 0,
     damping: float = 0.0,
     redraw: bool = False,
+    draws: int = 1,
 ) -> Iterator[Product]:
-    """v -> (T M T + damping) v for vectors of P entries. redraw: as in `redrawn`."""
+    """v -> (T M T + damping) v for vectors of P entries. redraw: as in `redrawn`; draws: as in `Loss.curvature`."""
     scales = None if ball is None else ball.scales(loss.params)
-    with redrawn(loss, matrix, seed) if redraw else loss.curvature(matrix, seed=seed) as product:
+    with redrawn(loss, matrix, seed) if redraw else loss.curvature(matrix, seed=seed, draws=draws) as product:
         yield lambda v: flat(scaled(product(scaled(unflat(v, loss.params), scales)), scales)) + damping * v
 
 

@@ -126,6 +126,17 @@ def _from_yaml(text: str) -> Any:
         raise InputError("it has more than 1000 brackets, which no settings need")
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
         raise InputError("it has an alias (*NAME): write out what that stands for")
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise InputError(f"it has {twice!r} twice; leave one out")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
+            raise InputError(f"{node.value} is a number to the base 60 in YAML; write it as a decimal number")
     return yaml.safe_load(text)
 
 

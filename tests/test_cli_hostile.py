@@ -37,6 +37,7 @@ def read(path, **options):
 KINDS = {
     "meta": (lambda w: w.to("meta"), "on the device meta"),
     "sparse": (lambda w: w.to_sparse(), "is a sparse tensor"),
+    "nested": (lambda w: torch.nested.nested_tensor([w[:1], w[:2]]), "is a nested tensor"),
     "complex": (lambda w: w.to(torch.complex64), "is complex"),
     "fp8": (lambda w: w.to(torch.float8_e4m3fn), "has the type float8_e4m3fn"),
     "quantized": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantized"),
@@ -95,7 +96,7 @@ class TestCheckpoints:
             read(tmp_path / f"c.{suffix}")
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.filterwarnings("ignore:.*quantize")
+    @pytest.mark.filterwarnings("ignore:.*quantize", "ignore:The PyTorch API of nested tensors")
     def test_tensors_that_are_no_plain_weights(self, tmp_path, kind):
         change, message = KINDS[kind]
         state = network(0).state_dict()
@@ -248,6 +249,8 @@ class TestRuns:
             [["act_layer", "../x"]],
             [["act_layer", {"a": 1}]],
             [["act_layer", "http://x"]],
+            [["num_classes", "x"]],
+            [["in_chans", 0]],
             ["drop_rate"],
             3,
         ],

@@ -76,6 +76,21 @@ def test_no_file_names_weights_urls_or_hubs_for_timm(tmp_path, line):
         options.of_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 0.1\nlr: 0.2\n", "has 'lr' twice"),
+        ("opt-kwargs: {nesterov: true, nesterov: false}\n", "has 'nesterov' twice"),
+        ("lr: 1:30\n", "1:30 is a number to the base 60 in YAML"),
+        ("mean: [0.5, 190:20:30.15]\n", "is a number to the base 60 in YAML"),
+    ],
+)
+def test_yaml_that_means_something_else_than_it_seems_to(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("name", ["hf-hub:a/b", "local-dir:/tmp", "../x"])
 def test_a_model_is_a_name(tmp_path, name):
     (tmp_path / "c.yaml").write_text(f"model: '{name}'\n")
@@ -87,6 +102,7 @@ def test_a_model_is_a_name(tmp_path, name):
     "recorded",
     [[1], 3, {"epochs": "x"}, {"epochs": -3}, {"lr": [1, 2]}, {"model": "hf-hub:x/y"}, {"mixup": "a"},
      {"opt_kwargs": 3},
+     {"model": "test_vit", "model_kwargs": {"num_classes": 5}},
      {"opt_kwargs": ["--force"]}, {"opt_kwargs": [["--force", 1]]}, {"model": ["cnn3", "--force"]}],
 )  # fmt: skip
 def test_what_a_config_json_says_is_checked_like_a_command_line(tmp_path, recorded):

@@ -65,6 +65,7 @@ def step(model, optimizer, way="closure"):
     return loss
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR's own, in torch 2.8
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("cls", [SAM, ASAM])
 @pytest.mark.parametrize("name", MAKERS)

@@ -255,7 +255,7 @@ def of_run(directory: Path, **replaced: Any) -> Options:
         pairs = {key: dict(recorded[key]) for key in PAIRS if key in recorded}
         argv = [word for key, value in (recorded | pairs).items() if key in names for word in words(key, value)]
         options = options_of(vars(parser().parse_args(argv)))
-        check_options(options.model, options.model_kwargs)
+        _check_model(options)
     except (TypeError, ValueError) as error:
         reason = one_line(error)
         raise InputError(f"{path} is not of a run of benchmarks.train ({reason}); it was changed or damaged") from None
@@ -362,8 +362,14 @@ def checked(options: Options) -> Options:
     return _as_pretrained(options)
 
 
-def _check(options: Options) -> None:
+def _check_model(options: Options) -> None:
     check_options(options.model, options.model_kwargs)
+    if "num_classes" in options.model_kwargs:
+        raise InputError("--model-kwargs num_classes: the data say how many there are, or --num-classes for a stream")
+
+
+def _check(options: Options) -> None:
+    _check_model(options)
     if options.initial_checkpoint == REQUIRED:
         raise InputError(f"this recipe fine-tunes: give --initial-checkpoint FILE (weights of {options.model})")
     if (options.mixup or options.cutmix) and options.batch_size % 2:

@@ -196,6 +196,8 @@ def check_options(name: Any, options: Mapping[str, Any]) -> None:
             v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and NAME.fullmatch(v)) for v in values
         ):
             raise InputError(f"the option {key} must be a number or a word, got {value!r}")
+        if key in ("num_classes", "in_chans") and (type(value) is not int or value < 1):
+            raise InputError(f"the option {key} must be a positive whole number, got {value!r}")
 
 
 def num_outputs(name: str, state: Mapping[str, Tensor]) -> int | None:

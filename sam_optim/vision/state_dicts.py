@@ -42,7 +42,7 @@ def choose(content: Any, path: Path, ema: bool = False, key: str | None = None) 
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds {type(content).__name__}, not weights by name; {REMEDY}")
     keys = [k[:80] if isinstance(k, str) else type(k).__name__ for k in list(content)[:12]]
-    has = f"it has {', '.join(keys)}{', ...' if len(content) > 12 else ''}"
+    has = f"it has {', '.join(keys) or 'nothing'}{', ...' if len(content) > 12 else ''}"
     if key is not None:
         state = _tensors(_entry(content, key)) or _under(content, f"{key}.")
         if state is None:

@@ -100,6 +100,8 @@ def check_plain(name: str, x: Tensor) -> None:
     """Raises InputError for a tensor that holds no plain numbers in memory."""
     if x.device.type == "meta":
         raise InputError(f"{name} is a tensor on the device meta, which has no numbers; save the weights themselves")
+    if x.is_nested:
+        raise InputError(f"{name} is a nested tensor, of several shapes; save its parts")
     if x.layout != torch.strided:
         raise InputError(f"{name} is a sparse tensor; save it with .to_dense()")
     if x.is_quantized:

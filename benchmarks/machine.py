@@ -30,7 +30,7 @@ def commit() -> str | None:
 
 
 def first_line(command: Sequence[str]) -> str | None:
-    """Of what a command prints, run in the repository; None where it fails, or prints nothing."""
+    """The first line that a command prints, run in the repository; None if it fails or prints nothing."""
     try:
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
@@ -39,7 +39,7 @@ def first_line(command: Sequence[str]) -> str | None:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of this package, torch and `packages`; None for one that is not installed."""
+    """Versions of this package, torch and `packages`; None for one that is not installed."""
     result: dict[str, str | None] = {"torch": torch.__version__, "python": platform.python_version()}
     for name in ("sam_optim", *packages):
         try:
@@ -50,7 +50,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def facts(*packages: str) -> dict[str, Any]:
-    """Of results on a CPU."""
+    """Hardware and versions for results on a CPU."""
     return versions(*packages) | {
         "machine": platform.machine(),
         "processor": processor(),

@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
 
 def difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Difference:
-    """Of the pairs in which both numbers are finite."""
+    """The difference over the pairs in which both numbers are finite."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
     mean, std = mean_and_std([x - y for x, y in pairs])
     wins, n = sum(x > y for x, y in pairs), len(pairs)

@@ -112,7 +112,7 @@ def settings(names: Sequence[str], ball: Mapping[str, Any]) -> Measures:
 
 @torch.no_grad()
 def test_error(checkpoint: str, x: Tensor, y: Tensor) -> float:
-    """In percent. x: pixels, (n, 3, 32, 32), uint8."""
+    """Test error in percent. x: pixels, (n, 3, 32, 32), uint8."""
     try:
         model = cifar_resnet.pretrained(checkpoint).eval()
     except (RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
@@ -146,7 +146,7 @@ def read_errors(path: Path) -> list[dict[str, str]]:
 
 
 def results(entries: Iterable[Entry]) -> Results:
-    """By measure and geometry. Entries are of one command: only the last of several settings is kept."""
+    """Results by measure and geometry; of several settings only the last is kept."""
     by_measure = {}
     for entry in entries:
         if "result" in entry:

@@ -252,7 +252,7 @@ def terminal_rows(final: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def mean(numbers: Sequence[float], empty: float = NAN) -> float:
-    """Of those that are finite; `empty` where none is."""
+    """The mean of the finite values; `empty` if there are none."""
     finite = [v for v in numbers if math.isfinite(v)]
     return math.fsum(finite) / len(finite) if finite else empty
 

@@ -47,7 +47,7 @@ def page(plan: Plan, results: Mapping[str, Any], final: Results) -> Markup:
         return next(c for c in results["correlations"] if c["measure"] == measure and c["data"] == data)
 
     def gain(method: str, when: str) -> str:
-        """In points, over SGD's last epoch."""
+        """The gain over SGD's last epoch, in points."""
         accuracy = results["accuracy"]
         return signed(difference(accuracy[method][when], accuracy["sgd"]["last"]).mean, 1)
 

@@ -23,7 +23,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pretrained on
 
 
 def pretrained(path: Path | str) -> ResNet:
-    """With the weights of a state dict or a checkpoint that holds one, also one of a DataParallel model."""
+    """The network with the weights of a state dict, or of a checkpoint that holds one, also of a DataParallel model."""
     path = Path(path)
     state = {name.removeprefix("module."): w for name, w in choose(read_file(path), path).state.items()}
     model = ResNet(sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in state))

@@ -134,7 +134,7 @@ def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple
 
 
 def table(correlations: Mapping[str, Mapping[str, tuple[float, float]]], num_sets: int) -> str:
-    """In Markdown."""
+    """The table in Markdown."""
     columns = [f"{start}, {target}" for start, target in itertools.product(STARTS, TARGETS)]
     lines = [
         f"Kendall's tau with the error on new data among {len(SCALES)} minima of one data set, mean over {num_sets}",

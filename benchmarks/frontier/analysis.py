@@ -100,7 +100,7 @@ def _paired(a: Row, b: Row) -> Difference:
 
 
 def _at_end(plan: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    """Of a grid of one option; of several nothing is said."""
+    """Whether the best value is at an end of the grid; False for grids of several options."""
     values = [list(c.values()) for c in plan["methods"][run["method"]]["candidates"]]
     chosen = list(run["candidate"].values())
     return len(values) > 1 and len(chosen) == 1 and chosen in (min(values), max(values))
@@ -149,7 +149,7 @@ def _p(p: float) -> str:
 
 
 def table(task: Task) -> str:
-    """In Markdown; methods by cost."""
+    """The table in Markdown, methods ordered by cost."""
     lines = [
         f"| method | passes / base | chosen | accuracy, % | minus {task.control} | p | minus SAM | p |",
         "|---|---:|---|---|---|---|---|---|",

@@ -91,7 +91,7 @@ def available(plan: Plan, method: str) -> bool:
 
 
 def image_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
-    """By benchmarks.train, from the newest checkpoint of the run if there is one."""
+    """Trains with benchmarks.train, from the newest checkpoint of the run if there is one."""
     options = dict(run.options)
     if weights := options.get("initial_checkpoint"):
         options["initial_checkpoint"] = str(Path(here.data_dir or "") / weights)
@@ -127,7 +127,7 @@ def split_test(splits: Splits, settings: Settings) -> tuple[Any, Examples]:
 
 
 def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
-    """By benchmarks.finetune_text; files and the model are relative to --data-dir."""
+    """Trains with benchmarks.finetune_text; files and the model are relative to --data-dir."""
     from benchmarks import finetune_text
 
     directory.mkdir(parents=True, exist_ok=True)

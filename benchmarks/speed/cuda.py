@@ -170,7 +170,7 @@ def _step_row(
 
 
 def targets(parts: Rows, steps: Rows) -> Rows:
-    """Those of an H200, each with what was measured, None where it was not. parts: rows of SAM's own part."""
+    """The targets for an H200, each with its measured value, None if there is none. parts: rows of SAM's own part."""
     rows = {(r["model"], r["design"]): r for r in parts}
     compared: Rows = []
 

@@ -22,7 +22,7 @@ class NoStep(torch.optim.Optimizer):
 
 
 def shapes_of(model: str) -> list[torch.Size]:
-    """Those of the parameters of a timm model, made without memory, or of the WRN-28-10 of the SAM paper."""
+    """Shapes of the parameters of a timm model (created without memory), or of the SAM paper's WRN-28-10."""
     import timm
 
     from sam_optim.vision.wide_resnet import WideResNet

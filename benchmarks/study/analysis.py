@@ -273,12 +273,12 @@ def table_size(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def name(column: str | None) -> str:
-    """In words; of several columns, "lr,augmentation", too."""
+    """The name of a column in words; also of several columns, "lr,augmentation"."""
     return listed([NAMES.get(part, part) for part in str(column).split(",")])
 
 
 def labelled(column: str) -> str:
-    """With its unit, for an axis."""
+    """The name with its unit, for an axis."""
     return f"{name(column)}, {UNITS[column]}" if column in UNITS else name(column)
 
 

@@ -164,7 +164,7 @@ class Config:
         return [{k: v.low if isinstance(v, Range) else next(iter(v)) for k, v in self.factors.items()}]
 
     def options(self, levels: Mapping[str, Any], out: Path = Path("none")) -> Options:
-        """Those of the run for one level of each factor."""
+        """The options of the run with these levels of the factors."""
         return parse([*self.argv(levels), f"--out={out}"])
 
     def argv(self, levels: Mapping[str, Any]) -> list[str]:

@@ -99,7 +99,7 @@ class Queue:
         self._end(claim, "FAIL", ended="died" if died else "given back", why=why)
 
     def tally(self, *, idle_workers: int = 0) -> Tally:
-        """Where the study is. idle_workers: that are between two trials, and count for the time that is left."""
+        """How much of the study is done. idle_workers: those between two trials, who count in the estimated time."""
         with stores.quiet():
             groups = self._by_levels()
         trials = [trial for group in groups.values() for trial in group]

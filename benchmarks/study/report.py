@@ -1,4 +1,4 @@
-"""From a study, or from somebody's table, to report.html, results.json and models.csv."""
+"""Turns a study, or a table from elsewhere, into report.html, results.json and models.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a study lives: Optuna's tables in SQLite or PostgreSQL, and a lock that makes "nothing runs twice" true.
+"""The storage of a study: Optuna's tables in SQLite or PostgreSQL, and a lock, so that nothing runs twice.
 
 Whatever changes the queue (filling it, taking a trial, giving one back, taking one from a dead worker) happens under
 one lock of the study, which the operating system or the database gives up by itself when its holder dies. Without it,

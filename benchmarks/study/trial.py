@@ -50,7 +50,7 @@ class Here:
     cifar_c: str | None = None
 
     def options(self, config: Config, levels: Mapping[str, Any], directory: Path) -> Options:
-        """Those of a run of `benchmarks.train` on this machine."""
+        """The options of a run of `benchmarks.train` on this machine."""
         overrides = {key: value for key in HERE if (value := getattr(self, key)) is not None}
         return replace(config.options(levels, directory), measures="none", **overrides)
 

@@ -273,7 +273,7 @@ def taken(examples: Examples | Streamed, num: int) -> str:
 
 
 def source(options: Options) -> str:
-    """Where the pixels come from, in words: CIFAR files that are not the published ones give other accuracies."""
+    """The source of the pixels, in words: CIFAR files that are not the published ones give other accuracies."""
     name = options.data
     if name == "digits":
         return "scikit-learn load_digits, first 898 / last 899"

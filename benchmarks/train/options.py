@@ -184,7 +184,7 @@ class Options:
     force: bool = option(False, "replace the run in --out", action="store_true")
 
     def recorded(self) -> dict[str, Any]:
-        """For config.json: all but where the run lives and how it was started, as JSON gives them back."""
+        """All options for config.json, except where the run is and how it was started, as JSON returns them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_RECORDED}
         return json.loads(json.dumps(values))
 
@@ -357,7 +357,7 @@ def _as_pretrained(options: Options) -> Options:
 
 
 def checked(options: Options) -> Options:
-    """Those of a new run, with what is left to the weights of --initial-checkpoint."""
+    """The checked options of a new run; unset pixel options are those of --initial-checkpoint's model."""
     _check(options)
     return _as_pretrained(options)
 

@@ -72,7 +72,7 @@ class Order(Sampler[list[int]]):
         return self.n // together if self.drop_last else -(-self.n // together)
 
     def batch(self, i: int) -> tuple[int, int]:
-        """Where batch i of all ranks together begins and ends in the order."""
+        """Begin and end, in the order, of batch i of all ranks together."""
         if self.drop_last or self.size == 1:
             together = self.batch_size * self.size
             return i * together, min((i + 1) * together, self.n)

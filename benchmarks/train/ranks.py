@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
-        """In place, over all ranks; every rank must call it."""
+        """Sums in place over all ranks; every rank must call it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -111,7 +111,7 @@ class Agreed:
         self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
 
     def check_here(self) -> None:
-        """Where the ranks are not in step: only a process that is alone may stop."""
+        """Where ranks are not synchronized: only a single process may stop here."""
         if self.group is None:
             self.signals.check()
 
@@ -167,7 +167,7 @@ def load_full_state(
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_state: dict[str, Any] | None = None,
 ) -> None:
-    """Of `full_state`."""
+    """The reverse of `full_state`."""
     if not _sharded(model):
         model.load_state_dict(state)
         if optimizer is not None:

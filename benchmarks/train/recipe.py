@@ -1,4 +1,4 @@
-"""From the options of a run to its model, optimizer and schedule: the same objects for training and measuring."""
+"""Builds model, optimizer and schedule from the options of a run, for training and measuring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAULTS = (RuntimeError, AssertionError, ValueError, TypeError, KeyError, Attribu
 
 
 def device(options: Options, world: World = ALONE) -> torch.device:
-    """That of the options, "auto" resolved; of several CUDA processes each has its own."""
+    """The device of the options, with "auto" resolved; each of several CUDA processes has its own."""
     try:
         chosen = torch.device(named(options.device))
         if world.size > 1 and chosen.type == "cuda":

@@ -36,7 +36,7 @@ PROBES, EVERY_PROBE = 256, 10  # training examples of --monitor, and the least s
 
 @dataclass
 class Position:
-    """Where a run is: `batch` batches of epoch `epoch` (both from 0) are done, after `updates` updates in all."""
+    """Progress of a run: `batch` batches of epoch `epoch` (both from 0) are done, after `updates` updates in all."""
 
     epoch: int = 0
     batch: int = 0
@@ -83,7 +83,7 @@ class Training:
         self.monitor = self._monitor() if options.monitor else None
 
     def _monitor(self) -> SharpnessMonitor:
-        """On training examples without augmentation, each rank its share."""
+        """The monitor, on training examples without augmentation; each rank has its share."""
         probes = self._batches(some(self.splits.train, PROBES), batch_size=64)
         fixed = list(itertools.islice(probes, max(1, PROBES // (64 * self.world.size))))
         measures = ["critical_sharpness"] if self.options.fsdp else ["lambda_max", "critical_sharpness", "worst_case"]
@@ -215,7 +215,7 @@ class Training:
     # running
 
     def run(self, signals: Signals) -> None:
-        """From the position to the last epoch; every way out leaves a valid checkpoint.
+        """Trains from the position to the last epoch; every exit leaves a valid checkpoint.
 
         Raises:
             Interrupted: a signal came; everything done so far is saved.

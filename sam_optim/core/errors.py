@@ -45,13 +45,13 @@ def one_line(error: BaseException) -> str:
 
 
 def say(text: str) -> None:
-    """A line on standard error, if somebody is there to read it."""
+    """Prints a line on standard error, if that is open."""
     with suppress(OSError, ValueError):
         print(printable(text), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """On standard output, what names from files may be in: no control characters reach the terminal."""
+    """Prints to standard output without control characters, which names from files may contain."""
     print(printable(text, one_line=False), flush=True)
 
 

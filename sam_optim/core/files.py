@@ -41,7 +41,7 @@ def check_writable(path: Path | None, option: str = "--out") -> None:
 
 
 def _open_stream(path: Path) -> IO[bytes]:
-    """For writing. Standard output that goes to a file is not opened again: that would write from its start."""
+    """Opens for writing. Standard output redirected to a file is not opened again: that would write from its start."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # none, or one that is no file
             if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
@@ -64,7 +64,9 @@ def write_atomic(path: Path, content: bytes, option: str = "--out", *, folder: b
 
     A file that is there keeps its mode. A device or pipe is written to. folder: it is made if it is not there.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody can put a link there beforehand
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(8)}.tmp"
+    )  # a name that no one can have linked beforehand
     try:
         if is_stream(path):
             with _open_stream(path) as stream:
@@ -142,7 +144,7 @@ _held: set[int] = set()  # descriptors of locks
 
 
 def _let_go() -> None:
-    """In a forked process (a worker that loads data): it may outlive this one, and must not keep its locks."""
+    """Releases the locks in a forked process (a data loader's worker), which may outlive this one."""
     while _held:
         os.close(_held.pop())
 
@@ -157,7 +159,7 @@ def write_json(path: Path, value: Any, option: str = "--out") -> None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Opens a file for reading; a pipe or device, which could block for ever, is an `InputError`."""
+    """Opens a file for reading; a pipe or device, which could block forever, is an `InputError`."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

@@ -24,7 +24,7 @@ def modules_of(*models: nn.Module) -> list[nn.Module]:
     """As `model.modules()`, in a third of its time, which is part of every step."""
     modules = list(dict.fromkeys(models))
     visited = set(modules)
-    for m in modules:  # which grows meanwhile
+    for m in modules:  # the list grows in the loop
         for child in m._modules.values():
             if child is not None and child not in visited:
                 visited.add(child)
@@ -47,7 +47,7 @@ class Buffers:
 
     @torch.no_grad()
     def save(self, model: nn.Module | Sequence[nn.Module], extra: Sequence[Tensor] = ()) -> None:
-        """Of a model, or of the modules listed and not of their children; `extra`: tensors that are no buffers."""
+        """Saves the buffers of a model, or of the listed modules without their children; `extra`: other tensors."""
         modules = modules_of(model) if isinstance(model, nn.Module) else model
         self._slots = [(m._buffers, name, b) for m in modules if m._buffers for name, b in m._buffers.items()]
         if not self._slots and not extra:
@@ -94,8 +94,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _writable(buffer: Tensor) -> bool:
-    """Not of the buffers that no forward pass can change in place either: expanded, meta, made in inference mode; nor
-    of lazy ones, which have no values before the first pass."""
+    """False for buffers that a forward pass cannot change in place either (expanded, meta, created in inference mode),
+    and for lazy ones, which have no values before the first pass."""
     if nn.parameter.is_lazy(buffer):
         return False
     expanded = any([size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)])

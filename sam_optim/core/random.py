@@ -1,4 +1,4 @@
-"""The only place that draws numbers, and the only one that touches generators that belong to somebody else."""
+"""The only place that draws numbers, and the only one that touches the global generators."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class GlobalState:
 
 @contextmanager
 def preserved(cuda_devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """The global generators come out as they went in."""
+    """Restores the global generators at the end."""
     with undone(GlobalState(cuda_devices).restore):
         yield
 

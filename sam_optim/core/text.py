@@ -70,7 +70,7 @@ def spread(values: Sequence[float | None], *, decimals: int | None = None) -> st
 
 
 def signed(value: float | None, decimals: int = 2) -> str:
-    """With its sign, a real minus, and a dash for a missing value."""
+    """The value with its sign, a real minus, and a dash for a missing value."""
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{value:+.{decimals}f}".replace("-", "−")

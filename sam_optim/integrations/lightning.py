@@ -259,4 +259,4 @@ def _bring_back(module: nn.Module, attributes: dict[str, Any]) -> None:
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
-    """In place of `log` and `log_dict`."""
+    """Replaces `log` and `log_dict`."""

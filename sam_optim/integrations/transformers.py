@@ -165,7 +165,7 @@ def _unseen(trainer: Trainer) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """With the containers in it, and not what is in those."""
+    """A copy of the containers, not of the values in them."""
     if isinstance(value, dict):
         copied = copy.copy(value)
         copied.update({k: _copied(v) for k, v in value.items()})

@@ -103,7 +103,7 @@ def check_matrix(criterion: Criterion | None, outputs: Any, matrix: str) -> None
 
 
 def same_outputs(few: Any, many: Any) -> bool:
-    """Of the same examples in a small and in a large piece: different values mean that examples act on each other."""
+    """Whether examples have the same outputs in a small and in a large piece; if not, they act on each other."""
     if not (isinstance(few, Tensor) and isinstance(many, Tensor) and len(few) <= len(many)):
         return False
     many = many[: len(few)]
@@ -140,7 +140,7 @@ def shares(criterion: Criterion, pieces: Sequence[tuple[Any, Any]]) -> list[floa
 
 
 def gradient_of(criterion: Criterion, outputs: Tensor, target: Any) -> Tensor:
-    """Of the criterion, with respect to the outputs."""
+    """The gradient of the criterion with respect to the outputs."""
     with torch.enable_grad():
         o = outputs.detach().requires_grad_()
         loss = criterion(o, target)

@@ -142,7 +142,7 @@ class SavedBytes:
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    """With hooks, autograd no longer looks for changes in place."""
+    """Checks for changes in place, which autograd does not do for tensors with hooks."""
     x, version = packed
     if x._version != version:
         raise RuntimeError(

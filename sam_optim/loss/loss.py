@@ -131,7 +131,7 @@ class Loss:
 
     @property
     def device(self) -> torch.device:
-        """Where the batches go: with the parameters, also after a framework has moved them."""
+        """The device of the batches: that of the parameters, also after a framework has moved them."""
         return self._passes.device
 
     @property
@@ -256,7 +256,7 @@ class Loss:
 
     @property
     def rank(self) -> int:
-        """Of this process, 0 without torch.distributed."""
+        """The rank of this process, 0 without torch.distributed."""
         return self._sharding.rank
 
     def over_ranks(self, value: T) -> list[T]:
@@ -404,7 +404,7 @@ class Loss:
             self._local_weights = weights
 
     def _weights_of_batches(self) -> list[float]:
-        """Of this rank."""
+        """The weights of this rank's batches."""
         sizes, given = self._batches.sizes, self._given_weights
         if self._weigher is None and sizes:
             self._look_at(*self._first(PROBE))

@@ -56,12 +56,12 @@ class Passes:
 
     @property
     def device(self) -> torch.device:
-        """Where the batches go: with the parameters, also after a framework has moved them."""
+        """The device of the batches: that of the parameters, also after a framework has moved them."""
         return self.params[0].device if self._device is None else self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the loss is computed in."""
+        """The dtype in which the loss is computed."""
         return self.wide or self.params[0].dtype
 
     def with_criterion(self, criterion: Criterion) -> Passes:

@@ -96,7 +96,7 @@ class Weigher:
         return int(total) if self._class_weights is None else total
 
     def _weights_of(self, labels: Tensor) -> Tensor:
-        """Of each label, float64: 0 where it is ignored."""
+        """The weight of each label, float64: 0 where it is ignored."""
         counted = labels != self._ignored
         if self._class_weights is None:
             return counted.double()
@@ -133,7 +133,7 @@ class Weigher:
         return smoothed / of_labels.sum()
 
     def _joined(self, target: Tensor, n: int, outputs: Tensor, labels: Tensor) -> float:
-        """With stand-ins for its outputs, which have no part in what a mean is taken over."""
+        """The weight of a batch, from the criterion on it and the first one joined, with stand-ins for its outputs."""
         assert self._criterion is not None
         unit = float(len(outputs))
         if target.ndim > 1 and target.shape[1] != labels.shape[1]:  # sequences of another length

@@ -114,7 +114,7 @@ def _refuse_linear(name: str, measure: Any) -> None:
 
 
 def _name(measure: Any) -> str:
-    """Also of a functools.partial."""
+    """The name of a function, also of a functools.partial."""
     while hasattr(measure, "func"):
         measure = measure.func
     return getattr(measure, "__name__", type(measure).__name__)

@@ -87,7 +87,7 @@ def critical_sharpness(
     low, high, below, num_low, num_high, reason = 0.0, math.inf, 0.0, 0, 0, None
 
     def ratio(t: float) -> float:
-        """Of the rise to t, which for a quadratic loss is a straight line."""
+        """The rise divided by t, which is a straight line for a quadratic loss."""
         return rises[sign * t] / t if t else -slope
 
     if is_defined:
@@ -132,6 +132,6 @@ def _first_step(params: Sequence[Tensor], d: Sequence[Tensor]) -> float:
 
 
 def _root(f: Callable[[float], float], a: float, b: float) -> float:
-    """Of the straight line through f(a) and f(b) > f(a), a < b; inf where there is none."""
+    """The root of the straight line through f(a) and f(b) > f(a), a < b; inf if it has none."""
     fa, fb = f(a), f(b)
     return b - fb * (b - a) / (fb - fa) if fa < fb < math.inf else math.inf

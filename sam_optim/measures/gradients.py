@@ -306,7 +306,7 @@ def _check_batches(loss: Loss, why: str) -> None:
 def _regret(
     gram: Tensor, loss: Loss, options: dict[str, Any], solutions: list[Solution], details: dict[str, Any]
 ) -> Estimate:
-    """From the inner products of the gradients, (B, B) float64."""
+    """The regret, from the inner products of the gradients, (B, B) float64."""
     p = batch_weights(loss)
     pairs, norms = pair_weights(p), gram.diagonal().clamp(min=0).sqrt()
     value, mean_cosine = _mean_regret(gram, p), _mean_cosine(gram, p)
@@ -353,7 +353,7 @@ def _norms(gram: Tensor, p: Tensor) -> dict[str, Any]:
 
 
 def _rank(gram: Tensor, loss: Loss) -> int | None:
-    """Of the gradients, to the accuracy of their dtype: of the Gram matrix, which holds squares, to its square."""
+    """The numerical rank of the gradients. The Gram matrix holds squares, so the threshold is the square of eps."""
     if not gram.isfinite().all():
         return None
     epsilon = torch.finfo(torch.promote_types(loss.params[0].dtype, torch.float32)).eps

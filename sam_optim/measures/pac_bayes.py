@@ -78,7 +78,7 @@ def pac_bayes_sigma(
     base = float(measured.value())
 
     def rises(s: float) -> list[float]:
-        """Of each pair, at the standard deviation s."""
+        """The rise for each pair, at the standard deviation s."""
         stream, per_pair = Stream(seed), []
         widths = [(s * t) if not eps else ((s * t).square() + eps**2).sqrt() for t in scales]
         for _ in range(pairs):

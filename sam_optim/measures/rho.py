@@ -105,7 +105,7 @@ def rho_range(
 
 
 def _half(radii: Sequence[float], shares: Sequence[float]) -> float | None:
-    """Where the share first falls through 0.5, on logarithmic axes."""
+    """The radius at which the share first falls below 0.5, interpolated on a logarithmic scale."""
     for k in range(1, len(radii)):
         if shares[k - 1] > 0.5 >= shares[k]:
             part = math.log(shares[k - 1] / 0.5) / math.log(shares[k - 1] / shares[k])

@@ -91,7 +91,7 @@ def norm(a: Tensor) -> float:
 
 
 def mean_and_stderr(x: Sequence[float]) -> tuple[float, float]:
-    """Of independent draws; nan for the error of one."""
+    """The mean of independent draws and its standard error, nan for a single draw."""
     mean = math.fsum(x) / len(x)
     if len(x) < 2:
         return mean, math.nan
@@ -140,7 +140,7 @@ def estimate(
 
 
 def student_half_width(stderr: float, num: int) -> float:
-    """Of the interval of 95 %; nan where the standard error is, 0 where it is 0."""
+    """Half the width of the 95 % interval; nan where the standard error is nan, 0 where it is 0."""
     return stderr * student_quantile(num - 1) if stderr and num > 1 else stderr
 
 

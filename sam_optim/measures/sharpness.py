@@ -167,7 +167,7 @@ def _peaks(
     seed: int,
     tick: Callable[[], None],
 ) -> list[_Peak]:
-    """Of one batch in balls of ascending radii."""
+    """The highest rises of one batch, in balls of ascending radii."""
     value, gradient = loss.value_and_gradient()
     base, centre = float(value), loss.zeros()
     peaks: list[_Peak] = []

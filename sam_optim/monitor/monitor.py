@@ -34,7 +34,7 @@ Measure = str | Callable[[Loss], Any]
 
 
 class SharpnessMonitor:
-    """Sharpness during training, beside the edges of stability, for a share of the time; training does not notice.
+    """Sharpness during training, beside the edges of stability, within a budget of time; training is not changed.
 
         monitor = SharpnessMonitor(Loss(model, criterion, probes), every=50, budget=0.05, log="sharpness.csv")
         for x, y in loader:
@@ -133,7 +133,7 @@ class SharpnessMonitor:
         perturbation: Perturbation | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> dict[str, Any] | None:
-        """To be called after each `optimizer.step()`, before a scheduler's. Returns the new row, if there is one.
+        """Call it after each `optimizer.step()`, before a scheduler's. Returns the new row, if there is one.
 
         Args:
             perturbation: what perturbs the weights, where the optimizer is not a `SAM`.

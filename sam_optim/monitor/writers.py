@@ -1,4 +1,4 @@
-"""Where the numbers of a monitor go: files, TensorBoard, Weights & Biases, or any log(name, value, step)."""
+"""Writers of a monitor's numbers: files, TensorBoard, Weights & Biases, or any log(name, value, step)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "sharpness/"
 
 
 def writer(log: Any) -> Writer:
-    """Of a path that ends in .csv or .jsonl, a TensorBoard SummaryWriter, a wandb run, or log(name, value, step).
+    """The writer for a path (.csv, .jsonl), a TensorBoard SummaryWriter, a wandb run, or log(name, value, step).
 
     Raises:
         ValueError: a file of another kind. TypeError: none of these.
@@ -43,7 +43,7 @@ def writer(log: Any) -> Writer:
 
 
 def numbers(row: Row) -> dict[str, float]:
-    """By the names that loggers get."""
+    """The numbers of a row by the names that loggers get."""
     return {PREFIX + name: float(x) for name, x in row.items() if name != "step" and isinstance(x, (int, float))}
 
 
@@ -53,7 +53,7 @@ def _each(log: Callable[[str, float, int], Any], row: Row) -> None:
 
 
 def _wandb(run: Any) -> Writer:
-    """With an axis of its own: wandb drops what comes with a step below its own count."""
+    """Uses a step axis of its own: wandb drops values whose step is below its own count."""
     run.define_metric(PREFIX + "step")
     run.define_metric(PREFIX + "*", step_metric=PREFIX + "step")
     return lambda rows: run.log(numbers(rows[-1]) | {PREFIX + "step": rows[-1]["step"]})

@@ -20,7 +20,7 @@ NONFINITE = (None, "skip", "raise", "ignore")
 
 
 def accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that the base knows. They also mean SAM's own moves; fused on CUDA."""
+    """Those of SAM's flags (foreach, fused) that the base takes, too."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
@@ -34,7 +34,7 @@ def accepted(factory: Callable[..., Any], flags: dict[str, Any]) -> dict[str, An
 
 
 def check_base(base: Any, keys: tuple[str, ...]) -> None:
-    """Raises for what cannot be the base of SAM, whose own hyperparameters are `keys`."""
+    """Raises if `base` cannot be the base of SAM. keys: SAM's own hyperparameters."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"the base must be a torch.optim.Optimizer, got {type(base).__name__}")
     closure = inspect.signature(type(base).step).parameters.get("closure")
@@ -56,7 +56,7 @@ def check_base(base: Any, keys: tuple[str, ...]) -> None:
 
 
 def takes_found_inf(base: Optimizer) -> bool:
-    """Whether the base can leave out a step by a flag on the device: fused ones."""
+    """Whether the base can skip a step by a flag on the device, as fused ones can."""
     return bool(getattr(base, "_step_supports_amp_scaling", False))
 
 
@@ -128,7 +128,7 @@ class BaseUpdate:
             )
 
     def _run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> bool:
-        """Without the hooks and the profiler range of the base's step: those are this step's."""
+        """Runs the base's step without its hooks and profiler range: those belong to the step of SAM."""
         step = type(self.base).step
         unhooked = step.__wrapped__ if getattr(step, "hooked", None) else step  # type: ignore[attr-defined]
         if found_inf is None:

@@ -1,21 +1,21 @@
-"""Checkpoints of other SAMs: what they hold of use is loaded, their scratch is not."""
+"""Checkpoints of other SAM implementations: loads hyperparameters and base state, drops scratch tensors."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-# What they keep in the state of each parameter: clean weights, perturbations and gradients of the last step.
+# Scratch in the state of each parameter: clean weights, perturbations and gradients of the last step.
 SCRATCH = frozenset({"old_p", "e_w", "old_g", "old_grad_p"})  # davda54/sam, Composer, GSAM, pytorch_optimizer
 SETTINGS = frozenset({"epsilon", "use_gc", "perturb_eps"})  # of groups; they mean nothing here
 
 
 def adapted(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A state_dict of another SAM as one of ours; any other as it is. What was given is not changed.
+    """Converts a state_dict of another SAM; returns any other as it is. The argument is not changed.
 
-    davda54/sam and Composer save their scratch and not the state of their base optimizer; pytorch_optimizer has that
-    beside, or among its own. Hyperparameters that the file does not have stay as they are, eta among them: where the
-    file says adaptive=True, its T was |w|, which here is eta=0.
+    davda54/sam and Composer save scratch tensors and not the state of their base optimizer; pytorch_optimizer saves it
+    in an entry of its own, or among the scratch. Hyperparameters that the file lacks stay as they are, eta among them:
+    where the file says adaptive=True, its T was |w|, which here is eta=0.
 
     Args:
         state_dict: what is about to be loaded.

@@ -91,7 +91,7 @@ class GraphedStep:
                 group[key] = scalar
 
     def _signature(self) -> Any:
-        """What a graph has inside that can change without it: if it does, the graph is another one."""
+        """What is fixed inside a graph: if it changes, another capture is needed."""
         groups = [
             {k: id(v) if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"}
             | {"params": [id(p) for p in g["params"]]}
@@ -100,7 +100,7 @@ class GraphedStep:
         return groups, id(self.optimizer.state), len(self.optimizer.state)
 
     def _eagerly(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """On a stream of its own, as a capture will be."""
+        """Runs the step on a separate stream, as the capture will."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -150,7 +150,7 @@ def _device_of(optimizer: SAM) -> torch.device:
 
 
 def _check(optimizer: SAM) -> None:
-    """A graph repeats what the device did, and nothing that Python decided meanwhile."""
+    """Raises for options with which a step is decided in Python or on the host, which a graph cannot repeat."""
     base = optimizer.base_optimizer
     for group in optimizer.param_groups:
         if "capturable" in group and not group["capturable"]:

@@ -1,6 +1,6 @@
-"""Training on several ranks: who holds copies of the model, who holds parts of it, and what they must do alike.
+"""Training on several ranks: which ranks hold copies of the model, which hold shards, and what they must do together.
 
-What holds copies is DistributedDataParallel; what holds parts is FSDP (1 and 2, hybrid, too) and tensor parallelism.
+DistributedDataParallel holds copies; FSDP (1, 2 and hybrid) and tensor parallelism hold shards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sam_optim.optim.kernels.bucket import Groups, Scalar
 
 
 class Ranks:
-    """What the wrappers in a model, and its parameters, tell about other ranks.
+    """What the wrappers and parameters of a model say about other ranks.
 
     Args:
         modules: all modules of the model, its wrappers first; empty if nobody passed it.
@@ -137,7 +137,7 @@ class FirstPass:
 
     def __init__(self, ranks: Ranks):
         self._before = [(m, m.require_backward_grad_sync) for m in ranks.replicas]
-        # a DDP wrapper that nobody has passed as `module` may average what the second pass leaves, too
+        # a DDP wrapper that was not passed as `module` may average the second pass's gradients, too
         self.then_syncs = any([sync for _, sync in self._before]) if self._before else ranks.are_several
         for m, _ in self._before:
             m.require_backward_grad_sync = not ranks.per_rank

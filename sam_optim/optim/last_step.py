@@ -1,4 +1,4 @@
-"""What the last step saw: computed when it is asked for, from what the passes had anyway."""
+"""Diagnostics of the last step, computed on request from what the passes had anyway."""
 
 from __future__ import annotations
 
@@ -47,9 +47,6 @@ class Record:
     @property
     def dual_norm(self) -> Scalar:
         return math.nan if self.ascent is None else _dual_norm(self.ascent)
-
-    def add_losses(self, loss: Any, perturbed: Any, *, same_loss: bool) -> None:
-        self.loss, self.perturbed_loss, self.same_loss = _loss(loss), _loss(perturbed), same_loss
 
     def last_step(self, params: Sequence[Tensor]) -> LastStep:
         dtype = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in params) else torch.float32

@@ -1,4 +1,4 @@
-"""Parameter groups: what torch.optim takes, what a radius needs, and what the ASAM paper moves how."""
+"""Parameter groups: torch.optim's forms, SAM's hyperparameters, and the groups of the ASAM and SAM-ON papers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def is_zero(rho: float | Tensor) -> bool:
-    """Of a tensor on a device it is not asked: that would wait for the device."""
+    """Whether rho is 0; False for a tensor on a device, which is not read because that would wait for the device."""
     return (rho.device.type == "cpu" if isinstance(rho, Tensor) else True) and bool(rho == 0)
 
 
 def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Groups as torch.optim takes them: dicts are adopted as they are, and filled up with the defaults."""
+    """Groups in the forms of torch.optim; dicts are used as they are, with missing keys set to the defaults."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors or groups, got one tensor: pass [tensor]")
     entries = list(params)
@@ -51,8 +51,8 @@ def as_groups(params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str,
 def asam_param_groups(model: nn.Module, *, adaptive: bool | str = True) -> list[dict[str, Any]]:
     """The groups of the ASAM paper: T adaptive for weights, T = 1 for biases and normalization parameters.
 
-    Told apart by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
-    not require a gradient are left out; an empty group is, too.
+    Decided by the type of the module and by dimension (fewer than two: T = 1), never by name. Parameters that do
+    not require a gradient are left out, and so is an empty group.
     """
     normal = _of_norm_layers(model, NORM_LAYERS)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -73,9 +73,9 @@ def norm_only_param_groups(
     require a gradient are left out.
 
     Args:
-        model: whose normalization layers are told by the type of the module, never by name.
+        model: normalization layers are recognized by the type of the module, never by name.
         adaptive: T of the perturbed group. None: that of the optimizer.
-        norm_layers: types of its own that count beside torch's, such as timm's or Hugging Face's RMS norms.
+        norm_layers: more types that count as normalization layers, such as timm's or Hugging Face's RMS norms.
 
     Raises:
         ValueError: no normalization layer has a parameter that is trained, so that nothing would be perturbed.
@@ -98,7 +98,7 @@ def norm_only_param_groups(
 
 
 def _of_norm_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> set[int]:
-    """Ids of their own parameters."""
+    """Ids of the parameters that belong to layers of these types directly."""
     return {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
 
 

@@ -18,20 +18,20 @@ Forward = Callable[..., Any]
 
 
 class Float32Pass:
-    """From `enter` to `leave` every bf16 and fp16 parameter and buffer of the module is a float32 copy of itself.
+    """From `enter` to `leave` every bf16 and fp16 parameter and buffer of the module holds a copy in float32.
 
-    They are the same tensors with other data, and `leave` gives them theirs back, which nothing has written to. The
-    gradients that have come meanwhile are rounded to the dtype of their parameters. `module(...)` takes low-precision
-    arguments in float32, and runs with autocast off, which would round the copies again.
+    The tensor objects stay the same; `leave` returns their own data, which nothing has written to. Gradients of
+    the pass are rounded to the dtype of their parameters. `module(...)` converts low-precision arguments to float32,
+    and runs with autocast off, which would round the copies again.
 
-    It costs the memory of two float32 copies of the module, kept for the next time, which then allocates nothing, and a
-    pass with the time, activations and gradients of float32. Limits:
+    It costs the memory of two float32 copies of the module, which later steps reuse, and a pass with the time,
+    activations and gradients of float32. Limits:
 
-    - the outputs are float32: low-precision targets are cast by whoever computes the loss;
+    - the outputs are float32: cast low-precision targets where you compute the loss;
     - parts of the module that are called on their own get neither float32 arguments nor protection from autocast, and
       a backward inside an autocast region (which torch advises against) rounds in its products;
-    - what exists only in low precision (the flash-attn package, a cast to bf16 in a forward) cannot run in float32;
-    - fp16 gradients stay what `GradScaler.unscale_` refuses, with any rounding: scale the loss by a constant instead.
+    - code that exists only in low precision (the flash-attn package, a cast to bf16 in a forward) cannot run;
+    - `GradScaler.unscale_` refuses fp16 gradients, with any rounding: scale the loss by a constant instead.
 
     Raises:
         ValueError: no module; one that shares its parameters with others (DDP, FSDP, DTensor) or among themselves.
@@ -72,7 +72,9 @@ class Float32Pass:
         for key, (tensor, copy) in self._copies.items():
             self._data[key] = (tensor, tensor.data)  # before the change: what is recorded can be brought back
             tensor.data = copy
-        torch.autograd.graph.increment_version(list(params.values()))  # as in place: graphs of pass 1 must not go on
+        torch.autograd.graph.increment_version(
+            list(params.values())
+        )  # as an in-place change: a backward through graphs of pass 1 must fail
         self._replace_forward({p.device.type for p in params.values()})
 
     def leave(self) -> None:
@@ -97,7 +99,7 @@ class Float32Pass:
         return None if recorded is None else recorded[1].detach()
 
     def _replace_forward(self, devices: set[str]) -> None:
-        """By an attribute of the instance: forward hooks are not called on the way out of a KeyboardInterrupt."""
+        """Sets an attribute of the instance: forward hooks would not be called after a KeyboardInterrupt."""
         self._own_forward = {k: v for k, v in vars(self._module).items() if k == "forward"}
         self._forward = _in_float32(self._module.forward, devices)
         vars(self._module)["forward"] = self._forward
@@ -111,7 +113,7 @@ def _distinct(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def _check_plain(params: Sequence[Tensor]) -> None:
-    """Parameters that are each a tensor of their own, and not a part or another view of something else."""
+    """Raises ValueError unless the parameters are plain and share no memory."""
     for p in params:
         if type(p) is not nn.Parameter:
             raise ValueError(f"rounding='float32' is for plain parameters, got a {type(p).__name__}: {_INSTEAD}")

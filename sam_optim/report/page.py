@@ -109,7 +109,7 @@ def write_page(path: Path | str, page: Markup) -> Path:
 
 
 def _kind(cells: Sequence[Child]) -> str:
-    """Of a column: "" for numbers, "words", or "words long"."""
+    """The class of a column: "" for numbers, "words", or "words long"."""
     texts = [str(cell) for cell in cells if cell is not None]
     if any(re.match(r"(<\w+>)?(< )?[-+−]?\d", text) for text in texts):
         return ""

@@ -163,7 +163,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _variance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Of concordant minus discordant pairs under independence, ties in both counted."""
+    """Variance of concordant minus discordant pairs under independence, with ties in both."""
     n = len(a)
     if n < 2:
         return 0.0

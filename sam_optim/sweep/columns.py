@@ -45,7 +45,7 @@ class Measures:
     seed: int = 0
 
     def columns(self) -> list[Column]:
-        """In the order of the names; one for each radius, and for each matrix.
+        """The columns in the order of the names; one for each radius and each matrix.
 
         Raises:
             InputError: an unknown measure, or an option that none of the measures has.

@@ -24,7 +24,7 @@ from sam_optim.vision.checkpoints import find
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the loss is computed.
+    """The points at which the loss is computed.
 
     directions: "random", with the norm of the weights in every filter, which is then the unit; "eigen", the leading
     eigenvectors of the Hessian; "gradient", for a plane with the leading eigenvector without its part along the

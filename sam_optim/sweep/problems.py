@@ -134,7 +134,7 @@ class ImageLosses(Losses):
 
     @property
     def about(self) -> dict[str, Any]:
-        """For the reader: where the data come from."""
+        """The source of the data, for the report."""
         return plain(dict(self.data.about))
 
     def identity(self, checkpoint: Checkpoint | None) -> dict[str, Any]:

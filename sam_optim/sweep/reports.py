@@ -153,7 +153,7 @@ def _read_csv(path: Path) -> Lines:
 
 
 def _unquoted(text: str) -> str:
-    """Without the apostrophe that keeps spreadsheets from running a name that begins like a formula."""
+    """Removes the apostrophe that keeps spreadsheets from running text that begins like a formula."""
     return text[1:] if text[:1] == "'" and text[1:].lstrip()[:1] in tuple("=+-@") else text
 
 

@@ -20,7 +20,7 @@ Entry = Mapping[str, Any]
 
 
 def digest(value: Any) -> str:
-    """Of plain values; equal values have equal digests, whatever the order of their keys."""
+    """A digest of plain values; equal values have equal digests, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 

@@ -61,7 +61,7 @@ class Audit(_Result):
 
     @property
     def moved(self) -> dict[str, bool | None]:
-        """For each measure: True if any change moved it, None if that cannot be said."""
+        """For each measure: True if any change moved it, None if that cannot be decided."""
         moved: dict[str, bool | None] = {}
         for row in self.rows:
             before = moved.get(row.measure, False)

@@ -89,7 +89,7 @@ class Trace:
 
 
 def compressed(ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """With as many axes as the shape; size 1 along every axis on which the numbers do not vary."""
+    """The numbers with as many axes as the shape, of size 1 along every axis on which they do not vary."""
     ids = ids.view([1] * (len(shape) - ids.ndim) + list(ids.shape))
     for axis in range(ids.ndim):
         first = ids.narrow(axis, 0, 1)

@@ -37,7 +37,7 @@ def inputs_for(model: nn.Module, inputs: Inputs) -> tuple[Any, ...] | Mapping[st
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Of one example."""
+    """The shapes to try for one example."""
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
     if isinstance(first, nn.Linear):

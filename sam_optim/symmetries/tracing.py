@@ -276,7 +276,7 @@ class Tracer(TorchFunctionMode):
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Also of the outputs of Hugging Face models, mappings that pytree may not know."""
+    """All tensors in a value, also in the outputs of Hugging Face models, mappings that pytree may not know."""
     return [x for x in tree_leaves(dict(tree) if isinstance(tree, Mapping) else tree) if isinstance(x, Tensor)]
 
 

@@ -127,7 +127,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def _native(x: Any) -> Any:
-    """In this machine's byte order, and in a type that torch has."""
+    """The array in this machine's byte order, in a dtype that torch has."""
     import numpy as np
 
     wide = x.dtype.newbyteorder("=") in (np.uint16, np.uint32, np.uint64)

@@ -140,7 +140,7 @@ def _of_directory(path: Path) -> Checkpoint | None:
 
 
 def _run(path: Path) -> Run:
-    """Of a config.json. Only names and plain values are taken from it: none can be a path, a url or a hub."""
+    """Reads a config.json. Only names and plain values are taken from it: no path, URL or hub name."""
     config = read_json_object(path)
     try:
         options, about = config.get("options") or {}, config.get("data") or {}

@@ -109,7 +109,7 @@ class Storage:
 
 
 class Backups:
-    """Where the clean weights are while w is perturbed. Storage is kept for the next step, which allocates nothing."""
+    """Copies of the clean weights while w is perturbed. The next step reuses their storage."""
 
     def __init__(self) -> None:
         self._storages: list[Storage] = []
@@ -126,7 +126,7 @@ class Backups:
         return self._moved
 
     def storages_for(self, buckets: Sequence[Bucket], *, same_strides: bool = False) -> list[Storage]:
-        """Where copies of all weights go; nothing is copied. same_strides: laid out as the weights are now."""
+        """Empty storage for copies of all weights. same_strides: laid out as the weights are now."""
         storages = [*self._storages, *[None] * len(buckets)][: len(buckets)]
         for i, (b, storage) in enumerate(zip(buckets, storages, strict=True)):
             if storage is None or not storage.fits(b, same_strides=same_strides):
@@ -204,7 +204,7 @@ class Backups:
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Of the arithmetic: float64 where any of them is, else float32."""
+    """The dtype of the arithmetic: float64 if any tensor has it, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 

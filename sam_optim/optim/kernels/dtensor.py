@@ -17,7 +17,7 @@ from sam_optim.optim.kernels.bucket import Bucket, Groups, Norms, Scalar
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Without importing DTensor where nobody has."""
+    """Whether x is a DTensor; does not import DTensor for it."""
     if type(x) in (torch.nn.Parameter, Tensor):
         return False
     module = sys.modules.get("torch.distributed.tensor")

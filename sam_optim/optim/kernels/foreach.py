@@ -69,7 +69,7 @@ def _scales(b: Bucket) -> list[Tensor] | None:
 
 
 def _wide(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """In float32, or float64 where they or `dtype` are: copies where they are not already."""
+    """The tensors in float32, or in float64 if they or `dtype` are; copies only where that changes the dtype."""
     dtype = wide_dtype(tensors[0].dtype, dtype)
     if tensors[0].dtype == dtype:
         return tensors

@@ -427,7 +427,7 @@ class _Launcher:
         return host.copy_(torch.as_tensor(self._host))
 
     def _pinned(self, values: Any) -> Tensor:
-        """In host memory from which a CUDA device copies without waiting."""
+        """Pinned host memory, from which a CUDA device copies without waiting."""
         if is_capturing(self._device):
             raise RuntimeError(_TOO_EARLY)
         host = torch.as_tensor(values).clone()
@@ -444,7 +444,7 @@ _TOO_EARLY = (
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Without fused multiply-add: the compiler would choose where, and the bits would depend on it."""
+    """Launches without fused multiply-add: the compiler would choose where to fuse, and the bits would depend on it."""
     if programs:
         kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False, **constants)
 
@@ -486,7 +486,7 @@ def _is_by_slice(t: Tensor, w: Tensor) -> bool:
 
 
 def _key(b: Bucket) -> tuple[Any, ...]:
-    """What the tables depend on. Storage stands for the weights and how they are laid out."""
+    """What the tables depend on; the storage stands for the weights and their layout."""
     scales = None if b.t is None else [t.numel() for t in b.t]
     return b.storage, b.p, b.eta, b.grads[0].dtype, scales, addresses(b.weights)
 

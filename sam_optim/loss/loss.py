@@ -45,13 +45,13 @@ class Loss:
 
     The batches are the same in every pass: what a pass yields is compared with what the first one gave, and a
     difference is an error. The model is measured in eval mode, without dropout, and left exactly as found: weights,
-    buffers, modes, `p.grad`, and the global generators, also after an exception. Attention runs on the mathematical
-    backend in second-order products, the only one with double backward.
+    buffers, modes, `p.grad`, and the global generators, also after an exception. In second-order products attention
+    runs on the math backend, the only one with double backward.
 
-    Weights in bfloat16 or float16 are measured in float32, in which a small step is not rounded away: inside each call
-    they are copies, and so are halves in the batches. Hooks on the gradients of parameters (masks, clipping) are no
-    part of L: they do not run in a measure, and stay for training. Batches of few examples pass through the model
-    together where that is the same.
+    Weights in bfloat16 or float16 are measured in float32, so that small displacements are not rounded away: each call
+    works on float32 copies of them and of low-precision tensors in the batches. Hooks on the gradients of parameters
+    (masks, clipping) are not part of L: they do not run in a measure, and stay for training. Small batches pass through
+    the model together where that gives the same mean.
 
     Under torch.distributed each rank holds its share of the batches (`batches[rank::world_size]`; a share may be empty)
     and all ranks make the same calls: each gets the numbers of one process that holds all of them.
@@ -67,14 +67,14 @@ class Loss:
             function of w, so results say which.
         device: where batches are moved; None is where the parameters are.
         distributed: False measures on each rank alone; None is True where a process group of several ranks runs.
-        chunk_size: curvature products take at most so many examples of a batch through one graph. None: as many as
-            save 128 MiB (on a device, an eighth of its memory), which is also faster on a CPU. A batch stays whole
-            where the loss is not a mean over pieces: batch statistics, losses of pairs, `outputs.loss`.
-        batch_weights: W_b of each batch, or a function of a batch. None: seen from the criterion, its labels, and what
-            it gives to a batch that is joined with a few examples of the first (see `loss.weights.Weigher`).
-        differences: products by central differences of gradients (of outputs, for J v of the other matrices), in
-            float64: for models without double backward (hard sigmoids, fused kernels), or where it
-            is wrong. None: where it is missing; results say so, with the Hessian's error, estimated from two steps.
+        chunk_size: examples of a batch in one graph of a curvature product, at most. None: as many as save 128 MiB (on
+            a device, an eighth of its memory), which is also faster on a CPU. A batch stays whole where the loss is not
+            a mean over pieces: batch statistics, losses of pairs, `outputs.loss`.
+        batch_weights: W_b of each batch, or a function of a batch. None: derived from the criterion, its labels, and
+            its value on a batch joined with a few examples of the first (see `loss.weights.Weigher`).
+        differences: compute products by central differences of gradients (of outputs, for J v of the other matrices) in
+            float64: for models whose double backward is missing (hard sigmoids, fused kernels) or wrong. None: only
+            where it is missing; results say so, with the Hessian's error, estimated from two steps.
 
     Attributes:
         params: the trainable parameters, in the order of `model.parameters()`; vectors are lists in their shapes.

@@ -46,17 +46,17 @@ class RhoRange(_Result):
 def rho_range(
     loss: Loss, optimizer: Optimizer, *, radii: Sequence[float] | None = None, progress: Progress | None = None
 ) -> RhoRange:
-    """How far the loss rises along SAM's own perturbation, radius by radius, and how much of that a straight line says.
+    """How far the loss rises along SAM's own perturbation, and how much of that a straight line explains.
 
         rise(rho) = E_b [l_b(w + e_b(rho)) - l_b(w)],   linear_share(rho) = rho E_b ||T g_b||_q / rise(rho)
 
     Where the share is near 1, SAM sees the gradient alone: its step is that of a penalty rho ||T g||_q. Where it is
-    small, the perturbation has left the region that the gradient describes. One gradient, and a forward pass for each
-    radius, at the weights that there are now: it changes while a model trains, and says nothing of test error.
+    small, the perturbation has left the region that the gradient describes. It takes one gradient, and a forward pass
+    for each radius, at the present weights: the result changes during training, and says nothing about test error.
 
     Args:
-        loss: L; each batch has a perturbation of its own (m-sharpness), so give it the batches of training.
-        optimizer: a SAM, whose T, p and groups count; of any other optimizer T = 1, p = 2.
+        loss: L; each batch has its own perturbation (m-sharpness), so use the training batch size.
+        optimizer: a SAM, whose T, p and groups are taken; for any other optimizer T = 1, p = 2.
         radii: None: eleven, from 1/32 of the optimizer's rho (0.05 if it has none) to 32 times as much. Groups with
             radii of their own keep their ratios; the largest of them is the one that counts.
 

@@ -47,21 +47,22 @@ class SharpnessMonitor:
         critical_sharpness     2 / lr_c, lr_c the smallest learning rate at which the last update would have raised the
                                loss of the probes: at most 8 forward passes, also for weights spread over ranks
         worst_case             rise of the loss in the optimizer's ball, after two steps of ascent (with a SAM)
-        edge, sgd_edge, sam_edge   what they are compared with, see `stability_edges`
+        edge, sgd_edge, sam_edge   the edges of stability, see `stability_edges`
         last_loss, last_sharpness, last_grad_norm, ...   `optimizer.last_step`, which costs nothing
         step, lr               calls so far, and the largest learning rate
-        num_products, seconds, share   of lambda_max; of this row; what all rows took of the training's time
+        num_products           Hessian-vector products of lambda_max
+        seconds, share         time of this row; share of the training's time that all rows have taken
         reason                 why a measure has no number
 
     Weights, buffers, gradients, modes and global generators stay as they are, bit for bit. A measure that fails is a
     warning, and a reason in the row.
 
     Args:
-        loss: L on a few fixed batches, of the model that is trained (in eval mode); under torch.distributed each rank
+        loss: L on a few fixed batches, of the model that is trained, in eval mode; under torch.distributed each rank
             has its share, and all call `step`.
         every: steps between two rows, at least.
         measures: names of the above, or functions of a Loss, such as `hessian_trace` or a `functools.partial`.
-        budget: share of the training's time; rows come less often where they would cost more. None: every `every`.
+        budget: largest share of the training's time; rows are spaced to keep it. None: a row every `every` steps.
         log: a path ending in .csv or .jsonl, a TensorBoard SummaryWriter, a wandb run, any log(name, value, step), or a
             list of these; on the first rank alone.
 

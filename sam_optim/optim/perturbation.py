@@ -43,8 +43,8 @@ class Perturbation:
 
     p = 2: e = rho T^2 g / ||T g||_2; p = inf: e = rho T sign(g). T = 1 (SAM, arXiv:2010.01412) or adaptive (ASAM,
     arXiv:2102.11600). One norm runs over all groups, and each group is moved by its own rho; groups with rho = 0 stay
-    where they are, and out of the norm. A gradient of 0 moves nothing. One with an inf or NaN makes w + e NaN, and so
-    the gradient there: leave that step out, as GradScaler and `SAM` do; w comes back all the same. A loss scale in g
+    where they are, and out of the norm. With a gradient of 0, e = 0. A gradient with an inf or NaN makes w + e NaN, and
+    the gradient there, too: skip that step, as GradScaler and `SAM` do; w comes back all the same. A loss scale in g
     does not matter.
 
     Args:
@@ -60,16 +60,16 @@ class Perturbation:
         sync_ascent: with DDP, True for one perturbation by the gradient of all ranks. FSDP and tensor parallel have
             no other.
         foreach: as in torch.optim. None chooses.
-        fused: True for Triton's kernels, which are for CUDA; what they cannot move moves as with None.
-        rounding: of bf16 and fp16 weights. "nearest" loses much of a small e (see `last_step.realized`), "stochastic"
-            keeps it on average, "float32" keeps it: `module` is and computes in float32 in the second pass, for the
-            memory of a float32 copy of it and the time, activations and gradients of float32 (see `Float32Pass`).
+        fused: True for the Triton kernels on CUDA; tensors that they cannot handle are moved as with None.
+        rounding: how bf16 and fp16 weights are rounded. "nearest" loses much of a small e (see `last_step.realized`),
+            "stochastic" keeps it on average, "float32" keeps it: in the second pass `module` is in float32, at the cost
+            of the memory of float32 copies and of the time, activations and gradients of float32.
         replay_rng: the second pass draws the same random numbers (dropout masks) as the first. In two phases without
-            `microbatch()` only what `module` draws.
-        seed: of the draws for stochastic rounding, which begin anew when training is resumed.
+            `microbatch()` this holds only for draws inside `module`.
+        seed: of the draws for stochastic rounding, which start again when training is resumed.
 
     Raises:
-        ValueError: a radius, norm or T that does not exist; rounding="float32" without a module that it can do it for.
+        ValueError: a radius, norm or T that does not exist; rounding="float32" without a module for which it works.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Perturbation:
     def microbatch(self) -> Iterator[None]:
         """Sets earlier gradients aside, and adds those of the perturbed pass inside to them at the end.
 
-        On an exception inside, weights, buffers and the earlier gradients are as before: a micro-batch may be left out.
+        On an exception inside, weights, buffers and the earlier gradients are as before: you may skip that micro-batch.
 
         Raises:
             RuntimeError: no perturbed pass inside, where the step has one: the gradients would be those of the plain
@@ -295,7 +295,7 @@ class Perturbation:
         return perturbed if self.one_pass else loss
 
     def _mean_over(self, closures: Sequence[Closure]) -> tuple[Any, Any]:
-        """Each has a perturbation of its own; the mean of their gradients, and of their losses at w and at w + e."""
+        """Runs each closure with its own perturbation; averages their gradients, and their losses at w and at w + e."""
         closures = list(closures) if isinstance(closures, Iterable) and not isinstance(closures, Tensor) else [closures]
         if not closures or not all([callable(c) for c in closures]):
             raise TypeError(f"expected a closure or a list of at least one closure, got {closures!r}")
@@ -394,7 +394,7 @@ class Perturbation:
         self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
 
     def _await_last_pass(self, *, may_repeat: bool = False) -> None:
-        """From here on DDP averages gradients again, those of earlier micro-batches with them."""
+        """Lets DDP average gradients again, those of earlier micro-batches with them."""
         if self._first is not None:
             self._first.end()
             if self._stash is not None and self._first.then_syncs:
@@ -582,7 +582,7 @@ class Perturbation:
             )
 
     def _check_only_new_gradients(self) -> None:
-        """That gradients of an earlier pass are not among those of this first one."""
+        """Raises RuntimeError if gradients of an earlier pass are among those of this first one."""
         earlier, self._earlier = self._earlier, None
         if earlier is not None and (earlier.stop().are_mixed or (earlier.are_left and not self.one_pass)):
             raise RuntimeError(
@@ -626,7 +626,7 @@ class Perturbation:
             geometry[k : k + 1] = [read]
 
     def _warn_once(self, ascent: kernels.Ascent) -> None:
-        """In the first step only: later ones must not wait for the device."""
+        """Warns in the first step only: later steps must not wait for the device."""
         self._has_warned = True
         if (share := float(retained(ascent))) < 0.9:
             warnings.warn(
@@ -661,11 +661,11 @@ class Perturbation:
             self._in_transaction = False
 
     def watch_update(self) -> None:
-        """From here on a change of the weights is an update."""
+        """Marks the point after which a change of the weights is an update."""
         self._versions_before_update = [p._version for p in self._params]
 
     def _has_update_begun(self) -> bool:
-        """By versions; fused optimizers do not raise them, but change the bits that have just been restored."""
+        """Decided by versions; fused optimizers do not raise them, but change the bits that have just been restored."""
         params = self._params
         if self._versions_before_update is None:
             return False

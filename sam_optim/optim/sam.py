@@ -48,7 +48,7 @@ class SAM(Optimizer):
 
     Args:
         params: as for any torch optimizer; groups may have their own rho, adaptive, eta and norm.
-        base_optimizer: a class, or any callable that makes an optimizer from params; `base_kwargs` go to it.
+        base_optimizer: a class, or any callable that creates an optimizer from params; it gets `base_kwargs`.
         rho: the radius, in units of T (of w where T = 1), not relative to ||w||.
         adaptive: T. False: 1. True or "elementwise": |w| + eta. "filter", "layer": their norm + eta.
         eta: added to T; matters only where adaptive.
@@ -56,16 +56,16 @@ class SAM(Optimizer):
         module: the model, in its DDP or FSDP wrapper if it has one. With it the second pass leaves no trace in its
             buffers (BatchNorm statistics), its `state_dict()` holds the clean weights at every moment, and each rank of
             DDP has its own perturbation, with one exchange of gradients a step.
-        schedule: from the number of a step (0, 1, ...) to a factor of rho, such as `late_phase(start)`; the count is in
-            checkpoints. Where the factor is 0 a step has one pass: closures run once, and in two phases the second one
-            may be left out, which `optimizer.ascends` says before.
+        schedule: from the step number (0, 1, ...) to a factor on rho, such as `late_phase(start)`; the count is saved
+            in checkpoints. Where the factor is 0 a step has one pass: closures run once, and a two-phase
+            loop may skip its second pass (ask `optimizer.ascends` before it).
         sync_ascent: True for one perturbation by the gradient of all of DDP's ranks.
         foreach, fused: as in torch.optim. None chooses. fused=True is for the base and, on CUDA, also for SAM's own
-            part, which Triton's kernels do in three launches.
+            ascent, which takes three launches of Triton kernels.
         rounding, replay_rng: see `Perturbation`.
         nonfinite: what a gradient with an inf or NaN does, at w (which makes w + e NaN) or at w + e. "skip" leaves
-            weights and state as they are and counts in `num_skipped`; "raise" raises; "ignore" lets the base have it.
-            None: "skip" where that needs no host sync: on the CPU, and on a device over a base with fused=True.
+            weights and state as they are and counts in `num_skipped`; "raise" raises; "ignore" steps with it. None:
+            "skip" where that needs no host sync: on the CPU, and on a device with a fused base.
 
     Raises:
         ValueError: a radius, norm or T that does not exist; a base whose own step needs a closure (LBFGS), which has a
@@ -116,8 +116,8 @@ class SAM(Optimizer):
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, **kwargs: Any) -> Self:
-        """Around an optimizer that exists, as timm's factory makes it; keyword arguments as for the class, but `fused`
-        is for SAM's own part alone."""
+        """SAM around an existing optimizer, such as one from timm's factory. Keyword arguments are those of the class;
+        `fused` is for SAM's own part only."""
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"wrap takes an optimizer instance, got {base_optimizer!r}")
         values: dict[str, Any] = {}
@@ -249,7 +249,7 @@ class SAM(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def microbatch(self) -> AbstractContextManager[None]:
-        """Context around one micro-batch's two passes: adds their gradient to those of earlier micro-batches."""
+        """Context around the two passes of one micro-batch: adds its gradient to those of earlier micro-batches."""
         self._begin()
         return self.perturbation.microbatch()
 
@@ -278,7 +278,7 @@ class SAM(Optimizer):
         self.perturbation.forget()
 
     def _begin(self) -> None:
-        """Before anything of a step: groups as the base has them, and the radii that the schedule gives this step."""
+        """Runs first in a step: takes the groups from the base, and the radii of this step from the schedule."""
         self._follow_base()
         if self._counts:
             factor = self.factor_of(self.param_groups[0][_STEP])
@@ -287,13 +287,13 @@ class SAM(Optimizer):
 
     @property
     def ascends(self) -> bool:
-        """Whether the next step perturbs the weights. If not, a two-phase loop may leave out its second pass."""
+        """Whether the next step perturbs the weights. If not, a two-phase loop may skip its second pass."""
         self._begin()
         return self.perturbation.ascends
 
     def _forget_scale(self) -> None:
-        """Of a GradScaler whose step has failed: it takes its scale back from one that returns, and multiplies the next
-        one by a scale that is still there."""
+        """Drops what a GradScaler sets on the optimizer and removes only after a step that returns; the next step would
+        be scaled by it once more."""
         self.__dict__.pop("found_inf", None)
         self.__dict__.pop("grad_scale", None)
 
@@ -512,7 +512,7 @@ class SAM(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of SAM, or of the plain base: then rho, adaptive, eta and norm stay as they are. Or of another SAM."""
+        """From SAM, from the plain base (then rho, adaptive, eta and norm stay as they are), or from another SAM."""
         if self.perturbation.active:
             raise RuntimeError("the weights are perturbed: load a checkpoint when the perturbed pass has ended")
         self._follow_base()

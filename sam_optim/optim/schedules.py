@@ -1,6 +1,6 @@
-"""How much of rho each step has: schedules for `SAM(..., schedule=...)`, from the number of a step to a factor of rho.
+"""Schedules for `SAM(..., schedule=...)`: functions of the step number that return a factor on rho.
 
-Where the factor is 0 a step has one pass, and costs what the base costs.
+Where the factor is 0, a step has one pass and costs what a step of the base costs.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class _ProportionalToLR:
 
 
 def late_phase(start: int, ramp: int = 0) -> _Ramp:
-    """0 before step `start`, then 1: SAM for the last part of training alone.
+    """0 before step `start`, then 1: SAM only in the last part of training.
 
     Args:
         start: the first step with an ascent; steps count from 0.
-        ramp: so many steps from there on have a part of rho, 1/(ramp + 1), 2/(ramp + 1), ...
+        ramp: number of steps from there with a part of rho, 1/(ramp + 1), 2/(ramp + 1), ...
 
     Source: Zhou et al. (2024), arXiv:2410.10373.
     """

@@ -1,4 +1,4 @@
-"""What a loop has beside the optimizer: looked for, in its first step, in the variables of the calling functions."""
+"""Networks, optimizers and scalers of the training loop, searched in the first step in the variables of the callers."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _variables(frame: FrameType | None, num_frames: int = 24, *, only_named: boo
 
 
 def _ids_in_other_threads() -> set[int]:
-    """Of the networks, optimizers and scalers that other running threads use."""
+    """Ids of the networks, optimizers and scalers that other running threads use."""
     me = threading.get_ident()
     frames = [frame for thread, frame in sys._current_frames().items() if thread != me]
     return {id(_unwrapped(x)) for frame in frames for x in _variables(frame, only_named=True)}

@@ -1,6 +1,6 @@
-"""What surrounds the moves of the weights: the model that must not notice them, and the gradients of before.
+"""What a perturbed pass must not change: the rest of the model, and earlier gradients.
 
-The model: its buffers, its frozen parameters and its `state_dict()` are those of the clean pass at every moment.
+Buffers, frozen parameters and `state_dict()` of the model are those of the clean pass at every moment.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def release(params: Sequence[Tensor], owner: object) -> None:
 
 
 class ModelGuard:
-    """What a pass through some modules must leave as it was, beside the weights that the optimizer steps.
+    """What a pass through some modules must leave unchanged, except the weights that the optimizer steps.
 
     Args:
         module: the modules that the user has named.
@@ -238,7 +238,7 @@ class Draws:
             self._watch_forward()
 
     def replay(self) -> None:
-        """The second pass begins. Raises RuntimeError if nobody has seen where the first one did."""
+        """Begins the second pass. Raises RuntimeError if the begin of the first pass was not seen."""
         if self._state is None:
             raise RuntimeError(
                 "replay_rng=True has to know where the first pass begins: pass module=, run both passes in `with "
@@ -291,7 +291,7 @@ class _Calls:
 
 
 class EarlierGradients:
-    """Watches whether new gradients are added to earlier ones that nobody has cleared.
+    """Watches whether new gradients are added to earlier ones that were not cleared.
 
     Looks at the first and the last parameter that have a gradient, at the moment when a new one arrives: is the earlier
     one still there, and not zero? One of the two may be of a part that this loss does not use. Values are read only

@@ -165,6 +165,45 @@ def test_padded_language_batches_weigh_their_tokens(shift):
     assert len(w) == loss.settings()["num_parameters"]
 
 
+SOFT = {
+    "probabilities": (nn.CrossEntropyLoss(), lambda n, t: torch.rand(n, 3, t).double().softmax(1)),
+    "elements": (nn.MSELoss(), lambda n, t: torch.randn(n, 3, t).double()),
+    "function": (lambda o, y: F.mse_loss(o, y), lambda n, t: torch.randn(n, t).double()),
+}
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_sequences_of_other_lengths_whose_targets_are_no_labels(name):
+    """The mean over all positions of all batches."""
+    torch.manual_seed(0)
+    criterion, draw = SOFT[name]
+    layers = [nn.Conv1d(2, 1, 1), nn.Flatten()] if name == "function" else [nn.Conv1d(2, 3, 1)]
+    model = nn.Sequential(*layers, nn.Tanh()).double()
+    data = [(torch.randn(n, 2, t).double(), draw(n, t)) for n, t in ((2, 3), (4, 5), (3, 3))]
+    values = [criterion(model(x), y).item() for x, y in data]
+    positions = [x.shape[0] * x.shape[2] for x, _ in data]
+    expected = sum(k * v for k, v in zip(positions, values, strict=True)) / sum(positions)
+    assert float(Loss(model, criterion, data).value()) == pytest.approx(expected, rel=1e-9)
+    if name == "elements":  # a function of targets with another last dimension is not looked through
+        with pytest.raises(ValueError, match="batch_weights="):
+            Loss(model, lambda o, y: F.mse_loss(o, y), data).value()
+
+
+def test_ignored_labels_beside_other_targets():
+    """Two means in one loss, over labels that count and over examples: no weight of a batch is right for both."""
+    model = nn.ModuleList([network(mlp).eval(), nn.Linear(4, 1).double()])
+    x, y, z = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, -100]), torch.randn(6).double()
+    data = [(x[:4], y[:4], z[:4]), (x[4:], y[4:], z[4:])]
+    how = {"forward": lambda m, b: ((m[0](b[0]), m[1](b[0])[:, 0]), b[1:])}
+    two = lambda o, t: F.cross_entropy(o[0], t[0]) + F.mse_loss(o[1], t[1])  # noqa: E731
+    with pytest.raises(ValueError, match="batch_weights="):
+        Loss(model, two, data, **how).value()
+    values = [two(*how["forward"](model, b)).item() for b in data]
+    assert float(Loss(model, two, data, batch_weights=[3.0, 1.0], **how).value()) == pytest.approx(
+        (3 * values[0] + values[1]) / 4
+    )
+
+
 def next_token(o, t):
     return F.cross_entropy(o[:, :-1].flatten(0, 1), t[:, 1:].flatten(), ignore_index=-100)
 

@@ -408,11 +408,7 @@ class Loss:
         sizes, given = self._batches.sizes, self._given_weights
         if self._weigher is None and sizes:
             self._look_at(*self._first(PROBE))
-        if (
-            self._weigher is None
-            or len(self._sizes) == 1
-            or (given is None and self._weigher.rule == "examples" and not self._weigher.is_blind)
-        ):
+        if self._weigher is None or len(self._sizes) == 1 or (given is None and not self._weigher.may_differ):
             weights: list[float] = list(sizes)
         elif isinstance(given, Sequence):
             if len(given) != len(sizes):

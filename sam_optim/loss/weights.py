@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam_optim.loss.batches import tensors
 from sam_optim.loss.criterion import A_MEAN, Criterion, gradient_of, shares
 
 FEW = 16  # examples of the first batch with which others are compared
@@ -63,6 +64,7 @@ class Weigher:
 
     def _look_at(self, criterion: Criterion, outputs: Any, target: Any) -> None:
         self.is_sure = False
+        self.is_blind = not isinstance(target, Tensor)
         if not (isinstance(outputs, Tensor) and isinstance(target, Tensor) and len(outputs) == len(target) > 1):
             return
         half = len(outputs) // 2
@@ -75,23 +77,29 @@ class Weigher:
         self.is_sure = not target.is_floating_point() or all(
             abs(a - b) < 1e-3 for a, b in zip(parts, by_number, strict=True)
         )
+        self._reference = outputs[:FEW].detach(), target[:FEW]
         if not target.is_floating_point():
-            self.rule, self._reference = "criterion", (outputs[:FEW].detach(), target[:FEW])
+            self.rule = "criterion"
 
     def __call__(self, target: Any, n: int) -> float:
+        if self.is_blind and any(bool((x == -100).any()) for x in tensors(target) if not x.is_floating_point()):
+            raise ValueError(
+                "some labels are -100, and the loss is no mean over the others that can be seen: say with "
+                "batch_weights= what the loss of each batch is a mean over"
+            )
         if not isinstance(target, Tensor):
             return n
         if self.rule == "elements":
             return target.numel()
         if self._reference is not None:
-            return self._joined(target, n, *self._reference)
-        if self.is_blind and bool((target == -100).any()):
-            raise ValueError(
-                "some labels are -100, and outputs.loss is no mean over the others that can be seen: say with "
-                "batch_weights= what the loss of each batch is a mean over"
-            )
-        if self.rule == "examples" or target.is_floating_point():
+            if not target.is_floating_point() or target.shape[1:] != self._reference[1].shape[1:]:
+                self.rule = "criterion"
+                return self._joined(target, n, *self._reference)
             return n
+        if self.rule == "examples":
+            return n
+        if target.is_floating_point():  # probabilities of classes
+            return target.numel() // target.shape[1]
         total = float(self._weights_of(target[:, self._shift :] if self._shift else target).sum())
         return int(total) if self._class_weights is None else total
 
@@ -101,6 +109,11 @@ class Weigher:
         if self._class_weights is None:
             return counted.double()
         return self._class_weights.to(labels.device, torch.float64)[torch.where(counted, labels, 0)] * counted
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether a batch may weigh something else than the number of its examples."""
+        return self.rule != "examples" or self.is_blind or self._reference is not None
 
     def of_examples(self, outputs: Tensor, target: Any) -> Tensor:
         """The part of each example in the mean of a batch, (n,); they add up to 1."""

@@ -1,4 +1,4 @@
-"""What of the published results can be run again, at what cost, and what of it is done: `make results`.
+"""`make results`: which published results can be run again, at what cost, and which are done.
 
     python -m benchmarks.catalogue [--runs DIR]
 

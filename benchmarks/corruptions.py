@@ -1,4 +1,4 @@
-"""Images as a model does not see them in training: the noise, blur, weather and digital damage of CIFAR-10-C.
+"""Corrupted images: the noise, blur, weather and digital damage of CIFAR-10-C.
 
 The kinds and names are those of Hendrycks and Dietterich (arXiv:1903.12261). The levels are those with which their
 script made CIFAR-10-C (github.com/hendrycks/robustness, make_cifar_c.py), in units of 1/32 of the height for lengths,

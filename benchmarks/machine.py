@@ -1,4 +1,4 @@
-"""What a result was made on and from: processor, commit, versions."""
+"""Processor, commit and versions of a result."""
 
 from __future__ import annotations
 

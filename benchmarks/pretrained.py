@@ -1,4 +1,4 @@
-"""Every measure at trained ResNets for CIFAR-10, those of github.com/akamaster/pytorch_resnet_cifar10 say:
+"""Every measure at trained ResNets for CIFAR-10, such as those of github.com/akamaster/pytorch_resnet_cifar10:
 
     python -m benchmarks.pretrained pretrained/resnet*.th --data-dir DIR
 

@@ -1,4 +1,4 @@
-"""The demo's page: what came out, how, and how to do the same with another model. Its words are in page.html."""
+"""The demo's page: results, method, and how to do the same with another model. Its words are in page.html."""
 
 from __future__ import annotations
 

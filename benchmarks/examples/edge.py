@@ -107,7 +107,7 @@ def draw(runs: dict[str, list[Point]], path: str) -> None:
     left.set(
         xlabel="step", ylabel="largest eigenvalue of the Hessian", title=f"{EXAMPLES} digits, full batch, lr {LR:g}"
     )
-    right.set(xlabel="step", ylabel="eigenvalue / edge", title="over the edge of SAM (of gradient descent for rho = 0)")
+    right.set(xlabel="step", ylabel="eigenvalue / edge", title="over SAM's edge (rho = 0: 2 / lr)")
     figure.legend(loc="outside right center", frameon=False)
     save(figure, Path(path), dpi=110)
     plt.close(figure)
@@ -116,8 +116,8 @@ def draw(runs: dict[str, list[Point]], path: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.examples.edge", description=__doc__.split("\n")[0])
     p.add_argument("--steps", type=number(int, 2 * FIRST), default=6000, help=f"of each run, at least {2 * FIRST}")
-    p.add_argument("--out", help="a picture")
-    p.add_argument("--json", help="the points of all curves")
+    p.add_argument("--out", help="file for the picture (png, pdf or svg)")
+    p.add_argument("--json", help="file for the points of all curves")
     args = p.parse_args(argv)
     print(f"{'':24s}{'eigenvalue':>12s}{'over 2 / lr':>14s}{'over its edge':>15s}", flush=True)
     runs: dict[str, list[Point]] = {}

@@ -1,4 +1,4 @@
-"""Clocks for one CUDA device: time on it, time of the host, launches, the bandwidth of a copy.
+"""Measurements on one CUDA device: its time, the host's time, launches, the bandwidth of a copy.
 
 Device time is taken with the queue filled beforehand, so that it holds no waiting for the host, and with a second-level
 cache that other data has just been through.

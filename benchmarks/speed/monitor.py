@@ -1,4 +1,4 @@
-"""What a monitor of sharpness costs, and whether its warm start finds what a fresh one does.
+"""What a sharpness monitor costs, and whether its warm start gives the values of a fresh one.
 
 python -m benchmarks.speed.monitor cost --json FILE       # share of the time against the budget, two timm models
 python -m benchmarks.speed.monitor warm --json FILE       # lambda_max over 20 epochs: error and products

@@ -1,4 +1,4 @@
-"""What the costs of a step alone are measured on: the shapes of real models, and a base that does nothing."""
+"""Shapes of real models, and a base that does nothing, to measure SAM's own part of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sharpness in a ball costs beside the algorithm of arXiv:2302.07011, written again from its description.
+"""What sharpness in a ball costs, compared with the algorithm of arXiv:2302.07011, written again from its description.
 
 The published algorithm, for each batch: worst case, T iterations of Auto-PGD, each with a forward and backward pass for
 the gradient, a projection (by bisection where p = 2 and T = |w|), and another forward pass for the loss; average case,

@@ -1,4 +1,4 @@
-"""The combinations of a study as Optuna trials: each is waiting, running, complete or failed, whoever works on it.
+"""The combinations of a study as Optuna trials: each is waiting, running, complete or failed.
 
 `_reconcile` says what must hold and mends what does not, so that a kill at any point costs at most the work since the
 last checkpoint: a combination without a trial gets one, and so does one whose worker died or gave it back. (Optuna's

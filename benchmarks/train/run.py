@@ -1,4 +1,4 @@
-"""A training run as a whole: what a checkpoint holds, epoch after epoch, stopping and going on."""
+"""A training run as a whole: its epochs, what a checkpoint holds, stopping and resuming."""
 
 from __future__ import annotations
 

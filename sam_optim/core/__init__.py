@@ -1,1 +1,1 @@
-"""What everything else stands on: needs torch alone."""
+"""The foundation of the other rooms; needs only torch."""

@@ -1,4 +1,4 @@
-"""Checks of command-line words, for argparse: what is wrong with one is an `InputError` of one line."""
+"""Types of command-line arguments for argparse, whose errors are an `InputError` of one line."""
 
 from __future__ import annotations
 

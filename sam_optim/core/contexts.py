@@ -1,4 +1,4 @@
-"""Contexts that bring something back."""
+"""Contexts that restore something at their end."""
 
 from __future__ import annotations
 

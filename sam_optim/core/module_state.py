@@ -1,4 +1,4 @@
-"""Normalization statistics and other buffers: kept over a pass that must not count; the mode a model is measured in."""
+"""Saves and restores buffers (normalization statistics) and modes of a model."""
 
 from __future__ import annotations
 

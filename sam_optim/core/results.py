@@ -1,4 +1,4 @@
-"""What the measures return: frozen values that know how they were made, never bare numbers."""
+"""Results of the measures: frozen values with their settings and provenance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of a criterion, and what can be seen of it: a mean over examples, of softmax outputs, or neither."""
+"""Checks of criteria: whether one is a mean over examples, takes softmax outputs, can be evaluated in pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes of a model over a batch: always of one function, in a precision that a small step survives."""
+"""Passes of a model over a batch, in a fixed mode and in a precision that small displacements survive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the means of batches were taken over: how much each batch, and each row of outputs, weighs in the whole mean."""
+"""The weight of each batch, and of each row of outputs, in the mean over all data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step at which going downhill stops to pay: a curvature from forward passes alone."""
+"""The step at which the loss begins to rise along an update: a curvature from forward passes alone."""
 
 from __future__ import annotations
 

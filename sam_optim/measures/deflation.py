@@ -1,4 +1,4 @@
-"""A part of a matrix that is known exactly, so that random probes have only the rest to estimate.
+"""Deflation: a part of the matrix is computed exactly, and random probes estimate only the rest.
 
     A = mu + L + B,   L = Q Q^T A' + A' Q Q^T - Q Q^T A' Q Q^T,   B = (1 - Q Q^T) A' (1 - Q Q^T),   A' = A - mu
 

@@ -1,4 +1,4 @@
-"""How much noise, and how large a displacement, the weights bear: sigma, alpha and the bounds of arXiv:1912.02178."""
+"""How much noise, and how large a displacement, the weights tolerate: sigma, alpha, the bounds of arXiv:1912.02178."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which radius is large, and which is small, for the weights that there are now."""
+"""Which radius is large, and which is small, for the present weights."""
 
 from __future__ import annotations
 

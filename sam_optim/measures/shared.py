@@ -1,4 +1,4 @@
-"""What all measures share: vectors as long as a model, the matrix T M T, and how a result is written down."""
+"""Shared by all measures: vectors of the size of the model, the matrix T M T, settings and provenance of results."""
 
 from __future__ import annotations
 

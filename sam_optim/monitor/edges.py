@@ -1,4 +1,4 @@
-"""How sharp a minimum can be before gradient descent, or SAM, leaves it."""
+"""Edges of stability: how sharp a minimum can be before gradient descent, or SAM, leaves it."""
 
 from __future__ import annotations
 

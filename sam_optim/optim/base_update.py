@@ -1,4 +1,4 @@
-"""The base optimizer: what can be one, and its update with the gradients that a perturbed pass has left."""
+"""The base optimizer: which optimizers can be one, and its update with the gradients of a perturbed pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has called: looked up only where a step ends in an error, and when an optimizer is made."""
+"""Which framework has called; looked up only where a step ends in an error, and when an optimizer is created."""
 
 from __future__ import annotations
 

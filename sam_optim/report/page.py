@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no address outside it, all text escaped, no script but one that is named by its hash.
+"""One self-contained HTML page: loads nothing from elsewhere, escapes all text, runs only a script of a known hash.
 
 The functions below return markup (a `str` that jinja2 does not escape again); every other string is text. Templates are
 in `page.html`, the style sheet in `page.css`, the script that sorts tables in `sort.js`.

@@ -1,4 +1,4 @@
-"""What all problems share: which weights of a checkpoint are taken, and how the loss is computed."""
+"""Settings of all problems: which weights of a checkpoint are taken, and how the loss is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every measure at every checkpoint; each number is in the file as soon as it is there."""
+"""Every measure at every checkpoint; each result is saved as soon as it is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights in what a file holds: which entry, which of several models, and whether they can be right."""
+"""The weights in the content of a file: which entry, which of several models, and whether they are plausible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights into a model: what wrappers have put before the names is taken off, and what does not fit is named."""
+"""Loads weights into a model: removes the prefixes of wrappers from names, and names what does not fit."""
 
 from __future__ import annotations
 

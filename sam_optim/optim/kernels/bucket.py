@@ -1,4 +1,4 @@
-"""What kernels move: lists of tensors with one radius, one norm and one T; and where their clean values are."""
+"""Buckets: lists of tensors with one radius, one norm and one T; and copies of their clean values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters whose entries are spread over several ranks: what is here, and sums over all of them.
+"""Parameters sharded over ranks: their local entries, and sums over all ranks.
 
 A rank that used the norm of its own shard would move by a radius that is too large by up to the root of their number.
 """

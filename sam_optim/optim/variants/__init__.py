@@ -1,4 +1,4 @@
-"""Variants of SAM: one paper, one file. What a variant may override stands in `SAM`, "what a variant changes"."""
+"""Variants of SAM: one paper, one file. `SAM` has the methods to override below "What a variant changes"."""
 
 from sam_optim.optim.variants.friendly import FriendlySAM
 from sam_optim.optim.variants.gsam import GSAM

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.command import Parser
+from benchmarks.command import Parser, duration
 from benchmarks.frontier import __main__ as frontier
 from benchmarks.frontier import plan as plans
 from benchmarks.study import config, storage
@@ -59,7 +59,7 @@ def _comparison(path: Path, command: str, runs: Path) -> list[str]:
     _, _, said = frontier.status(plan, runs / plan.name).partition(": ")
     results = ROOT / "benchmarks" / "results" / "frontier" / f"{plan.name.removeprefix('frontier-')}.json"
     done = f"{len(read_json(results)['runs'])} of {plan.total} runs" if results.is_file() else "no"
-    return [command, frontier.duration(plan.total * plan.seconds), said, done]
+    return [command, duration(plan.total * plan.seconds), said, done]
 
 
 def _study(path: Path, command: str, runs: Path) -> list[str]:

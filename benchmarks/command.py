@@ -174,3 +174,9 @@ class Signals:
     def check(self) -> None:
         if self.received is not None:
             raise Interrupted(self.received)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"

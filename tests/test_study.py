@@ -28,9 +28,10 @@ from test_corruptions import TestPublished as Published
 from test_data import cifar_files, load, picture_tree
 
 from benchmarks import evaluate
+from benchmarks.command import duration
 from benchmarks.study import __main__ as study
 from benchmarks.study import config, report, storage, trial
-from benchmarks.study.queue import DEATHS, Queue, difference, duration
+from benchmarks.study.queue import DEATHS, Queue, difference
 from benchmarks.study.trial import Here, run_directory
 from benchmarks.study.worker import work
 

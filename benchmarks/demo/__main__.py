@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import duration
 from benchmarks.demo.findings import mean, summary, tuning_table
 from benchmarks.demo.page import page
 from benchmarks.demo.plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
@@ -102,7 +103,7 @@ def report(
     print(f"\n{results['terminal_table']}\n\n{results['headline']}")
     if quick:
         print("(--quick: this shows that the demo works; its numbers mean nothing.)")
-    print(f"\n{_duration(seconds)}. Open {path.resolve().as_uri()}")
+    print(f"\n{duration(seconds)}. Open {path.resolve().as_uri()}")
 
 
 def _execute(jobs: Mapping[str, Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,10 +154,6 @@ def _prepare(out: Path) -> None:
         raise InputError(f"cannot create {str(out)!r} ({error}); choose another --out") from None
     if (out / "report.html").exists() and not (out / "results.json").exists():
         raise InputError(f"{out / 'report.html'} is there already and not from this demo; choose another --out")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds // 60:.0f} minutes {seconds % 60:.0f} seconds"
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command import Parser
+from benchmarks.command import Parser, duration
 from benchmarks.frontier import plan as plans
 from benchmarks.frontier import report
 from benchmarks.frontier.plan import Plan
 from benchmarks.frontier.runs import available, execute, expected
-from benchmarks.study.queue import duration
 from benchmarks.study.trial import Here
 from benchmarks.study.worker import terminating
 from sam_optim.core.arguments import number

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.command import duration
 from benchmarks.study import storage as stores
 from benchmarks.study.config import Config, Range, Sampler
 from sam_optim.core.errors import InputError
@@ -289,16 +290,10 @@ def difference(recorded: Any, ours: Any, path: str = "") -> str:
     return f"{path} was {json.dumps(recorded)} and is {json.dumps(ours)}"
 
 
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-
-
 def _in_use(trials: Sequence[Any]) -> str:
-    """What to do where the settings of a study cannot be replaced: a trial has a result, or somebody works on one."""
+    """What to do where the settings of a study cannot be replaced: a trial has a result, or a worker has one."""
     if any(map(_is_result, trials)):
-        return "give the new ones another name, or restore the old ones to go on"
+        return "give the new ones another name, or restore the old ones to continue"
     if any(t.state.name == "RUNNING" and "worker" in t.user_attrs for t in trials):
         return "a worker runs one of its models: stop it, or wait until it counts as dead (--grace)"
     return ""

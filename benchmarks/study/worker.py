@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.study.queue import Claim, Heartbeat, Queue, duration
+from benchmarks.command import duration
+from benchmarks.study.queue import Claim, Heartbeat, Queue
 from benchmarks.study.trial import Here, check, execute, run_directory
 from sam_optim.core.errors import InputError, one_line, say, show
 

@@ -118,9 +118,9 @@ KILLED = """
 import sys, torch
 from pathlib import Path
 from benchmarks.train import checkpoint
-print("ready", flush=True)
 for step in range(1, 10**6):
     checkpoint.save(Path(sys.argv[1]), {"step": step, "w": torch.full((500_000,), float(step))})
+    print("saved", flush=True)
 """
 
 
@@ -139,8 +139,8 @@ def kill_while_saving(directory: Path, kills: int) -> None:
     for _ in range(kills):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(directory)], stdout=subprocess.PIPE)
         with process:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(0.1 + 0.1 * draw.random())
+            assert process.stdout.readline() == b"saved\n"
+            time.sleep(0.2 * draw.random())
             process.send_signal(signal.SIGKILL)
         newest = checkpoint.newest(directory)
         assert torch.equal(newest["w"], torch.full((500_000,), float(newest["step"])))

@@ -240,6 +240,13 @@ WRITERS = {  # of benchmarks, and the words for it
 }
 
 
+def test_names_that_break_lines_leave_an_error_in_one(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text('"a\nb",c\n1,2\n')
+    argv = ["report", "--csv", str(tmp_path / "t.csv"), "--measures", "m", "--targets", "c", "--out", str(tmp_path)]
+    assert run(study, argv) == 2
+    assert capsys.readouterr().err == "error: unknown column 'm'; choose from a�b, c\n"
+
+
 class TestTwoAtOnce:
     def test_one_folder_has_one_training(self, tmp_path, capsys):
         with locked(tmp_path / "run"):

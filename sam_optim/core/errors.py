@@ -19,7 +19,11 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
 class InputError(ValueError):
-    """What the user can mend: the message says what was got and what to do."""
+    """What the user can mend: the message says what was got and what to do, in one line whatever names it quotes."""
+
+    def __init__(self, message: str = ""):
+        from_worker = message.startswith("Caught ")  # by torch's data loader: the worker's traceback, for `one_line`
+        super().__init__(message if from_worker else printable(message))
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], limit: int = 12) -> InputError:

@@ -220,7 +220,7 @@ def _landscape(plane: Mapping[str, Any]) -> Landscape:
 def _unit(measure: str) -> str:
     if measure in ("loss", "sam_ball", "asam_ball"):
         return "nats"
-    return "gradient norm" if measure == "regret" else "curvature, loss / weight²"
+    return "gradient norm" if measure == "regret" else "curvature, loss/w²"
 
 
 def _float(value: float | None) -> float:

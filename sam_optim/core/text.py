@@ -28,7 +28,7 @@ def printable(text: str, *, one_line: bool = True) -> str:
 
 
 def shortened(text: str, limit: int = 44) -> str:
-    """The end of a long name: paths begin alike and differ at the end."""
+    """The end of a long name, because paths differ at the end."""
     return text if len(text) <= limit else "…" + text[1 - limit :]
 
 

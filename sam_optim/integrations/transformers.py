@@ -130,7 +130,7 @@ class SAMTrainer(Trainer):
 
 
 def _refuse_other_batches(cls: type) -> None:
-    """Raises TypeError for a trainer that generates its batch, or takes the next one of its own, in each step."""
+    """Raises TypeError for a trainer that generates or fetches its batch in each call of training_step."""
     for base in cls.__mro__[: cls.__mro__.index(Trainer)]:
         for name in {"training_step", "_prepare_inputs"} & base.__dict__.keys():
             code = inspect.unwrap(base.__dict__[name]).__code__
@@ -155,7 +155,7 @@ def _unseen(trainer: Trainer) -> Iterator[None]:
     finally:
         for name, value in saved.items():
             now = trainer.__dict__[name]
-            if isinstance(value, dict):  # in place: somebody else may hold it
+            if isinstance(value, dict):  # in place: others may hold a reference to it
                 now.clear()
                 now.update(value)
             elif isinstance(value, list):

@@ -41,7 +41,7 @@ def losses_at(
     Args:
         at: a point -> a context in which the model is there, where more moves with it than the weights.
         progress: called with (points done, total); a sweep that is halfway through its batches counts half its points.
-        resume: a file that keeps what is finished, and from which an interrupted call goes on.
+        resume: a file that saves what is finished, and from which an interrupted call continues.
     """
     path = None if resume is None else Path(resume)
     key = "" if path is None else _fingerprint(loss, directions, points)

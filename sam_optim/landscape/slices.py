@@ -42,7 +42,7 @@ def slice_1d(
         seed: which random direction. Runs compared with one seed are compared along one draw.
         biases: move biases and normalization parameters, too (random directions only).
         progress: called with (points done, total).
-        resume: a file in which finished losses are kept, every 128 points; a call that was interrupted goes on from it.
+        resume: a file that saves finished losses, every 128 points, and from which an interrupted call continues.
 
     Returns:
         `coordinates` ((n,),), `losses` (n,) in units of L; not finite where L overflows. With several directions

@@ -125,7 +125,7 @@ def num_examples(batch: Any) -> int:
 
 
 def target_of(batch: Any) -> Any:
-    """ "labels" of a mapping, the last element of a tuple or list, `y` of an object; None where there is none."""
+    """ "labels" of a mapping, the last element of a tuple or list, `y` of an object; None if there is none."""
     if isinstance(batch, Mapping):
         return batch.get("labels")
     if isinstance(batch, (tuple, list)):
@@ -186,7 +186,7 @@ def divided(batch: Any, n: int, size: int) -> list[tuple[int, Any]]:
 
 
 def joined(batches: Iterable[tuple[float, int, Any]], size: int) -> Iterator[tuple[float, int, Any]]:
-    """(weight, examples, batch) with consecutive batches joined to at most `size` examples, where they are alike."""
+    """(weight, examples, batch) with consecutive batches of one form joined to at most `size` examples."""
     group: list[Any] = []
     total, count, form = 0.0, 0, None
     for weight, n, batch in batches:

@@ -355,7 +355,7 @@ class Loss:
                 with torch.no_grad():
                     for w, x in zip(self.params, d, strict=True):
                         w.add_(x)
-                torch.clear_autocast_cache()  # or an enclosing autocast region would go on using the weights at w
+                torch.clear_autocast_cache()  # or an enclosing autocast region would keep using the weights at w
                 yield
 
     def settings(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Climb:
 
         u' = argmax_{||u||_p <= 1} <v + (v - v_before), u>
 
-    Where that is not higher than the best point, the climb goes on from the best one: without extrapolation, and if
+    Where that is not higher than the best point, the search continues from the best one: without extrapolation, and if
     that fails as well with u' = P(u + step argmax <v, u>), where the step halves with each failure.
 
     Attributes:

@@ -134,7 +134,7 @@ class _Goal:
     which: str
     tol: float
     stop: str
-    exhaust: bool  # go on to the last dimension, which shows how often each of several values occurs
+    exhaust: bool  # continue to the last dimension, which shows the multiplicity of each eigenvalue
 
     def chosen(self, values: Tensor) -> Tensor:
         """Their indices."""

@@ -73,7 +73,7 @@ class Lanczos:
 
     @property
     def betas(self) -> list[float]:
-        """The entries beside the diagonal in the last Krylov space; the last one leads out of it."""
+        """The off-diagonal entries of the last Krylov space; the last one couples it to the next vector."""
         return self._spaces[-1].below
 
     @property

@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class OfLoss:
-    """An option that depends on the model. text: what stands for it in the settings."""
+    """An option that depends on the model. text: its placeholder in the settings."""
 
     text: str
     evaluate: Callable[[Loss], Any]

@@ -28,7 +28,7 @@ def writer(log: Any) -> Writer:
         if path.suffix not in FILES:
             raise ValueError(f"log must end in .csv or .jsonl, got {str(path)!r}")
         content = FILES[path.suffix]
-        # as a whole: a run that goes on from a checkpoint replaces the lines that were written after it
+        # as a whole: a run resumed from a checkpoint replaces the lines that were written after it
         return lambda rows: write_atomic(path, content(rows).encode(), "log")
     if hasattr(log, "add_scalar"):
         return lambda rows: _each(log.add_scalar, rows[-1])

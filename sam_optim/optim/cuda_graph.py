@@ -64,8 +64,8 @@ class GraphedStep:
         self._to_device()
         signature = self._signature()
         if self._graph is None or self._captured != signature:
-            # A capture must find all tables and kernels made, by a step of exactly this kind: it may not load code, nor
-            # ask for pinned memory.
+            # A capture may neither load code nor allocate pinned memory, so a step of exactly this kind must have run
+            # before it.
             if self._left > 0 or self._ran != signature:
                 self._left = max(0, self._left - 1)
                 self._ran = signature
@@ -113,7 +113,7 @@ class GraphedStep:
         self._inputs = tuple(x.detach().clone() for x in inputs)
         self.optimizer.zero_grad()  # gradients belong to the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        # other threads, those of a loader that pins memory, may go on
+        # threads of a data loader that pin memory may continue
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._result = self._step(self._inputs)
         self._graph, self._captured = graph, self._signature()

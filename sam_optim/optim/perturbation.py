@@ -29,7 +29,7 @@ ROUNDING = ("nearest", "stochastic", "float32")
 
 Closure = Callable[[], Any]
 
-_KIND = operator.attrgetter("dtype", "layout", "device")  # what kernels tell apart
+_KIND = operator.attrgetter("dtype", "layout", "device")  # tensors that differ in these go into separate buckets
 
 
 class Perturbation:
@@ -102,7 +102,7 @@ class Perturbation:
         self.replay_rng = replay_rng
         self.completed = False  # a second pass has ended, and no optimizer has used its gradients yet
         self.was_empty = False  # the last second pass has left no gradient
-        self.rule: Any = None  # a variant of SAM with gradients of its own
+        self.rule: Any = None  # a variant of SAM that changes gradients
         self.one_pass = False  # e is known before the pass, so that a step has one: the rule says where it points
         self.keeps_ascent_gradients = False  # for the rule's descent gradient
         self._radii: list[Any] | None = None
@@ -343,7 +343,7 @@ class Perturbation:
                         earlier.stop()
                     if self.one_pass:
                         loss, perturbed = None, loss
-                    if was_completed and earlier.are_untouched:  # a closure that stands for none, after both passes
+                    if was_completed and earlier.are_untouched:  # a closure that does nothing, after both passes
                         self.completed = True
                     elif not self._has_ascent_gradient(perturbed if self.one_pass else loss, earlier, ascent_closure):
                         self._record, self.completed = Record(), True  # as in a step of torch.optim without gradients
@@ -473,7 +473,7 @@ class Perturbation:
         self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
-        """What moves: the weights with a gradient in groups with rho > 0, by group and by what kernels tell apart."""
+        """Buckets of the weights that move: those with a gradient in groups with rho > 0, by group and kind."""
         is_sharded = self._ranks.is_sharded
         members: list[list[Tensor]] = []
         for k, group in enumerate(self.param_groups):
@@ -713,7 +713,7 @@ class Perturbation:
         return self._pass is not None and self._ranks.needs_zeros
 
     def refresh(self) -> list[Tensor]:
-        """The parameters as they are: groups come and go, FSDP exchanges what is in them and the class of the model."""
+        """Reads the parameters again: groups change, and FSDP replaces parameters and the class of the model."""
         listed = [p for g in self.param_groups for p in g["params"]]
         same = len(listed) == self._num_listed and all(map(operator.is_, listed, self._listed))
         if not same or not all([type(m) in self._ranks.types for m in self._guard.roots]):

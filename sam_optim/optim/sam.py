@@ -152,7 +152,7 @@ class SAM(Optimizer):
                     del group[key]
         for group in base.param_groups:
             check_group(given | {k: group[k] for k in _KEYS if k in group})
-        super().__init__(base.param_groups, given)  # fills the groups, which it adopts as they are
+        super().__init__(base.param_groups, given)  # adds missing keys to the base's own groups
         base.defaults.update(given)
         self.base_optimizer = base
         self.schedule = schedule
@@ -178,7 +178,7 @@ class SAM(Optimizer):
             if hooks in base.__dict__:
                 self.__dict__[hooks] = base.__dict__[hooks]
         if "perturbation" not in self.__dict__:
-            # torch.optim warns of a parameter that a group lists twice, and goes on
+            # torch.optim only warns of a parameter that a group lists twice
             groups = [g | {"params": list(dict.fromkeys(g["params"]))} for g in self.param_groups]
             self.perturbation = Perturbation(groups, **self._perturbation_options)
         self.perturbation.param_groups = self.param_groups
@@ -441,13 +441,13 @@ class SAM(Optimizer):
         """How many steps had a gradient that was not finite, and left weights and state as they were."""
         return self._base_update.num_skipped
 
-    # What a variant changes: it overrides some of these. All tensors are the entries on this rank, and what is given
-    # stays as it is; `recall` and `remember` keep tensors from step to step.
+    # What a variant changes: it overrides some of these. All tensors are the entries on this rank, and arguments must
+    # not be changed; `recall` and `remember` keep tensors from step to step.
 
     one_pass = False  # e is known before the pass: `ascent_gradient` gets no gradients, and a step has one pass
 
     def configure(self) -> None:
-        """Checks and sets the hyperparameters that a variant has beside those of SAM."""
+        """Checks and sets the hyperparameters that a variant adds to those of SAM."""
 
     def check_variant(self, base: Optimizer) -> None:
         """Raises ValueError for a base that the variant cannot have."""
@@ -485,7 +485,7 @@ class SAM(Optimizer):
         return dtensor.local(self.state[p][name])
 
     def remember(self, p: Tensor, name: str, value: Tensor) -> None:
-        """Keeps a tensor like the parameter in `state`, and so in checkpoints, if the step comes to its end."""
+        """Keeps a tensor of the parameter's shape in `state`, and so in checkpoints, if the step completes."""
         self._pending[p, name] = value
 
     def dot(self, params: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:

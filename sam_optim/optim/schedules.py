@@ -40,7 +40,7 @@ class _ProportionalToLR:
         return 1.0
 
     def radius(self, group: dict[str, Any], defaults: dict[str, Any]) -> Scalar:
-        """The rho of a group now, whose own rho only says whether it is perturbed at all."""
+        """The radius of a group now; its own rho only says whether it is perturbed at all."""
         peak = self.lr_max
         if peak is None:
             peak = group.get("max_lr", group.get("initial_lr", defaults.get("lr", group["lr"])))

@@ -37,7 +37,7 @@ def claim(params: Sequence[Tensor], owner: object) -> None:
 
 
 def is_moved(params: Iterable[Tensor]) -> bool:
-    """Whether an open pass holds one of them, which is then at w + e."""
+    """Whether an open pass holds one of them (it is then at w + e)."""
     return any([id(p) in _held for p in params])
 
 
@@ -313,7 +313,7 @@ class EarlierGradients:
         self._watched = [_Watched(p, may_be_assigned) for p in ends]  # type: ignore[arg-type]
 
     def stop(self) -> EarlierGradients:
-        """Ends the watch. What it has seen can be asked for afterwards."""
+        """Ends the watch; its findings can be read afterwards."""
         watched, self._watched = self._watched, []
         self.are_untouched = bool(watched)
         for w in watched:
@@ -367,7 +367,7 @@ def has_values(grad: Tensor) -> bool:
     """Whether any entry is not zero. Waits for the device; while a graph is captured it cannot, and says no."""
     if grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    if dtensor.is_dtensor(grad):  # all ranks must come to one answer
+    if dtensor.is_dtensor(grad):  # all ranks must get the same answer
         norm = torch.linalg.vector_norm(grad)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) != 0
     return bool((grad.coalesce().values() if grad.is_sparse else grad).count_nonzero())

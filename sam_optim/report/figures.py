@@ -143,7 +143,7 @@ def intervals(
         axes.grid(axis="y", visible=False)
         axes.set_ylim(heights[-1] + 0.6, -0.6)
         _finish(figure, axes, title)
-        axes.set_xlabel(label(x_label, width=24, limit=48))  # beside the names there is little room
+        axes.set_xlabel(label(x_label, width=24, limit=48))  # the names leave little room
         numbers = [v for row in rows for v in (row.value, row.low, row.high, *row.points) if math.isfinite(v)]
         if span is not None:
             axes.set_xlim(*span)

@@ -176,7 +176,7 @@ def _landscape(result: Result) -> Landscape:
 
 
 def _tensor(values: Sequence[Any]) -> Tensor:
-    """float64; None, which stands in JSON for what was not finite, becomes nan."""
+    """float64; None, which JSON has for values that are not finite, becomes nan."""
     import numpy
 
     return torch.from_numpy(numpy.array(values, dtype=numpy.float64))

@@ -33,7 +33,7 @@ def html_page(title: str, *content: Child, data: Any = None, sortable: bool = Fa
 
     sortable: with the script that sorts tables. The page's policy lets no other script run.
     """
-    from jinja2.utils import htmlsafe_json_dumps  # no "<" in it can end the <script> that it stands in
+    from jinja2.utils import htmlsafe_json_dumps  # no "<" in it can end its <script>
 
     script = _file("sort.js") if sortable else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -17,7 +17,7 @@ from sam_optim.statistics.table import Entry, Table
 
 Column = tuple[str, str]  # (measure, target)
 
-FEW = 30  # checkpoints up to which each has a row of its own in a figure
+FEW = 30  # up to so many checkpoints each has its own row in a figure
 
 
 def study_page(

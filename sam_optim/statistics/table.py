@@ -88,7 +88,7 @@ def _of_column(entry: Entry) -> dict[str, Any]:
 
 
 def _names(named: Sequence[tuple[str, dict[str, Any]]]) -> dict[tuple[str, str], str]:
-    """(name, key of what it stands for) -> a unique name, which says how two things of one name differ."""
+    """(name, key) -> a unique name, which says how two columns of one name differ."""
     variants: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for name, about in named:
         variants[name].setdefault(_key(about), about)

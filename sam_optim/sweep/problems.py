@@ -254,7 +254,7 @@ class FunctionLosses(Losses):
         before = {name: x.clone() for name, x in model.state_dict().items()}
         other = self._call(checkpoint).model
         state = {name: x.clone() for name, x in other.state_dict().items()}
-        if other is model:  # a function that loads into one model of its own
+        if other is model:  # a function that loads every checkpoint into one model
             model.load_state_dict(before)
         return state
 

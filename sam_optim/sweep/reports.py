@@ -30,7 +30,7 @@ def write_report(
     factors: Sequence[str] = (),
     title: str = "Sharpness of checkpoints",
 ) -> Path:
-    """One page of results, with nothing outside it.
+    """One self-contained page of results.
 
     Args:
         results: .json of `measure_checkpoints` or of any result, .csv of `measure_checkpoints`.
@@ -84,7 +84,7 @@ def _read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Mapp
 
 
 def _targets(measured: Table, lines: Lines, wanted: str | None, factors: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Columns of numbers by checkpoint: the one that is asked for, or all."""
+    """Columns of numbers by checkpoint: the requested one, or all."""
     names = list(dict.fromkeys(name for line in lines for name in line if name and name != "checkpoint"))
     if wanted is not None:
         if wanted not in names:

@@ -19,7 +19,7 @@ from sam_optim.sweep.quality import QUALITY, quality
 from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
 from sam_optim.vision.checkpoints import Checkpoint, find
 
-# errors of one checkpoint or one measure: the rest of the sweep goes on
+# errors of one checkpoint or one measure: the rest of the sweep continues
 FAULTS = (ValueError, RuntimeError, OSError, NotImplementedError, TypeError, KeyError, AttributeError, IndexError)
 LOADING = "loading"  # the key of a checkpoint that could not be read or measured at all
 
@@ -71,7 +71,7 @@ class Sweep:
         return remarks
 
     def csv(self) -> str:
-        """A column for each number and one for its error; empty cells where there is none."""
+        """A column for each number and one for its error; empty cells where a number is missing."""
         head = ["checkpoint", *QUALITY, *(x for column in self.columns for x in (column, f"{column} error"))]
         lines: list[list[Any]] = []
         for row in self.rows:

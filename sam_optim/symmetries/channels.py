@@ -43,7 +43,7 @@ class Channels:
         return torch.arange(start, start + count).view(shape)
 
     def root(self, channel: int) -> int:
-        """The number that stands for the class of a channel."""
+        """The number of a channel's class."""
         parent = self._parent
         while parent[channel] != channel:
             parent[channel] = parent[parent[channel]]

@@ -109,7 +109,7 @@ class Permutations(Tracer):
     def linear_map(self, result: Tensor, axis: int, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> None:
         if len(inputs) == 1:
             super().linear_map(result, axis, weight, bias, inputs)
-        elif inputs.numel() == len(weight) == len(inputs):  # depthwise: what comes in and what goes out move together
+        elif inputs.numel() == len(weight) == len(inputs):  # depthwise: input and output channels move together
             self.occurs(weight, inputs, 1)
             self.occurs(bias, inputs.flatten(), 1)
             self.set_axis(result, inputs.flatten(), axis)

@@ -166,7 +166,7 @@ class Tracer(TorchFunctionMode):
         self.trace.occurrences.append(Occurrence(self._names[id(x)], ids, power))
 
     def unknown(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
-        """Fixes all that goes into an operation and comes out of it."""
+        """Fixes all channels that go into an operation or come out of it."""
         for x in tensors:
             if x is not None and x.is_floating_point():
                 self.channels.fix(self.ids(x))
@@ -213,7 +213,7 @@ class Tracer(TorchFunctionMode):
     _sum = _amax = _mean
 
     def _add(self, result: Tensor, input: Any, other: Any, **_: Any) -> None:
-        """Both sides change alike."""
+        """Both operands must change in the same way."""
         sides = [self.ids(x) for x in (input, other) if isinstance(x, Tensor)]
         if len(sides) == 2:
             self.channels.tie(*sides)

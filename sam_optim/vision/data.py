@@ -188,7 +188,7 @@ def evaluation_batches(
 
 
 class _Batches(Sequence[Batch]):
-    """Batches of rows of a split, made when they are asked for."""
+    """Batches of rows of a split, loaded on access."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, rows: Sequence[Sequence[int]], dtype: torch.dtype):
         self._split, self._preprocessing, self._rows, self._dtype = split, preprocessing, rows, dtype

@@ -201,7 +201,7 @@ def check_options(name: Any, options: Mapping[str, Any]) -> None:
 
 
 def num_outputs(name: str, state: Mapping[str, Tensor]) -> int | None:
-    """How many classes the model `name` has whose weights are `state`; None where its last layer cannot be told."""
+    """How many classes the model `name` has whose weights are `state`; None if its last layer cannot be identified."""
     with torch.device("meta"):
         make = builtin(name)
         model: nn.Module = make(2, (1, 8, 8)) if make else _timm().create_model(name)

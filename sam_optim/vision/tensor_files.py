@@ -25,7 +25,7 @@ NAMED_BY_CONTENT = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{16})\.pt")  # bench
 REMEDY = "save the weights alone, torch.save(model.state_dict(), path), or as .safetensors"
 SAFE_TORCH = (2, 10)  # before it, a crafted pickle gets past weights_only=True
 TRUST = "SAM_OPTIM_TRUST_PICKLES"
-LARGE = 1 << 30  # bytes: up to here nobody asks whether a size is true
+LARGE = 1 << 30  # bytes: claimed sizes up to this one are not checked
 OTHER_FORMATS = {  # how a file begins -> what it is, and what to do
     b"GGUF": "a GGUF file of llama.cpp, whose weights are quantized; give the checkpoint that it was made from",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras), not one of PyTorch",

@@ -108,7 +108,7 @@ def _renamed_by_transformers(model: Any, state: Mapping[str, Tensor], folder: Pa
 
 
 def num_outputs(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """The rows of the model's last layer in `state`; None where it cannot be told which layer that is."""
+    """The rows of the model's last layer in `state`; None if that layer cannot be identified."""
     renamed = without_prefix(state, model.state_dict())
     layer = _classifier(model)
     weight = renamed.get(f"{layer}.weight") if layer else None

@@ -91,7 +91,7 @@ class Storage:
         for w in b.weights:
             _check_writable(w)
         self.batches: Any = None
-        self.are_apart = False  # no weight shares memory with another one, of this bucket or of those beside it
+        self.are_apart = False  # no weight shares memory with another one, in this bucket or another
         with torch.inference_mode(False):  # else a step in inference mode would leave tensors that no other may use
             if hasattr(b.body, "batches_of"):
                 self.batches, self.copies = b.body.batches_of(b.weights)

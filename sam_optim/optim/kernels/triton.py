@@ -55,7 +55,7 @@ BOUNDS = tl.constexpr(6)
 BEGIN, END, IS_INF, RHO, A, ETA = (tl.constexpr(k) for k in range(6))
 
 ONES = tl.constexpr(0)  # T = 1
-ELEMENTS = tl.constexpr(1)  # T = a |w| + eta; a = 0, eta = 1 for buckets with T = 1 beside adaptive ones
+ELEMENTS = tl.constexpr(1)  # T = a |w| + eta; a = 0, eta = 1 for buckets with T = 1 in a model with adaptive ones
 BY_SLICE = tl.constexpr(2)  # T is one number for each row of w, or for all of it
 
 

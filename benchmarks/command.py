@@ -103,7 +103,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_settings(path: Path, *, yaml: bool) -> dict[str, Any]:
-    """The tables of a YAML or TOML file, by name. YAML's aliases are refused: a few lines can stand for gigabytes.
+    """The tables of a YAML or TOML file, by name. YAML's aliases are refused: a few lines can expand to gigabytes.
 
     Raises:
         InputError: the file cannot be read, is of another format, or holds no tables.

@@ -32,7 +32,7 @@ from sam_optim.core.text import mean_and_std
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-REDUCTION = 3  # of the runs at a rung, one in so many goes on
+REDUCTION = 3  # one in so many runs at a rung continues
 FIRST_SEED = 1000  # of the runs that are compared, which no value was chosen by
 
 

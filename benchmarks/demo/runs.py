@@ -176,7 +176,7 @@ def _short(estimate: Any) -> dict[str, Any]:
 
 
 def _best_epoch(curves: Mapping[str, list[float]]) -> int:
-    """The first epoch with the highest validation accuracy, counted from 1: what early stopping would have kept."""
+    """The first epoch with the highest validation accuracy, counted from 1: the one that early stopping chooses."""
     validation = [v if v == v else -1.0 for v in curves["validation_accuracy"]]
     return validation.index(max(validation)) + 1
 

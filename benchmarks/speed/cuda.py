@@ -33,7 +33,11 @@ from sam_optim.core.errors import one_line
 
 MODELS = ("resnet50", "vit_base_patch16_224", "wide-resnet-28-10", "efficientnet_b0", "resnet18")
 MODELS += ("vit_giant_patch14_224",)
-COMPILED = ("resnet18", "efficientnet_b0", "resnet50")  # torch.compile takes up to a minute for so many tensors
+COMPILED = (
+    "resnet18",
+    "efficientnet_b0",
+    "resnet50",
+)  # torch.compile takes up to a minute for models with many tensors
 # Bytes for each float32 entry: the norm reads g (and w where adaptive), the ascent reads w and g and writes w and its
 # copy, the restore reads the copy and writes w.
 BYTES, BYTES_ADAPTIVE = 4 + 16 + 8, 8 + 16 + 8
@@ -215,7 +219,7 @@ class Plan:
         try:
             with until(self.deadline):
                 return run()
-        except Exception as error:  # Triton's errors are not RuntimeErrors; the other rows go on
+        except Exception as error:  # Triton's errors are not RuntimeErrors; the other rows continue
             self.missing.append(f"{what}: {type(error).__name__}: {one_line(error)[:200]}")
             return None
         finally:

@@ -121,7 +121,7 @@ def seconds(run: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def compare(rows: list[Row], rounds: int, device: str) -> list[dict[str, Any]]:
-    """Seconds of each side in each round, and what the last run found."""
+    """Seconds of each side in each round, and the values of the last run."""
     shuffle = random.Random(0).shuffle
     times: dict[str, dict[str, list[float]]] = {row.name: {"ours": [], "peer": []} for row in rows}
     outcomes: dict[str, dict[str, Any]] = {row.name: {} for row in rows}

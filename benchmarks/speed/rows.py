@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """ours, peer: run once each and return a mapping of what they found, which the results keep. peer is None where
+    """ours, peer: run once each and return a mapping of their values, for the results. peer is None where
     it is not installed. bar: the ratio of times, ours / peer, that is asked for; None where none is."""
 
     name: str

@@ -25,7 +25,7 @@ HERE = ("data_dir", "device", "workers")  # what may differ between the machines
 OURS = (*HERE, "out", "resume", "force", "measures", "checkpoint_steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 DISTRIBUTION = {"low", "high", "step", "log"}
-# of Optuna; not CmaEsSampler, which unpickles what it finds in the storage, and so runs what somebody wrote there
+# of Optuna; not CmaEsSampler, which unpickles data from the storage, and so runs code that was written there
 SAMPLERS = ("TPESampler", "RandomSampler", "GPSampler", "QMCSampler", "NSGAIISampler", "BruteForceSampler")
 
 Table = TypeVar("Table")
@@ -179,7 +179,7 @@ class Config:
         """What is recorded with the study: two files that say the same give the same."""
         values = asdict(self)
         values["grid"] = values.pop("factors") | {name: asdict(self.factors[name]) for name in self.ranges}
-        # what older studies could not say is recorded only where it is said, so that they go on
+        # newer options are recorded only where they are set, so that older studies continue
         values["corruptions"] = {k: v for k, v in values["corruptions"].items() if k != "published" or v}
         newer = ("norm", "normalize_logits")
         values["measures"] = [{k: v for k, v in m.items() if k not in newer or v} for m in values["measures"]]

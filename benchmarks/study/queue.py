@@ -23,7 +23,7 @@ from benchmarks.study import storage as stores
 from benchmarks.study.config import Config, Range, Sampler
 from sam_optim.core.errors import InputError
 
-DEATHS = 3  # a combination that has cost so many workers their lives is given up
+DEATHS = 3  # a combination that has killed this many workers is given up
 DRAWS = 50  # of a sampler in a row that were all had before: it has no others to offer for now
 
 Levels = Mapping[str, Any]

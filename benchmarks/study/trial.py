@@ -102,7 +102,7 @@ def run_directory(runs: Path, config: Config, levels: Mapping[str, Any]) -> Iter
             try:
                 stack.enter_context(locked(directory.resolve()))
                 free = begun_with(config, levels, directory)
-            except InputError:  # somebody writes there, or it was damaged
+            except InputError:  # another process writes there, or it was damaged
                 free = False
             if free:
                 yield directory

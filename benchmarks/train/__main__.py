@@ -53,7 +53,7 @@ def train(options: Options) -> int:
             device, splits = recipe.device(options, world), data.load(options)
             weights = None if resumed else _sha256(options.initial_checkpoint)
             training = Training(options, splits, device, world=world, initial=resumed is None)
-            world.barrier()  # all have seen what is in --out, and found their options good
+            world.barrier()  # every rank has read --out and accepted its options
             if resumed:
                 training.load(resumed)
                 if world.main:
@@ -118,7 +118,7 @@ def _check_out(options: Options, world: World = ALONE) -> dict[str, Any] | None:
 
 
 def _start(training: Training, weights: str | None) -> None:
-    """Only now, with data, model and options all found good, does anything on the disk change.
+    """Changes the disk only now, when data, model and options have been checked.
 
     weights: the SHA-256 of --initial-checkpoint before it was read.
     """
@@ -174,7 +174,7 @@ def _sha256(path: str | None) -> str | None:
 
 
 def _noise(labels: Tensor, clean: Tensor, options: Options) -> dict[str, Any]:
-    """How many labels were drawn anew, how many of those differ, and a digest of the labels that training sees."""
+    """How many labels were redrawn, how many of those differ, and a digest of the labels that training sees."""
     digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     drawn, wrong = round(options.label_noise * len(clean)), int((labels != clean).sum())
     return {"fraction": options.label_noise, "num_drawn": drawn, "num_wrong": wrong, "labels_sha256": digest}

@@ -149,7 +149,7 @@ class PictureBatches:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the main process decides, workers go on until it tells them."""
+    """Ctrl-C reaches the whole process group: the main process decides; workers continue until it stops them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

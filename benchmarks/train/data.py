@@ -208,7 +208,7 @@ def hold_out(n: int, fraction: float, seed: int, num_train: int | None = None) -
 
 
 def noisy(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
-    """A copy with exactly round(fraction * n) labels drawn anew, uniformly: 1 in num_classes of them stays right."""
+    """A copy with exactly round(fraction * n) labels redrawn uniformly: 1 in num_classes of them stays right."""
     if not 0 <= fraction <= 1:
         raise InputError(f"--label-noise is a share of the training labels and must be in [0, 1], got {fraction}")
     stream = Stream(derive(seed, "label noise"))

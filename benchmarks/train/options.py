@@ -273,7 +273,7 @@ class OfRun:
     ema: bool = option(False, "the averaged weights of --model-ema", action="store_true")
 
     def locked(self) -> AbstractContextManager[None]:
-        """Nobody else trains, measures or evaluates the run meanwhile."""
+        """A lock: no other process trains, measures or evaluates the run."""
         return files.locked(self.run.resolve(), "run")
 
     def options(self) -> Options:
@@ -349,7 +349,7 @@ def default_name(options: Options) -> str:
 
 def _as_pretrained(options: Options) -> Options:
     """Images as the weights of --initial-checkpoint know them, where no option says otherwise. It is in the options of
-    config.json from then on: runs from before that go on, and are measured, as they were trained."""
+    config.json from then on: older runs are resumed and measured as they were trained."""
     if not options.initial_checkpoint or options.data in ("digits", *LAYOUT):
         return options
     of_weights = Preprocessing.of_model(options.model).to_dict()

@@ -56,7 +56,7 @@ ALONE = World()
 
 
 def named(device: str) -> str:
-    """The device that "auto" stands for: CUDA where torch sees it, else the CPU. Other names are as they are."""
+    """The device that "auto" means: CUDA where torch sees it, else the CPU. Other names are as they are."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 

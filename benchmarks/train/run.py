@@ -203,7 +203,7 @@ class Training:
         checkpoint.save(self.options.out / "checkpoints", state)
 
     def _check_out(self) -> None:
-        """A folder that was made anew would hold weights without the options that they were trained with."""
+        """A folder that was created again would hold weights without their options."""
         out = self.options.out
         if (out / "config.json").is_file():
             self._is_recorded = True
@@ -347,7 +347,7 @@ def line(record: dict[str, Any], *, sharpness: bool) -> str:
 def _seeded(
     batches: Iterable[Batch], seed: int, epoch: int, first: int, rank: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Mixup, dropout and stochastic depth of a batch draw from the global generators, set anew for each."""
+    """Mixup, dropout and stochastic depth of a batch draw from the global generators, seeded for each batch."""
     which, seed_ = (rank,) if rank else (), seed_here if device.type == "cpu" else seed_all
     for i, batch in enumerate(batches, start=first):
         seed_(derive(seed, "step", epoch, i, *which))

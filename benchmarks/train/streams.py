@@ -17,7 +17,7 @@ from sam_optim.vision.data import open_timm
 
 
 class Streamed(Dataset):
-    """A split of a streamed data set of timm's, not opened yet: each epoch opens it anew, so that the order of its
+    """A split of a streamed data set of timm's, not opened yet: each epoch opens it again, so that the order of its
     examples is a function of (seed, epoch) and of the number of workers and ranks."""
 
     def __init__(self, name: str, directory: Path, split: str):

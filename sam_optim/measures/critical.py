@@ -29,9 +29,9 @@ def critical_sharpness(
         lambda_c = 2 / t_c,   t_c = min {t > 0 : L(w - t d) > L(w)},   d = grad L(w) or the direction of another update
 
     For a quadratic loss lambda_c = d^T H d / |<g, d>|, along the gradient g^T H g / g^T g, which is at most lambda_max;
-    gradient descent with a learning rate above 2 / lambda_c raises the loss. Forward passes alone, after one gradient
-    where no direction is given: a step is tried, and moved to the root of the parabola through what is known, until
-    t_c is bracketed. With tol = 0.02 about five do, also for models of any size and spread over ranks.
+    gradient descent with a learning rate above 2 / lambda_c raises the loss. It takes one gradient
+    if no direction is given, then forward passes alone: a step is tried, and moved to the root of the parabola through
+    the losses so far, until t_c is bracketed. With tol = 0.02 about five are enough, for models of any size.
 
     Args:
         loss: L, at the weights w.
@@ -39,15 +39,15 @@ def critical_sharpness(
             steps go where the loss falls at first. lambda_c is in units of 1 / t, so it is inverse to the length of d.
             Another Loss of the same weights: its gradient, for the relative critical sharpness, how far a step down the
             other loss may go before this one rises. Where this one rises at once, it is nan, with a reason.
-        tol: of t_c, relative: the bracket is as narrow.
-        first_step: t to begin with; with a direction also -t, for the slope. None: a thousandth of the weights.
-        max_evaluations: of the loss at other weights than w; then the best guess in the bracket, as not converged.
+        tol: width of the bracket of t_c, relative.
+        first_step: the first t; with a direction also -t, for the slope. None: a step of a thousandth of the weights.
+        max_evaluations: of the loss at weights other than w; after them the best guess in the bracket, not converged.
         progress: called with (evaluations done, the most that there can be).
 
     Returns:
         `value` in units of L per squared unit of w, for the gradient. `details`: `step` t_c; `slope`, |<g, d>|, from
         two evaluations where a direction is given; `num_evaluations`. Not converged, with a `reason`: nan where the
-        slope is 0 or not finite, 0 where the loss does not rise along d as far as was looked.
+        slope is 0 or not finite, 0 where the loss does not rise along d as far as it was evaluated.
 
     Raises:
         ValueError: a direction of other shapes, tol or first_step <= 0, max_evaluations < 3.

@@ -40,9 +40,9 @@ def hessian_eigenvalues(
 
         T M T x = lambda x,   ||x||_2 = 1,   M = d^2 L / dw^2 or another curvature matrix, T = 1 or that of a ball
 
-    Lanczos with full re-orthogonalization. Eigenvalues are found as often as they occur where there are at most 200
-    parameters (all products are taken) or few different values (the Krylov space ends, and another one begins); of
-    equal ones in a larger, rich spectrum only one may be found.
+    Lanczos with full re-orthogonalization. Equal eigenvalues are all found where there are at most 200
+    parameters (all products are taken) or few different values (the Krylov space ends, and another one begins); in
+    other spectra only one of several equal values may be found.
 
     Args:
         loss: L at the weights w, P entries in total.
@@ -53,12 +53,12 @@ def hessian_eigenvalues(
             16 labels for each example, drawn from softmax(outputs), in place of the expectation.
         which: "largest" and "smallest" are algebraic (the largest of -5 and 2 is 2), "magnitude" is the absolute value;
             "both" is `num` largest and `num` smallest, from one Krylov space.
-        tol: of the residual r = ||T M T x - lambda x||_2 relative to |lambda|; the error of lambda is at most r, and
-            mostly about r^2. Where it asks for more than rounding allows, 100 ulps of the largest value count.
+        tol: largest residual r = ||T M T x - lambda x||_2 relative to |lambda|; the error of lambda is at most r, and
+            mostly about r^2. It is never less than 100 ulps of the largest value.
         seed: of the start vector, and of the labels of "fisher_mc".
         stop: "value" makes tol that of min(r, r^2 / gap), a bound of the error of lambda itself (Kato and Temple), with
             the gap to the other Ritz values: about half of the products, and eigenvectors to the root of tol only.
-        max_products: where to stop; None is 200 + 10 num, at most P.
+        max_products: largest number of products; None: 200 + 10 num, at most P.
         start: the first vector of the Krylov space, in the shapes of `loss.params`: an eigenvector at weights nearby
             saves most of the products, but what is orthogonal to it is not seen. None: random.
         progress: called with (products done, limit).

@@ -50,7 +50,7 @@ def gradient_regret(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Estimate:
-    """What the best small step for one batch forgoes on another.
+    """The regret of one batch about a small step that is best for another.
 
         R / eps = E ||g_2|| (1 - cos(g_1, g_2)),   g_1, g_2: gradients of two different batches
 
@@ -66,8 +66,8 @@ def gradient_regret(
     G has directions without curvature, so the value depends on the damping, and with T = 1 it changes with the
     parametrization as far as the damping matters. With T = |w|, `Ball(0.0, adaptive=True, eta=0.0)`, neither metric
     changes under any rescaling of single weights by positive factors that leaves the function as it is (between ReLU
-    layers, before normalization), nor under permutations; a weight that is 0 is held. So that is the T of the damping
-    where neither `ball` nor `damping` is given.
+    layers, before normalization), nor under permutations; a weight that is 0 does not move. So that is the T of the
+    damping where neither `ball` nor `damping` is given.
 
     Args:
         loss: L, with two batches or more; the regret depends on their size m. Pairs count by their numbers of examples.

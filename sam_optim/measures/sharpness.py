@@ -74,17 +74,17 @@ def worst_case_sharpness(
         ball: rho, p and T; `optimizer.ball` is what SAM searched. A weight with T = 0 never moves. A sequence of balls
             that differ in rho alone gives a list of results, in its order, from one pass over the data: the gradient
             at w is shared, and what a smaller ball holds counts for the larger ones, so that S does not fall with rho.
-        num_steps: gradients per search, that at its start included; one more forward pass comes at the end.
-        num_restarts: searches per batch and ball, the first from w, the others from random points of the ball. None is
-            4, and 1 for a single step.
-        seed: of these random points, which are the same for all batches.
+        num_steps: gradients per search, including the one at its start; one more forward pass follows at the end.
+        num_restarts: searches per batch and ball, the first from w, the others from random points of the ball. None:
+            4, or 1 if num_steps = 1.
+        seed: of the random points, which are the same for all batches.
         progress: called with (done, total) steps.
 
     Returns:
-        `value` in units of L. `stderr` over batches: how far it would move with others from the same distribution.
+        `value` in units of L. `stderr` over batches: how far it would move with other ones of the distribution.
         `details`, one entry for each batch: `batch_values`, `base_losses`, `lengths` (||d||_2 of the best point, in
         units of w), `best_steps` (the step that led to it), `restart_values`, the rise of each search, and `spread`,
-        how far the second best of them lies below the best, relative. `converged` is False where the spread of a batch
+        how far the second best is below the best, relative to it. `converged` is False where the spread of a batch
         is above 5 %, and with a single search, which nothing confirms; `reason` says which.
 
     Raises:

@@ -50,25 +50,25 @@ def hessian_trace(
 
         tr A = E[z^T A z],   A = T M T,   z_i = +1 or -1;     Var[z^T A z] = 2 (||A||_F^2 - sum_i A_ii^2)
 
-    "deflated" removes the variance of what stands out: with a Krylov basis Q and A = mu + L + B, B = (1 - Q Q^T)
-    (A - mu) (1 - Q Q^T), it is the mean over probes of z^T A z - c (z^T L z - tr L), where tr L is exact and c, about
-    1, is fitted to the other probes, which keeps the mean free of bias. The basis grows as long as it pays, to half of
-    the products at most; where nothing stands out it stops at 4 vectors.
+    "deflated" removes the variance that the largest eigenvalues cause: with a Krylov basis Q and A = mu + L + B, B = (1
+    - Q Q^T) (A - mu) (1 - Q Q^T), it is the mean over probes of z^T A z - c (z^T L z - tr L), where tr L is exact and
+    c, about 1, is fitted to the other probes, which keeps the mean unbiased. The basis grows as long as that pays, to
+    half of the products at most; without outliers it stops at 4 vectors.
 
     Args:
         loss, ball, matrix: M, T as in `hessian_eigenvalues`.
-        num_probes: products with vectors in all, those for the basis included. With as many as there are parameters
-            the diagonal is read off, and the value is exact.
+        num_probes: products with vectors, including those for the basis. With as many as parameters the diagonal is
+            computed, and the value is exact.
         tol: stop earlier, as soon as `stderr` is at most tol times the value; then num_probes is the limit, and the
-            value has the small bias of every rule that stops on what it sees.
+            value has the small bias of every data-dependent stopping rule.
         seed: of the draws. Of "fisher_mc" each product has labels of its own, so that `stderr` holds their draw, and
             nothing is deflated or read off.
         method: "deflated", or "hutchinson", with the variance above.
         progress: called with (products done, num_probes).
 
     Returns:
-        `value` in units of L per squared unit of w (of T, with a ball). `stderr` over probes, on these data, with what
-        rounding adds, which alone is left where the value is exact. `num_samples`: the number of probes. `details`:
+        `value` in units of L per squared unit of w (of T, with a ball). `stderr` over probes, on these data, plus
+        rounding, which is all that is left where the value is exact. `num_samples`: the number of probes. `details`:
         `probes`, an unbiased value from each; `num_products`; `num_deflated`, the vectors of the basis.
 
     Raises:

@@ -40,14 +40,14 @@ def run(directory, path, *options):
 
 def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(problem, capsys):
     directory, path, model = problem
-    assert run(directory, path, "--images", "40", "--measures", "worst,average,eigenvalue,density") == 0
+    assert run(directory, path, "--images", "16", "--measures", "worst,average,eigenvalue,density") == 0
     out = directory / "out"
     result = pretrained.results(store.read(out / "measures.json"))
     assert {key[1:] for key in result} == {
         *(("worst", False), ("worst", True), ("average", False), ("average", True)),
         *(("eigenvalue", False), ("eigenvalue", True), ("density", False)),
     }
-    assert result[str(path), "worst", True]["settings"]["n"] == 40
+    assert result[str(path), "worst", True]["settings"]["n"] == 16
 
     test = open_split("cifar10", directory, "test")
     x, y = test.x, test.labels

@@ -227,6 +227,17 @@ def test_a_row_is_judged_by_both_programs():
     assert host.judged(0.2, 0.06, 0.2) == {"bar": pytest.approx(0.196), "meets_bar": False, "below_davda54": False}
 
 
+@pytest.mark.parametrize("row", host.PLAIN)
+def test_a_plain_step_is_one_of_the_base(row, monkeypatch):
+    monkeypatch.setitem(host.BASE, "lr", 0.1)
+    one, other = host.Problem(3), host.Problem(3)
+    before = [p.detach().clone() for p in one.params]
+    host.plain_step(one, module=host.PLAIN[row])()
+    host.base_step(other, passes=1)()
+    assert all(torch.equal(p, q) for p, q in zip(one.params, other.params, strict=True))
+    assert not any(torch.equal(p, w) for p, w in zip(one.params, before, strict=True))
+
+
 def test_the_host_time_is_that_of_a_step_without_the_base(clock, monkeypatch):
     """The closure costs 1 s, a step of the base 2, moving the weights 3 and 4: own time is 7 s."""
 
@@ -254,7 +265,7 @@ def test_the_host_time_is_that_of_a_step_without_the_base(clock, monkeypatch):
     monkeypatch.setattr(host, "ways", lambda: dict.fromkeys(names, (False, slow)))
     result = host.measure(2, 4)
     assert result["base_ms"] == 4000
-    assert [row["median"] for row in result["rows"].values()] == [7000.0] * 3
+    assert [row["median"] for row in result["rows"].values()] == [7000.0] * 3 + [0.0] * len(host.PLAIN)
     assert result["rows"]["SAM, closure"]["meets_bar"]
     assert not result["rows"]["SAM, closure"]["below_davda54"]
 
@@ -269,7 +280,7 @@ def test_the_host_time_is_printed_and_written(tmp_path, capsys):
     measured = json.loads(file.read_text(), parse_constant=pytest.fail)
     assert [result["tensors"] for result in measured["results"]] == [2, 3]
     for result in measured["results"]:
-        assert set(result["rows"]) == set(host.ways())
-        assert sum("bar" in row for row in result["rows"].values()) == 8
+        assert set(result["rows"]) == {*host.ways(), *host.PLAIN}
+        assert sum("bar" in row for row in result["rows"].values()) == 10
     out = capsys.readouterr().out
     assert all(row in out for row in host.ways())

@@ -26,11 +26,18 @@ pytest.importorskip("triton")
 from sam_optim.optim.kernels import triton as body  # noqa: E402
 
 
-@pytest.mark.parametrize("tests", ["tests/triton_interpreted.py", "tests/gpu"])
-def test_interpreted(tests):
+@pytest.mark.parametrize(
+    ("tests", "which"),
+    [
+        ("tests/triton_interpreted.py", "not slow"),
+        ("tests/gpu", "not slow"),
+        pytest.param("tests/triton_interpreted.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_interpreted(tests, which):
     """What is in tests/gpu, too, as far as it can be: so that it does not run for the first time on a device."""
     out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", tests],
+        [sys.executable, "-m", "pytest", "-x", "-m", which, tests],
         capture_output=True,
         text=True,
         cwd=ROOT,

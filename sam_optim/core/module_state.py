@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +19,9 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
     nn.LocalResponseNorm,
     nn.CrossMapLRN2d,
 )
+
+
+_PLAIN = {Tensor, nn.Parameter, nn.Buffer}
 
 
 def modules_of(*models: nn.Module) -> list[nn.Module]:
@@ -44,6 +48,8 @@ class Buffers:
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._slots: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+        self._tensors: list[Tensor] = []
+        self._layout: list[tuple[torch.Size, int]] = []  # of plain tensors, else empty
 
     @torch.no_grad()
     def save(self, model: nn.Module | Sequence[nn.Module], extra: Sequence[Tensor] = ()) -> None:
@@ -53,13 +59,19 @@ class Buffers:
         if not self._slots and not extra:
             self._copies = {}
             return
-        tensors = {id(b): b for _, _, b in self._slots if b is not None and _writable(b)} | {id(x): x for x in extra}
-        stale, self._copies = self._copies, {}
-        copies = {}
-        for key, b in tensors.items():
-            owner, copy = stale.get(key, (None, b))
-            copies[key] = (b, copy if owner is b and _alike(copy, b) else torch.empty_like(b.detach()))
+        tensors = [b for _, _, b in self._slots if b is not None] + list(extra)
+        is_plain = {*map(type, tensors)} <= _PLAIN
+        layout = [(b.shape, b.data_ptr()) for b in tensors] if is_plain else []
+        copies, self._copies = self._copies, {}
+        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        if not (copies and same and is_plain and layout == self._layout):
+            stale, copies = copies, {}
+            for b in tensors:
+                if _writable(b):
+                    owner, copy = stale.get(id(b), (None, b))
+                    copies[id(b)] = (b, copy if owner is b and _alike(copy, b) else torch.empty_like(b.detach()))
         _copy([c for _, c in copies.values()], [b for b, _ in copies.values()])
+        self._tensors, self._layout = tensors, layout
         self._copies = copies  # whole, or not at all: an interrupt may come in between
 
     @torch.no_grad()
@@ -81,7 +93,7 @@ class Buffers:
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Few launches for many small buffers; tensor subclasses, such as DTensor, know no copies of lists."""
-    if {*map(type, targets), *map(type, sources)} <= {Tensor, nn.Parameter}:
+    if {*map(type, targets), *map(type, sources)} <= _PLAIN:
         if targets:
             torch._foreach_copy_(targets, sources)
         return

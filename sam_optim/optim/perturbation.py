@@ -642,19 +642,22 @@ class Perturbation:
     def transaction(self) -> Iterator[None]:
         """After an exception inside, weights and buffers are as before; inside another transaction this is part of it.
 
-        Not if an update of the weights has begun since `watch_update`: half of one cannot be taken back.
+        A step that does not ascend moves nothing of its own, and is as safe as one of the base. Not if an update of the
+        weights has begun since `watch_update`: half of one cannot be taken back.
         """
         if self._in_transaction:
             yield
             return
-        self._guard.begin_step(self.refresh())
+        params, ascends = self.refresh(), self.ascends
+        if ascends:
+            self._guard.begin_step(params)
         self._versions_before_update = None
         try:
             self._in_transaction = True
             yield
         except BaseException:
             self.exit(failed=True)
-            if not self._has_update_begun():
+            if ascends and not self._has_update_begun():
                 self._guard.undo()
             raise
         finally:

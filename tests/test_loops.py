@@ -3,6 +3,7 @@
 Each row of the table in docs/integrations/loops.md names its test here or in a file beside this one.
 """
 
+import contextlib
 import copy
 import functools
 import gc
@@ -209,6 +210,43 @@ def test_a_second_optimizer_of_a_network_that_nobody_named_does_not_step_with_th
     with pytest.raises(RuntimeError, match=r"SGD would step with the sum.*module="):
         other.step()
     other.step()  # said once: a caller that goes on knows of it
+
+
+@pytest.mark.parametrize("way", WAYS[2:])
+def test_clipping_the_gradients_of_two_optimizers_between_the_passes(way):
+    """Those of the second one's network are clipped with the others, and are those at w + e; unnamed, it is refused."""
+    model, (x, y) = network(), batches()[0]
+    names = ["0.weight", "0.bias"]
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y), moved=names)
+    bound = 0.3 * float(torch.cat([g.flatten() for g in truth]).norm())
+    expected = [p - LR * 0.3 * g for p, g in zip(copies(model), truth, strict=True)]
+
+    for named in (True, False):
+        model = network()
+        trunk = SAM(model[0].parameters(), torch.optim.SGD, rho=RHO, lr=LR, module=model if named else None)
+        head = torch.optim.SGD(model[2].parameters(), lr=LR)
+
+        def clipped_pass(model=model):
+            cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), bound)
+
+        if way == "first and second step":
+            clipped_pass()
+            trunk.first_step()
+            clipped_pass()
+            trunk.second_step()
+        else:
+            with trunk.microbatch() if way == "microbatch" else contextlib.nullcontext():
+                clipped_pass()
+                with trunk.perturbed():
+                    clipped_pass()
+            trunk.step()
+        if named:
+            head.step()
+            close(model.parameters(), expected, tolerance=1e-5)  # torch adds 1e-6 to the norm
+        else:
+            with pytest.raises(RuntimeError, match="the sum of the gradients at w and at w"):
+                head.step()
 
 
 def test_a_second_optimizer_that_clears_the_sum_of_both_passes_steps_as_ever():
@@ -560,6 +598,33 @@ def test_replaying_leaves_no_hook_on_the_model_which_loads_without_this_package(
 
 
 # settings
+
+
+@pytest.mark.parametrize("in_cycle", [False, True])
+@pytest.mark.parametrize("dropped", ["new", "in a pass", "after a pass", "after a microbatch", "after a step"])
+@pytest.mark.parametrize("replay_rng", [False, True])
+def test_an_optimizer_that_is_dropped_leaves_nothing_behind(dropped, in_cycle, replay_rng):
+    model, (x, y) = network(), batches()[0]
+    start = copies(model)
+    optimizer = sam(model, lr=0.0, replay_rng=replay_rng)
+    if in_cycle:
+        optimizer.itself = optimizer
+    if dropped != "new":
+        with optimizer.microbatch() if "microbatch" in dropped else contextlib.nullcontext():
+            cross_entropy(model(x), y).backward()
+            optimizer.first_step()
+            cross_entropy(model(x), y).backward()
+            if dropped != "in a pass":
+                optimizer.perturbation.exit()
+        if dropped == "after a step":
+            optimizer.step()
+    del optimizer
+    gc.collect()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+    assert not nn.modules.module._global_forward_pre_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+    for m in model.modules():
+        assert not (m._forward_pre_hooks or m._state_dict_hooks or m._load_state_dict_pre_hooks)
 
 
 @pytest.mark.parametrize("name", ["rho", "adaptive", "eta", "norm"])

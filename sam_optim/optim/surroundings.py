@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.weak import TensorWeakRef
 
 from sam_optim.optim.transaction import EarlierGradients, ModelGuard
 
@@ -106,18 +105,17 @@ class Surroundings:
             )
         for optimizer, params in mixed:
             if optimizer is not None:
-                _refuse_sum(optimizer, next(p for p in params if p.grad is not None))
+                _refuse_sum(optimizer, params)
 
 
-def _refuse_sum(optimizer: Optimizer, p: Tensor) -> None:
+def _refuse_sum(optimizer: Optimizer, params: Sequence[Tensor]) -> None:
     """The next step of another optimizer is an error, unless the sum of both passes has been cleared by then."""
-    grad = TensorWeakRef(p.grad)  # type: ignore[arg-type]
-    version = p.grad._version  # type: ignore[union-attr]
+    total = EarlierGradients(params)
 
     def check(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
         has_closure = len(args) > 1 or bool(kwargs)  # which clears them
-        if not has_closure and p.grad is not None and p.grad is grad() and p.grad._version == version:
+        if not has_closure and (total.stop().are_mixed or total.remain):
             raise RuntimeError(
                 f"{type(optimizer).__name__} would step with the sum of the gradients at w and at w + e: name its "
                 "network, SAM(..., module=model) or module=[...], and it has those at w + e"

@@ -223,7 +223,7 @@ class Draws:
         self._devices = list(devices)
         self._state: rng.GlobalState | None = None
         self._at_forward = False
-        self._handle: Any = None
+        self._stop_watching: Callable[[], Any] = _no_hook
 
     def remember(self) -> None:
         """The first pass begins now."""
@@ -250,24 +250,20 @@ class Draws:
             self._state.restore()
 
     def forget(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._state = self._handle = None
-
-    def __del__(self) -> None:
-        self.forget()
+        self._state = None
+        self._stop_watching()
 
     def _watch_forward(self) -> None:
         register = nn.modules.module.register_module_forward_pre_hook
         if hasattr(self._roots[0], "_orig_mod"):  # torch.compile warns of global hooks
             register = self._roots[0].register_forward_pre_hook  # type: ignore[assignment]
-        self._handle = register(_Calls(self))
+        # the handle finds its hook by a weak reference, which is dead in a cycle that is collected with it
+        self._stop_watching = weakref.finalize(self, register(_Calls(self)).remove)
 
     def called(self, module: nn.Module) -> None:
         if not any([module is m for m in self._roots]) or not module.training or not torch.is_grad_enabled():
             return
-        self._handle.remove()
-        self._handle = None
+        self._stop_watching()
         if self._state is None:
             self._state = rng.GlobalState(self._devices)
         else:
@@ -304,31 +300,41 @@ class EarlierGradients:
 
     are_mixed = False  # a new gradient was added to an earlier one that was not zero
     are_untouched = False  # all of them are still there, and none was added to, cleared or written to
-    are_left = False  # so they are, and not zero
 
     def __init__(self, params: Sequence[Tensor], *, may_be_assigned: bool = False):
         last = next(filter(_has_gradient, reversed(params)), None)
         first = None if last is None else next(filter(_has_gradient, params))
         ends = [] if last is None else [last] if first is last else [first, last]
         self._watched = [_Watched(p, may_be_assigned) for p in ends]  # type: ignore[arg-type]
+        self._alone: list[_Watched] = []
 
     def stop(self) -> EarlierGradients:
         """Ends the watch; its findings can be read afterwards."""
         watched, self._watched = self._watched, []
         self.are_untouched = bool(watched)
         for w in watched:
-            w.handle.remove()
+            w.unhook()
             g, earlier = w.p.grad, w.earlier()
             is_there = g is not None and g is w.seen()
             # a backward puts another tensor there, too, but one with a graph, or, under DDP, a view of a bucket
             was_assigned = g is not None and not is_there and not g.requires_grad and not g._is_view()
             self.are_mixed = self.are_mixed or (w.is_mixed and not was_assigned)
-            is_untouched = is_there and not w.arrived and g._version == w.version  # type: ignore[union-attr]
-            self.are_untouched = self.are_untouched and is_untouched
+            is_alone = is_there and not w.arrived
+            self._alone += [w] if is_alone else []
+            self.are_untouched = self.are_untouched and is_alone and g._version == w.version  # type: ignore[union-attr]
             if is_there and earlier is not None:
                 w.p.grad = earlier
-        self.are_left = self.are_untouched and any([has_values(w.p.grad) for w in watched])  # type: ignore[arg-type]
         return self
+
+    @property
+    def remain(self) -> bool:
+        """Whether they are there and not zero, and none was added to: clipping may have written to them."""
+        return any([has_values(w.p.grad) for w in self._alone])  # type: ignore[arg-type]
+
+    @property
+    def are_left(self) -> bool:
+        """Whether they are untouched, and not zero."""
+        return self.are_untouched and self.remain
 
     @property
     def have_company(self) -> bool:
@@ -352,7 +358,12 @@ class _Watched:
             self.seen = TensorWeakRef(g)
         self.version = g._version
         self.arrived = self.is_mixed = False
-        self.handle = p.register_hook(functools.partial(_arrive, weakref.ref(self)))
+        self._key = p.register_hook(functools.partial(_arrive, weakref.ref(self))).id
+
+    def unhook(self) -> None:
+        (self.p._backward_hooks or {}).pop(self._key, None)
+
+    __del__ = unhook  # of an optimizer that is dropped after a pass
 
 
 def _arrive(watched: weakref.ref[_Watched], _: Tensor) -> None:

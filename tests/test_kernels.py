@@ -70,7 +70,9 @@ def close_to(params, truth, dtype):
 @pytest.mark.parametrize("adaptive", ADAPTIVE)
 @pytest.mark.parametrize("body", FOREACH)
 @pytest.mark.filterwarnings("ignore:only .* of the perturbation survives")
-def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(body, adaptive, norm, dtype, shapes):
+def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(monkeypatch, body, adaptive, norm, dtype, shapes):
+    if body == "foreach":  # of bf16, too, which it moves on devices alone
+        monkeypatch.setattr(kernels, "choose", lambda *_: foreach)
     params = make(shapes, dtype)
     aliases = [p.detach() for p in params]
     truth = expected(params, 0.1, adaptive, norm=norm)
@@ -83,6 +85,25 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(body, adaptive,
     for p, (w, pointer) in zip(params, before, strict=True):
         assert torch.equal(p, w)
         assert p.data_ptr() == pointer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("flag", [None, True])
+@pytest.mark.filterwarnings("ignore:only .* of the perturbation survives")
+def test_low_precision_weights_take_at_most_one_float32_copy_of_the_largest(flag, adaptive, dtype):
+    sizes = (400_000, 1_000_000, 300_000)
+    params = make([(n,) for n in sizes], dtype)
+    sam = Perturbation(params, rho=0.1, adaptive=adaptive, foreach=flag)
+    for _ in range(2):  # the copies of the clean weights are made in the first step, and stay
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            sam.enter()
+            sam.exit()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    assert 0 < int(changes.cumsum(0).max()) <= 4 * max(sizes)
 
 
 @pytest.mark.parametrize("shapes", SHAPES[1:], ids=str)

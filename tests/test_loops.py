@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sam_optim import ASAM, SAM, Perturbation, norm_only_param_groups
+from sam_optim import ASAM, MSAM, SAM, Perturbation, norm_only_param_groups
 
 RHO, LR = 0.1, 0.1
 WAYS = ["closure", "list", "contexts", "first and second step", "microbatch"]
@@ -624,7 +624,9 @@ def test_an_optimizer_that_is_dropped_leaves_nothing_behind(dropped, in_cycle, r
     assert not nn.modules.module._global_forward_pre_hooks
     assert not any(p._backward_hooks for p in model.parameters())
     for m in model.modules():
-        assert not (m._forward_pre_hooks or m._state_dict_hooks or m._load_state_dict_pre_hooks)
+        assert not m._forward_pre_hooks
+        assert not m._state_dict_hooks
+        assert not m._load_state_dict_pre_hooks
 
 
 @pytest.mark.parametrize("name", ["rho", "adaptive", "eta", "norm"])
@@ -656,25 +658,145 @@ def test_modules_that_cannot_be_looked_after_are_refused_and_lazy_ones_work():
     close([p.grad for p in model.parameters()], truth, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("returns", ["a tensor", "a number"])
-def test_zero_grad_after_backward_in_the_closure(returns):
+@pytest.mark.parametrize(
+    "returns", [lambda loss: loss, lambda loss: loss.item(), lambda loss: None], ids=["loss", "number", "None"]
+)
+@pytest.mark.parametrize("clear", ["optimizer", "model", "model in place", "p.grad.zero_()"])
+@pytest.mark.parametrize("way", ["SAM", "ASAM", "MSAM", "list", "last of a list", "ascent", "descent"])
+def test_zero_grad_after_backward_in_the_closure(way, clear, returns):
     model, (x, y) = network(), batches()[0]
-    optimizer = sam(model)
+    start = copies(model)
+    optimizer = sam(model, cls={"ASAM": ASAM, "MSAM": MSAM}.get(way, SAM))
+
+    def right():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def wrong():
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        if clear == "p.grad.zero_()":
+            for p in model.parameters():
+                p.grad.zero_()
+        else:
+            (optimizer if clear == "optimizer" else model).zero_grad(set_to_none=clear != "model in place")
+        return returns(loss)
+
+    passed, ascent = {
+        "list": ([wrong, wrong], None),
+        "last of a list": ([right, wrong], None),
+        "ascent": (right, wrong),
+        "descent": (wrong, right),
+    }.get(way, (wrong, None))
+    words = "gradient in the second pass" if way == "descent" else r"loss.backward\(\) in it, after zero_grad\(\)"
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.step(passed, ascent_closure=ascent)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+    optimizer.zero_grad()
+    optimizer.step(right)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("returns", ["loss", "number", "detached"])
+@pytest.mark.parametrize("way", ["SAM", "MSAM", "list", "last of a list", "ascent", "descent"])
+def test_a_closure_that_forgets_backward_after_zero_grad(way, returns, set_to_none):
+    model, (x, y) = network(), batches()[0]
+    start = copies(model)
+    optimizer = sam(model, cls=MSAM if way == "MSAM" else SAM)
+    cross_entropy(model(x), y).backward()
+
+    def closure(forgets):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = cross_entropy(model(x), y)
+        if not forgets:
+            loss.backward()
+        return {"loss": loss, "number": loss.item(), "detached": loss.detach()}[returns]
+
+    right, wrong = functools.partial(closure, False), functools.partial(closure, True)
+    passed, ascent = {
+        "list": ([wrong], None),
+        "last of a list": ([right, wrong], None),
+        "ascent": (right, wrong),
+        "descent": (wrong, right),
+    }.get(way, (wrong, None))
+    with pytest.raises(RuntimeError, match="left no gradient"):
+        optimizer.step(passed, ascent_closure=ascent)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("way", ["SAM", "MSAM", "list", "ascent"])
+def test_a_first_pass_by_hand_before_a_closure_that_does_not_clear_it(way):
+    """Refused; a list of closures sets it aside, and is right."""
+    model, (x, y) = network(), batches()[0]
+    start = copies(model)
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    optimizer = sam(model, cls=MSAM if way == "MSAM" else SAM)
+    cross_entropy(model(x), y).backward()
 
     def closure():
         loss = cross_entropy(model(x), y)
         loss.backward()
-        optimizer.zero_grad()
-        return loss if returns == "a tensor" else loss.item()
+        return loss
 
-    if returns == "a number":  # as a closure that skips its batch
-        before = copies(model)
-        optimizer.step(closure)
-        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    if way == "list":
+        optimizer.step([closure])
+        close(model.parameters(), [w - LR * g for w, g in zip(start, truth, strict=True)])
         return
-    for passed in (closure, [closure, closure]):
-        with pytest.raises(RuntimeError, match=r"loss.backward\(\) in it, after zero_grad\(\)"):
-            optimizer.step(passed)
+    with pytest.raises(RuntimeError, match=r"left gradients from before step\(closure\) in place"):
+        optimizer.step(closure, ascent_closure=closure if way == "ascent" else None)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("cls", [SAM, MSAM])
+def test_a_closure_that_returns_none_skips_its_batch(cls):
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model, cls=cls)
+    before = copies(model)
+    for _ in range(2):
+        cross_entropy(model(x), y).backward()
+        optimizer.step(optimizer.zero_grad)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("where", ["before the second pass", "after it", "both"])
+@pytest.mark.parametrize("way", ["contexts", "first and second step"])
+def test_zero_grad_in_place_after_a_backward_in_two_phases(way, where):
+    model, (x, y) = network(), batches()[0]
+    start = copies(model)
+    optimizer = sam(model)
+
+    def step():
+        cross_entropy(model(x), y).backward()
+        if where != "after it":
+            model.zero_grad(set_to_none=False)
+        optimizer.first_step()
+        cross_entropy(model(x), y).backward()
+        if where != "before the second pass":
+            model.zero_grad(set_to_none=False)
+        if way == "contexts":
+            optimizer.perturbation.exit()
+            optimizer.step()
+        else:
+            optimizer.second_step()
+
+    words = "gradients of the first pass were zero" if where == "before the second pass" else "left no gradient"
+    with pytest.raises(RuntimeError, match=words):
+        step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_that_is_zero_is_no_error(way):
+    """A hinge loss that is satisfied at w; in the next batch it is not."""
+    model, (x, _) = network(), batches()[0]
+    optimizer = sam(model, lr=0.0)
+    take_step(way, optimizer, lambda: (model(x) - 1e3).relu().mean())
+    assert not any(p.grad.count_nonzero() for p in model.parameters())
+    take_step(way, optimizer, lambda: (model(x) + 1e3).relu().mean())
+    truth = gradients_by_hand(model, lambda m: (m(x) + 1e3).relu().mean())
+    close([p.grad for p in model.parameters()], truth)
 
 
 # bases and wrappers that cannot work
@@ -740,23 +862,56 @@ def test_gradients_of_single_examples_are_refused(way, frozen):
 # numbers
 
 
-@pytest.mark.parametrize("scale", [1e-23, 1e-30, 1e-38])
+@pytest.mark.parametrize("scale", [1.4e-45, 1e-43, 1e-38, 1e-30, 1e-23, 1e30, 3e38])
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True, "filter"])
 @pytest.mark.parametrize("norm", [2, float("inf")])
-def test_the_radius_of_tiny_gradients(scale, foreach, adaptive, norm):
+def test_the_radius_of_tiny_and_of_huge_gradients(scale, foreach, adaptive, norm):
     generator = torch.Generator().manual_seed(2)
-    p = nn.Parameter(torch.randn(50, generator=generator))
+    p = nn.Parameter(torch.randn(5, 10, generator=generator))
     optimizer = SAM([p], torch.optim.SGD, rho=RHO, lr=LR, foreach=foreach, adaptive=adaptive, norm=norm)
     w = p.detach().double()
-    p.grad = (torch.randn(50, generator=generator).double() * scale).float()
+    p.grad = ((2 * torch.rand(5, 10, generator=generator) - 1).double() * scale).float()
+    assert p.grad.count_nonzero()
     with optimizer.perturbed():
         e = p.detach().double() - w
-        p.grad = torch.ones(50)
-    scaled = e / (w.abs() + 0.01 if adaptive else 1.0)
+        p.grad = torch.ones(5, 10)
+    scaled = e / {False: 1.0, True: w.abs() + 0.01, "filter": w.norm(dim=1, keepdim=True) + 0.01}[adaptive]
     radius = float(scaled.norm() if norm == 2 else scaled.abs().max())
     assert radius == pytest.approx(RHO, rel=2e-5)  # 1e-5 for e, and the rounding of w + e in float32
     assert float(optimizer.last_step.radius) == pytest.approx(RHO, rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", [2, float("inf")])
+@pytest.mark.parametrize("rho", [RHO, 0.0])
+@pytest.mark.parametrize("way", ["contexts", "closure", "scaler"])
+def test_a_nan_at_w_whose_weights_the_second_pass_does_not_use(way, rho, norm):
+    """The step is left out by the one rule, also where the gradient that the second pass leaves is finite."""
+    used, unused = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [unused]}, {"params": [used], "rho": rho}]
+    optimizer = SAM(groups, torch.optim.SGD, rho=RHO, lr=LR, norm=norm)
+
+    def loss_of(bad):
+        return used.square().sum() + (unused * bad).sum() * 0.0 if bad else used.square().sum()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(0.0 if optimizer.perturbation.active else float("inf"))
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="has an inf or NaN") if way != "scaler" else contextlib.nullcontext():
+        if way == "closure":
+            optimizer.step(closure)
+        else:
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=way == "scaler")
+            scaler.scale(loss_of(float("inf"))).backward()
+            with optimizer.perturbed():
+                scaler.scale(loss_of(0.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert torch.equal(used.detach(), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(unused, used)
 
 
 def test_a_list_of_closures_beside_a_frozen_group_runs_each_closure_twice():
@@ -794,6 +949,66 @@ def test_steps_that_are_left_out_for_nan_are_warned_of_at_powers_of_ten():
     with pytest.warns(UserWarning, match=r"so far.*lower lr or rho") as warned:
         steps()
     assert [str(w.message).split("(")[1].split()[0] for w in warned] == ["1", "10", "100"]
+
+
+# parameters and copies that come and go
+
+
+def descend_by_hand(model, loss_of):
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), gradients_by_hand(model, loss_of), strict=True):
+            if g is not None:
+                p.sub_(LR * g)
+
+
+@pytest.mark.parametrize("how", ["a new group", "frozen in every second step"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_that_trains_only_from_time_to_time(way, how):
+    model, truth = network(), network()
+    new_group = how == "a new group"
+    params = model[2].parameters() if new_group else model.parameters()
+    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=LR, module=model)
+    for k, (x, y) in enumerate(batches()):
+        for m in (model, truth):
+            m[0].requires_grad_(k > 1 if new_group else k % 2 == 1)
+        if new_group and k == 2:
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+        take_step(way, optimizer, lambda x=x, y=y: cross_entropy(model(x), y))
+        descend_by_hand(truth, lambda m, x=x, y=y: cross_entropy(m(x), y))
+        close(model.parameters(), truth.parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_model_and_optimizer_that_are_copied_together_train_on_apart(way):
+    model = network()
+    optimizer = sam(model)
+    data = batches()
+    take_step(way, optimizer, lambda: cross_entropy(model(data[0][0]), data[0][1]))
+    pairs = [(model, optimizer), copy.deepcopy((model, optimizer))]
+    assert pairs[1][1].module is pairs[1][0]
+    for (m, o), (x, y) in zip(pairs, data[1:], strict=False):
+        truth = copy.deepcopy(m)
+        take_step(way, o, lambda m=m, x=x, y=y: cross_entropy(m(x), y))
+        descend_by_hand(truth, lambda m, x=x, y=y: cross_entropy(m(x), y))
+        close(m.parameters(), truth.parameters())
+
+
+def test_a_closure_that_assigns_what_autograd_grad_returns():
+    """Of a matrix it returns a transposed view, and the gradient of the last step has not been cleared."""
+    model, truth, (x, y) = network(), network(), batches()[0]
+    optimizer = sam(model)
+
+    def closure():
+        loss = cross_entropy(model(x), y)
+        params = list(model.parameters())
+        for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+            p.grad = g
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        descend_by_hand(truth, lambda m: cross_entropy(m(x), y))
+    close(model.parameters(), truth.parameters())
 
 
 # faults while perturbed

@@ -223,6 +223,59 @@ def test_a_variant_is_its_formula_in_every_way_of_stepping(name, way):
         torch.testing.assert_close(p.detach(), w, rtol=0, atol=EPS)
 
 
+@pytest.mark.parametrize("base", ["SGD", "fused SGD"])
+@pytest.mark.parametrize("way", ["contexts", "microbatch", "first and second step", "unscaled before clipping"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_loss_scale_that_changes_is_in_nothing_that_a_variant_remembers(name, way, base):
+    """Also after a step that is left out for an inf, and in a run that is resumed from a checkpoint."""
+    model, by_hand = network(), VARIANTS[name][2]()
+    cls, settings, _ = VARIANTS[name]
+    arguments = {"rho": 0.1, "lr": 0.1, "momentum": 0.9, **({"fused": True} if base == "fused SGD" else {}), **settings}
+    optimizer = cls(model.parameters(), torch.optim.SGD, **arguments)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2, growth_factor=4.0)
+
+    def backward_scaled(i, factor=1.0):
+        scaler.scale(LOSS(model(batch(i)[0]), batch(i)[1]) * factor).backward()
+
+    def passes(i, factor=1.0):
+        if not optimizer.one_pass:
+            backward_scaled(i, factor)
+        with optimizer.perturbed():
+            backward_scaled(i, factor)
+
+    for i in range(STEPS):
+        if i == 7 and (name, base) != ("LookSAM", "fused SGD"):  # where it is the base that skips, the step is counted
+            optimizer.zero_grad()
+            passes(i, math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        if i == 12:
+            saved = copy.deepcopy((optimizer.state_dict(), scaler.state_dict()))
+            optimizer = cls(model.parameters(), torch.optim.SGD, **arguments)
+            optimizer.load_state_dict(saved[0])
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.load_state_dict(saved[1])
+        optimizer.zero_grad()
+        if way == "microbatch":
+            with optimizer.microbatch():
+                passes(i)
+        elif way == "first and second step" and not optimizer.one_pass:
+            backward_scaled(i)
+            optimizer.first_step()
+            backward_scaled(i)
+        else:
+            passes(i)
+        if way == "unscaled before clipping":
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        by_hand.step(i)
+    assert scaler.get_scale() > 1e4
+    for p, w in zip(model.parameters(), by_hand.weights, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=EPS)
+
+
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_a_variant_is_not_stopping(name, base):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from torch.amp import GradScaler
+
 _ADVICE = {
     "timm": "timm's train.py steps like this: use sam_optim.Perturbation in its loop, see docs/integrations/timm.md",
     "transformers": "for the Trainer of transformers there is sam_optim.integrations.transformers.SAMTrainer",
@@ -55,6 +57,14 @@ def refuse_to_lose_micro_batches() -> None:
                 "optimizer.optimizer.microbatch():` and `with optimizer.optimizer.perturbed():`, and step() without"
             )
         frame = frame.f_back
+
+
+def calling_scaler() -> GradScaler | None:
+    """The GradScaler that steps this optimizer now."""
+    for frame in _callers(24):
+        if frame.f_code is GradScaler.step.__code__:
+            return frame.f_locals["self"]  # type: ignore[no-any-return]
+    return None
 
 
 def _callers(limit: int = 60) -> Iterator[FrameType]:

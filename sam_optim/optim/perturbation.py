@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from sam_optim.core import random as rng
 from sam_optim.core.geometry import Ball, ProductBall, canonical_adaptive, canonical_norm
@@ -22,8 +25,8 @@ from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
 from sam_optim.optim.param_groups import as_groups, check_group, is_zero, setting_of_groups
 from sam_optim.optim.precision import Float32Pass
-from sam_optim.optim.surroundings import Surroundings
-from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard
+from sam_optim.optim.surroundings import Surroundings, scaler_in_sight
+from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard, has_values
 
 ROUNDING = ("nearest", "stochastic", "float32")
 
@@ -128,8 +131,23 @@ class Perturbation:
         self._in_transaction = False
         self._versions_before_update: list[int] | None = None
         self._surroundings: Surroundings | None = None
+        self.scaler = None
+        self._arrivals: EarlierGradients | None = None  # in the second pass
+        self._was_cleared = False  # by the optimizer's zero_grad(), since the first pass began
+        self._is_new = (
+            True  # until a step's passes have ended; only then values are read: a wrong loop is wrong at once
+        )
 
     rho, adaptive, eta, norm = map(setting_of_groups, ("rho", "adaptive", "eta", "norm"))
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """What multiplies the gradients of this loop, as far as that is known."""
+        return None if self._scaler is None else self._scaler()
+
+    @scaler.setter
+    def scaler(self, scaler: GradScaler | None) -> None:
+        self._scaler = None if scaler is None else weakref.ref(scaler)
 
     # the model
 
@@ -243,6 +261,9 @@ class Perturbation:
         self._check_only_new_gradients()
         if self._surroundings is None and not self.one_pass:
             self._surroundings = Surroundings(self._params, self._guard)
+            self.scaler = scaler_in_sight()
+        elif self._scaler is not None and self.scaler is None:  # a loop that makes one for each step
+            self.scaler = scaler_in_sight()
         self._ascend(clear=not accumulates)
         if self._surroundings is not None:
             self._surroundings.note_scale(self._params)
@@ -252,8 +273,9 @@ class Perturbation:
         """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are dropped."""
         if self._pass is not None:
             is_scaled = not failed and self._surroundings is not None and self._surroundings.leaves_scale()
-            self._return(failed=failed or is_scaled)
-            if failed or is_scaled:
+            was_zero = self._is_new and not failed and self._had_zeros_at_w()
+            self._return(failed=failed or is_scaled or was_zero)
+            if failed or is_scaled or was_zero:
                 for p in self._params:
                     p.grad = None
             elif self._stash is None:
@@ -265,6 +287,12 @@ class Perturbation:
                     "scaler.unscale_(optimizer) came before the perturbed pass, whose gradients it would leave scaled: "
                     "call it after that pass; e does not depend on the scale"
                 )
+            if was_zero:
+                raise RuntimeError(
+                    "all gradients of the first pass were zero when the second one began, and that has others at the "
+                    "same weights: call zero_grad() before loss.backward(), and not between it and the perturbed pass"
+                )
+            self._is_new = self._is_new and failed
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
@@ -292,6 +320,7 @@ class Perturbation:
         self._record.loss = loss.detach() if isinstance(loss, Tensor) else loss
         self._record.perturbed_loss = perturbed.detach() if isinstance(perturbed, Tensor) else perturbed
         self._record.same_loss = ascent_closure is None
+        self._is_new = False
         return perturbed if self.one_pass else loss
 
     def _mean_over(self, closures: Sequence[Closure]) -> tuple[Any, Any]:
@@ -334,7 +363,9 @@ class Perturbation:
                     loss = perturbed = closure()
                     self._record, self.completed = Record(), True
                 else:
-                    earlier = EarlierGradients(self._params, may_be_assigned=True)
+                    is_alone = self._ranks.are_alone
+                    reads = self._is_new and is_alone
+                    earlier = EarlierGradients(self._params, may_be_assigned=True, reads=reads, has_ddp=not is_alone)
                     try:
                         if self.one_pass:
                             self._ascend(clear=False)
@@ -345,7 +376,9 @@ class Perturbation:
                         loss, perturbed = None, loss
                     if was_completed and earlier.are_untouched:  # a closure that does nothing, after both passes
                         self.completed = True
-                    elif not self._has_ascent_gradient(perturbed if self.one_pass else loss, earlier, ascent_closure):
+                    elif not self._has_ascent_gradient(
+                        perturbed if self.one_pass else loss, earlier, must=ascent_closure is not None
+                    ):
                         self._record, self.completed = Record(), True  # as in a step of torch.optim without gradients
                     elif not self.one_pass:
                         if self._surroundings is None:
@@ -366,7 +399,9 @@ class Perturbation:
             self._end_first_pass(failed=failed)
         return loss, perturbed
 
-    def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients, ascent_closure: Closure | None) -> bool:
+    def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients, *, must: bool) -> bool:
+        """Or none was to be expected: a closure may skip its batch, and returns None or, after the first step, a
+        constant; and one that returns a constant and clears nothing stands for none. must: all those are errors."""
         if earlier.are_mixed or earlier.are_left:
             raise RuntimeError(
                 "the closure left gradients from before step(closure) in place, and the second pass would not include "
@@ -374,21 +409,34 @@ class Perturbation:
                 "micro-batches inside the closure, pass step a list of closures, or use microbatch() and perturbed()"
                 + advice_for_caller()
             )
-        if self._ranks.may_lack_gradients or any([p.grad is not None for p in self._params]):
+        has_gradients = self._ranks.may_lack_gradients or any([p.grad is not None for p in self._params])
+        if has_gradients and not earlier.new_are_cleared:
             return True
-        if ascent_closure is not None or (isinstance(loss, Tensor) and loss.requires_grad):
+        if loss is not None:
+            has_graph = isinstance(loss, Tensor) and loss.requires_grad
+            was_cleared = self._is_new and (earlier.exist or self._was_cleared)
+            must = must or has_graph or was_cleared or self._stash is not None
+        if must or has_gradients or earlier.has_come:
             raise RuntimeError(
-                "the closure returned a loss but left no gradient on the parameters of this optimizer: call "
-                "loss.backward() in it, after zero_grad() and not before, and make the optimizer from the parameters "
-                "that the model has now"
+                "the closure left no gradient on the parameters of this optimizer: call loss.backward() in it, after "
+                "zero_grad() and not before, and make the optimizer from the parameters that the model has now; a "
+                "closure that skips its batch returns None"
             )
         return False
+
+    def _had_zeros_at_w(self) -> bool:
+        """Whether e is 0 and the second pass, at the same weights, has found a gradient that is not."""
+        ascent = self._record.ascent
+        if self.one_pass or not self._ranks.are_alone or ascent is None or not ascent.norms:
+            return False
+        moving = [p for g in self.param_groups if not is_zero(g["rho"]) for p in g["params"] if p.grad is not None]
+        return any([has_values(p.grad) for p in moving]) and float(self._record.dual_norm) == 0  # type: ignore[arg-type]
 
     def _begin_first_pass(self, stash: GradientStash | None = None) -> None:
         """Until `_ascend`. With a stash, earlier gradients stay out of both passes."""
         if self._earlier is not None:
             self._earlier.stop()
-        self._earlier, self._stash, self.completed = None, stash, False
+        self._earlier, self._stash, self.completed, self._was_cleared = None, stash, False, False
         if self._draws is not None:
             self._draws.remember()
         self._first = None if self._ranks.are_alone else FirstPass(self._ranks)
@@ -436,6 +484,8 @@ class Perturbation:
                 ranks.compare(self._record.dual_norm)
             for p in used:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self._is_new and ranks.are_alone:
+                self._arrivals = EarlierGradients(params, reads=True)
             if self._draws is not None:
                 self._draws.replay()
             if not self._has_warned:
@@ -456,7 +506,9 @@ class Perturbation:
             second.end()
             raise
         finally:
-            self._pass = None
+            arrivals, self._pass, self._arrivals = self._arrivals, None, None
+            if arrivals is not None:
+                arrivals.stop()
             if self._surroundings is not None and self._surroundings.is_watching:
                 self._surroundings.end_pass(failed=failed)
         if failed:
@@ -469,7 +521,13 @@ class Perturbation:
             )
         if self.keeps_ascent_gradients:
             self._replace_gradients(second)
+        duals = [n.dual for n in self._record.ascent.norms] if self._record.ascent else []
+        if not all([isinstance(x, Tensor) or math.isfinite(x) for x in duals]):  # a pass need not use the NaN weights
+            for p in second.params:
+                if p.grad is not None:
+                    p.grad.mul_(math.nan)
         self.was_empty = all([p.grad is None for p in second.params]) and not self._ranks.may_lack_gradients
+        self.was_empty = self.was_empty or (arrivals is not None and arrivals.new_are_cleared)
         self.completed = not self.was_empty
 
     def _buckets(self, second: _SecondPass) -> list[Bucket]:
@@ -537,7 +595,7 @@ class Perturbation:
     def _empty(self, group: int, dtype: torch.dtype, device: torch.device, grad: Tensor | None = None) -> Bucket:
         rho, norm, adaptive, eta = self._geometry[group][-4:]
         t: list[Tensor] | None = [] if adaptive in ("filter", "layer") else None
-        body = kernels.choose(grad, device, self.foreach)
+        body = kernels.choose(grad, device, dtype, self.foreach)
         return Bucket(norm, rho, device, dtype, body, eta if adaptive == "elementwise" else None, self._noise, t=t)
 
     def _ruled(self, second: _SecondPass, members: list[list[Tensor]], grads: list[list[Any]]) -> list[list[Any]]:
@@ -685,6 +743,7 @@ class Perturbation:
     def forget(self) -> None:
         """The gradients have been cleared, and with them those of a perturbed pass."""
         self.completed = self.was_empty = False
+        self._was_cleared = True
         if self._earlier is not None:
             self._earlier.stop()
             self._earlier = None
@@ -704,6 +763,11 @@ class Perturbation:
             if not is_zero(rho) if isinstance(rho, Tensor) else rho:
                 return True
         return False
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether it is inside `step(closure)`, `microbatch()` or a perturbed pass."""
+        return self._in_transaction or self.active
 
     @property
     def together(self) -> Any:

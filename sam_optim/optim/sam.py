@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.optim import kernels
 from sam_optim.optim.base_update import BaseUpdate, accepted, check_base, takes_found_inf
-from sam_optim.optim.callers import advice_for_caller, refuse_inside_zero, refuse_to_lose_micro_batches
+from sam_optim.optim.callers import advice_for_caller, calling_scaler, refuse_inside_zero, refuse_to_lose_micro_batches
 from sam_optim.optim.checkpoints import adapted
 from sam_optim.optim.kernels import Backups, dtensor
 from sam_optim.optim.last_step import LastStep
@@ -243,14 +243,15 @@ class SAM(Optimizer):
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def perturbed(self) -> AbstractContextManager[None]:
         """Context: w -> w + e with the gradients in `p.grad`, which it clears; then `step()` without a closure."""
-        self._begin()
-        self._forget_scale()
+        self._begin_pass()
         return self.perturbation.perturbed()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def microbatch(self) -> AbstractContextManager[None]:
         """Context around the two passes of one micro-batch: adds its gradient to those of earlier micro-batches."""
         self._begin()
+        if self._pending and all([p.grad is None for p in self._parameters()]):
+            self._pending.clear()
         return self.perturbation.microbatch()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -259,8 +260,7 @@ class SAM(Optimizer):
 
         The gradients are cleared whatever `zero_grad` says: those of the second pass must not be added to them.
         """
-        self._begin()
-        self._forget_scale()
+        self._begin_pass()
         self.perturbation.enter()
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -275,6 +275,8 @@ class SAM(Optimizer):
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
+        if not self.perturbation.is_stepping:  # GradScaler may have left out the step that the passes before were for
+            self._pending.clear()
         self.perturbation.forget()
 
     def _begin(self) -> None:
@@ -284,6 +286,12 @@ class SAM(Optimizer):
             factor = self.factor_of(self.param_groups[0][_STEP])
             radius = getattr(self.schedule, "radius", None)
             self.perturbation.scale_radii(factor, radius and functools.partial(radius, defaults=self.defaults))
+
+    def _begin_pass(self) -> None:
+        self._begin()
+        self._forget_scale()
+        if self._pending and not self.perturbation.is_stepping and not self.perturbation.has_finished_pass():
+            self._pending.clear()
 
     @property
     def ascends(self) -> bool:
@@ -356,7 +364,12 @@ class SAM(Optimizer):
     def _keep_pending(self) -> None:
         """What a variant remembers goes into `state`, in place, so that a CUDA graph can hold it; on a device, where a
         skip is not seen, only what is finite."""
+        if self.gradient_means:
+            self.perturbation.scaler = calling_scaler()
+        scale = self._loss_scale() if self.gradient_means else None
         for (p, name), value in self._pending.items():
+            if scale is not None and name in self.gradient_means:
+                value = value / scale.to(value)
             earlier = dtensor.local(self.state[p][name]) if name in self.state[p] else None
             if value.device.type != "cpu":
                 before = torch.zeros_like(value) if earlier is None else earlier
@@ -365,6 +378,11 @@ class SAM(Optimizer):
                 self.state[p][name] = dtensor.whole(value, p)
             else:
                 earlier.copy_(value)
+
+    def _loss_scale(self) -> Tensor | None:
+        """What a GradScaler multiplies the gradients of this step by; None: nothing."""
+        scaler = self.perturbation.scaler
+        return scaler._scale if scaler is not None and scaler.is_enabled() else None
 
     def _parameters(self) -> Iterator[Tensor]:
         return iter(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
@@ -444,6 +462,7 @@ class SAM(Optimizer):
     # What a variant changes: it overrides some of these. All tensors are the entries on this rank, and arguments must
     # not be changed; `recall` and `remember` keep tensors from step to step.
 
+    gradient_means: tuple[str, ...] = ()  # what it remembers in units of the gradient: in `state` without a loss scale
     one_pass = False  # e is known before the pass: `ascent_gradient` gets no gradients, and a step has one pass
 
     def configure(self) -> None:
@@ -482,7 +501,9 @@ class SAM(Optimizer):
         pending = self._pending.get((p, name))
         if pending is not None or name not in self.state.get(p, ()):
             return pending
-        return dtensor.local(self.state[p][name])
+        value = dtensor.local(self.state[p][name])
+        scale = self._loss_scale() if name in self.gradient_means else None
+        return value if scale is None else value * scale.to(value)
 
     def remember(self, p: Tensor, name: str, value: Tensor) -> None:
         """Keeps a tensor of the parameter's shape in `state`, and so in checkpoints, if the step completes."""

@@ -108,6 +108,12 @@ class Surroundings:
                 _refuse_sum(optimizer, params)
 
 
+def scaler_in_sight() -> GradScaler | None:
+    """The one GradScaler that the calling functions have; None where there are several."""
+    scalers = [x for x in _variables(sys._getframe(1)) if isinstance(x, GradScaler)]
+    return scalers[0] if len(scalers) == 1 else None
+
+
 def _refuse_sum(optimizer: Optimizer, params: Sequence[Tensor]) -> None:
     """The next step of another optimizer is an error, unless the sum of both passes has been cleared by then."""
     total = EarlierGradients(params)

@@ -6,6 +6,7 @@ Buffers, frozen parameters and `state_dict()` of the model are those of the clea
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -296,28 +297,46 @@ class EarlierGradients:
     Args:
         may_be_assigned: a tensor that somebody assigns to `p.grad` again is a new gradient. So that the two can be told
             apart, the earlier ones are other tensors on the same storage until `stop`.
+        has_ddp: whether a DistributedDataParallel may write to the gradients.
+        reads: also looks, at the first and the last parameter of all if none has a gradient, whether what arrives is
+            not zero, which waits for the device.
     """
 
     are_mixed = False  # a new gradient was added to an earlier one that was not zero
+    has_come = False  # a new gradient was not zero; known where it `reads`
     are_untouched = False  # all of them are still there, and none was added to, cleared or written to
 
-    def __init__(self, params: Sequence[Tensor], *, may_be_assigned: bool = False):
-        last = next(filter(_has_gradient, reversed(params)), None)
-        first = None if last is None else next(filter(_has_gradient, params))
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        *,
+        may_be_assigned: bool = False,
+        reads: bool = False,
+        has_ddp: bool = True,
+    ):
+        is_end = _has_gradient if not reads or any(map(_has_gradient, params)) else _can_have_gradient
+        last = next(filter(is_end, reversed(params)), None)
+        first = None if last is None else next(filter(is_end, params))
         ends = [] if last is None else [last] if first is last else [first, last]
-        self._watched = [_Watched(p, may_be_assigned) for p in ends]  # type: ignore[arg-type]
+        self.exist = bool(ends) and is_end is _has_gradient
+        self._params = params if reads else ()
+        self._has_ddp = has_ddp
+        self._watched = [_Watched(p, may_be_assigned, reads) for p in ends]  # type: ignore[arg-type]
         self._alone: list[_Watched] = []
 
     def stop(self) -> EarlierGradients:
         """Ends the watch; its findings can be read afterwards."""
         watched, self._watched = self._watched, []
-        self.are_untouched = bool(watched)
+        self.are_untouched = self._none_came = bool(watched)
         for w in watched:
-            w.unhook()
+            w.hooks.pop(w.key, None)
+            self._none_came = self._none_came and not w.arrived
+            self.has_come = self.has_come or w.has_come
             g, earlier = w.p.grad, w.earlier()
             is_there = g is not None and g is w.seen()
             # a backward puts another tensor there, too, but one with a graph, or, under DDP, a view of a bucket
-            was_assigned = g is not None and not is_there and not g.requires_grad and not g._is_view()
+            is_backwards = g is None or g.requires_grad or (self._has_ddp and g._is_view())
+            was_assigned = not (is_there or is_backwards)
             self.are_mixed = self.are_mixed or (w.is_mixed and not was_assigned)
             is_alone = is_there and not w.arrived
             self._alone += [w] if is_alone else []
@@ -337,9 +356,20 @@ class EarlierGradients:
         return self.are_untouched and self.remain
 
     @property
+    def new_are_cleared(self) -> bool:
+        """Whether there are gradients, but all zero: new ones that were not, or no new ones have come since."""
+        lost = self.has_come or (self.exist and self._none_came and not self.are_untouched)
+        grads = [p.grad for p in self._params if p.grad is not None]
+        return lost and bool(grads) and not any([not _can_be_read(g) or has_values(g) for g in grads])
+
+    @property
     def have_company(self) -> bool:
         """Whether a new gradient has arrived by now, whatever became of the earlier one."""
         return any([w.arrived for w in self._watched])
+
+
+def _can_have_gradient(p: Tensor) -> bool:
+    return not nn.parameter.is_lazy(p) and p.requires_grad and p.is_leaf
 
 
 def _has_gradient(p: Tensor) -> bool:
@@ -347,36 +377,46 @@ def _has_gradient(p: Tensor) -> bool:
 
 
 class _Watched:
-    """One parameter, and the gradient that it has had."""
+    """One parameter, and the gradient that it has had, if any."""
 
-    def __init__(self, p: Tensor, by_view: bool):
-        self.p = p
+    def __init__(self, p: Tensor, by_view: bool, reads: bool):
+        self.p, self.reads = p, reads
         g: Any = p.grad
-        self.earlier = self.seen = TensorWeakRef(g)
-        if by_view:
+        self.earlier = self.seen = _nothing if g is None else TensorWeakRef(g)
+        if by_view and g is not None:
             p.grad = g = g.detach()
             self.seen = TensorWeakRef(g)
-        self.version = g._version
-        self.arrived = self.is_mixed = False
-        self._key = p.register_hook(functools.partial(_arrive, weakref.ref(self))).id
+        self.version = 0 if g is None else g._version
+        self.arrived = self.is_mixed = self.has_come = False
+        self.key = p.register_hook(functools.partial(_arrive, weakref.ref(self))).id
+        self.hooks: Any = p._backward_hooks
 
-    def unhook(self) -> None:
-        (self.p._backward_hooks or {}).pop(self._key, None)
+    def __del__(self) -> None:
+        """Of an optimizer that is dropped after a pass. A handle would not find its hook from a cycle."""
+        self.hooks.pop(self.key, None)
 
-    __del__ = unhook  # of an optimizer that is dropped after a pass
+
+def _nothing() -> None:
+    """In the place of a reference to a gradient."""
 
 
-def _arrive(watched: weakref.ref[_Watched], _: Tensor) -> None:
+def _arrive(watched: weakref.ref[_Watched], grad: Tensor) -> None:
     """A hook that an interrupt leaves behind does nothing."""
     w = watched()
+    if w is not None and w.reads and not w.has_come:
+        w.has_come = has_values(grad) and 0 < float(grad.detach().norm()) < math.inf
     if w is not None and not w.arrived:  # what comes after the first one is added to that
         w.arrived, g = True, w.p.grad
-        w.is_mixed = g is not None and g is w.seen() and has_values(g)
+        w.is_mixed = g is not None and g is w.seen() and has_values(g)  # type: ignore[arg-type]
+
+
+def _can_be_read(grad: Tensor) -> bool:
+    return not (grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def has_values(grad: Tensor) -> bool:
     """Whether any entry is not zero. Waits for the device; while a graph is captured it cannot, and says no."""
-    if grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not _can_be_read(grad):
         return False
     if dtensor.is_dtensor(grad):  # all ranks must get the same answer
         norm = torch.linalg.vector_norm(grad)

@@ -26,7 +26,7 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
     """Moves all buckets to the steepest ascent in their balls: one norm over all of them, and over all ranks.
 
     Where p is 2 in some and inf in others, the former have one norm, and the latter need none. A gradient of 0 moves
-    nothing; one with an inf or NaN makes the weights NaN, so that the gradient there is not finite either.
+    nothing; one with an inf or NaN makes all weights NaN, so that the gradient there is not finite either.
 
     backups: where the clean weights go. fused: the body that moves all of them in one go, if it can.
     """
@@ -46,8 +46,11 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
     together = duals[0] if len(duals) == 1 else hypot(duals)
     ascent = Ascent([], norms, [], [], [])
     retained = []
+    is_shared = len(buckets) == 1 or all([b.p == 2 for b in buckets])  # then the one norm tells all of them
     for b, n in zip(buckets, norms, strict=True):
         factor = _factor(b, together if b.p == 2 else n.dual)
+        for other in () if is_shared else norms:
+            factor = factor + 0.0 * (other.dual.to(b.device) if isinstance(other.dual, Tensor) else other.dual)
         retained.append(b.body.ascend_(b, factor))
         ascent.orders.append(b.p)
         ascent.factors.append(factor)
@@ -59,11 +62,12 @@ def ascend_(buckets: list[Bucket], backups: Backups, *, fused: ModuleType | None
     return ascent
 
 
-def choose(g: Tensor | None, device: torch.device, foreach_flag: bool | None) -> ModuleType:
-    """The body for weights with such gradients: lists of sparse tensors have no operations."""
+def choose(g: Tensor | None, device: torch.device, dtype: torch.dtype, foreach_flag: bool | None) -> ModuleType:
+    """The body for weights with such gradients: lists of sparse tensors have no operations, and those of bf16 and fp16
+    would take several float32 copies of all weights, of which a CPU needs none."""
     if g is not None and g.is_sparse:
         return loop
-    return foreach if foreach_flag or device.type != "cpu" else loop
+    return foreach if device.type != "cpu" or (foreach_flag and dtype not in LOW_PRECISION) else loop
 
 
 def fused_body(params: Sequence[Tensor], fused: bool | None, foreach_flag: bool | None) -> ModuleType | None:

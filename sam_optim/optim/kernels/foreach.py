@@ -12,19 +12,19 @@ from sam_optim.optim.kernels.loop import round_to, total
 
 
 def measure(b: Bucket) -> Norms:
-    """Norms, of g / max |T g|: its powers neither vanish nor overflow."""
+    """Norms, of g / max |g|: neither its powers nor T g vanish or overflow."""
     if not any([w.numel() for w in b.weights]):  # the largest entry of nothing does not exist
         return Norms(0.0, 0.0, 0.0)
     q = 2 if b.p == 2 else 1
     g, t = _wide(b.grads, b.dtype), _scales(b)
-    direction = g if t is None else torch._foreach_mul(g, t)
-    largest = torch.stack(torch._foreach_norm([x for x in direction if x.numel()], math.inf)).amax().double()
+    largest = torch.stack(torch._foreach_norm([x for x in g if x.numel()], math.inf)).amax().double()
     b.unit = torch.where(largest == 0, 1.0, largest)
-    direction = torch._foreach_div(direction, b.unit)
-    dual = total(torch._foreach_norm(direction, q), q) * b.unit
+    scaled = torch._foreach_div(g, b.unit)
+    direction = scaled if t is None else torch._foreach_mul(scaled, t)
+    dual = total(torch._foreach_norm(direction, q, dtype=None if t is None else torch.float64), q) * b.unit
     if b.is_plain:
         return Norms(dual, dual, dual)
-    grad = total(torch._foreach_norm(torch._foreach_div(g, b.unit)), 2) * b.unit
+    grad = total(torch._foreach_norm(scaled), 2) * b.unit
     step = direction if b.p == 2 else torch._foreach_sign(g)
     length = total(torch._foreach_norm(step if t is None else torch._foreach_mul(step, t)), 2)
     return Norms(dual, grad, length * b.unit if b.p == 2 else length)

@@ -38,6 +38,8 @@ class FriendlySAM(SAM):
         self.configure(sigma=sigma, lmbda=lmbda)
         super().__init__(params, base_optimizer, **kwargs)
 
+    gradient_means = ("ascent_mean",)
+
     def configure(self, *, sigma: float, lmbda: float) -> None:  # type: ignore[override]
         self.sigma, self.lmbda = check_number("sigma", sigma), check_number("lmbda", lmbda, below=1.0)
 

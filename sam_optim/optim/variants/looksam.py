@@ -18,7 +18,8 @@ class LookSAM(SAM):
 
     g_v is the part of the last grad L(w + e) that is orthogonal to grad L(w) of that step. Norms and inner products run
     over all groups, tensors and ranks. Closures run once in the steps between; in two phases `optimizer.ascends` says
-    whether the second pass is needed.
+    whether the second pass is needed. Gradient clipping acts on g, before the direction is added: the gradient that the
+    base gets is at most 1 + alpha times the bound.
 
     Args:
         params, base_optimizer, kwargs: as for `SAM`. Where a `schedule` gives 0, the step is the base's.

@@ -35,6 +35,8 @@ class VaSSO(SAM):
         self.configure(theta=theta)
         super().__init__(params, base_optimizer, **kwargs)
 
+    gradient_means = ("ascent_mean",)
+
     def configure(self, *, theta: float) -> None:  # type: ignore[override]
         if check_number("theta", theta) > 1:
             raise ValueError(f"theta must be at most 1, got {theta!r}")

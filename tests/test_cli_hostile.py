@@ -388,7 +388,8 @@ class TestResults:
         [{"result": {"type": "Estimate", "value": "1"}}, {"result": []}, {"identity": 3}, {"key": 1}, {"column": []},
          {"result": {"eigenvalues": 3}}, {"result": {"eigenvalues": [[1]]}}, {"result": {"settings": []}},
          {"result": {"value": True}}, {"error": 3}, {"identity": {"loss": []}}, {"quality": {"loss": "1"}},
-         {"result": {"reason": 1}}, {"result": {"value": 10**400}}],
+         {"result": {"reason": 1}}, {"result": {"value": 10**400}},
+         {"result": {"type": "Estimate", "value": 1.0, "stderr": [1]}}],
     )  # fmt: skip
     def test_an_entry_that_was_changed_is_named_and_the_file_left_alone(self, here, change):
         study(here, count=1)
@@ -403,7 +404,8 @@ class TestResults:
 
     @pytest.mark.parametrize(
         "content",
-        ['{"type": "Estimate", "value": "1"}', '{"type": "Landscape", "coordinates": 3, "losses": []}',
+        ['{"type": "Estimate", "value": "1"}', '{"type": "Estimate", "value": 1, "value": 2}',
+         '{"type": "Landscape", "coordinates": 3, "losses": []}',
          '{"type": "Landscape", "coordinates": [[0, 1]], "losses": [["a"]]}', '{"type": "Landscape"}',
          '{"type": "Spectrum", "eigenvalues": [{}]}', '{"type": "Correlation", "tau": []}', '{"type": []}'],
     )  # fmt: skip

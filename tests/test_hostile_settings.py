@@ -64,6 +64,16 @@ def test_nor_can_a_study(tmp_path):
             study_config.load(tmp_path / "s.toml")
 
 
+def test_a_study_is_of_models_that_can_be_trained(tmp_path):
+    (tmp_path / "s.toml").write_text(f'name = "x"\n[grid]\nseed = {list(range(3000))}\nepochs = {list(range(1, 3000))}')
+    with pytest.raises(InputError, match="has 8,997,000 models"):
+        study_config.load(tmp_path / "s.toml")
+    (tmp_path / "s.toml").write_text('name = "x"\n[grid]\nlr = [0.1]')
+    for url in ("sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(InputError, match="is in memory"):
+            Queue(study_config.load(tmp_path / "s.toml"), url)
+
+
 @pytest.mark.parametrize("line", LOADING)
 def test_no_file_names_weights_urls_or_hubs_for_timm(tmp_path, line):
     (tmp_path / "c.yaml").write_text(f"model: test_resnet\nmodel-kwargs: {{{line}}}\n")

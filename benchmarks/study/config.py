@@ -21,6 +21,7 @@ from sam_optim.vision.cifar import LAYOUT
 
 TARGETS = ("test_error", "gap", "ood_error", "train_loss")
 OBJECTIVES = (*TARGETS, "validation_error")
+MOST = 10_000  # models of a study
 HERE = ("data_dir", "device", "workers")  # what may differ between the machines of one study
 OURS = (*HERE, "out", "resume", "force", "measures", "checkpoint_steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
@@ -153,7 +154,7 @@ class Config:
     @property
     def total(self) -> int:
         """How many models the study trains: a sampler's trials, but no combination twice."""
-        most = math.inf if self.ranges else len(self.combinations)
+        most = math.inf if self.ranges else math.prod(len(levels) for levels in self.factors.values())
         return int(min(self.sampler.trials or 0, most) if self.sampler else most)
 
     @property
@@ -300,6 +301,8 @@ def _check(config: Config) -> None:
         raise InputError('objective = "ood_error" of [sampler] needs [corruptions] with names, e.g. ["fog"]')
     if config.ranges and not config.sampler:
         raise InputError(f"{config.ranges[0]} is a range: a grid needs a list of values, or give a [sampler]")
+    if config.total > MOST:
+        raise InputError(f"the study has {config.total:,} models, more than {MOST:,}: shorten its lists, or its trials")
     for levels in config.samples:
         try:
             options = config.options(levels)

@@ -74,8 +74,9 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
     except ImportError:
         raise InputError("a study needs Optuna: pip install 'sam_optim[study]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sqlite = url.startswith("sqlite")
-    if sqlite and (path := _file(url)):
+    if sqlite := url.startswith("sqlite"):
+        if not (path := _file(url)):
+            raise InputError(f"--storage {url} is in memory, where no worker finds it: give sqlite:///FILE")
         path.parent.mkdir(parents=True, exist_ok=True)
     # no pool: connections live for one statement, so that processes forked by data loaders inherit none
     engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if sqlite else {}}

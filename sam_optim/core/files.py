@@ -178,7 +178,7 @@ def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(read_bytes(path).decode(), parse_constant=_not_json)
+        return json.loads(read_bytes(path).decode(), parse_constant=_not_json, object_pairs_hook=_unique)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError, too many digits, deep brackets
@@ -190,6 +190,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold a JSON object; it was changed or damaged")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("it has a name twice in one object")
+    return values
 
 
 def _not_json(name: str) -> NoReturn:

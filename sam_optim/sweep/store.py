@@ -61,7 +61,7 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     shapes |= dict.fromkeys(("eigenvalues", "errors", "residuals", "grid", "density"), 1) | {"coordinates": 2}
     if isinstance(axes := result.get("coordinates"), list):
         shapes["losses"] = len(axes)
-    if isinstance(result.get("stderr"), list):
+    if isinstance(result.get("stderr"), list) and result.get("type") == "Spectrum":  # of a density
         shapes["stderr"] = 1
     for name, depth in shapes.items():
         if name in result and not _numbers(result[name], depth):

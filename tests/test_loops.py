@@ -955,8 +955,9 @@ def test_steps_that_are_left_out_for_nan_are_warned_of_at_powers_of_ten():
 
 
 def descend_by_hand(model, loss_of):
+    grads = gradients_by_hand(model, loss_of)
     with torch.no_grad():
-        for p, g in zip(model.parameters(), gradients_by_hand(model, loss_of), strict=True):
+        for p, g in zip(model.parameters(), grads, strict=True):
             if g is not None:
                 p.sub_(LR * g)
 

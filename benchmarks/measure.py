@@ -88,7 +88,9 @@ def measure(model_run: TrainedRun, measuring: Measuring) -> int:
     results = {}
     for name in measuring.names:
         results[name] = _measured(name, loss, ball)
-        print(f"{name:22s} {_line(results[name])}", flush=True)
+        result = results[name]
+        text = cell(result) if _has_value(result) else f"no value: {result.get('reason', 'it is not finite')}"
+        print(f"{name:22s} {text}", flush=True)
     report = {
         "split": measuring.split,
         "num_examples": loss.num_examples,
@@ -128,10 +130,6 @@ def _measured(name: str, loss: Loss, ball: ProductBall) -> dict[str, Any]:
 
 def _has_value(result: dict[str, Any]) -> bool:
     return bool(result.get("eigenvalues")) or result.get("value") is not None
-
-
-def _line(result: dict[str, Any]) -> str:
-    return cell(result) if _has_value(result) else f"no value: {result.get('reason', 'it is not finite')}"
 
 
 if __name__ == "__main__":

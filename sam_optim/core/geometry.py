@@ -135,7 +135,8 @@ class Ball:
 
     def length(self, displacement: Tensors, params: Tensors) -> Tensor:
         """||T^-1 d||_p, 0-d, in units of rho; inf where d moves a weight that has T = 0."""
-        return p_norm(_divide(displacement, self.scales(params)), self.norm)
+        pairs = zip(displacement, self.scales(params), strict=True)
+        return p_norm([torch.where(d == 0, torch.zeros_like(d), d / t) for d, t in pairs], self.norm)
 
     def to_dict(self) -> dict[str, Any]:
         norm = "inf" if self.norm == math.inf else 2
@@ -221,7 +222,3 @@ def p_norm(tensors: Tensors, p: float) -> Tensor:
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), p)
-
-
-def _divide(displacement: Tensors, scales: Tensors) -> list[Tensor]:
-    return [torch.where(d == 0, torch.zeros_like(d), d / t) for d, t in zip(displacement, scales, strict=True)]

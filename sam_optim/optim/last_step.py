@@ -97,12 +97,9 @@ def _lengths(ascent: Ascent) -> tuple[Scalar, Scalar]:
     if not any(isinstance(r, Tensor) for r in radii):
         radius: Any = math.nan if any(math.isnan(r) for r in radii) else max(radii)
     else:
-        radius = torch.stack([torch.as_tensor(r, dtype=torch.float64).to(_device(radii)) for r in radii]).max()
+        device = next(r.device for r in radii if isinstance(r, Tensor))
+        radius = torch.stack([torch.as_tensor(r, dtype=torch.float64).to(device) for r in radii]).max()
     return abs(radius), hypot([f * (n.step / unit if p == 2 else n.step) for p, n, f, unit in parts])
-
-
-def _device(values: Sequence[Scalar]) -> torch.device:
-    return next(x.device for x in values if isinstance(x, Tensor))
 
 
 def _sum(values: Sequence[Scalar]) -> Scalar:

@@ -21,7 +21,8 @@ def quality(loss: Loss) -> dict[str, Any]:
 
     With K classes and N examples, chance is 1/K plus two standard errors of a guess.
     """
-    values: dict[str, Any] = {"loss": _finite(float(loss.value()))}
+    value = float(loss.value())
+    values: dict[str, Any] = {"loss": value if math.isfinite(value) else None}
     num_classes = 0
 
     def error_rate(outputs: Any, target: Any) -> Tensor:
@@ -38,7 +39,3 @@ def quality(loss: Loss) -> dict[str, Any]:
         return values
     p = 1 / num_classes
     return values | {"accuracy": accuracy, "chance": p + 2 * math.sqrt(p * (1 - p) / loss.num_examples)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

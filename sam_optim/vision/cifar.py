@@ -45,11 +45,8 @@ def official(name: str, directory: Path) -> bool:
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     root = directory if directory.name == dataset.base_folder else directory / dataset.base_folder
-    return all(_md5(root / file) == md5 for file, md5 in [*dataset.train_list, *dataset.test_list])
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    files = [*dataset.train_list, *dataset.test_list]
+    return all(hashlib.md5((root / f).read_bytes(), usedforsecurity=False).hexdigest() == md5 for f, md5 in files)
 
 
 class _Inert:

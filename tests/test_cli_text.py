@@ -112,6 +112,15 @@ def test_folders_that_are_no_classifiers(here):
     assert not (here / "harmed").exists()
 
 
+def test_a_language_model_is_told_from_a_classifier(here):
+    config = json.loads((here / "bert" / "config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+    (here / "bert" / "config.json").write_text(json.dumps(config))
+    code, _, err = run("measure", "bert", "--text", "t.tsv", *FLAGS, "--measures", "average")
+    assert code == 1
+    assert "bert holds a BertForMaskedLM, and --text measures classifiers of texts" in err
+    assert "--target with a function that returns (model, None, batches)" in err
+
+
 def test_tables(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('text,label\n"a, b",1\n"two\nlines",0\n')

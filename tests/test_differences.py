@@ -42,6 +42,7 @@ def test_a_model_without_double_backward_has_products_by_differences(dtype):
     torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-5, atol=1e-6)
     assert result.settings["products"] == "central differences"
     assert 0 < result.settings["product_error"] < 1e-5
+    assert (result.errors >= result.settings["product_error"] * result.eigenvalues.abs()).all()
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
     assert hessian_trace(loss, num_probes=1000).value == pytest.approx(float(dense.trace()), rel=1e-4)
 

@@ -15,6 +15,7 @@ from sam_optim.loss import Loss
 
 Point = list[Tensor]
 
+HEAT = 0.15  # of the steps of a search; shorter heats tell less of where a climb will end
 SHORTEST = 1e-3  # a step of u; shorter ones move nothing that float32 can tell
 
 
@@ -95,18 +96,28 @@ def search(
     num_steps: int,
     points: Iterator[Point],
     tick: Callable[[], None],
+    *,
+    heats: int = 1,
 ) -> Maximum:
     """The highest point in `num_steps` steps from `start` = (u, loss, gradient); the last step needs no gradient.
 
-    A climb that has ended leaves its steps to another one, from the next of `points`.
+    A climb that has ended leaves its steps to another one, from the next of `points`. With several `heats` that many
+    climbs, all but the first from `points`, have HEAT of the steps each, and the highest of them goes on.
     """
     u, value, _ = start
     best, climb = Maximum(value, u, 0), Climb(chart, *start)
+    length, behind = int(HEAT * num_steps), []
+    heats = heats if length else 1
     for step in range(1, num_steps + 1):
         if not math.isfinite(value):
             return Maximum(math.nan, u, step - 1)
-        is_new = climb.proposal is None
-        u = next(points) if climb.proposal is None else climb.proposal
+        next_heat = heats > 1 and step > 1 and (step - 1) % length == 0
+        if next_heat:
+            behind.append(climb)
+            if len(behind) == heats:
+                climb, heats, next_heat = max(behind, key=lambda c: c.value), 1, False
+        is_new = next_heat or climb.proposal is None
+        u = next(points) if next_heat or climb.proposal is None else climb.proposal
         if step < num_steps:
             value, v = evaluate(loss, chart, u)
             if is_new:

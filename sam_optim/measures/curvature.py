@@ -112,6 +112,8 @@ def hessian_eigenvalues(
     if matrix in SAMPLED:
         others = torch.tensor([_quotients(loss, ball, matrix, seed, k, vectors) for k in range(REDRAWN)])
         errors = errors.maximum((others - ritz.values[chosen]).square().mean(0).sqrt())
+    if wrong := record.get("product_error"):  # of central differences
+        errors = errors.maximum(wrong * ritz.values[chosen].abs())
     why = f"{stop}s above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
     return Spectrum(
         ritz.values[chosen],

@@ -20,6 +20,7 @@ from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, s
 from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings, student_half_width
 
 RESTARTS = 4  # searches per batch
+HEATS = 4  # random points from which each search but the first begins
 AGREEMENT = 0.05  # of the two best of them, relative
 
 
@@ -181,7 +182,8 @@ def _peaks(
         for k in range(num_restarts):
             u = starts[k] if k < len(starts) else next(points)
             at_start = (base, chart.pull_back(gradient)) if k == 0 else evaluate(loss, chart, u)
-            maxima.append(search(loss, chart, (u, *at_start), num_steps, points, tick))
+            heats = HEATS if k else 1
+            maxima.append(search(loss, chart, (u, *at_start), num_steps, points, tick, heats=heats))
         best = next((m for m in maxima if not math.isfinite(m.value)), max(maxima, key=lambda m: m.value))
         if smaller is not None and smaller[1].value > best.value:
             inside = smaller[0].rho / ball.rho  # u of the same d

@@ -66,7 +66,7 @@ class Sweep:
         if guesses := [row for row in self.rows if self.is_training and self._is_guess(row)]:
             remarks.append(
                 f"warning: {_first(guesses)}: the accuracy is no better than a guess; look at the numbers of the "
-                "classes (--class-to-idx), the model, and the mean and size of its images"
+                "classes (--class-to-idx) and the model; where examples are images, at their mean and size"
             )
         return remarks
 

@@ -121,8 +121,8 @@ class TextLosses(Losses):
             for name in config.architectures or ():
                 if not name.endswith("ForSequenceClassification"):
                     raise InputError(
-                        f"{folder} holds a {name}, and --text measures classifiers of texts; its own loss, such as that "
-                        "of the next token, needs --target with a function that returns (model, None, batches)"
+                        f"{folder} holds a {name}, and --text measures classifiers of texts; its own loss, such as "
+                        "that of the next token, needs --target with a function that returns (model, None, batches)"
                     )
             self._cached = (checkpoint.name, config, self._batches(config, tokenizer))
         return self._cached[1], self._cached[2]

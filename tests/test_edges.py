@@ -83,7 +83,7 @@ def test_a_weight_that_cannot_be_brought_back_does_not_stop_the_others():
             model(x)
             model[0].bias.data = torch.zeros(5)
 
-    with pytest.raises(RuntimeError, match="1 weights could not be brought back"):
+    with pytest.raises(RuntimeError, match="1 weights could not be restored"):
         second_pass()
     assert torch.equal(model[0].weight, weight)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))

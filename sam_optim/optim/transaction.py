@@ -388,21 +388,20 @@ class _Watched:
             self.seen = TensorWeakRef(g)
         self.version = 0 if g is None else g._version
         self.arrived = self.is_mixed = self.has_come = False
-        self.key = p.register_hook(functools.partial(_arrive, weakref.ref(self))).id
+        references = [weakref.ref(self)]
+        self.key = p.register_hook(functools.partial(_arrive, references)).id
         self.hooks: Any = p._backward_hooks
-
-    def __del__(self) -> None:
-        """Of an optimizer that is dropped after a pass. A handle would not find its hook from a cycle."""
-        self.hooks.pop(self.key, None)
+        # removes the hook of an optimizer that is dropped after a pass; its handle would not find it from a cycle
+        references.append(weakref.ref(self, functools.partial(self.hooks.pop, self.key)))
 
 
 def _nothing() -> None:
     """In the place of a reference to a gradient."""
 
 
-def _arrive(watched: weakref.ref[_Watched], grad: Tensor) -> None:
+def _arrive(references: list[weakref.ref[_Watched]], grad: Tensor) -> None:
     """A hook that an interrupt leaves behind does nothing."""
-    w = watched()
+    w = references[0]()
     if w is not None and w.reads and not w.has_come:
         w.has_come = has_values(grad) and 0 < float(grad.detach().norm()) < math.inf
     if w is not None and not w.arrived:  # what comes after the first one is added to that

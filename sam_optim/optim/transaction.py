@@ -390,9 +390,10 @@ class _Watched:
         self.arrived = self.is_mixed = self.has_come = False
         references = [weakref.ref(self)]
         self.key = p.register_hook(functools.partial(_arrive, references)).id
-        self.hooks: Any = p._backward_hooks
+        hooks: Any = p._backward_hooks
+        self.hooks = hooks
         # removes the hook of an optimizer that is dropped after a pass; its handle would not find it from a cycle
-        references.append(weakref.ref(self, functools.partial(self.hooks.pop, self.key)))
+        references.append(weakref.ref(self, functools.partial(hooks.pop, self.key)))
 
 
 def _nothing() -> None:

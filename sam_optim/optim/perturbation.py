@@ -107,6 +107,7 @@ class Perturbation:
         self.was_empty = False  # the last second pass has left no gradient
         self.rule: Any = None  # a variant of SAM that changes gradients
         self.one_pass = False  # e is known before the pass, so that a step has one: the rule says where it points
+        self.reverses = False  # e points against what the rule says
         self.keeps_ascent_gradients = False  # for the rule's descent gradient
         self._radii: list[Any] | None = None
         self._noise = rng.Stream(seed) if rounding == "stochastic" else None
@@ -673,7 +674,8 @@ class Perturbation:
         geometry = self._geometry = self._geometry[: len(self.param_groups)]
         for k, group in enumerate(self.param_groups):
             rho = group["rho"] if self._radii is None else self._radii[k]
-            values = rho, group["adaptive"], group["eta"], group["norm"], group.get("maximize", False)
+            is_negative = self.reverses or group.get("maximize", False)
+            values = rho, group["adaptive"], group["eta"], group["norm"], is_negative
             if k < len(geometry) and all(map(operator.is_, values, geometry[k])):
                 continue
             check_group(group)
@@ -798,7 +800,7 @@ class Perturbation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.rule, self._record, self.was_empty, self._radii = None, Record(), False, None
-        self.one_pass = self.keeps_ascent_gradients = False
+        self.one_pass = self.reverses = self.keeps_ascent_gradients = False
         self._begin_anew()
         self.module = state["_module"]
 

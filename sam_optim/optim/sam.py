@@ -184,7 +184,7 @@ class SAM(Optimizer):
         self.perturbation.param_groups = self.param_groups
         if self._is_variant:
             self.perturbation.rule = weakref.proxy(self)
-            self.perturbation.one_pass = self.one_pass
+            self.perturbation.one_pass, self.perturbation.reverses = self.one_pass, self.reverses
             self.perturbation.keeps_ascent_gradients = type(self).descent_gradient is not SAM.descent_gradient
 
     # stepping
@@ -464,6 +464,7 @@ class SAM(Optimizer):
 
     gradient_means: tuple[str, ...] = ()  # what it remembers in units of the gradient: in `state` without a loss scale
     one_pass = False  # e is known before the pass: `ascent_gradient` gets no gradients, and a step has one pass
+    reverses = False  # e points against `ascent_gradient`, whether the loss is minimized or maximized
 
     def configure(self) -> None:
         """Checks and sets the hyperparameters that a variant adds to those of SAM."""

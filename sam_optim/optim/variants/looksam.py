@@ -66,7 +66,7 @@ class LookSAM(SAM):
             square = self.dot(ps, hs, hs)
             share = torch.where(square > 0, self.dot(ps, hs, gs) / square, 0.0)
             for p, h, g in moved:
-                self.remember(p, "orthogonal_gradient", g - share.to(g) * h)
+                self.remember(p, "orthogonal_gradient", torch.addcmul(g, h, -share.to(g)))
             return grads
         if super().factor_of(self.param_groups[0]["sam_step"]) == 0:
             return grads
@@ -74,4 +74,4 @@ class LookSAM(SAM):
         vs = [torch.zeros_like(g) if v is None else v for v, g in zip(directions, grads, strict=True)]
         square = self.dot(params, vs, vs)
         factor = torch.where(square > 0, self.alpha * (self.dot(params, grads, grads) / square).sqrt(), 0.0)
-        return [g + factor.to(g) * v for g, v in zip(grads, vs, strict=True)]
+        return [torch.addcmul(g, v, factor.to(g)) for g, v in zip(grads, vs, strict=True)]

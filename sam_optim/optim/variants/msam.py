@@ -41,6 +41,7 @@ class MSAM(SAM):
     """
 
     one_pass = True
+    reverses = True
 
     def __init__(
         self,
@@ -61,12 +62,10 @@ class MSAM(SAM):
         self._momenta = ("momentum_buffer", "last_gradient") if isinstance(base, torch.optim.SGD) else ("exp_avg",)
 
     def ascent_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor] | None) -> list[Tensor | None]:
-        maximized = {id(p) for g in self.param_groups if g.get("maximize") for p in g["params"]}
-        directions: list[Tensor | None] = []
-        for p in params:
-            v = next((v for v in (self.recall(p, name) for name in self._momenta) if v is not None), None)
-            directions.append(v if v is None or id(p) in maximized else -v)
-        return directions
+        """The momentum, as the base has it."""
+        return [
+            next((v for v in (self.recall(p, name) for name in self._momenta) if v is not None), None) for p in params
+        ]
 
     def has_moved(self, backups: Backups) -> None:
         if any(map(_is_coupled, self.param_groups)):

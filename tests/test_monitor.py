@@ -317,6 +317,28 @@ def test_a_budget_spaces_the_rows_and_says_what_they_took(monkeypatch):
     assert "(budget 10.0%)" in str(monitor)
 
 
+def test_a_slow_first_step_and_a_cold_first_row_do_not_break_the_budget(monkeypatch):
+    """A first step of 1 s (compilation), others of 2 ms; rows of 40, 22, 20, 20, ... ms."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    model, _, loss = problem()
+    optimizer = optimizers(model)["sgd"]()
+    seconds = iter([0.04, 0.022])
+
+    def slow(loss):
+        clock[0] += next(seconds, 0.02)
+        return 1.0
+
+    monitor = SharpnessMonitor(loss, every=1, budget=0.05, measures=[slow])
+    for i in range(4000):
+        clock[0] += 1.0 if i == 1 else 0.002
+        monitor.step(optimizer)
+    shares = [row["share"] for row in monitor.history]
+    assert all(share <= 0.06 for share in shares[1:])
+    assert len(shares) > 15
+    assert 0.04 < monitor.share <= 0.06
+
+
 def numbers(history):
     return [{k: v for k, v in row.items() if k not in ("seconds", "share")} for row in history]
 

@@ -156,7 +156,13 @@ class SharpnessMonitor:
         if self._clock is not None:
             self.trained += now - self._clock
         self.num_steps += 1
-        row = self._row(optimizer, perturbation or getattr(optimizer, "perturbation", None), scaler) if is_due else None
+        row = None
+        if is_due:
+            wait = self._wait()
+            if wait == 0:
+                row = self._row(optimizer, perturbation or getattr(optimizer, "perturbation", None), scaler)
+            self._before = None
+            self._next = self.num_steps + (wait or self.every)
         if self.num_steps + 1 == self._next and "critical_sharpness" in self._measures:
             self._before = [w.detach().clone() for w in params]
         self._clock = time.perf_counter()
@@ -189,10 +195,7 @@ class SharpnessMonitor:
                 self._warned.add(name)
             if reason:
                 reasons[name] = reason
-        self._before = None
-        seconds, interval = zip(*self.loss.over_ranks(self._paced(time.perf_counter() - start)), strict=True)
-        self._next = self.num_steps + max(interval)
-        row["seconds"] = max(seconds)
+        row["seconds"] = max(self.loss.over_ranks(time.perf_counter() - start))
         row["share"] = (self.spent + row["seconds"]) / self.trained if self.trained else None
         row["reason"] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or None
         self.history.append(row)
@@ -200,13 +203,15 @@ class SharpnessMonitor:
             write(self.history)
         return row
 
-    def _paced(self, seconds: float) -> tuple[float, int]:
-        """What a row took, and after how many steps another one of this kind is within the budget."""
-        if self.budget is None or not self.trained:
-            return seconds, self.every
-        again = seconds if self.history else 0.0  # the first row is no guide: a loss is looked at once, Lanczos is cold
-        wait = (self.spent + seconds + again) / self.budget - self.trained
-        return seconds, max(self.every, math.ceil(wait / self.trained * self.num_steps))
+    def _wait(self) -> int:
+        """How many steps more until the budget has room for another row: looked at when it is due, because the first
+        steps of a training may take long (compilation), and so may the first row."""
+        if self.budget is None or not self.history:
+            return 0
+        expected = self.history[-1]["seconds"] / (2 if len(self.history) == 1 else 1)  # the first starts cold
+        missing = (self.spent + expected) / self.budget - self.trained
+        wait = max(1, math.ceil(missing / self.trained * self.num_steps)) if missing > 0 and self.trained else 0
+        return max(self.loss.over_ranks(wait))
 
     def _last_step(self, perturbation: Perturbation | None, scale: float) -> dict[str, float]:
         if perturbation is None:

@@ -135,9 +135,7 @@ class Perturbation:
         self.scaler = None
         self._arrivals: EarlierGradients | None = None  # in the second pass
         self._was_cleared = False  # by the optimizer's zero_grad(), since the first pass began
-        self._is_new = (
-            True  # until a step's passes have ended; only then values are read: a wrong loop is wrong at once
-        )
+        self._is_new = True  # until a step's passes have ended: only so long values are read to find a wrong loop
 
     rho, adaptive, eta, norm = map(setting_of_groups, ("rho", "adaptive", "eta", "norm"))
 

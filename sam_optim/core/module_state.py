@@ -141,33 +141,26 @@ def widened(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Parameters and buffers of fewer bits as copies in `dtype`, and no hooks on the gradients of parameters, which may
     change them or do more than that. All come back in their storage, bit for bit, with their hooks.
 
-    The tensor objects stay, and hold other implementations meanwhile: `x.data = ...` of another dtype would part a
-    parameter from its accumulator of gradients, and so from the hooks on that, by which DDP averages.
+    Data of another dtype parts a parameter from its accumulator of gradients, and so from hooks on that node (not those
+    of `register_hook` and `register_post_accumulate_grad_hook`).
     """
-    tensors = {} if is_scripted(module) else {id(x): x for x in (*module.parameters(), *module.buffers())}
-    replaced = []
-    for x in tensors.values():
-        narrow = dtype is not None and x.is_floating_point() and x.itemsize < dtype.itemsize
-        if narrow or x._backward_hooks:
-            other = x.detach().to(dtype if narrow else x.dtype).requires_grad_(x.requires_grad)
-            replaced.append((x, other, x._cdata))
+    tensors = {id(x): x for x in (*module.parameters(), *module.buffers())}.values()
+    narrow = [x for x in tensors if dtype is not None and x.is_floating_point() and x.itemsize < dtype.itemsize]
+    replaced = [(x, x.data) for x in narrow]
+    hooked = [(x, x._backward_hooks) for x in tensors if x._backward_hooks]
 
     def restore() -> None:
-        torch.clear_autocast_cache()  # whose weak references keep implementations from being swapped
-        for x, other, implementation in replaced:
-            if x._cdata != implementation:
-                torch._C._swap_tensor_impl(x, other)
+        for x, data in replaced:
+            x.data = data
+        for x, hooks in hooked:
+            x._backward_hooks = hooks
 
-    torch.clear_autocast_cache()
     with undone(restore):
-        for x, other, _ in replaced:
-            torch._C._swap_tensor_impl(x, other)
+        for x, _ in hooked:
+            x._backward_hooks = None
+        for x, data in replaced:
+            x.data = data.to(dtype)
         yield
-
-
-def is_scripted(module: nn.Module) -> bool:
-    """Whether TorchScript holds implementations of tensors, out of reach: then nothing is widened."""
-    return any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
 
 
 def statistics_in_use(model: nn.Module, *, batch_statistics: bool) -> str | None:

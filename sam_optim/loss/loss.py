@@ -24,7 +24,7 @@ from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joi
 from sam_optim.loss.criterion import Criterion, Forward
 from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
-from sam_optim.loss.passes import Passes, is_spread
+from sam_optim.loss.passes import Passes, is_spread, may_be_in_ddp
 from sam_optim.loss.pieces import Pieces
 from sam_optim.loss.weights import A_SUM, Weigher
 
@@ -534,8 +534,8 @@ class Loss:
 
     def _in_float64(self) -> Loss | None:
         """The same loss with the weights widened to float64, where w + d is not rounded to the dtype of the model; None
-        for a device, a model or a criterion that cannot compute in it."""
-        if module_state.is_scripted(self.model):
+        for a device, a model or a criterion that cannot compute in it, and where DDP may hold the weights."""
+        if may_be_in_ddp():
             return None
         wide = self._copy(_passes=self._passes.in_float64(), _second={"by differences": False})
         try:

@@ -49,7 +49,7 @@ class Passes:
         if any(p.is_complex() for p in self.params):
             raise ValueError("measures need real weights: store complex ones as torch.view_as_real(w)")
         halves = any(p.dtype in HALF and not is_spread(p) for p in self.params)
-        self.wide = torch.float32 if halves and not module_state.is_scripted(self.model) else None
+        self.wide = torch.float32 if halves and not may_be_in_ddp() else None
         self._forward = forward or criteria.default_forward
         self._device = None if device is None else torch.device(device)
         self._images_last = _convolves_on_cpu(self.model)
@@ -99,6 +99,7 @@ class Passes:
     def widened(self) -> Iterator[None]:
         """Weights and buffers in the precision of the passes. What autocast has cast before is cast anew: torch 2.8
         gives the casts of a pass without gradients to one that needs them."""
+        torch.clear_autocast_cache()
         with ExitStack() as stack:
             for module in (self.model, self.criterion):
                 if isinstance(module, nn.Module):
@@ -136,6 +137,13 @@ class Passes:
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in self.model.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
+
+
+def may_be_in_ddp() -> bool:
+    """Data of another dtype would take a parameter's accumulator of gradients from it, and with it the hooks by which
+    DDP averages: training would go on with the gradients of each rank alone. So nothing is widened in place then."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def is_spread(w: Tensor) -> bool:

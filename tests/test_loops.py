@@ -770,7 +770,7 @@ def test_zero_grad_in_place_after_a_backward_in_two_phases(way, where):
     def step():
         cross_entropy(model(x), y).backward()
         if where != "after it":
-            model.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=False)
         optimizer.first_step()
         cross_entropy(model(x), y).backward()
         if where != "before the second pass":

@@ -441,7 +441,7 @@ class TestText:
         assert errors.run(finetune_text.main, argv) == 2
         assert errors.run(finetune_text.main, [*argv[:3], str(tmp_path / "none.tsv"), *argv[4:]]) == 2
         err = capsys.readouterr().err.splitlines()
-        assert "label 'maybe' is none of" in err[1]
+        assert "label 'maybe' is not one of" in err[1]
         assert "has no sentence2 or hypothesis" in err[2]
         assert "cannot be read" in err[3]
         assert not (tmp_path / "out").exists()

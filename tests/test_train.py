@@ -485,7 +485,7 @@ class TestBadInput:
         (["--opt", "sam_sgd"], "unknown optimizer 'sam_sgd'; choose from"),
         (["--opt", "sgdd"], "unknown optimizer 'sgdd'; choose from sgd"),
         (["--opt", "adahessian"], "second derivatives"),
-        (["--opt-kwargs", "nonsense=3"], "--opt sgd cannot be made"),
+        (["--opt-kwargs", "nonsense=3"], "--opt sgd cannot be created"),
         (["--sched", "cosin"], "choose from"),
         (["--data", "cifar11", "--data-dir", "."], "unknown data set 'cifar11'; choose from"),
         (["--data", "cifar10"], "needs --data-dir"),

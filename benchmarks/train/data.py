@@ -183,7 +183,8 @@ def _streamed(options: Options, directory: Path) -> Splits:
         raise InputError("a streamed data set does not tell how many classes it has: give --num-classes")
     if options.label_noise or options.train_labels or options.validation_fraction or options.train_examples is not None:
         raise InputError(
-            "--label-noise, --train-labels, --validation-fraction, --train-examples number examples: not of a stream"
+            "--label-noise, --train-labels, --validation-fraction and --train-examples are for numbered examples; a "
+            "stream has no numbers"
         )
     try:
         test = Streamed(options.data, directory, "validation")

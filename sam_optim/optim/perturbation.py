@@ -135,6 +135,7 @@ class Perturbation:
         self.scaler = None
         self._arrivals: EarlierGradients | None = None  # in the second pass
         self._was_cleared = False  # by the optimizer's zero_grad(), since the first pass began
+        self._was_zeroed = False  # by its zero_grad(set_to_none=False), since the last pass
         self._is_new = True  # until a step's passes have ended: only so long values are read to find a wrong loop
 
     rho, adaptive, eta, norm = map(setting_of_groups, ("rho", "adaptive", "eta", "norm"))
@@ -272,7 +273,7 @@ class Perturbation:
         """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are dropped."""
         if self._pass is not None:
             is_scaled = not failed and self._surroundings is not None and self._surroundings.leaves_scale()
-            was_zero = self._is_new and not failed and self._had_zeros_at_w()
+            was_zero = self._is_new and self._was_zeroed and not failed and self._had_zeros_at_w()
             self._return(failed=failed or is_scaled or was_zero)
             if failed or is_scaled or was_zero:
                 for p in self._params:
@@ -291,7 +292,7 @@ class Perturbation:
                     "all gradients of the first pass were zero when the second one began, and that has others at the "
                     "same weights: call zero_grad() before loss.backward(), and not between it and the perturbed pass"
                 )
-            self._is_new = self._is_new and failed
+            self._is_new, self._was_zeroed = self._is_new and failed, False
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
@@ -740,10 +741,10 @@ class Perturbation:
             self.completed = False
         return self.completed
 
-    def forget(self) -> None:
+    def forget(self, *, in_place: bool = False) -> None:
         """The gradients have been cleared, and with them those of a perturbed pass."""
         self.completed = self.was_empty = False
-        self._was_cleared = True
+        self._was_cleared, self._was_zeroed = True, in_place
         if self._earlier is not None:
             self._earlier.stop()
             self._earlier = None

@@ -216,7 +216,9 @@ def test_trainers_that_generate_their_batch_are_refused(tmp_path):
             return super()._prepare_inputs({"x": inputs["y"]})
 
     for trainer, what in ((Generates, "generates text"), (Buffers, "goes on in a buffer")):
-        with pytest.raises(TypeError, match=rf"{trainer.__name__}\._prepare_inputs makes its batch anew.*{what}"):
+        with pytest.raises(
+            TypeError, match=rf"{trainer.__name__}\._prepare_inputs makes a new batch in each call.*{what}"
+        ):
             type("Both", (SAMTrainer, trainer), {})(network())
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     type("Both", (SAMTrainer, Renames), {})(network(), arguments)
@@ -227,7 +229,7 @@ def test_trl_trainers_that_generate_their_batch_are_refused(name):
     trl = pytest.importorskip("trl")
     from sam_optim.integrations.transformers import SAMTrainer
 
-    with pytest.raises(TypeError, match=f"{name}._prepare_inputs makes its batch anew"):
+    with pytest.raises(TypeError, match=f"{name}._prepare_inputs makes a new batch in each call"):
         type("Both", (SAMTrainer, getattr(trl, name)), {})(network())
 
 

@@ -148,7 +148,7 @@ def test_landscapes_read_back_with_gaps_are_drawn():
 
 
 def test_something_else_is_refused():
-    with pytest.raises(ValueError, match="'accuracy' is no result"):
+    with pytest.raises(ValueError, match="'accuracy' is not a result"):
         results_page({"accuracy": 0.9})
 
 

@@ -54,7 +54,8 @@ def flat_product(
 ) -> Iterator[Product]:
     """v -> (T M T + damping) v for vectors of P entries. redraw: as in `redrawn`; draws: as in `Loss.curvature`."""
     scales = None if ball is None else ball.scales(loss.params)
-    with redrawn(loss, matrix, seed) if redraw else loss.curvature(matrix, seed=seed, draws=draws) as product:
+    drawn = {"draws": draws} if matrix == "fisher_mc" else {}
+    with redrawn(loss, matrix, seed) if redraw else loss.curvature(matrix, seed=seed, **drawn) as product:
         yield lambda v: flat(scaled(product(scaled(unflat(v, loss.params), scales)), scales)) + damping * v
 
 

@@ -400,6 +400,7 @@ def _nothing() -> None:
     """In the place of a reference to a gradient."""
 
 
+@torch._disable_dynamo  # type: ignore[untyped-decorator]
 def _arrive(references: list[weakref.ref[_Watched]], grad: Tensor) -> None:
     """A hook that an interrupt leaves behind does nothing."""
     w = references[0]()

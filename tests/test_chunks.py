@@ -121,6 +121,7 @@ def test_a_batch_stays_whole_where_examples_act_on_each_other():
         Loss(network(cnn), cross_entropy, data, chunk_size=0)
 
 
+@pytest.mark.slow
 def test_sampled_fisher_is_unbiased_and_depends_on_the_contents_of_batches_alone():
     model, data = network(mlp).eval(), batches(mlp, (6, 5))
     exact = float(Dense(model, cross_entropy, whole(data)).matrix("fisher").trace())

@@ -133,6 +133,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_two_worker_processes_give_the_same_numbers(finished, tmp_path):
     """The command itself, which starts processes of its own; the other runs are there already."""
     shutil.copytree(finished / "runs", tmp_path / "runs")

@@ -66,6 +66,7 @@ def test_the_traces_are_those_of_the_formulas():
     assert found.value == pytest.approx(adaptive, abs=4 * found.stderr)
 
 
+@pytest.mark.slow
 def test_the_measure_that_tells_depends_on_the_data():
     rows = runs(num_sets=4, scales=(0.05, 0.2, 0.8))
     assert max(row["loss"] for row in rows) < 1e-18

@@ -38,6 +38,7 @@ def run(directory, path, *options):
     return pretrained.main([str(path), "--data-dir", str(directory), "--out", str(directory / "out"), *options])
 
 
+@pytest.mark.slow
 def test_it_measures_in_both_geometries_counts_errors_and_writes_everything(problem, capsys):
     directory, path, model = problem
     assert run(directory, path, "--images", "16", "--measures", "worst,average,eigenvalue,density") == 0

@@ -195,7 +195,10 @@ def test_ignored_labels_beside_other_targets():
     x, y, z = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, -100]), torch.randn(6).double()
     data = [(x[:4], y[:4], z[:4]), (x[4:], y[4:], z[4:])]
     how = {"forward": lambda m, b: ((m[0](b[0]), m[1](b[0])[:, 0]), b[1:])}
-    two = lambda o, t: F.cross_entropy(o[0], t[0]) + F.mse_loss(o[1], t[1])  # noqa: E731
+
+    def two(outputs, targets):
+        return F.cross_entropy(outputs[0], targets[0]) + F.mse_loss(outputs[1], targets[1])
+
     with pytest.raises(ValueError, match="batch_weights="):
         Loss(model, two, data, **how).value()
     values = [two(*how["forward"](model, b)).item() for b in data]

@@ -108,10 +108,10 @@ def hessian_eigenvalues(
     converged = goal.reached(lanczos, ritz)
     vectors = [lanczos.vector(ritz.weights[:, i]) for i in chosen.tolist()]
     errors = _errors(ritz)[chosen].clamp(min=100 * lanczos.epsilon * lanczos.scale)
-    others = torch.empty(0, len(vectors))
+    redrawn = torch.empty(0, len(vectors))
     if matrix in SAMPLED:
-        others = torch.tensor([_quotients(loss, ball, matrix, seed, k, vectors) for k in range(REDRAWN)])
-        errors = errors.maximum((others - ritz.values[chosen]).square().mean(0).sqrt())
+        redrawn = torch.tensor([_quotients(loss, ball, matrix, seed, k, vectors) for k in range(REDRAWN)])
+        errors = errors.maximum((redrawn - ritz.values[chosen]).square().mean(0).sqrt())
     if wrong := record.get("product_error"):  # of central differences
         errors = errors.maximum(wrong * ritz.values[chosen].abs())
     why = f"{stop}s above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
@@ -121,7 +121,7 @@ def hessian_eigenvalues(
         errors=errors,
         eigenvectors=[unflat(_signed(x), loss.params) for x in vectors],
         converged=converged,
-        num_products=lanczos.size + others.numel(),
+        num_products=lanczos.size + redrawn.numel(),
         settings=record,
         provenance=provenance(),
         reason=None if converged else why,

@@ -171,7 +171,7 @@ def _ids_in_other_threads() -> set[int]:
     """Ids of the networks, optimizers and scalers that other running threads use."""
     me = threading.get_ident()
     frames = [frame for thread, frame in sys._current_frames().items() if thread != me]
-    return {id(_unwrapped(x)) for frame in frames for x in _variables(frame, only_named=True)}
+    return {id(_unwrapped(x)) for frame in frames for x in _variables(frame, 200, only_named=True)}
 
 
 def _inside(x: Any) -> Iterable[Any]:

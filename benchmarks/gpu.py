@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.speed import cuda, device
 from sam_optim.core.errors import run
+from sam_optim.core.files import reserved
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 20
@@ -62,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device.check_device()
     deadline = time.monotonic() + 60 * args.minutes - ENDING
-    passed, line = (True, "left out") if args.skip_tests else tests(TESTS)
-    tables = {model: measures(model, MEASURES, args.json.parent) for model in MEASURED}
-    code = cuda.measure_all(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
+    with reserved(args.json, "--json"):
+        passed, line = (True, "left out") if args.skip_tests else tests(TESTS)
+        tables = {model: measures(model, MEASURES, args.json.parent) for model in MEASURED}
+        code = cuda.measure_all(None, ROUNDS, (deadline - time.monotonic()) / 60, args.json)
     for model, table in tables.items():
         print(f"measures of {model}:\n{table}")
     print(f"tests/gpu: {line}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -27,7 +28,7 @@ from benchmarks.command import Parser
 from benchmarks.examples import cifar_resnet
 from sam_optim.core.arguments import number as at_least
 from sam_optim.core.errors import InputError, one_line, run, show
-from sam_optim.core.files import locked, write_atomic
+from sam_optim.core.files import intact, locked, read_bytes, write_atomic
 from sam_optim.core.text import MISSING, cell, csv_text, mean_and_std, number
 from sam_optim.measures import registry
 from sam_optim.report.canvas import COLOURS, DASHES, save, styled
@@ -128,7 +129,7 @@ def errors(checkpoints: Sequence[str], path: Path, data_dir: Path) -> dict[str, 
     """Test error of each checkpoint; what the file has for the same weights and images is not computed again."""
     images = open_split("cifar10", data_dir, "test")
     fingerprint = hashlib.sha256(images.x.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()[:16]
-    cached = {(line["sha256"], line["data"]): float(line["test_error"]) for line in read_errors(path)}
+    cached = {(line["sha256"], line["data"]): line["test_error"] for line in read_errors(path)}
     lines: list[tuple[str, str, str, float]] = []
     for checkpoint in find(checkpoints):
         key = (checkpoint.digest(), fingerprint)
@@ -138,11 +139,15 @@ def errors(checkpoints: Sequence[str], path: Path, data_dir: Path) -> dict[str, 
     return {name: error for name, *_, error in lines}
 
 
-def read_errors(path: Path) -> list[dict[str, str]]:
+def read_errors(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    with intact(path):
+        lines = csv.DictReader(io.StringIO(read_bytes(path).decode(), newline=""))
+        return [
+            {key: line[key] for key in ("checkpoint", "sha256", "data")} | {"test_error": float(line["test_error"])}
+            for line in lines
+        ]
 
 
 def results(entries: Iterable[Entry]) -> Results:

@@ -18,8 +18,11 @@ from command_line import images, network, run, small, study
 from limits import PATIENCE
 from torch import nn
 
-from sam_optim import sweep
-from sam_optim.core import files
+from benchmarks.examples import diagonal_network, edge, lite0
+from benchmarks.speed import host, monitor, step, throughput, whole_step
+from benchmarks.speed import measures as speed_of_measures
+from sam_optim import cli, sweep
+from sam_optim.core import errors, files
 from sam_optim.core.errors import InputError
 from sam_optim.core.files import locked, read_json, write_atomic
 from sam_optim.sweep import store
@@ -505,6 +508,65 @@ class TestWriting:
         assert code == 0
         assert out.count("caf") == 1
         assert run("report", "o.json", "-o", "r.html")[0] == 0
+
+
+PROBLEM = ["--target", "study_problem:problem"]
+MEASURE = [cli.main, "measure", "c0.pt", *PROBLEM, "--measures", "trace", "--num-probes", 2]
+OUTPUTS = {  # every option that names one file of results, at the end
+    "measure --json": [*MEASURE, "--json"],
+    "measure --csv": [*MEASURE, "--csv"],
+    "landscape": [cli.main, "landscape", "c0.pt", *PROBLEM, "--points", 3, "--out"],
+    "report": [cli.main, "report", "o.json", "--out"],
+    "host": [host.main, "--tensors", 2, "--rounds", 2, "--json"],
+    "step": [step.main, "--rounds", 2, "--json"],
+    "whole_step": [whole_step.main, "--rounds", 2, "--json"],
+    "throughput": [throughput.main, "--rounds", 2, "--json"],
+    "speed of measures": [speed_of_measures.main, "--rounds", 2, "--json"],
+    "monitor": [monitor.main, "cost", "--json"],
+    "edge --json": [edge.main, "--json"],
+    "edge --out": [edge.main, "--out"],
+    "diagonal_network --json": [diagonal_network.main, "--json"],
+    "diagonal_network --out": [diagonal_network.main, "--out"],
+    "lite0": [lite0.main, "c0.pt"],
+    "lite0 --json": [lite0.main, "c0.pt", "t.pt", "--json"],
+}
+
+
+class TestOutputs:
+    """Refused before anything is computed: most of these commands would take minutes."""
+
+    def refused(self, capsys, name, path):
+        main, *argv = OUTPUTS[name]
+        before = sorted(os.listdir())
+        assert errors.run(main, [str(word) for word in (*argv, path)]) == 2
+        assert sorted(os.listdir()) == before
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        return err
+
+    @pytest.mark.parametrize("name", OUTPUTS)
+    def test_a_named_pipe_would_wait_for_a_reader(self, here, capsys, name):
+        os.mkfifo("p.html")
+        assert "p.html is a named pipe" in self.refused(capsys, name, "p.html")
+
+    @pytest.mark.parametrize("name", OUTPUTS)
+    def test_two_at_once(self, here, capsys, name):
+        with locked(here / "o.html"):
+            assert f"o.html is being written by process {os.getpid()}" in self.refused(capsys, name, "o.html")
+
+    @pytest.mark.parametrize("path", ["/dev/nowhere", "/dev", "/dev/fd/999", "."])
+    def test_what_cannot_become_a_file(self, here, capsys, path):
+        assert "name a file for --json" in self.refused(capsys, "measure --json", path)
+
+    def test_a_pipe_of_the_process_is_written_to(self, here):
+        """As `--json >(command)`."""
+        study(here, count=1)
+        source, target = os.pipe()
+        assert run(*MEASURE[1:], "--json", f"/dev/fd/{target}")[0] == 0
+        os.close(target)
+        with open(source) as file:
+            assert json.load(file)["format"] == store.FORMAT
 
 
 class TestQuality:

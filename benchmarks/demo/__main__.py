@@ -23,7 +23,7 @@ from benchmarks.demo.page import page
 from benchmarks.demo.plan import METHODS, QUICK, Plan, final_jobs, fingerprint, shorter, tuning_jobs
 from sam_optim.core.arguments import Parser, number
 from sam_optim.core.errors import EXIT_INTERRUPTED, InputError, run
-from sam_optim.core.files import locked, read_json, write_json
+from sam_optim.core.files import intact, locked, read_json, write_json
 from sam_optim.report import write_page
 
 Job = Mapping[str, Any]
@@ -46,14 +46,16 @@ def _run(options: Namespace, out: Path) -> int:
         later = sum(map(_cost, final_jobs(plan, anything).values()))  # whatever is chosen, it costs the same
         title = "tuning on the validation split"
         tuning = run_all(tuning_jobs(plan), out / "runs", options.workers, title, later=later)
-        chosen = choose(plan, tuning)
+        with intact(out / "runs"):
+            chosen = choose(plan, tuning)
         for method, value in chosen.items():
             print(f"  {METHODS[method].name}: {METHODS[method].tuned} = {value:g}")
         final = run_all(final_jobs(plan, chosen), out / "runs", options.workers, "training and measuring")
     except KeyboardInterrupt:
         print("\nInterrupted. Finished runs are kept; the same command continues from here.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    report(plan, chosen, tuning, final, out, quick=options.quick, seconds=time.perf_counter() - start)
+    with intact(out / "runs"):
+        report(plan, chosen, tuning, final, out, quick=options.quick, seconds=time.perf_counter() - start)
     return 0
 
 

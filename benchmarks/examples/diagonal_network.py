@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from sam_optim import Ball, Loss, hessian_eigenvalues, hessian_trace, worst_case_sharpness
-from sam_optim.core.files import write_json
+from sam_optim.core.errors import run
+from sam_optim.core.files import reserved, write_json
 from sam_optim.core.random import Stream
 from sam_optim.core.text import mean_and_std
 from sam_optim.statistics.kendall import kendall_tau
@@ -194,19 +195,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the taus")
     parser.add_argument("--num-sets", type=int, default=40, help="data sets for each target")
     options = parser.parse_args(argv)
-    rows = runs(options.num_sets)
-    taus = correlations(rows)
-    print(table(taus, options.num_sets))
-    if options.json:
-        about = {"num_sets": options.num_sets, "scales": SCALES, "num_probes": PROBES, "facts": machine.facts()}
-        write_json(options.json, {"taus": taus, "about": about})
-    if options.out:
-        from sam_optim.report.canvas import save
+    with reserved(options.json, "--json"), reserved(options.out):
+        rows = runs(options.num_sets)
+        taus = correlations(rows)
+        print(table(taus, options.num_sets))
+        if options.json:
+            about = {"num_sets": options.num_sets, "scales": SCALES, "num_probes": PROBES, "facts": machine.facts()}
+            write_json(options.json, {"taus": taus, "about": about})
+        if options.out:
+            from sam_optim.report.canvas import save
 
-        save(picture(rows), options.out, dpi=160)
-        print(f"\n{options.out} has the errors against both traces")
+            save(picture(rows), options.out, dpi=160)
+            print(f"\n{options.out} has the errors against both traces")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from benchmarks.machine import facts
 from sam_optim import GSAM, MSAM, SAM, FriendlySAM, LookSAM, Loss, StaleSAM, VaSSO, hessian_eigenvalues
 from sam_optim.core.arguments import number
-from sam_optim.core.files import write_json
+from sam_optim.core.errors import run
+from sam_optim.core.files import reserved, write_json
 
 LR, EXAMPLES, WIDTH, FIRST = 1.25, 400, 40, 500
 RUNS: list[tuple[str, type[SAM], float]] = [
@@ -92,7 +93,7 @@ def over_edge(points: Sequence[Point]) -> float:
     return statistics.median(p.eigenvalue / p.sam_edge for p in points[len(points) // 2 :])
 
 
-def draw(runs: dict[str, list[Point]], path: str) -> None:
+def draw(runs: dict[str, list[Point]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     from sam_optim.report.canvas import save
@@ -109,31 +110,32 @@ def draw(runs: dict[str, list[Point]], path: str) -> None:
     )
     right.set(xlabel="step", ylabel="eigenvalue / edge", title="over SAM's edge (rho = 0: 2 / lr)")
     figure.legend(loc="outside right center", frameon=False)
-    save(figure, Path(path), dpi=110)
+    save(figure, path, dpi=110)
     plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.examples.edge", description=__doc__.split("\n")[0])
     p.add_argument("--steps", type=number(int, 2 * FIRST), default=6000, help=f"of each run, at least {2 * FIRST}")
-    p.add_argument("--out", help="file for the picture (png, pdf or svg)")
-    p.add_argument("--json", help="file for the points of all curves")
+    p.add_argument("--out", type=Path, help="file for the picture (png, pdf or svg)")
+    p.add_argument("--json", type=Path, help="file for the points of all curves")
     args = p.parse_args(argv)
-    print(f"{'':24s}{'eigenvalue':>12s}{'over 2 / lr':>14s}{'over its edge':>15s}", flush=True)
-    runs: dict[str, list[Point]] = {}
-    for label, cls, rho in RUNS:
-        name = f"{label}, rho {rho:g}" if rho else label
-        points = runs[name] = list(train(cls, rho, args.steps))
-        late = statistics.median(p.eigenvalue for p in points[len(points) // 2 :])
-        print(f"{name:24s}{late:12.2f}{late * LR / 2:14.3f}{over_edge(points):15.3f}", flush=True)
-    print("medians of the second half of each run")
-    if args.json:
-        curves: dict[str, Any] = {name: [asdict(point) for point in points] for name, points in runs.items()}
-        write_json(Path(args.json), {"facts": facts() | {"steps": args.steps, "lr": LR}, "runs": curves})
-    if args.out:
-        draw(runs, args.out)
+    with reserved(args.json, "--json"), reserved(args.out):
+        print(f"{'':24s}{'eigenvalue':>12s}{'over 2 / lr':>14s}{'over its edge':>15s}", flush=True)
+        runs: dict[str, list[Point]] = {}
+        for label, cls, rho in RUNS:
+            name = f"{label}, rho {rho:g}" if rho else label
+            points = runs[name] = list(train(cls, rho, args.steps))
+            late = statistics.median(p.eigenvalue for p in points[len(points) // 2 :])
+            print(f"{name:24s}{late:12.2f}{late * LR / 2:14.3f}{over_edge(points):15.3f}", flush=True)
+        print("medians of the second half of each run")
+        if args.json:
+            curves: dict[str, Any] = {name: [asdict(point) for point in points] for name, points in runs.items()}
+            write_json(args.json, {"facts": facts() | {"steps": args.steps, "lr": LR}, "runs": curves})
+        if args.out:
+            draw(runs, args.out)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -25,7 +25,7 @@ from benchmarks.train.options import Options
 from benchmarks.train.trained import TrainedRun
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, run
-from sam_optim.core.files import write_atomic, write_json
+from sam_optim.core.files import reserved, write_atomic, write_json
 from sam_optim.vision import models
 from sam_optim.vision.tensor_files import read_file
 
@@ -76,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--test-examples", type=number(int, 10), default=300)
     p.add_argument("--json", type=Path, metavar="FILE", help="the accuracies of the probe")
     args = p.parse_args(argv)
-    torch.save(converted(args.source), buffer := io.BytesIO())
-    write_atomic(args.target, buffer.getvalue(), "TARGET")
-    if args.data_dir:
-        accuracies = {kind: _probed(args, weights) for kind, weights in (("these", args.target), ("random", None))}
-        print(f"probe: {accuracies['these']:.3f} with these weights, {accuracies['random']:.3f} with random ones")
-        if args.json:
-            counts = {key: getattr(args, key) for key in ("img_size", "train_examples", "test_examples")}
-            write_json(args.json, accuracies | counts)
+    with reserved(args.target, "TARGET"), reserved(args.json, "--json"):
+        torch.save(converted(args.source), buffer := io.BytesIO())
+        write_atomic(args.target, buffer.getvalue(), "TARGET")
+        if args.data_dir:
+            accuracies = {kind: _probed(args, weights) for kind, weights in (("these", args.target), ("random", None))}
+            print(f"probe: {accuracies['these']:.3f} with these weights, {accuracies['random']:.3f} with random ones")
+            if args.json:
+                counts = {key: getattr(args, key) for key in ("img_size", "train_examples", "test_examples")}
+                write_json(args.json, accuracies | counts)
     return 0
 
 

@@ -19,12 +19,12 @@ from benchmarks.command import Parser, duration
 from benchmarks.frontier import plan as plans
 from benchmarks.frontier import report
 from benchmarks.frontier.plan import Plan
-from benchmarks.frontier.runs import available, execute, expected
+from benchmarks.frontier.runs import available, execute, expected, read_record
 from benchmarks.study.trial import Here
 from benchmarks.study.worker import terminating
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import run
-from sam_optim.core.files import locked, read_json
+from sam_optim.core.files import locked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def _report(args: argparse.Namespace) -> int:
 def status(plan: Plan, out: Path) -> str:
     """One line. The guess is from the mean CPU time of what is done, else from the plan's `seconds`."""
     paths = [out / "records" / f"{r.name}.json" for c in plan.conditions for r in expected(plan, c, out)]
-    records = [read_json(path) for path in paths if path.is_file()]
+    records = [read_record(path) for path in paths if path.is_file()]
     seconds = sum(r["cpu_seconds"] for r in records) / len(records) if records else plan.seconds
     left = plan.total - len(records)
     missing = [method for method in plan.methods if not available(plan, method)]

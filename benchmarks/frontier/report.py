@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 from benchmarks.frontier import analysis, runs
 from benchmarks.frontier.analysis import Row, Task
 from benchmarks.frontier.plan import Plan
-from sam_optim.core.files import PATIENCE, locked, read_json, write_atomic, write_json
+from sam_optim.core.errors import InputError
+from sam_optim.core.files import PATIENCE, intact, locked, read_bytes, read_json, write_atomic, write_json
 from sam_optim.report.canvas import COLOURS, save, styled
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ TWO_PASSES, CHEAPER, CONTROL = 0, 1, 5  # colours
 def collect(plan: Plan, out: Path) -> Path:
     """The records of a plan in one file, without those of other settings in the same folder."""
     expected = {run.name for condition in plan.conditions for run in runs.expected(plan, condition, out)}
-    records = [read_json(path) for path in sorted((out / "records").glob("*.json")) if path.stem in expected]
+    records = [runs.read_record(path) for path in sorted((out / "records").glob("*.json")) if path.stem in expected]
     facts: dict[str, list[str]] = {}
     for record in records:
         for key, value in record.pop("provenance").items():
@@ -39,7 +39,8 @@ def collect(plan: Plan, out: Path) -> Path:
 
 
 def committed() -> list[Task]:
-    return analysis.tasks([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))])
+    with intact(RESULTS):
+        return analysis.tasks([read_json(path) for path in sorted(RESULTS.glob("*.json"))])
 
 
 def text(tasks: Sequence[Task]) -> str:
@@ -52,7 +53,9 @@ def text(tasks: Sequence[Task]) -> str:
 def write(page: Path) -> None:
     """The part between the marks of the page, and the picture beside it."""
     with locked(page, patience=PATIENCE):
-        tasks, before = committed(), page.read_text(encoding="utf-8")
+        tasks, before = committed(), read_bytes(page).decode()
+        if BEGIN not in before or END not in before:
+            raise InputError(f"{page} has not the marks of its tables: {BEGIN} and {END}")
         head, tail = before[: before.index(BEGIN) + len(BEGIN)], before[before.index(END) :]
         write_atomic(page, f"{head}\n\n{text(tasks)}\n\n{tail}".encode())
         save(picture(tasks), page.with_suffix(".png"), dpi=130)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from benchmarks.study import config, trial
 from benchmarks.train.data import Examples, Splits
 from benchmarks.train.epoch import evaluate
 from sam_optim.core.errors import InputError
-from sam_optim.core.files import locked, read_json, write_json
+from sam_optim.core.files import locked, open_log, read_json_object, write_json
 from sam_optim.core.random import Stream
 
 Record = dict[str, Any]
@@ -47,9 +48,25 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
                     about = {"method": method, "condition": condition, "candidate": dict(run.candidate)}
                     about |= {"seed": run.seed, "tuning": run.tuning}
                     write_json(path, about | record | {"provenance": facts("timm", "transformers")})
-                record = read_json(path)
+                record = read_record(path)
                 done.append((run, record))
                 yield run, record, new
+
+
+def read_record(path: Path) -> Record:
+    """A record that `execute` wrote.
+
+    Raises:
+        InputError: it was changed or damaged.
+    """
+    types: dict[str, Any] = {"method": str, "condition": str, "candidate": dict, "seed": int, "tuning": bool}
+    types |= {"passes": (int, float), "cpu_seconds": (int, float), "provenance": dict}
+    record = read_json_object(path)
+    accuracy = {"validation_accuracy" if record.get("tuning") else "test_accuracy": (int, float, NoneType)}
+    for name, kind in (types | accuracy).items():
+        if name not in record or not isinstance(record[name], kind):
+            raise InputError(f"{path} has no {name!r} of a run: it was changed or damaged; delete it, and run it again")
+    return record
 
 
 def expected(plan: Plan, condition: str, out: Path) -> list[Run]:
@@ -60,7 +77,7 @@ def expected(plan: Plan, condition: str, out: Path) -> list[Run]:
         paths = [out / "records" / f"{run.name}.json" for run in tuning]
         runs += tuning
         if all(path.is_file() for path in paths):
-            runs += plan.final_runs(method, condition, chosen(plan, method, [read_json(path) for path in paths]))
+            runs += plan.final_runs(method, condition, chosen(plan, method, [read_record(path) for path in paths]))
     return runs
 
 
@@ -133,7 +150,7 @@ def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
     directory.mkdir(parents=True, exist_ok=True)
     settings = finetune_text.Settings(**located(run.options, here), out=directory, device="cpu")
     start = time.process_time()
-    with open(directory / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with open_log(directory / "log.txt") as log, contextlib.redirect_stdout(log):
         result = finetune_text.finetune(replace(settings, test=[] if run.tuning else settings.test))
     cost = {"failed": None, "passes": result["passes"], "cpu_seconds": time.process_time() - start}
     if run.tuning:

@@ -31,6 +31,7 @@ from benchmarks.machine import facts
 from benchmarks.speed import timing
 from sam_optim import SAM, late_phase
 from sam_optim.core.errors import run
+from sam_optim.core.files import reserved
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "host_cpu.json"
 TENSORS = (6, 62, 161)  # a small network, a ResNet-18, a ResNet-50
@@ -241,10 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    results = [measure(n, args.rounds) for n in args.tensors]
-    print(table(results))
-    print(f"thread CPU time of a step minus that of the base, median [quartiles] of {args.rounds} rounds")
-    timing.write(args.json, {"facts": facts() | {"rounds": args.rounds}, "results": results})
+    with reserved(args.json, "--json"):
+        results = [measure(n, args.rounds) for n in args.tensors]
+        print(table(results))
+        print(f"thread CPU time of a step minus that of the base, median [quartiles] of {args.rounds} rounds")
+        timing.write(args.json, {"facts": facts() | {"rounds": args.rounds}, "results": results})
     return 0
 
 

@@ -37,6 +37,7 @@ from benchmarks.speed import curvature, sharpness, timing
 from benchmarks.speed.rows import Problem, Row
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import one_line, run, unknown
+from sam_optim.core.files import reserved
 
 SOURCES = (curvature, sharpness)  # modules with `rows(problem)`
 
@@ -211,17 +212,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if settings.contender:
         return contender(settings)
-    rows = rows_of(problem_of(settings), settings.rows)
-    results = compare(rows, 1 if settings.quick else settings.rounds, settings.device)
-    for row, result in zip(rows, results, strict=True):
-        summarize(result)
-        if not settings.quick:
-            sides = ["ours", "peer"] if row.peer else ["ours"]
-            result["megabytes"] = {side: peak_memory(settings, row.name, side) for side in sides}
-    print(table(results))
-    about = {key: getattr(settings, key) for key in ("model", "quick", "device", "rounds")}
-    about |= {"images": settings.num_images, "pretrained": bool(settings.pretrained)}
-    timing.write(settings.json, {"facts": facts("PyHessian") | about, "results": results})
+    with reserved(settings.json, "--json"):
+        rows = rows_of(problem_of(settings), settings.rows)
+        results = compare(rows, 1 if settings.quick else settings.rounds, settings.device)
+        for row, result in zip(rows, results, strict=True):
+            summarize(result)
+            if not settings.quick:
+                sides = ["ours", "peer"] if row.peer else ["ours"]
+                result["megabytes"] = {side: peak_memory(settings, row.name, side) for side in sides}
+        print(table(results))
+        about = {key: getattr(settings, key) for key in ("model", "quick", "device", "rounds")}
+        about |= {"images": settings.num_images, "pretrained": bool(settings.pretrained)}
+        timing.write(settings.json, {"facts": facts("PyHessian") | about, "results": results})
     return 0
 
 

@@ -24,7 +24,8 @@ from benchmarks.train.data import load
 from benchmarks.train.epoch import train_epoch
 from benchmarks.train.options import Options
 from benchmarks.train.order import Loading, Order
-from sam_optim.core.files import write_json
+from sam_optim.core.errors import run
+from sam_optim.core.files import reserved, write_json
 from sam_optim.core.results import provenance
 from sam_optim.loss import Loss
 from sam_optim.measures import hessian_eigenvalues
@@ -125,18 +126,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    if args.what == "cost":
-        shape = {"size": args.size, "batch": args.batch, "device": args.device}
-        rows = [cost(name, steps=args.steps, budget=args.budget, **shape) for name in args.model]
-    else:
-        rows = [warm(rho, epochs=args.epochs, rows_per_epoch=2) for rho in args.rho]
-    for row in rows:
-        print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
-    if args.json:
-        about = provenance(hardware=processor(), threads=torch.get_num_threads(), commit=commit())
-        write_json(args.json, {"rows": rows, "provenance": about})
+    with reserved(args.json, "--json"):
+        if args.what == "cost":
+            shape = {"size": args.size, "batch": args.batch, "device": args.device}
+            rows = [cost(name, steps=args.steps, budget=args.budget, **shape) for name in args.model]
+        else:
+            rows = [warm(rho, epochs=args.epochs, rows_per_epoch=2) for rho in args.rho]
+        for row in rows:
+            print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
+        if args.json:
+            about = provenance(hardware=processor(), threads=torch.get_num_threads(), commit=commit())
+            write_json(args.json, {"rows": rows, "provenance": about})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

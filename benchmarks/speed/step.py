@@ -32,6 +32,7 @@ from benchmarks.speed.shapes import RHO, NoStep, shapes_of
 from benchmarks.speed.timing import Run
 from sam_optim import SAM
 from sam_optim.core.errors import run
+from sam_optim.core.files import reserved
 
 MODELS = ("resnet50", "efficientnet_b0", "vit_base_patch16_224")
 ROW = 65536  # entries of one float32 sum: a longer one is off by up to 1e-3
@@ -136,12 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda":
         from benchmarks.speed import cuda
 
-        return cuda.measure_all(args.models, args.rounds, args.minutes, args.json)
+        with reserved(args.json, "--json"):
+            return cuda.measure_all(args.models, args.rounds, args.minutes, args.json)
     torch.set_num_threads(1)
-    results = [compare(model, args.rounds) for model in args.models or MODELS]
-    print(table(results))
-    print("thread CPU time, medians of paired ratios [quartiles]; the peer is davda54/sam's algorithm")
-    timing.write(args.json, {"facts": facts("timm") | {"rounds": args.rounds}, "results": results})
+    with reserved(args.json, "--json"):
+        results = [compare(model, args.rounds) for model in args.models or MODELS]
+        print(table(results))
+        print("thread CPU time, medians of paired ratios [quartiles]; the peer is davda54/sam's algorithm")
+        timing.write(args.json, {"facts": facts("timm") | {"rounds": args.rounds}, "results": results})
     return 0
 
 

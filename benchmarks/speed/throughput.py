@@ -30,6 +30,7 @@ from benchmarks.train.order import derive, seed_all
 from benchmarks.train.run import Training
 from sam_optim.core import random as rng
 from sam_optim.core.errors import run
+from sam_optim.core.files import reserved
 from sam_optim.vision import models
 
 
@@ -145,23 +146,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--batch-size", type=int, default=64)
     args = p.parse_args(argv)
     report: dict[str, Any] = {"facts": facts("timm", "torchvision") | {"rounds": args.rounds}, "models": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        directory = args.data_dir or folder
-        if not args.data_dir:
-            picture_tree(Path(folder), args.images, args.img_size)
-        for model in args.model:
-            fixed = ["--data", "folder", "--no-aug", "--sched", "cosine", "--epochs", "1000"]
-            sizes = ["--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
-            options = parse([*fixed, *sizes, "--data-dir", str(directory), "--model", model])
-            report["models"][model] = results = compared(options, args.rounds)
-            for name, values in results.items():
-                r, speed = values["ratio"], values["images_per_cpu_s"]
-                print(
-                    f"{model:24s} {name:20s} CPU time ours / timm {r['median']:.3f} ({r['q1']:.3f} to {r['q3']:.3f}, "
-                    f"n = {r['n']})  images/s ours {speed['ours']:.0f} timm {speed['timm']:.0f}",
-                    flush=True,
-                )
-    timing.write(args.json, report)
+    with reserved(args.json, "--json"):
+        with tempfile.TemporaryDirectory() as folder:
+            directory = args.data_dir or folder
+            if not args.data_dir:
+                picture_tree(Path(folder), args.images, args.img_size)
+            for model in args.model:
+                fixed = ["--data", "folder", "--no-aug", "--sched", "cosine", "--epochs", "1000"]
+                sizes = ["--img-size", str(args.img_size), "--batch-size", str(args.batch_size)]
+                options = parse([*fixed, *sizes, "--data-dir", str(directory), "--model", model])
+                report["models"][model] = results = compared(options, args.rounds)
+                for name, values in results.items():
+                    r, speed = values["ratio"], values["images_per_cpu_s"]
+                    print(
+                        f"{model:24s} {name:20s} CPU time ours / timm {r['median']:.3f} "
+                        f"({r['q1']:.3f} to {r['q3']:.3f}, n = {r['n']})  images/s ours {speed['ours']:.0f} "
+                        f"timm {speed['timm']:.0f}",
+                        flush=True,
+                    )
+        timing.write(args.json, report)
     return 0
 
 

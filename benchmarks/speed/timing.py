@@ -96,5 +96,4 @@ def parser(prog: str, description: str, *, rounds: int, json: Path | None = None
 def write(path: Path | None, results: dict[str, Any]) -> None:
     """The results as JSON, if there is a path; its folder is made."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, results)
+        write_json(path, results, "--json")

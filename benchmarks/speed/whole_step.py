@@ -34,6 +34,7 @@ from benchmarks.speed.timing import Run
 from sam_optim import GSAM, MSAM, SAM, FriendlySAM, LookSAM, StaleSAM, VaSSO, norm_only_param_groups, periodic
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import run, unknown
+from sam_optim.core.files import reserved
 from sam_optim.vision.models import small_stem_
 
 BATCHES = {"resnet18": 32, "vit_tiny_patch16_224": 24}  # others: 16
@@ -214,10 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    results = [compare(model, args.rounds, batch=args.batch_size) for model in args.models]
-    print(table(results))
-    print("thread CPU time, medians of paired ratios [quartiles]")
-    timing.write(args.json, {"facts": facts("timm") | {"rounds": args.rounds}, "results": results})
+    with reserved(args.json, "--json"):
+        results = [compare(model, args.rounds, batch=args.batch_size) for model in args.models]
+        print(table(results))
+        print("thread CPU time, medians of paired ratios [quartiles]")
+        timing.write(args.json, {"facts": facts("timm") | {"rounds": args.rounds}, "results": results})
     return 0
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks.command import Parser
 from benchmarks.study import config, storage
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, run
+from sam_optim.core.files import intact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,19 +117,20 @@ def _report(args: argparse.Namespace) -> int:
 
     if (args.csv is None) == (args.config is None):
         raise InputError("give a study's CONFIG or --csv FILE, one of them")
-    if args.csv:
-        named = args.measures, args.targets
-        if args.csv.suffix == ".json":
-            table = report.from_results(args.csv, *named, given=args.given)
+    with intact(args.csv) if args.csv else nullcontext():
+        if args.csv:
+            named = args.measures, args.targets
+            if args.csv.suffix == ".json":
+                table = report.from_results(args.csv, *named, given=args.given)
+            else:
+                table = report.from_csv(args.csv, *named, args.factors, given=args.given)
+            out = args.out or Path("runs") / f"study-{args.csv.stem}"
         else:
-            table = report.from_csv(args.csv, *named, args.factors, given=args.given)
-        out = args.out or Path("runs") / f"study-{args.csv.stem}"
-    else:
-        study, out, url = _started(args)
-        table = report.from_study(study, url, args.measures, args.targets, given=args.given)
-    if args.where:
-        table = report.where(table, args.where)
-    return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
+            study, out, url = _started(args)
+            table = report.from_study(study, url, args.measures, args.targets, given=args.given)
+        if args.where:
+            table = report.where(table, args.where)
+        return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, identifier
 from benchmarks.study.page import page
 from sam_optim.core.errors import InputError, one_line, show, unknown
-from sam_optim.core.files import PATIENCE, locked, read_bytes, read_json, write_atomic, write_json
+from sam_optim.core.files import PATIENCE, locked, read_bytes, read_json_object, write_atomic, write_json
 from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
 
@@ -126,11 +126,10 @@ def from_results(
     path: Path, measures: Sequence[str] | None, targets: Sequence[str] | None, *, given: str | None = None
 ) -> Table:
     """The table of an earlier report, from its results.json."""
-    earlier = read_json(path)
-    try:
-        models, about, compared = (earlier[key] for key in ("models", "about", "comparisons"))
-    except (KeyError, TypeError):
-        raise InputError(f"{path} is not a results.json of a study's report") from None
+    earlier = read_json_object(path)
+    if missing := {"models", "about", "comparisons"} - earlier.keys():
+        raise InputError(f"{path} is not a results.json of a study's report: it has no {min(missing)!r}")
+    models, about, compared = (earlier[key] for key in ("models", "about", "comparisons"))
     columns = [list(dict.fromkeys(row[key] for row in compared)) for key in ("measure", "target")]
     factors = list(about.get("config", {}).get("grid", compared[0].get("by_factor", {})))
     varied = _varied(models, factors)

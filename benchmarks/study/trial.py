@@ -28,7 +28,7 @@ from benchmarks.train.epoch import NonFiniteLoss
 from benchmarks.train.options import Options, of_run
 from benchmarks.train.trained import TrainedRun
 from sam_optim.core.errors import InputError, one_line
-from sam_optim.core.files import locked, read_json
+from sam_optim.core.files import locked, open_log, read_json
 from sam_optim.core.results import plain, provenance
 from sam_optim.vision.models import default_size
 
@@ -163,7 +163,7 @@ def trained_run(
 @contextlib.contextmanager
 def logged(directory: Path) -> Iterator[None]:
     """What is printed goes to log.txt of the run."""
-    with open(directory / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with open_log(directory / "log.txt") as log, contextlib.redirect_stdout(log):
         yield
 
 

@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -30,10 +30,18 @@ def is_stream(path: Path) -> bool:
 
 def check_writable(path: Path | None, option: str = "--out") -> None:
     """Raises InputError for what cannot become a file, before hours go into what it is to hold."""
-    if path is None or is_stream(path):
+    if path is None:
         return
     if path.is_dir():
         raise InputError(f"{path} is a directory; name a file for {option}")
+    if is_stream(path):
+        is_there, is_device = path.exists(), path.is_relative_to("/dev") or path.is_relative_to("/proc")
+        if not is_there or not (is_device or path.is_char_device()):  # a named pipe waits for a reader, perhaps forever
+            reason = "is a named pipe, a socket or a disk" if is_there else "is not there"
+            raise InputError(
+                f"{path} {reason}; name a file for {option}, or /dev/stdout with a pipe behind the command"
+            )
+        return
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "cannot be written to" if folder.is_dir() else "is not a directory"
@@ -69,6 +77,7 @@ def write_atomic(path: Path, content: bytes, option: str = "--out", *, folder: b
     )  # a name that no one can have linked beforehand
     try:
         if is_stream(path):
+            check_writable(path, option)
             with _open_stream(path) as stream:
                 stream.write(content)
             return
@@ -140,6 +149,14 @@ def locked(path: Path, option: str = "--out", patience: float = 0.0) -> Iterator
                     folder.rmdir()
 
 
+@contextmanager
+def reserved(path: Path | None, option: str = "--out") -> Iterator[None]:
+    """For one file that takes hours: `check_writable`, and `locked` from then on until it is written."""
+    check_writable(path, option)
+    with nullcontext() if path is None or is_stream(path) else locked(path, option):
+        yield
+
+
 _held: set[int] = set()  # descriptors of locks
 
 
@@ -160,11 +177,20 @@ def write_json(path: Path, value: Any, option: str = "--out") -> None:
 
 def open_regular(path: Path) -> IO[bytes]:
     """Opens a file for reading; a pipe or device, which could block forever, is an `InputError`."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    return open(_regular(path, os.O_RDONLY), "rb")
+
+
+def open_log(path: Path) -> IO[str]:
+    """Opens a file to append text to it, as `open_regular`."""
+    return open(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
+
+
+def _regular(path: Path, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise InputError(f"{path} is not a regular file")
-    return open(handle, "rb")
+    return handle
 
 
 def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
@@ -190,6 +216,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold a JSON object; it was changed or damaged")
     return content
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Makes an `InputError` that names the file of what its content does to the code inside, which takes it as ours."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path} is not as it was written, it was changed or damaged ({reason}); delete it") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

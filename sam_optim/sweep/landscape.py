@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sam_optim.core.errors import InputError
-from sam_optim.core.files import check_writable, write_json
+from sam_optim.core.files import reserved, write_json
 from sam_optim.core.geometry import p_norm
 from sam_optim.core.results import Landscape
 from sam_optim.landscape import interpolate, slice_1d, slice_2d
@@ -18,7 +18,7 @@ from sam_optim.loss import Loss
 from sam_optim.measures import hessian_eigenvalues
 from sam_optim.report import results_page, save_picture, write_page
 from sam_optim.sweep.problems import Problem
-from sam_optim.sweep.processes import started
+from sam_optim.sweep.processes import is_first_process, started
 from sam_optim.vision.checkpoints import find
 
 
@@ -54,8 +54,7 @@ def draw_landscape(
         checkpoints: one file or directory; none where the function of the problem brings its own weights.
         other: the loss on the straight way to these weights, instead of along `grid.directions`.
     """
-    check_writable(out)
-    with started(device) as here:
+    with reserved(out if is_first_process() else None), started(device) as here:
         starts, ends = find(checkpoints), find([other] if other else [])
         for matches in (starts, ends):
             if len(matches) > 1:

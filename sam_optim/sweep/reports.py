@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sam_optim.core.errors import InputError, one_line, unknown
-from sam_optim.core.files import read_bytes, read_json
-from sam_optim.report.page import write_page
+from sam_optim.core.files import read_bytes, read_json, reserved
+from sam_optim.report.page import Markup, write_page
 from sam_optim.report.study import study_page
 from sam_optim.statistics.table import Table, table
 from sam_optim.sweep import store
@@ -43,6 +43,13 @@ def write_report(
     """
     if out.suffix not in (".html", ".htm"):
         raise InputError(f"--out is a page and must end in .html, got {out}; a browser prints it to .pdf")
+    with reserved(out):
+        return write_page(out, _page(results, targets, target, factors, title))
+
+
+def _page(
+    results: Sequence[Path], targets: Path | None, target: str | None, factors: Sequence[str], title: str
+) -> Markup:
     entries, singles, lines = _read(results)
     measured = table(entries)
     lines += _read_csv(targets) if targets else []
@@ -53,10 +60,9 @@ def write_report(
             raise InputError(f"--factors {name} is no column of --targets for any checkpoint")
     correlations = measured.correlations(compared, varied)
     try:
-        page = study_page(measured, targets=compared, correlations=correlations, results=singles, title=title)
+        return study_page(measured, targets=compared, correlations=correlations, results=singles, title=title)
     except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
         raise InputError(f"the results cannot be shown ({one_line(error)}); a file was changed or damaged") from None
-    return write_page(out, page)
 
 
 def _read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Mapping[str, Any]], Lines]:

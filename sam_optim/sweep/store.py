@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 from sam_optim.core.errors import InputError
-from sam_optim.core.files import is_stream, locked, read_json, write_atomic
+from sam_optim.core.files import is_stream, read_json, reserved, write_atomic
 from sam_optim.sweep.processes import Processes
 
 FORMAT = "sam_optim measures 1"
@@ -145,10 +145,8 @@ def opened(path: Path | None, here: Processes) -> Iterator[Store]:
     with ExitStack() as held:
 
         def entries() -> list[dict[str, Any]]:
-            if path is None or is_stream(path):
-                return []
-            held.enter_context(locked(path, "--json"))
-            return read(path) if path.exists() else []
+            held.enter_context(reserved(path, "--json"))
+            return [] if path is None or is_stream(path) or not path.exists() else read(path)
 
         store = Store(path if here.is_first else None, here.of_first(entries))
         try:

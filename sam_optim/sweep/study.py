@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sam_optim.core.errors import EXIT_FAILED, one_line
-from sam_optim.core.files import check_writable, write_atomic
+from sam_optim.core.files import reserved, write_atomic
 from sam_optim.core.text import cell, csv_text, headline, is_finite, number, text_table
 from sam_optim.measures import registry
 from sam_optim.sweep.columns import Column, Measures
 from sam_optim.sweep.problems import Problem
-from sam_optim.sweep.processes import started
+from sam_optim.sweep.processes import is_first_process, started
 from sam_optim.sweep.progress import Progress
 from sam_optim.sweep.quality import QUALITY, quality
 from sam_optim.sweep.store import Entry, Store, Unwritable, digest, opened
@@ -118,9 +118,7 @@ def measure_checkpoints(
         InputError: something is wrong for all checkpoints, or a file cannot be written.
         KeyboardInterrupt: on Ctrl-C; its text says what is done and how to go on.
     """
-    check_writable(json, "--json")
-    check_writable(csv, "--csv")
-    with started(device) as here:
+    with reserved(csv if is_first_process() else None, "--csv"), started(device) as here:
         with opened(json, here) as store:
             rows, columns = find(checkpoints), measures.columns()
             losses = problem.open(here, rows)

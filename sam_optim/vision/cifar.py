@@ -46,7 +46,7 @@ def official(name: str, directory: Path) -> bool:
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     root = directory if directory.name == dataset.base_folder else directory / dataset.base_folder
     files = [*dataset.train_list, *dataset.test_list]
-    return all(hashlib.md5((root / f).read_bytes(), usedforsecurity=False).hexdigest() == md5 for f, md5 in files)
+    return all(hashlib.md5(read_bytes(root / f), usedforsecurity=False).hexdigest() == md5 for f, md5 in files)
 
 
 class _Inert:

@@ -541,3 +541,18 @@ def test_plain_training_of_a_variant_with_one_pass_is_refused():
     backward(model, 0)
     with pytest.raises(RuntimeError, match=r"the forward and backward inside `with optimizer.perturbed\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e22])
+def test_inner_products_of_gradients_whose_products_no_float32_holds(size):
+    torch.manual_seed(0)
+    x, y = torch.randn(100_000), torch.randn(100_000)
+    p = nn.Parameter(torch.zeros(100_000))
+    optimizer = GSAM([p], torch.optim.SGD, rho=0.1, lr=1.0, alpha=0.4)
+    p.grad = size * x
+    optimizer.first_step()
+    p.grad = size * y
+    optimizer.second_step()
+    x, y = (size * x).double(), (size * y).double()
+    expected = (1 + 0.4 * (x @ y) / (y @ y)) * y - 0.4 * x
+    torch.testing.assert_close(-p.detach().double() / size, expected / size, rtol=2e-6, atol=2e-6)

@@ -486,15 +486,15 @@ class SAM(Optimizer):
 
     def descent_gradient(
         self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
+    ) -> Iterable[Tensor]:
         """The gradient of a second pass, given those at w + e and at w (0 where there was none)."""
         return grads
 
     def update_gradient(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor | None
-    ) -> Sequence[Tensor]:
+    ) -> Iterable[Tensor]:
         """What the base gets, given the gradients of all passes of the step, averaged over ranks, also of a step
-        without an ascent. scale: of a GradScaler, where they are still multiplied by it."""
+        without an ascent; they may be changed in place. scale: of a GradScaler, by which they are still multiplied."""
         return grads
 
     def recall(self, p: Tensor, name: str) -> Tensor | None:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from sam_optim.core import geometry
-from sam_optim.optim.kernels.bucket import Bucket, Groups, Norms, Scalar
+from sam_optim.optim.kernels.bucket import Bucket, Groups, Norms, Scalar, wide_dtype
+
+PIECE = 2**15  # entries of a float32 sum
+SAFE = 1e-24, 1e36  # no float32 product that counts has vanished or overflowed
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -96,9 +99,7 @@ def dot(params: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]) ->
     device = xs[0].device
     sums: dict[Groups, list[Tensor]] = {}
     for p, x, y in zip(params, xs, ys, strict=True):
-        x, y = (torch.view_as_real(v) if v.is_complex() else v for v in (x, y))
-        product = torch.linalg.vecdot(x.reshape(-1).double(), y.reshape(-1).double())
-        sums.setdefault(groups_of(p) or (), []).append(product.to(device))
+        sums.setdefault(groups_of(p) or (), []).append(_dot(x, y).to(device))
     totals = []
     for groups, values in sums.items():
         total = torch.stack(values).sum()
@@ -106,6 +107,17 @@ def dot(params: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]) ->
             torch.distributed.all_reduce(total, group=group)
         totals.append(total)
     return torch.stack(totals).sum()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    x, y = (torch.view_as_real(v).reshape(-1) if v.is_complex() else v.reshape(-1) for v in (x, y))
+    if x.is_cpu:  # in short float32 sums, unless products may have vanished
+        wide = wide_dtype(x.dtype, y.dtype)
+        parts = zip(x.split(PIECE), y.split(PIECE), strict=True)
+        product = torch.stack([torch.dot(a.to(wide), b.to(wide)) for a, b in parts]).sum(dtype=torch.float64)
+        if SAFE[0] < abs(product.item()) < SAFE[1]:
+            return product
+    return torch.linalg.vecdot(x.double(), y.double())
 
 
 def any_over(flag: bool | Tensor, groups: Groups, device: torch.device) -> bool | Tensor:

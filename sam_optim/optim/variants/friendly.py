@@ -48,6 +48,6 @@ class FriendlySAM(SAM):
         directions = []
         for p, g in zip(params, grads, strict=True):
             m = self.recall(p, "ascent_mean")
-            directions.append(g if m is None else g - self.sigma * m)
-            self.remember(p, "ascent_mean", g.clone() if m is None else m * self.lmbda + g * (1 - self.lmbda))
+            directions.append(g if m is None else torch.sub(g, m, alpha=self.sigma))
+            self.remember(p, "ascent_mean", g.clone() if m is None else torch.lerp(m, g, 1 - self.lmbda))
         return directions

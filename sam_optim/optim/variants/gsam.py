@@ -42,8 +42,8 @@ class GSAM(SAM):
 
     def descent_gradient(
         self, params: Sequence[Tensor], grads_at_w: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
+    ) -> Iterable[Tensor]:
         square = self.dot(params, grads, grads)
         share = torch.where(square > 0, self.dot(params, grads_at_w, grads) / square, 0.0)
         scale = 1 + self.alpha * share
-        return [scale.to(g) * g - self.alpha * a for a, g in zip(grads_at_w, grads, strict=True)]
+        return (torch.sub(scale.to(g) * g, a, alpha=self.alpha) for a, g in zip(grads_at_w, grads, strict=True))

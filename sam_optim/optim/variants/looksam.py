@@ -70,8 +70,8 @@ class LookSAM(SAM):
             return grads
         if super().factor_of(self.param_groups[0]["sam_step"]) == 0:
             return grads
-        directions = [self.recall(p, "orthogonal_gradient") for p in params]
-        vs = [torch.zeros_like(g) if v is None else v for v, g in zip(directions, grads, strict=True)]
-        square = self.dot(params, vs, vs)
+        recalled = [self.recall(p, "orthogonal_gradient") for p in params]
+        directions = [torch.zeros_like(g) if v is None else v for v, g in zip(recalled, grads, strict=True)]
+        square = self.dot(params, directions, directions)
         factor = torch.where(square > 0, self.alpha * (self.dot(params, grads, grads) / square).sqrt(), 0.0)
-        return [torch.addcmul(g, v, factor.to(g)) for g, v in zip(grads, vs, strict=True)]
+        return [g.addcmul_(v, factor.to(g)) for g, v in zip(grads, directions, strict=True)]

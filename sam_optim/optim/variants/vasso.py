@@ -46,5 +46,5 @@ class VaSSO(SAM):
         assert grads is not None
         for p, g in zip(params, grads, strict=True):
             d = self.recall(p, "ascent_mean")
-            self.remember(p, "ascent_mean", g.clone() if d is None else d * (1 - self.theta) + g * self.theta)
+            self.remember(p, "ascent_mean", g.clone() if d is None else torch.lerp(d, g, self.theta))
         return [self._pending[p, "ascent_mean"] for p in params]

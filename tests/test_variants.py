@@ -336,32 +336,13 @@ def test_a_step_that_is_left_out_leaves_a_variants_state_as_it_was():
     torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
 
 
-def worker(rank, name, way):
+def replicated(rank, name, way):
     model = network()
     ddp = DDP(model)
     optimizer = make(name, model, module=ddp)
     for i in range(STEPS):
         WAYS[way](ddp, optimizer, 2 * i + rank)
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
-
-
-@pytest.mark.parametrize("way", [0, 2], ids=["closure", "contexts"])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "SAM"])
-def test_over_two_ranks_a_variant_follows_the_gradient_of_all(name, way):
-    """Both ranks have the same weights, those of one process that sees both batches."""
-
-    class OfBoth(VARIANTS[name][2]):
-        def gradient(self, weights, i):
-            both = [super(OfBoth, self).gradient(weights, 2 * i + rank) for rank in range(2)]
-            return [(a + b) / 2 for a, b in zip(*both, strict=True)]
-
-    by_hand = OfBoth()
-    for i in range(STEPS):
-        by_hand.step(i)
-    expected = torch.cat([w.flatten() for w in by_hand.weights])
-    first, second = (torch.tensor(x, dtype=torch.float64) for x in ranks.spawn(worker, name, way))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, expected, rtol=0, atol=EPS)
 
 
 def sharded(rank, name):
@@ -376,8 +357,41 @@ def sharded(rank, name):
     return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()]).tolist()
 
 
-@pytest.mark.parametrize("name", ["VaSSO", "LookSAM", "MSAM", "StaleSAM"])
-def test_over_a_sharded_model_a_variant_has_the_norms_of_all_of_it(name):
+REPLICATED = [(name, way) for name in VARIANTS if name != "SAM" for way in (0, 2)]
+SHARDED = ["VaSSO", "LookSAM", "MSAM", "StaleSAM"]
+
+
+def worker(rank):
+    return [replicated(rank, *case) for case in REPLICATED], [sharded(rank, name) for name in SHARDED]
+
+
+@pytest.fixture(scope="module")
+def of_ranks():
+    """The weights of every case on both ranks."""
+    return ranks.spawn(worker)
+
+
+@pytest.mark.parametrize(("name", "way"), REPLICATED)
+def test_over_two_ranks_a_variant_follows_the_gradient_of_all(of_ranks, name, way):
+    """Both ranks have the same weights, those of one process that sees both batches."""
+
+    class OfBoth(VARIANTS[name][2]):
+        def gradient(self, weights, i):
+            both = [super(OfBoth, self).gradient(weights, 2 * i + rank) for rank in range(2)]
+            return [(a + b) / 2 for a, b in zip(*both, strict=True)]
+
+    by_hand = OfBoth()
+    for i in range(STEPS):
+        by_hand.step(i)
+    expected = torch.cat([w.flatten() for w in by_hand.weights])
+    case = REPLICATED.index((name, way))
+    first, second = (torch.tensor(replicas[case], dtype=torch.float64) for replicas, _ in of_ranks)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, rtol=0, atol=EPS)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_over_a_sharded_model_a_variant_has_the_norms_of_all_of_it(of_ranks, name):
     class OfBoth(VARIANTS[name][2]):
         def gradient(self, weights, i):
             both = [super(OfBoth, self).gradient(weights, 2 * i + rank) for rank in range(2)]
@@ -387,8 +401,9 @@ def test_over_a_sharded_model_a_variant_has_the_norms_of_all_of_it(name):
     for i in range(6):
         by_hand.step(i)
     expected = torch.cat([w.flatten() for w in by_hand.weights])
-    for weights in ranks.spawn(sharded, name):
-        torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), expected, rtol=0, atol=EPS)
+    for _, shards in of_ranks:
+        weights = torch.tensor(shards[SHARDED.index(name)], dtype=torch.float64)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=EPS)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -183,6 +184,131 @@ def test_accumulating_with_accelerate_around_both_passes(kind):
         loop()
 
 
+def accumulate(optimizer, model, parts, *, both, clip=False):
+    """All backwards of a step: `parts` in the first phase, `both` in the second."""
+    contexts = optimizer if isinstance(optimizer, SAM) else Perturbation(model, rho=RHO)
+    for x, y in parts:
+        (cross_entropy(model(x), y) / len(parts)).backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with contexts.perturbed():
+        for x, y in both:
+            (cross_entropy(model(x), y) / len(both)).backward()
+
+
+@pytest.mark.parametrize("way", ["contexts", "microbatch", "closure", "no module", "accelerate"])
+def test_a_second_phase_on_fewer_micro_batches_is_warned_of_in_the_second_step(way):
+    model, parts = network(), batches()
+    optimizer = sam(model, module=None if way == "no module" else model)
+
+    def step(second=None):
+        optimizer.zero_grad()
+        if way == "closure":
+            rest = iter([*parts, parts[-1]])
+
+            def closure():
+                optimizer.zero_grad()
+                for x, y in itertools.islice(rest, 4):
+                    (cross_entropy(model(x), y) / 4).backward()
+
+            optimizer.step(closure)
+            return
+        with optimizer.microbatch() if way == "microbatch" else contextlib.nullcontext():
+            accumulate(optimizer, model, parts, both=parts[-1:])
+        optimizer.step()
+
+    if way == "accelerate":
+        accelerate = pytest.importorskip("accelerate")
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+        contexts = Perturbation(wrapped, rho=RHO)
+
+        def step():
+            for x, y in parts:
+                with accelerator.accumulate(wrapped):
+                    accelerator.backward(cross_entropy(wrapped(x), y))
+                    if accelerator.sync_gradients:
+                        with contexts.perturbed():
+                            accelerator.backward(cross_entropy(wrapped(x), y))
+                    prepared.step()
+                    prepared.zero_grad()
+
+    step()
+    with pytest.warns(UserWarning, match=r"run 4 backwards and the second 1, on 25% of its data.*microbatch\(\)"):
+        step()
+    step()  # said once
+
+
+class Tied(nn.Module):
+    """Uses each weight in two calls, and recomputes activations in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double()
+
+    def forward(self, x):
+        again = torch.utils.checkpoint.checkpoint(self.net, self.net(x), use_reentrant=False)
+        return (again @ self.net[0].weight.T)[:, :3]
+
+
+@pytest.mark.parametrize("kind", ["clipped at w", "one batch at w + e", "losses joined at w + e", "tied"])
+def test_phases_on_the_same_data_are_not_warned_of(kind):
+    """Warnings are errors; each is compared with SAM on the whole batch."""
+    model, parts = Tied() if kind == "tied" else network(), batches()
+    optimizer = sam(model, lr=0.0)
+    whole = [(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))]
+    if kind == "losses joined at w + e":
+        parts = whole
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(whole[0][0]), whole[0][1]))
+    for _ in range(3):
+        optimizer.zero_grad()
+        if kind == "losses joined at w + e":
+            (x, y), regression = whole[0], lambda out: 1e-9 * out.square().mean()
+            out = model(x)
+            cross_entropy(out, y).backward(retain_graph=True)
+            regression(out).backward()
+            with optimizer.perturbed():
+                out = model(x)
+                (cross_entropy(out, y) + regression(out)).backward()
+        else:
+            both = whole if kind == "one batch at w + e" else parts
+            accumulate(optimizer, model, parts, both=both, clip=kind == "clipped at w")
+        close([p.grad for p in model.parameters()], truth, tolerance=1e-8)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_backward_through_the_first_graph_is_an_error(way, factor):
+    """Where it needs no weights, which torch would find changed: in a model of one layer."""
+    model, (x, y) = nn.Linear(6, 3).double(), batches()[0]
+    optimizer, start = sam(model), copies(model)
+    loss = cross_entropy(model(x), y)
+
+    class Again:
+        def backward(self):
+            (loss / factor).backward(retain_graph=True) if factor > 1 else loss.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match=r"graph of the first.*run the model again"):
+        take_step(way, optimizer, Again)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+    take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+    model.load_state_dict(dict(zip(["weight", "bias"], start, strict=True)))
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+    close([p.grad for p in model.parameters()], truth)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_linear_loss_has_the_same_gradient_in_both_passes(way):
+    model = nn.Linear(1, 1, bias=False).double()
+    optimizer = sam(model)
+    take_step(way, optimizer, lambda: model.weight.sum())
+    take_step(way, optimizer, lambda: model.weight.sum())
+    assert float(model.weight.grad) == 1
+
+
 # more than one optimizer, more than one network
 
 
@@ -275,6 +401,8 @@ class MovingKey(nn.Module):
         for k, q in zip(self.key.parameters(), self.query.parameters(), strict=True):
             if self.how == "in place":
                 k.mul_(0.9).add_(q, alpha=0.1)
+            elif self.how == "p.data.mul_":  # which has no version
+                k.data.mul_(0.9).add_(q.data, alpha=0.1)
             else:
                 k.data = k.data * 0.9 + q.data * 0.1
 
@@ -283,7 +411,7 @@ class MovingKey(nn.Module):
         return self.query(x) + self.key(x)
 
 
-@pytest.mark.parametrize("how", ["in place", "p.data ="])
+@pytest.mark.parametrize("how", ["in place", "p.data =", "p.data.mul_"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_key_encoder_moves_once_and_towards_w(way, how):
     model, (x, y) = MovingKey(how), batches()[0]
@@ -341,6 +469,34 @@ def test_a_network_that_is_not_named_and_counts_both_passes_is_warned_of_once(wa
         take_step(way, optimizer, loss_of)
     assert len(warned) == 1
     take_step(way, optimizer, loss_of)  # warnings are errors
+
+
+@pytest.mark.parametrize("named", ["nothing", "the model", "both"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_average_that_is_updated_in_the_passes_is_warned_of_or_named(way, named):
+    """`AveragedModel`, updated at the end of the closure."""
+    model, (x, y) = network(), batches()[0]
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    optimizer = sam(model, module={"nothing": None, "the model": model, "both": [model, average]}[named])
+
+    def loss_of():
+        loss = cross_entropy(model(x), y)
+        average.update_parameters(model)
+        return loss
+
+    expected = (
+        warnings.catch_warnings() if named == "both" else pytest.warns(UserWarning, match="AveragedModel has.*EMA")
+    )
+    with expected:
+        take_step(way, optimizer, loss_of)
+    truth = copies(model) if named == "both" else None
+    averages = copies(average)
+    take_step(way, optimizer, loss_of)  # warnings are errors
+    if named == "both":
+        assert int(average.n_averaged) == 2
+        close(average.parameters(), [0.9 * a + 0.1 * w for a, w in zip(averages, truth, strict=True)])
 
 
 def test_a_tensor_that_is_no_buffer_and_changes_in_both_passes_is_warned_of_once():
@@ -770,7 +926,7 @@ def test_zero_grad_in_place_after_a_backward_in_two_phases(way, where):
     def step():
         cross_entropy(model(x), y).backward()
         if where != "after it":
-            optimizer.zero_grad(set_to_none=False)
+            (optimizer if where == "both" else model).zero_grad(set_to_none=False)
         optimizer.first_step()
         cross_entropy(model(x), y).backward()
         if where != "before the second pass":

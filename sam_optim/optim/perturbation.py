@@ -24,6 +24,7 @@ from sam_optim.optim.kernels import Backups, Bucket, dtensor
 from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
 from sam_optim.optim.param_groups import as_groups, check_group, is_zero, setting_of_groups
+from sam_optim.optim.passes import Passes
 from sam_optim.optim.precision import Float32Pass
 from sam_optim.optim.surroundings import Surroundings, scaler_in_sight
 from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard, has_values
@@ -135,7 +136,8 @@ class Perturbation:
         self.scaler = None
         self._arrivals: EarlierGradients | None = None  # in the second pass
         self._was_cleared = False  # by the optimizer's zero_grad(), since the first pass began
-        self._was_zeroed = False  # by its zero_grad(set_to_none=False), since the last pass
+        self._was_written = False  # every gradient of this first pass, after it was made
+        self._passes = Passes()
         self._is_new = True  # until a step's passes have ended: only so long values are read to find a wrong loop
 
     rho, adaptive, eta, norm = map(setting_of_groups, ("rho", "adaptive", "eta", "norm"))
@@ -273,7 +275,7 @@ class Perturbation:
         """w + e -> w, with buffers. `failed`: the second pass has not been finished, and its gradients are dropped."""
         if self._pass is not None:
             is_scaled = not failed and self._surroundings is not None and self._surroundings.leaves_scale()
-            was_zero = self._is_new and self._was_zeroed and not failed and self._had_zeros_at_w()
+            was_zero = self._was_written and not failed and self._had_zeros_at_w()
             self._return(failed=failed or is_scaled or was_zero)
             if failed or is_scaled or was_zero:
                 for p in self._params:
@@ -292,7 +294,7 @@ class Perturbation:
                     "all gradients of the first pass were zero when the second one began, and that has others at the "
                     "same weights: call zero_grad() before loss.backward(), and not between it and the perturbed pass"
                 )
-            self._is_new, self._was_zeroed = self._is_new and failed, False
+            self._is_new = self._is_new and (failed or not self.ascends)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def backward(self, closure: Closure | Sequence[Closure], *, ascent_closure: Closure | None = None) -> Any:
@@ -320,7 +322,7 @@ class Perturbation:
         self._record.loss = loss.detach() if isinstance(loss, Tensor) else loss
         self._record.perturbed_loss = perturbed.detach() if isinstance(perturbed, Tensor) else perturbed
         self._record.same_loss = ascent_closure is None
-        self._is_new = False
+        self._is_new = self._is_new and not self.ascends
         return perturbed if self.one_pass else loss
 
     def _mean_over(self, closures: Sequence[Closure]) -> tuple[Any, Any]:
@@ -462,9 +464,9 @@ class Perturbation:
         """w -> w + e with the gradients in `p.grad`, which go, also those of parameters that others step; or with what
         the rule knows before the pass, and then earlier gradients may stay."""
         params, ranks = self._params, self._ranks
-        self._check_gradients()
+        having = self._check_gradients()
         self.completed = self.was_empty = False
-        used = [p for p in params if p.grad is not None] if ranks.needs_zeros and not self.one_pass else []
+        used = having if ranks.needs_zeros and not self.one_pass else []
         self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
         try:
             second.begin(look=not self._in_transaction, restores=not self.one_pass)
@@ -473,6 +475,9 @@ class Perturbation:
             self._record = Record(ascent)
             if self.rule is not None:
                 self.rule.has_moved(self._backups)
+            if not self.one_pass:
+                self._was_written = self._is_new and all([p.grad._version for p in having])  # type: ignore[union-attr]
+                self._passes.turn(having, looks=self._is_new and self.ascends and ranks.are_alone)
             if clear:
                 for p in params:
                     p.grad = None
@@ -519,6 +524,9 @@ class Perturbation:
                 "weights were assigned (p.data = ...) while they were perturbed; their earlier values are back: "
                 "assign and load weights when the perturbed pass has ended"
             )
+        if not self.one_pass:
+            modules = self._guard.modules or (self._surroundings.modules if self._surroundings else ())
+            self._passes.end(modules, has_come=arrivals is not None and arrivals.has_come)
         if self.keeps_ascent_gradients:
             self._replace_gradients(second)
         duals = [n.dual for n in self._record.ascent.norms] if self._record.ascent else []
@@ -649,8 +657,9 @@ class Perturbation:
                 "`with sam.microbatch():`"
             )
 
-    def _check_gradients(self) -> None:
-        """Before anything moves: that there are gradients, and that radius, norm and T of every group exist."""
+    def _check_gradients(self) -> list[Tensor]:
+        """The parameters with a gradient. Before anything moves: that there are some, and that radius, norm and T of
+        every group exist."""
         ranks = self._ranks
         if ranks.fully_sharded:
             ranks.check_resharded()
@@ -662,7 +671,7 @@ class Perturbation:
                 "SAM would use every example twice, and the privacy budget would be wrong"
             )
         if used or ranks.may_lack_gradients or self.one_pass or not self.ascends:
-            return
+            return used
         raise RuntimeError(
             "no parameter has a gradient: run loss.backward() before the perturbed pass"
             + (", and with set_requires_gradient_sync(True): FSDP2 leaves no gradient else" * ranks.is_sharded)
@@ -741,10 +750,10 @@ class Perturbation:
             self.completed = False
         return self.completed
 
-    def forget(self, *, in_place: bool = False) -> None:
+    def forget(self) -> None:
         """The gradients have been cleared, and with them those of a perturbed pass."""
         self.completed = self.was_empty = False
-        self._was_cleared, self._was_zeroed = True, in_place
+        self._was_cleared = True
         if self._earlier is not None:
             self._earlier.stop()
             self._earlier = None

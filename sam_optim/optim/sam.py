@@ -277,7 +277,7 @@ class SAM(Optimizer):
         super().zero_grad(set_to_none and not self.perturbation.keeps_zeros)
         if not self.perturbation.is_stepping:  # GradScaler may have left out the step that the passes before were for
             self._pending.clear()
-        self.perturbation.forget(in_place=not set_to_none)
+        self.perturbation.forget()
 
     def _begin(self) -> None:
         """Runs first in a step: takes the groups from the base, and the radii of this step from the schedule."""

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sam_optim.optim.transaction import EarlierGradients, ModelGuard
+from sam_optim.core.module_state import modules_of
+from sam_optim.optim.transaction import EarlierGradients, ModelGuard, alike
 
 _NOT_OPENED = (ModuleType, FunctionType, type, Tensor, nn.Module)
 _LIBRARIES = {"torch", "contextlib", "sam_optim"}
@@ -38,6 +40,7 @@ class Surroundings:
         self.is_watching = True
         self._unscaled: list[Any] = []
         self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
+        self._modules = [weakref.ref(x) for x in seen if isinstance(x, nn.Module)]
         self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
         named = set(guard.modules)
         if any([isinstance(x, DistributedDataParallel) and x.module in named and x not in named for x in seen]):
@@ -57,11 +60,18 @@ class Surroundings:
         tensors = [(m, name, x) for m, name, x in tensors if not (x.is_inference() or x.requires_grad)]
         self._attributes = [(m, name, x, x._version) for m, name, x in tensors]
         self._versions = [x._version for x in self._counters]
+        owners = {id(p): (p, m) for m in seen if isinstance(m, nn.Module) for p in m.parameters() if id(p) not in ours}
+        averages = {*map(id, alike([p for p, _ in owners.values()], params))}
+        self._averages = [(p, type(m).__name__, _state(p)) for p, m in owners.values() if id(p) in averages]
         self._others = []
         for x in seen:
             theirs = parameters_of(x) if isinstance(x, Optimizer) else []
             if theirs and not any([id(p) in ours for p in theirs]):
                 self._others.append((weakref.ref(x), theirs, EarlierGradients(theirs)))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return modules_of(*[m for ref in self._modules if (m := ref()) is not None])
 
     def note_scale(self, params: Sequence[Tensor]) -> None:
         """Which scalers have unscaled the gradients of the first pass."""
@@ -88,8 +98,10 @@ class Surroundings:
         mixed = [(o(), params) for o, params, earlier in self._others if earlier.stop().are_mixed]
         counted = [x._version for x in self._counters] != self._versions
         changed = [(m, name) for m, name, x, version in self._attributes if x._version != version]
+        moved = dict.fromkeys([name for p, name, state in self._averages if _state(p) != state]) if not failed else {}
         self._counters, self._attributes, self._others, self.is_watching = [], [], [], False
-        if failed or not (mixed or counted or changed) or self._ids & _ids_in_other_threads():
+        self._averages = []
+        if failed or not (mixed or counted or changed or moved) or self._ids & _ids_in_other_threads():
             return  # who has changed what another thread holds is not known
         if counted:
             warnings.warn(
@@ -103,9 +115,22 @@ class Surroundings:
                 "it with register_buffer, and it will be that of the first",
                 stacklevel=8,
             )
+        for name in moved:
+            warnings.warn(
+                f"{name} has parameters that this optimizer does not step and the second pass has changed (an EMA, a "
+                "teacher): update it after optimizer.step(), or name it, module=[model, ema], and it moves once",
+                stacklevel=8,
+            )
         for optimizer, params in mixed:
             if optimizer is not None:
                 _refuse_sum(optimizer, params)
+
+
+def _state(p: Tensor) -> tuple[int, float, float]:
+    """Another one after a change of any kind, also one through `.data`, which has no version."""
+    version = p._version
+    p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+    return version, float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))
 
 
 def scaler_in_sight() -> GradScaler | None:

@@ -9,6 +9,7 @@ import functools
 import math
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -64,6 +65,8 @@ class ModelGuard:
         self._stepped: Sequence[Tensor] = ()
         self._stepped_ids: set[int] = set()
         self._versions: dict[int, tuple[int, int]] = {}
+        self._candidates: list[Tensor] | None = None  # None: before the first pair of passes
+        self._moves_unseen: set[int] = set()
         self._before_step = Buffers()
         self._before_pass = Buffers()
         self._hooked: list[nn.Module] = []
@@ -100,7 +103,12 @@ class ModelGuard:
         if look:
             self.look(stepped)
         if restores:
-            changed = [p for p in self.other_params if versions.get(id(p)) != _version(p)]  # by a forward pass
+            unseen = self._moves_unseen
+            if self._candidates is None:  # what is written to through `.data` has no version
+                self._candidates = alike(self.other_params, stepped)
+                unseen = {*map(id, self._candidates)}
+            others = self.other_params
+            changed = [p for p in others if versions.get(id(p)) != _version(p) or id(p) in unseen]  # by a forward pass
             self._before_pass.save(self.modules, changed)
         self._clean = CleanStateDict(clean)
         self._hooked = [m for m in self.modules if m._parameters or m._buffers]
@@ -117,6 +125,11 @@ class ModelGuard:
         if self._clean is None:
             return
         try:
+            for p in self._candidates or ():
+                copy = self._before_pass.clean_copy(p)
+                if copy is not None and copy.shape == p.shape and not torch.equal(copy, p):
+                    self._moves_unseen.add(id(p))
+            self._candidates = []
             self._before_pass.restore()
         finally:
             for m in self._hooked:
@@ -140,6 +153,18 @@ class ModelGuard:
         self.other_params = [p for p in params if p is not None and id(p) not in ids]
         self._versions = {id(p): _version(p) for p in self.other_params}
         return self.modules
+
+
+def alike(others: Iterable[Tensor], stepped: Sequence[Tensor]) -> list[Tensor]:
+    """Those that may be averages of the stepped ones: of each shape no more than of those, for what is much larger is
+    not to be read."""
+    num = Counter([p.shape for p in stepped if not nn.parameter.is_lazy(p)])
+    chosen: list[Tensor] = []
+    for p in others:
+        if type(p) is nn.Parameter and not p.is_meta and num[p.shape] > 0:
+            num[p.shape] -= 1
+            chosen.append(p)
+    return chosen
 
 
 def _version(p: Tensor) -> tuple[int, int]:
@@ -259,9 +284,9 @@ class Draws:
         if hasattr(self._roots[0], "_orig_mod"):  # torch.compile warns of global hooks
             register = self._roots[0].register_forward_pre_hook  # type: ignore[assignment]
         # the handle finds its hook by a weak reference, which is dead in a cycle that is collected with it
-        self._stop_watching = weakref.finalize(self, register(_Calls(self)).remove)
+        self._stop_watching = weakref.finalize(self, register(ModelCalls(self)).remove)
 
-    def called(self, module: nn.Module) -> None:
+    def called(self, module: nn.Module, *_: Any) -> None:
         if not any([module is m for m in self._roots]) or not module.training or not torch.is_grad_enabled():
             return
         self._stop_watching()
@@ -271,20 +296,20 @@ class Draws:
             self._state.restore()
 
 
-class _Calls:
+class ModelCalls:
     """A hook that does not keep alive whom it tells, and is nothing in a copy of the model."""
 
-    def __init__(self, draws: Draws | None = None):
-        self._draws = None if draws is None else weakref.ref(draws)
+    def __init__(self, listener: Any = None):
+        self._listener = None if listener is None else weakref.ref(listener)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        draws = None if self._draws is None else self._draws()
-        if draws is not None:
-            draws.called(module)
+    def __call__(self, *args: Any) -> None:
+        listener = None if self._listener is None else self._listener()
+        if listener is not None:
+            listener.called(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Calls, ())
+        return (ModelCalls, ())
 
 
 class EarlierGradients:

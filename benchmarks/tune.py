@@ -79,14 +79,16 @@ class Tuned:
         gain = self.gain
         interval = f", 95 % interval {gain.low:+.1f} to {gain.high:+.1f}" if math.isfinite(gain.low) else ""
         if gain.low > 0:
-            verdict = "worth it, for twice the time of a step"
+            verdict = "SAM is better, at twice the time of a step"
         elif gain.high < 0:
-            verdict = "not worth it: the base with tuned decay is better"
+            verdict = "SAM is not worth it: the base with tuned decay is better"
+        elif math.isnan(gain.low):
+            verdict = "No interval, so neither is shown to be better"
         else:
-            verdict = "not shown to be worth it"
+            verdict = "No difference seen, so SAM is not shown to be worth twice the time of a step"
         return (
             f"{shown(self.sam, 'SAM, rho')}; {shown(self.base, 'base, decay')}; SAM - base {gain.mean:+.1f} points"
-            f"{interval} (n = {gain.n}): {verdict}"
+            f"{interval} (n = {gain.n}). {verdict}"
         )
 
 

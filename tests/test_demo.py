@@ -70,7 +70,7 @@ def test_the_demo_writes_one_page_with_everything(finished):
         "your-model",
     ):
         assert f'id="{identifier}"' in page
-    assert "the numbers mean nothing" in page
+    assert "its numbers mean nothing" in page
     planes = page.count("second direction, in filter norms")
     assert planes == 2 * len(METHODS)
     assert page.count("<svg") > planes
@@ -211,8 +211,16 @@ def accuracies(sam, sgd, decay):
             "than SGD on clean test digits, but the best control, SGD with tuned weight decay, beats SAM by 5.0",
         ),
         (60, 80, "10.0 percentage points less accurate than SGD on clean test digits, and the best control"),
-        (90, 90, "but SAM cannot be told from the best control, SGD with tuned weight decay"),
-        (70, 60, "SAM and SGD cannot be told apart on clean test digits, and SAM cannot be told from the best control"),
+        (
+            90,
+            90,
+            "but no difference is seen between SAM and the best control, SGD with tuned weight decay (95 % interval",
+        ),
+        (
+            70,
+            60,
+            "No difference is seen between SAM and SGD on clean test digits (95 % interval",
+        ),
     ],
 )
 def test_the_headline_follows_from_the_numbers(sam, decay, expected):
@@ -231,8 +239,9 @@ def test_the_best_control_may_be_one_that_stops_early_and_sam_then_does_too():
     assert "more accurate than SGD" in result
     assert "and with early stopping for both, SAM beats the best control, plain SGD, by 6.0 points" in result
     table["sgd_decay"]["best"] = [92.0 - e for e in noise]
-    assert "but with early stopping for both, SAM cannot be told from the best control, SGD with tuned" in headline(
-        table
+    assert (
+        "but with early stopping for both, no difference is seen between SAM and the best control, SGD with tuned"
+        in headline(table)
     )
     assert best_control(table) == ("sgd_decay", "best")
     rows = {d["name"]: d["mean"] for d in differences(table)}
@@ -257,30 +266,30 @@ def fake_runs(curvature, accuracy, spread=0.0):
 @pytest.mark.parametrize(
     ("curvature", "accuracy", "spread", "said"),
     [
-        ([40, 3], [80, 67], 0.0, "is the flatter one on its own labels, wrong ones included, and it is no better."),
-        ([40, 60], [80, 67], 0.0, "in the direction that flatness would predict"),
-        ([40, 3], [80, 90], 0.0, "in the direction that flatness would predict"),
-        ([40, 60], [80, 90], 0.0, "is the sharper one, and it is better."),
-        ([40, 3], [80, 80], 4.0, "and these seeds do not tell whether it is better."),
-        ([40, 60], [80, 80], 4.0, "is the sharper one, and these seeds do not tell whether it is better."),
+        ([40, 3], [80, 67], 0.0, "is flatter on its own labels, wrong ones included, but less accurate."),
+        ([40, 60], [80, 67], 0.0, "move together as flatness would predict"),
+        ([40, 3], [80, 90], 0.0, "move together as flatness would predict"),
+        ([40, 60], [80, 90], 0.0, "is sharper, but more accurate."),
+        ([40, 3], [80, 80], 4.0, "included, with no clear difference in accuracy."),
+        ([40, 60], [80, 80], 4.0, "is sharper, with no clear difference in accuracy."),
         (
             [40, 39],
             [80, 67],
             4.0,
-            "Whether the longer training is flatter by that eigenvalue, these seeds do not tell.",
+            "These seeds do not show whether the longer training is flatter by that eigenvalue.",
         ),
         (
             [40, 41],
             [80, 67],
             4.0,
-            "Whether the longer training is flatter by that eigenvalue, these seeds do not tell.",
+            "These seeds do not show whether the longer training is flatter by that eigenvalue.",
         ),
     ],
 )
 def test_the_note_on_interpolation_says_what_the_numbers_say(curvature, accuracy, spread, said):
     note = interpolation_note(fake_runs([*curvature, 20, 5, 5], [*accuracy, 90, 94, 94], spread))
     assert said in note
-    assert note.count("is better") + note.count("no better") + note.count("predict") + note.count("flatter by") == 1
+    assert note.count("accurate.") + note.count("in accuracy.") + note.count("predict.") + note.count("flatter by") == 1
 
 
 def test_the_note_on_training_finds_the_peak():
@@ -288,7 +297,7 @@ def test_the_note_on_training_finds_the_peak():
         curves = {"test_accuracy": test, "train_accuracy": train}
         return {str(seed): {"job": {"method": "sgd_long", "seed": seed}, "curves": curves} for seed in range(2)}
 
-    assert "after 2 epochs, 87.0 %, and 64.0 % after 3" in training_note(runs([0.5, 0.87, 0.64]))
+    assert "peaks at 87.0 % after 2 epochs and is 64.0 % after 3" in training_note(runs([0.5, 0.87, 0.64]))
     assert training_note(runs([0.5, 0.87, 0.64])).endswith("is the noise.")
     assert training_note(runs([0.5, 0.87, 0.64], train=[0.2, 0.6, 0.5])).endswith("to 50 %.")
     assert training_note(runs([0.5, 0.87, None])).endswith("95 %.")

@@ -1,5 +1,7 @@
 """Second derivatives that torch lacks or gets wrong: products by differences of gradients, and an error."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from networks import NETWORKS, Dense, batches, flat, like, mlp, network
@@ -111,6 +113,17 @@ def test_second_derivatives_that_are_wrong_are_an_error(function):
         hessian_eigenvalues(Loss(Custom(function.apply), cross_entropy, data))
     by_name = hessian_eigenvalues(Loss(Custom(function.apply), cross_entropy, data, differences=True), tol=1e-6)
     assert float(by_name.eigenvalues) == pytest.approx(float(exact.eigenvalues), rel=1e-6)
+
+
+def test_a_padding_token_in_the_data_has_no_true_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)).double()
+    nn.init.ones_(model[0].weight)
+    for first, expected in ((1, nullcontext()), (0, pytest.raises(ValueError, match="padding_idx"))):
+        with expected:
+            hessian_eigenvalues(
+                Loss(model, cross_entropy, [(torch.tensor([[first, 2], [3, 4]]), torch.tensor([0, 1]))])
+            )
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -45,14 +45,16 @@ def models(measure, target, seed=0):
 CASES = {
     "positive, also at a fixed learning rate": models(lambda a, r, z, e: z, lambda a, r, z, e: z + 0.3 * e),
     "negative, also at a fixed learning rate": models(lambda a, r, z, e: -z, lambda a, r, z, e: z + 0.3 * e),
-    "positive, but not at a fixed learning rate": models(lambda a, r, z, e: 3 * a + e, lambda a, r, z, e: 3 * a + e),
+    "positive, but no evidence at a fixed learning rate": models(
+        lambda a, r, z, e: 3 * a + e, lambda a, r, z, e: 3 * a + e
+    ),
     "positive, but negative at a fixed learning rate": models(
         lambda a, r, z, e: 5 * a + z, lambda a, r, z, e: 5 * a - z + 0.2 * e
     ),
-    "no evidence over all models, but positive at a fixed learning rate": models(
+    "no evidence of a trend over all models, but positive at a fixed learning rate": models(
         lambda a, r, z, e: a + z, lambda a, r, z, e: -a + z + 0.2 * e
     ),
-    "no evidence": models(lambda a, r, z, e: e, lambda a, r, z, e: e),
+    "no evidence of a trend": models(lambda a, r, z, e: e, lambda a, r, z, e: e),
 }
 
 
@@ -78,11 +80,11 @@ def test_an_interval_alone_is_not_enough_after_many_tests():
     assert direction(0.1, 0.4, 0.2, 0.95) == 0
     assert direction(-0.1, 0.4, 0.01, 0.95) == 0
     assert direction(None, None, None, 0.95) == 0
-    assert verdict(row(0.1, 0.4, 0.2), None) == "no evidence after correction"
-    assert verdict(row(-0.1, 0.4, 0.2), None) == "no evidence"
+    assert verdict(row(0.1, 0.4, 0.2), None) == "no evidence of a trend after correction"
+    assert verdict(row(-0.1, 0.4, 0.2), None) == "no evidence of a trend"
     assert verdict(row(0.1, 0.4, 0.01), None) == "positive"
     assert verdict(row(-0.1, 0.4, 0.2, (-0.4, -0.1, 0.01)), "lr").startswith(
-        "no evidence over all models, but negative"
+        "no evidence of a trend over all models, but negative"
     )
     assert verdict({"tau": None, "reason": "3 runs"}, "lr") == "not computed: 3 runs"
 
@@ -93,20 +95,20 @@ UP, DOWN, FLAT = (0.2, 0.5, 0.001), (-0.5, -0.2, 0.001), (-0.2, 0.2, 1.0)
 @pytest.mark.parametrize(
     ("overall", "fixed", "words"),
     [
-        ([UP, UP], [UP, UP], "All 2 measures rise with test error; at a fixed learning rate all rise."),
+        ([UP, UP], [UP, UP], "Both measures rise with test error; at a fixed learning rate both rise."),
         (
             [DOWN, DOWN],
             [FLAT, FLAT],
-            "All 2 measures fall with test error; at a fixed learning rate there is no evidence",
+            "Both measures fall as test error rises; at a fixed learning rate there is no evidence that any does.",
         ),
         (
             [UP, DOWN, FLAT],
             None,
-            "Of 3 measures 1 rises with test error, 1 falls and 1 shows no evidence, over 48 models.",
+            "Of 3 measures 1 rises with test error, 1 falls and 1 shows no clear trend, over 48 models.",
         ),
         ([FLAT, FLAT], None, "No evidence that any of 2 measures goes with test error, over 48 models."),
         ([UP], [DOWN], "M0 rises with test error; at a fixed learning rate it falls."),
-        ([FLAT, FLAT], [UP, FLAT], "at a fixed learning rate 1 rises with it and 1 shows no evidence."),
+        ([FLAT, FLAT], [UP, FLAT], "at a fixed learning rate 1 rises with it and 1 shows no clear trend."),
     ],
 )
 def test_the_headline_counts_directions(overall, fixed, words):
@@ -125,12 +127,12 @@ def test_a_measure_that_follows_the_learning_rate_more_closely_is_named():
         {"measure": "b", "tau": 0.4, "low": -0.1, "high": 0.9},
     ]
     said = conclusion(rows, table, "test_error", follows=follows)
-    assert said.endswith("for a and b. A follows the learning rate more closely.")
+    assert said.endswith("for a and b. A follows the learning rate more closely than test error.")
 
 
 def test_seeds_of_one_setting_are_no_independent_evidence():
     """Copies of models give no smaller p, and no narrower interval; Q is that of the shown taus and intervals."""
-    table = CASES["no evidence"]
+    table = CASES["no evidence of a trend"]
     single = [row for row in table.rows if row["seed"] == 0]
     copies = [dict(row, seed=seed) for row in single for seed in range(4)]
     alone, copied = (
@@ -148,7 +150,7 @@ def test_seeds_of_one_setting_are_no_independent_evidence():
 
 def test_a_report_can_be_made_again_from_its_results(tmp_path):
     """With other factors held fixed, and of a part of the models."""
-    table = CASES["no evidence"]
+    table = CASES["no evidence of a trend"]
     report.write(table, tmp_path / "first", num_resamples=20)
     again = report.from_results(tmp_path / "first" / "results.json", None, None, given="lr,sam_rho")
     assert (again.rows, list(again.measures), again.held) == (
@@ -167,7 +169,7 @@ def test_a_report_can_be_made_again_from_its_results(tmp_path):
 
 def test_all_tests_of_the_page_are_corrected_together():
     """2 measures x 2 targets, each over all models and at a fixed learning rate: 8 tests."""
-    rows = [dict(r, other=-r["sharpness"], gap=r["test_error"] ** 2) for r in CASES["no evidence"].rows]
+    rows = [dict(r, other=-r["sharpness"], gap=r["test_error"] ** 2) for r in CASES["no evidence of a trend"].rows]
     table = Table("t", rows, ["sharpness", "other"], ["test_error", "gap"], ["lr", "sam_rho", "seed"], "lr")
     result = analyse(table, num_resamples=20)
     assert result["num_tests"] == 8
@@ -186,13 +188,13 @@ def as_csv(rows):
 
 class TestCsv:
     def test_a_table_of_somebody_else_gets_the_same_analysis(self, tmp_path, capsys):
-        table = CASES["positive, but not at a fixed learning rate"]
+        table = CASES["positive, but no evidence at a fixed learning rate"]
         path = tmp_path / "theirs.csv"
         path.write_text(as_csv(table.rows))
         argv = ["report", "--csv", str(path), "--measures", "sharpness", "--targets", "test_error"]
         argv += ["--factors", "lr,sam_rho,seed", "--out", str(tmp_path / "out"), "--resamples", "200"]
         assert errors.run(study.main, argv) == 0
-        assert "not at a fixed learning rate" in capsys.readouterr().out
+        assert "no evidence at a fixed learning rate" in capsys.readouterr().out
         theirs = json.loads((tmp_path / "out" / "results.json").read_text())
         ours = analyse(table, num_resamples=200)
         assert theirs["comparisons"] == json.loads(json.dumps(ours["comparisons"]))
@@ -245,7 +247,7 @@ class TestCsv:
 
 
 def big_table():
-    base = CASES["positive, but not at a fixed learning rate"].rows
+    base = CASES["positive, but no evidence at a fixed learning rate"].rows
     rows = [
         dict(
             r,

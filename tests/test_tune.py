@@ -86,10 +86,10 @@ def test_a_value_that_diverges_is_not_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("sam", "base", "words"),
     [
-        ([0.9, 0.92, 0.91], [0.8, 0.81, 0.82], r"\+10.0 points, 95 % interval .*: worth it"),
-        ([0.8, 0.81, 0.82], [0.9, 0.92, 0.91], "-10.0 points, 95 % interval .*: not worth it"),
-        ([0.8, 0.9, 0.85], [0.85, 0.84, 0.86], "not shown to be worth it"),
-        ([0.9], [0.8], "not shown to be worth it"),
+        ([0.9, 0.92, 0.91], [0.8, 0.81, 0.82], r"\+10.0 points, 95 % interval .*\. SAM is better"),
+        ([0.8, 0.81, 0.82], [0.9, 0.92, 0.91], r"-10.0 points, 95 % interval .*\. SAM is not worth it"),
+        ([0.8, 0.9, 0.85], [0.85, 0.84, 0.86], "No difference seen, so SAM is not shown to be worth"),
+        ([0.9], [0.8], "No interval, so neither is shown to be better"),
     ],
 )
 def test_the_line_at_the_end(sam, base, words):

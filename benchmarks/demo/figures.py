@@ -42,8 +42,8 @@ def accuracy_table(final: Results) -> Markup:
     ]
     caption = (
         "Test accuracy, mean ± standard deviation over seeds. The best epoch is the one with the highest validation "
-        "accuracy of that run, what early stopping would keep. The last two columns are about the training images "
-        "whose label was replaced by a wrong one: how often the network says that label, and how often the true one."
+        "accuracy of that run: early stopping would keep it. The last two columns are about the training images "
+        "whose label was replaced by a wrong one: how often the network predicts it, and how often the true label."
     )
     return html_table(head, rows, caption)
 
@@ -90,7 +90,7 @@ def sharpness_curves(final: Results) -> Markup | None:
     caption = (
         "The largest Hessian eigenvalue and the critical sharpness of 128 noisy training images while the first seed "
         "trains, with the edges of stability: above its edge, training on all images at once would diverge. SAM's edge "
-        "is drawn where T = 1. Made by SharpnessMonitor."
+        "is drawn where T = 1. Recorded by SharpnessMonitor."
     )
     return figure(panels(*pictures), caption) if pictures else None
 
@@ -140,7 +140,7 @@ def correlation_intervals(taus: Correlations) -> Markup:
         plots.append(intervals(f"On {data}", rows, x_label="tau with the test error", span=(-1.0, 1.0)))
     caption = (
         "Kendall's tau with its 95 % bootstrap interval over all runs. To the right of 0 flatter went with better; to "
-        "the left, flatter went with worse. In grey the loss: a sharpness that tells no more is no news."
+        "the left, flatter went with worse. In grey the loss: sharpness is of interest only where it says more."
     )
     return figure(panels(*plots), caption)
 

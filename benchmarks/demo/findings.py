@@ -92,15 +92,22 @@ def headline(accuracy: Mapping[str, Mapping[str, list[float]]]) -> str:
     first = {
         1: f"SAM is {gain.mean:.1f} percentage points more accurate than SGD on clean test digits",
         -1: f"SAM is {-gain.mean:.1f} percentage points less accurate than SGD on clean test digits",
-        0: "SAM and SGD cannot be told apart on clean test digits",
+        0: f"No difference is seen between SAM and SGD on clean test digits{interval(gain)}",
     }[sign(gain)]
     second = {
         1: f"SAM beats the best control, {name}, by {rest.mean:.1f} points",
         -1: f"the best control, {name}, beats SAM by {-rest.mean:.1f} points",
-        0: f"SAM cannot be told from the best control, {name}",
+        0: f"no difference is seen between SAM and the best control, {name}{interval(rest)}",
     }[sign(rest)]
     joint = "and" if sign(gain) == sign(rest) else "but"
     return f"{first}, {joint} {'with early stopping for both, ' if when == 'best' else ''}{second}."
+
+
+def interval(difference: Difference) -> str:
+    """In brackets; nothing where there is none."""
+    if math.isnan(difference.low):
+        return ""
+    return f" (95 % interval {signed(difference.low, 1)} to {signed(difference.high, 1)} points)"
 
 
 def sign(difference: Difference) -> int:
@@ -149,24 +156,24 @@ def verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     better, worse, unclear = directions(taus)
     n = len(taus)
     if n in (better, worse):
-        did = "did" if better else "went with worse"
-        first = f"Here it {did}, by all {n} combinations of a sharpness measure and a data set."
+        first = "Here it did" if better else "Here flatter went with worse"
+        first += f", in all {n} combinations of a sharpness measure and a data set."
     else:
         first = (
-            f"It depends on what is measured where: of {n} combinations of a sharpness measure and a data set, in "
-            f"{better} flatter went with better, in {worse} with worse, and in {unclear} the interval leaves it open."
+            f"It depends on the measure and on the data: of {n} combinations of the two, flatter went with better in "
+            f"{better} and with worse in {worse}; in {unclear} the interval includes 0."
         )
     between, within = (_mean_tau(taus, factor) for factor in ("method", "seed"))
     return (
-        f"{first} Among the five methods of one seed τ averages {signed(between)} over these combinations; among the "
-        f"seeds of one method, where only chance differs, {signed(within)}."
+        f"{first} Averaged over these combinations, τ is {signed(between)} among the five methods of one seed, and "
+        f"{signed(within)} among the seeds of one method, which differ by chance alone."
     )
 
 
 def flatter_went_with(taus: Sequence[Mapping[str, Any]]) -> str:
     names = ("flatter went with better", "flatter went with worse", "no clear direction")
     parts = [(count, name) for count, name in zip(directions(taus), names, strict=True) if count]
-    return "; ".join(f"{name} by {count} of {len(taus)} measures" for count, name in parts)
+    return "; ".join(f"{name} for {count} of {len(taus)} measures" for count, name in parts)
 
 
 def interpolation_note(final: Results) -> str:
@@ -190,20 +197,20 @@ def interpolation_note(final: Results) -> str:
     )
     flatter, better = -direction(curvature), direction(accuracy)
     if flatter and flatter == better:
-        return f"{numbers} Here the two move in the direction that flatness would predict."
+        return f"{numbers} Here curvature and accuracy move together as flatness would predict."
     if not flatter:
-        return f"{numbers} Whether the longer training is flatter by that eigenvalue, these seeds do not tell."
-    outcome = {1: "and it is better", 0: "and these seeds do not tell whether it is better", -1: "and it is no better"}
+        return f"{numbers} These seeds do not show whether the longer training is flatter by that eigenvalue."
+    outcome = {1: "but more accurate", 0: "with no clear difference in accuracy", -1: "but less accurate"}
     if flatter < 0:
-        return f"{numbers} By that eigenvalue the longer training is the sharper one, {outcome[better]}."
+        return f"{numbers} By that eigenvalue the longer training is sharper, {outcome[better]}."
     adaptive = direction(difference(long["adaptive"], short["adaptive"]))
     other = (
         f" In ASAM's ball, where a large weight may move far, the sharpness of the same networks goes "
         f"{change['adaptive']}: which of the two is flatter depends on the ball."
     )
     return (
-        f"{numbers} By that eigenvalue the longer training is the flatter one on its own labels, wrong ones "
-        f"included, {outcome[better]}.{other if adaptive > 0 else ''}"
+        f"{numbers} By that eigenvalue the longer training is flatter on its own labels, wrong ones included, "
+        f"{outcome[better]}.{other if adaptive > 0 else ''}"
     )
 
 
@@ -222,9 +229,9 @@ def training_note(final: Results) -> str:
     )
     peak = max(range(len(test)), key=lambda epoch: mean(test[epoch : epoch + 1], empty=-math.inf))
     numbers = (
-        f"Averaged over seeds, SGD's test accuracy is highest after {peak + 1} epochs, {test[peak]:.1f} %, and "
-        f"{test[-1]:.1f} % after {len(test)}; the share of noisy labels that it says goes from {train[peak]:.0f} to "
-        f"{train[-1]:.0f} %."
+        f"Averaged over seeds, SGD's test accuracy peaks at {test[peak]:.1f} % after {peak + 1} epochs and is "
+        f"{test[-1]:.1f} % after {len(test)}; the share of noisy labels that it predicts goes from "
+        f"{train[peak]:.0f} to {train[-1]:.0f} %."
     )
     learns_noise = test[-1] < test[peak] - 2 and train[-1] > train[peak]
     return f"{numbers} What it learns after the peak is the noise." if learns_noise else numbers

@@ -109,26 +109,23 @@ def _at_end(plan: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
 def advice(task: Task) -> str:
     """What to use on one task, from the corrected tests alone: what beats the tuned control, and what SAM."""
     better = [row for row in task.rows if _sign(row.to_control, row.p_control) > 0]
-    sam = task.row(SAM)
+    sam, control = task.row(SAM), task.control.replace(", ", " with ")
     if sam is None or sam.to_control is None:
-        return f"{task.title}: SAM and the tuned control have not both been run."
-    text = f"{task.title}: SAM minus {task.control} is {shown(sam.to_control)} points ({_p(sam.p_control)})"
+        return f"**{task.title}**: SAM and the tuned control have not both been run."
+    text = f"**{task.title}**: SAM minus {control}, in points: {shown(sam.to_control)}, {_p(sam.p_control)}."
     if better:
         cheapest = min(better, key=lambda row: (round(row.cost, 2), -row.mean))
-        text += (
-            f". The cheapest method that beats {task.control} is {cheapest.method}, at {cheapest.cost:.2f} times the "
-        )
-        text += f"base's passes: {shown(cheapest.to_control)} ({_p(cheapest.p_control)})."
+        text += f" The cheapest method that beats {control} is {cheapest.method}, at {cheapest.cost:.2f} times "
+        text += f"the passes of {task.baseline}: {shown(cheapest.to_control)}, {_p(cheapest.p_control)}."
     else:
-        text += (
-            f", and no method beats {task.control} after correction. Tune the decay first, it costs nothing; whether "
-        )
-        text += "anything adds to it cannot be told from these seeds."
-    for words, sign in (("Worse than SAM", -1), ("Not told apart from SAM", 0), ("Better than SAM", 1)):
+        text += f" No method beats {control} after correction: tune the decay first, it costs nothing. These "
+        text += "seeds do not show whether anything improves on it."
+    words = {-1: "but worse", 0: "without a significant difference", 1: "and better"}
+    for sign, relation in words.items():
         rows = [row for row in task.rows if row.to_sam and _sign(row.to_sam, row.p_sam) == sign]
         if rows:
             listed = "; ".join(f"{row.method} {shown(row.to_sam)}" for row in rows)
-            text += f" {words} at less than its cost: {listed}."
+            text += f" Cheaper than SAM {relation}: {listed}."
     return text
 
 

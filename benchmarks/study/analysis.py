@@ -176,12 +176,12 @@ def verdict(row: Mapping[str, Any], given: str | None, level: float = LEVEL) -> 
     if overall and fixed == overall:
         return f"{words[overall]}, also {at}"
     if overall and fixed == 0:
-        return f"{words[overall]}, but not {at}"
+        return f"{words[overall]}, but no evidence {at}"
     if overall:
         return f"{words[overall]}, but {words[fixed or 0]} {at}"
     if fixed:
-        return f"no evidence over all models, but {words[fixed]} {at}"
-    return "no evidence after correction" if _almost(row) else "no evidence"
+        return f"no evidence of a trend over all models, but {words[fixed]} {at}"
+    return "no evidence of a trend after correction" if _almost(row) else "no evidence of a trend"
 
 
 def _almost(row: Mapping[str, Any]) -> bool:
@@ -202,13 +202,15 @@ def headline(comparisons: Sequence[Mapping[str, Any]], table: Table, level: floa
     if n == 1:
         first = {
             1: f"{capitalized(rows[0]['measure'])} rises with {goal}",
-            -1: f"{capitalized(rows[0]['measure'])} falls with {goal}",
+            -1: f"{capitalized(rows[0]['measure'])} falls as {goal} rises",
         }
         text = first.get(rising - falling, f"No evidence that {rows[0]['measure']} goes with {goal}")
     elif unclear == n:
         text = f"No evidence that any of {n} measures goes with {goal}"
     elif rising == n or falling == n:
-        text = f"All {n} measures {'rise' if rising else 'fall'} with {goal}"
+        text = (
+            f"{'Both' if n == 2 else f'All {n}'} measures {f'rise with {goal}' if rising else f'fall as {goal} rises'}"
+        )
     else:
         text = f"Of {n} measures {_parts(rising, falling, unclear, goal)}"
     fixed = [d for row in rows if (d := directions(row, level)[1]) is not None]
@@ -220,11 +222,11 @@ def headline(comparisons: Sequence[Mapping[str, Any]], table: Table, level: floa
 def _at_fixed(fixed: Sequence[int], given: str) -> str:
     rising, falling, unclear = _counts(fixed)
     if unclear == len(fixed):
-        return f"at a fixed {given} there is no evidence for {'it' if len(fixed) == 1 else 'any'}"
+        return f"at a fixed {given} there is no evidence that {'it' if len(fixed) == 1 else 'any'} does"
     if len(fixed) == 1:
         return f"at a fixed {given} it {'rises' if rising else 'falls'}"
     if rising == len(fixed) or falling == len(fixed):
-        return f"at a fixed {given} all {'rise' if rising else 'fall'}"
+        return f"at a fixed {given} {'both' if len(fixed) == 2 else 'all'} {'rise' if rising else 'fall'}"
     return f"at a fixed {given} {_parts(rising, falling, unclear, 'it')}"
 
 
@@ -234,7 +236,7 @@ def _parts(rising: int, falling: int, unclear: int, goal: str) -> str:
         if count:
             parts.append(f"{count} {word + 's' if count == 1 else word}{'' if parts else f' with {goal}'}")
     if unclear:
-        parts.append(f"{unclear} {'shows' if unclear == 1 else 'show'} no evidence")
+        parts.append(f"{unclear} {'shows' if unclear == 1 else 'show'} no clear trend")
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 
@@ -263,7 +265,7 @@ def conclusion(
     if closer:
         who = "every measure" if len(closer) == len(computed) else listed(closer)
         verb = "follow" if len(closer) > 1 and len(closer) < len(computed) else "follows"
-        text += f". {capitalized(who)} {verb} the {name(table.held[0])} more closely"
+        text += f". {capitalized(who)} {verb} the {name(table.held[0])} more closely than {name(target)}"
     return f"{capitalized(name(target))}: {text}."
 
 

@@ -79,8 +79,8 @@ def _given(table: Table, results: Row) -> dict[str, Child]:
         rows.append([measure, signed(follows[measure]), signed(row["tau"]), each, _p(p)])
     head = ["measure", f"tau with {first}", f"with {name(goal)}", f"at each {first}", "p"]
     caption = (
-        f"Does a measure say more than the {first}, and is tau the same at each? p: that they are, by Cochran's Q, not "
-        "corrected."
+        f"Does a measure say more than the {first}, and is tau the same at each? p: of the hypothesis that it is, by "
+        "Cochran's Q, not corrected."
     )
     return {
         "coloured": first,

@@ -527,8 +527,9 @@ class Loss:
         if wrong is not None:
             raise ValueError(
                 f"the second derivatives that torch computes for this model are wrong: {wrong}. Look for a custom "
-                "autograd function whose backward torch cannot differentiate (once_differentiable, .detach()), or pass "
-                "differences=True for products by central differences of gradients"
+                "autograd function whose backward torch cannot differentiate (once_differentiable, .detach()): "
+                "differences=True takes central differences of gradients instead. Or unmasked data have the "
+                "padding_idx of an nn.Embedding, whose gradient torch leaves out"
             )
         return False
 

@@ -40,7 +40,7 @@ class RhoRange(_Result):
     def __str__(self) -> str:
         rows = zip(self.radii.tolist(), self.rises.tolist(), self.linear_share.tolist(), strict=True)
         lines = [f"rho {r:<9.4g} loss {rise:+.4f}   a straight line explains {share:.0%}" for r, rise, share in rows]
-        return "\n".join(lines).replace("nan%", "nothing")
+        return "\n".join(lines).replace("a straight line explains nan%", "no rise")
 
 
 def rho_range(

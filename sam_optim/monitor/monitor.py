@@ -243,7 +243,7 @@ class SharpnessMonitor:
 
     def _critical_sharpness(self, optimizer: Optimizer, **_: Any) -> dict[str, Any]:
         if self._before is None:
-            return {"reason": "it needs a step before"}
+            return {"reason": "no update has been seen yet"}
         update = [b - w.detach() for b, w in zip(self._before, self.loss.params, strict=True)]
         with self.loss.displaced(update):  # where the update began
             result = critical_sharpness(

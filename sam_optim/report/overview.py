@@ -53,7 +53,7 @@ def _estimates(results: Mapping[str, Result]) -> Markup:
         [name, number(r.get("value"), 4), number(r.get("stderr"), 2), r.get("num_samples"), _state(r)]
         for name, r in results.items()
     ]
-    caption = "The standard error is over batches or draws; a dash stands where there is none."
+    caption = "The standard error is over batches or draws; a dash means that there is none."
     return section("Measures", html_table(["measure", "value", "standard error", "samples", "state"], rows, caption))
 
 
@@ -98,11 +98,13 @@ def _correlations(results: Mapping[str, Result]) -> Markup:
     return section(
         "Does it go with generalization?",
         paragraph(
-            "Kendall's tau is +1 where larger always comes with larger, in every pair of runs, −1 where with smaller."
+            "Kendall's tau is +1 if larger comes with larger in every pair of runs, −1 if larger comes with smaller."
         ),
-        html_table(head, rows, "The interval resamples runs; p is two-sided, for independence."),
+        html_table(
+            head, rows, "The interval is from resampled runs; p is two-sided, for the hypothesis of independence."
+        ),
         page.bullets(reasons) if reasons else None,
-        page.figure(panels(drawn), "An interval that holds 0 says that the order may be chance."),
+        page.figure(panels(drawn), "An interval that includes 0 is compatible with chance."),
     )
 
 
@@ -137,7 +139,7 @@ _SECTIONS = {
 
 def _settings(results: Mapping[str, Result]) -> Markup:
     rows = [[name, _words(r.get("settings")), _words(r.get("provenance"))] for name, r in results.items()]
-    return section("Settings", html_table(["result", "settings", "made with"], rows, "As the results carry them."))
+    return section("Settings", html_table(["result", "settings", "made with"], rows, "As recorded in the results."))
 
 
 def _state(result: Result) -> str:

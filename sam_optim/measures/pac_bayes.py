@@ -227,7 +227,7 @@ def flatness_bounds(
 
     Args:
         loss: L of the training data at the weights w.
-        target, of: the rise that is borne; the source has 0.1 of the error.
+        target, of: the rise that is tolerated; the source has 0.1 of the error.
         initial_weights: w0, in the shapes of `loss.params`.
         eps: of the magnitude-aware ones, in units of w.
         delta: the probability with which a bound may fail.

@@ -155,7 +155,7 @@ def _prepare(out: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot create {str(out)!r} ({error}); choose another --out") from None
     if (out / "report.html").exists() and not (out / "results.json").exists():
-        raise InputError(f"{out / 'report.html'} is there already and not from this demo; choose another --out")
+        raise InputError(f"{out / 'report.html'} already exists and is not from this demo; choose another --out")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ PROBE = 8  # examples whose graph is weighed
 # Bytes that one graph, and all graphs that are kept, may save for the backward pass. On a CPU small graphs are also
 # faster: they stay in the cache, and the allocator gives their memory back. Fixed numbers and not what is free: what
 # ran before must not change the pieces, and with them the rounding.
-GRAPH_BYTES, KEPT_BYTES = 2**27, 7 * 2**27
+GRAPH_BYTES, KEPT_BYTES = 2**27, 5 * 2**27
 COPIES = 4  # of outputs: themselves, J v, M J v, and what is in between
 DEVICE_SHARE = 8  # one graph on a device may take this part of its memory, and all that are kept as much
 

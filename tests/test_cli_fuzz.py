@@ -5,9 +5,12 @@ import io
 import json
 import pickle
 import resource
+import shutil
+import tempfile
 import time
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +21,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import command, finetune_text
+from benchmarks import command, finetune_text, pretrained
 from benchmarks.corruptions import Published
+from benchmarks.frontier import report as frontier_report
+from benchmarks.frontier import runs as frontier_runs
+from benchmarks.study import __main__ as study
 from benchmarks.study import config as study_config
 from benchmarks.study.report import from_csv
 from benchmarks.train import options
 from benchmarks.train.data import other_labels
 from sam_optim.core.errors import InputError
 from sam_optim.core.files import read_json
-from sam_optim.sweep import reports, store
+from sam_optim.landscape import grid
+from sam_optim.sweep import TextProblem, reports, store
+from sam_optim.sweep.processes import Processes
 from sam_optim.sweep.text import read_table
 from sam_optim.vision import arrays, checkpoints, cifar, data, images
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
+from safetensors.torch import save
+
 SECONDS, MEMORY = 20, 2 << 30
 EXAMPLES, PAGES = 2000, 60  # a page with pictures takes half a second
 ENTRY = {"checkpoint": "a", "key": "k", "column": "trace", "sha256": "0", "measure": "trace", "rho": 0.1}
@@ -63,8 +73,6 @@ def saved(**options):
 
 
 def safetensors():
-    from safetensors.torch import save
-
     return save(network(0, num_classes=2).state_dict())
 
 
@@ -147,6 +155,11 @@ def read_published(path):
     Published(path.parent).images("fog", 1)
 
 
+def read_labels(path):
+    path.with_name("fog.npy").write_bytes(array(np.uint8))
+    Published(path.parent).check_labels(np.zeros(4, np.int64), in_order=True)
+
+
 def report(path):
     reports.write_report([path], path.with_name("page.html"))
 
@@ -162,9 +175,94 @@ def read_class(path):
         split.picture(row, "RGB")
 
 
+def xy():
+    return {"x": torch.arange(12.0).reshape(4, 3), "y": torch.arange(4)}
+
+
+def tensors():
+    torch.save(xy(), file := io.BytesIO())
+    return file.getvalue()
+
+
+def record():
+    about = {"method": "SAM", "condition": "", "candidate": {"sam_rho": 0.1}, "seed": 0, "tuning": True}
+    about |= {"passes": 2.0, "cpu_seconds": 1.5, "validation_accuracy": 50.0, "test_accuracy": None}
+    return json.dumps(about | {"failed": None, "provenance": {"torch": "2"}}).encode()
+
+
+def compared():
+    """The committed runs of one condition of a comparison."""
+    content = read_json(frontier_report.RESULTS / "digits.json")
+    first = dict(list(content["plan"]["conditions"].items())[:1])
+    runs = [run for run in content["runs"] if run["condition"] in first and not run["tuning"]]
+    return json.dumps(content | {"plan": content["plan"] | {"conditions": first}, "runs": runs}).encode()
+
+
+def read_compared(path):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(frontier_report, "RESULTS", path.parent)
+        path.with_name("page.md").write_text(f"{frontier_report.BEGIN}\n{frontier_report.END}\n")
+        frontier_report.write(path.with_name("page.md"))
+
+
+def study_results():
+    rows = [{"lr": 0.1 * (k % 3 + 1), "seed": k, "worst": k * 0.3 % 1, "test_error": k * 0.7 % 1} for k in range(9)]
+    about = {"config": {"grid": {"lr": [], "seed": []}}}
+    compared = [{"measure": "worst", "target": "test_error", "by_factor": {}}]
+    return json.dumps({"models": rows, "about": about, "comparisons": compared, "failed": []}).encode()
+
+
+def report_again(path):
+    study.main(["report", "--csv", str(path), "--out", str(path.parent / "out"), "--resamples", "10"])
+
+
+def status_of_study(folder, command="status"):
+    config = folder.parent / "s.toml"
+    config.write_text('name = "x"\n[grid]\nlr = [0.1]\n[fixed]\nepochs = 1\ntrain_examples = 60\n')
+    study.main([command, str(config), "--out", str(folder)])
+
+
+@cache
+def finished_study():
+    folder = Path(tempfile.mkdtemp()) / "run"
+    status_of_study(folder, "run")
+    return (folder / "study.db").read_bytes()
+
+
+@cache
+def text_model():
+    transformers = pytest.importorskip("transformers")
+    folder = Path(tempfile.mkdtemp())
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]))
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+    }
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, num_labels=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def of_text_model(name):
+    def read(path):
+        shutil.copytree(text_model(), path.parent, dirs_exist_ok=True)
+        (path.parent / name).write_bytes(path.read_bytes())
+        (path.parent / "t.tsv").write_text("sentence1\tlabel\na\t0\nb\t1\n")
+        problem = TextProblem(path.parent / "t.tsv", ["sentence1"], max_length=8)
+        (row,) = checkpoints.find([path.parent])
+        problem.open(Processes(0, 1, torch.device("cpu")), [row]).loss(row).value()
+
+    return lambda: (text_model() / name).read_bytes(), read
+
+
 # what a file is called -> (a good one, how it is read)
 READERS = {
     "d.npz": (npz, arrays.from_file),
+    "xy.pt": (tensors, arrays.from_file),
+    "xy.safetensors": (lambda: save(xy()), arrays.from_file),
     "lzma.npz": (lzma, arrays.from_file),
     "c.pt": (saved, lambda path: checkpoints.read(checkpoints.find([path])[0])),
     "old.pt": (
@@ -203,6 +301,21 @@ READERS = {
     "pairs.tsv": (lambda: PAIRS, finetune_text.read),
     "pairs.jsonl": (lambda: b'{"premise": "a", "hypothesis": "b", "label": 1}\n' * 2, finetune_text.read),
     "fog.npy": (lambda: array(np.uint8), read_published),
+    "labels.npy": (lambda: array(np.int64), read_labels),
+    "errors.csv": (
+        lambda: b"checkpoint,sha256,data,test_error\na.pt,0,1,3.5\nb.pt,2,1,4\n",
+        pretrained.read_errors,
+    ),
+    "record.json": (record, frontier_runs.read_record),
+    "page of frontier.json": (compared, read_compared),
+    "page of results.json": (study_results, report_again),
+    "study.db": (finished_study, lambda path: status_of_study(path.parent)),
+    "grid.json": (
+        lambda: b'{"key": "k", "losses": ["0x1.0p+0", "0x1.8p+1"]}',
+        lambda path: grid._finished(path, "k"),
+    ),
+    "text/config.json": of_text_model("config.json"),
+    "page/tokenizer.json": of_text_model("tokenizer.json"),
     "labels.npz": (labels, lambda path: other_labels(f"{path}:human", torch.arange(4), 4, path.parent)),
 }
 

@@ -1,6 +1,7 @@
 """Damaged and hostile files and those of other formats: one line each; nothing in them runs or is measured wrongly."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from torch import nn
 from benchmarks.examples import diagonal_network, edge, lite0
 from benchmarks.speed import host, monitor, step, throughput, whole_step
 from benchmarks.speed import measures as speed_of_measures
+from benchmarks.train import checkpoint
 from sam_optim import cli, sweep
 from sam_optim.core import errors, files
 from sam_optim.core.errors import InputError
@@ -50,25 +52,35 @@ KINDS = {
 
 
 class TestCheckpoints:
-    def test_every_flipped_bit_of_a_pt_is_found_or_changes_nothing(self, tmp_path):
-        """One bit in each of 150 places, spread over the file: an error, or the weights of before bit for bit."""
-        state = network(0).state_dict()
-        torch.save(state, tmp_path / "c.pt")
-        content = (tmp_path / "c.pt").read_bytes()
+    @pytest.mark.parametrize("kind", ["torch.save", "run", "safetensors", "older"])
+    def test_no_flipped_bit_is_measured_where_there_is_a_checksum(self, tmp_path, kind):
+        """300 bits, drawn at random: an error, or the weights of before bit for bit."""
+        from safetensors.torch import save
+
+        state, file = network(0, num_classes=2).state_dict(), io.BytesIO()
+        torch.save(state, file, _use_new_zipfile_serialization=kind != "older")
+        content, path = file.getvalue(), tmp_path / "c.pt"
+        if kind == "run":
+            path = checkpoint.save(tmp_path, {"step": 1, "model": state})
+            content = path.read_bytes()
+        elif kind == "safetensors":
+            content, path = save(state), tmp_path / "c.safetensors"
+        if kind in ("safetensors", "older"):
+            path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(content).hexdigest())
         refused = 0
-        for i in np.linspace(0, len(content) - 1, 150).astype(int):
+        for i in np.random.default_rng(0).integers(8 * len(content), size=300):
             damaged = bytearray(content)
-            damaged[i] ^= 1 << (i % 8)
-            (tmp_path / "d.pt").write_bytes(damaged)
-            error, read_back = None, {}
+            damaged[i // 8] ^= 1 << (i % 8)
+            path.write_bytes(damaged)
+            error, weights_read = None, {}
             try:
-                read_back = read(tmp_path / "d.pt").state
+                weights_read = read(path).state
             except InputError as caught:
                 error = str(caught)
             refused += error is not None
-            assert error is None or ("d.pt" in error and "\n" not in error)
-            assert error or all(torch.equal(read_back[k], w) for k, w in state.items())
-        assert refused > 100
+            assert error is None or (path.name in error and "\n" not in error)
+            assert error or all(torch.equal(weights_read[k], w) for k, w in state.items())
+        assert refused == 300 if kind != "torch.save" else refused > 280
 
     def test_safetensors_have_no_checksum_but_the_one_beside_them(self, tmp_path):
         from safetensors.torch import save
@@ -262,6 +274,19 @@ class TestRuns:
         run_ = self.made(tmp_path / "run", {"options": {"model": "test_resnet", "model_kwargs": kwargs}})
         with pytest.raises(InputError, match=r"config\.json is not of a run of benchmarks\.train"):
             checkpoints.find([run_])
+
+    def test_a_model_far_larger_than_the_weights_is_not_made(self, here):
+        """4 TB of weights for a file of 30 kB."""
+        images(here / "d.npz")
+        config = {"options": {"model": "test_vit", "model_kwargs": [["embed_dim", 1 << 19]]}}
+        folder = self.made(here / "run", config)
+        next(folder.glob("checkpoints/*")).unlink()
+        torch.save(network(0).state_dict(), content := io.BytesIO())
+        digest = hashlib.sha256(content.getvalue()).hexdigest()[:16]
+        (folder / "checkpoints" / f"checkpoint-{7:09d}-{digest}.pt").write_bytes(content.getvalue())
+        code, _, err = run("measure", "run", "--data", "d.npz", "--num-classes", 10, "--quiet", "--measures", "trace")
+        assert code == 1
+        assert "its config.json describes a model of" in err
 
     @pytest.mark.parametrize("model", ["hf-hub:x/y", "local-dir:/tmp", "../x", 3, None, ["a"], "no_such_model"])
     def test_models_that_are_no_names_are_refused(self, tmp_path, model):

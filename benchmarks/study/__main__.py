@@ -24,7 +24,9 @@ from sam_optim.core.files import intact
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return args.function(args)
+    source = getattr(args, "csv", None) or f"the storage of {args.config}"
+    with storage.readable(source), nullcontext() if args.function is _run else intact(source):
+        return args.function(args)
 
 
 def parser() -> Parser:
@@ -117,20 +119,19 @@ def _report(args: argparse.Namespace) -> int:
 
     if (args.csv is None) == (args.config is None):
         raise InputError("give a study's CONFIG or --csv FILE, one of them")
-    with intact(args.csv) if args.csv else nullcontext():
-        if args.csv:
-            named = args.measures, args.targets
-            if args.csv.suffix == ".json":
-                table = report.from_results(args.csv, *named, given=args.given)
-            else:
-                table = report.from_csv(args.csv, *named, args.factors, given=args.given)
-            out = args.out or Path("runs") / f"study-{args.csv.stem}"
+    if args.csv:
+        named = args.measures, args.targets
+        if args.csv.suffix == ".json":
+            table = report.from_results(args.csv, *named, given=args.given)
         else:
-            study, out, url = _started(args)
-            table = report.from_study(study, url, args.measures, args.targets, given=args.given)
-        if args.where:
-            table = report.where(table, args.where)
-        return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
+            table = report.from_csv(args.csv, *named, args.factors, given=args.given)
+        out = args.out or Path("runs") / f"study-{args.csv.stem}"
+    else:
+        study, out, url = _started(args)
+        table = report.from_study(study, url, args.measures, args.targets, given=args.given)
+    if args.where:
+        table = report.where(table, args.where)
+    return report.write(table, out, num_resamples=args.resamples, seed=args.seed)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -89,6 +89,18 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
         raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None
 
 
+@contextmanager
+def readable(source: Path | str) -> Iterator[None]:
+    """Makes an `InputError` of what a database says that is full, locked or damaged."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("sqlalchemy.", "optuna.", "sqlite3", "psycopg")):
+            raise
+        reason = str(error.__cause__ or error).splitlines()[0][:200]
+        raise InputError(f"{source}: the database cannot be used ({reason}); mend it, or choose another") from None
+
+
 def has_study(url: str, name: str) -> bool:
     """Whether the storage at `url` has a study of this name; no file is made."""
     if url.startswith("sqlite") and (path := _file(url)) and not path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from benchmarks.train.order import Loading
 from benchmarks.train.streams import Streamed
 from sam_optim.core import random as rng
 from sam_optim.core.errors import InputError
+from sam_optim.vision.weights import check_size, load_
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def load(options: Options, *, ema: bool = False) -> TrainedRun:
     device = recipe.device(options)
     with rng.preserved():
         splits = data.load(options)
-        model = recipe.model(options, splits)
-    model.load_state_dict(state[weights])
+        make = partial(recipe.model, options, splits)
+        check_size(make, state[weights], str(options.out))
+        model = make()
+    load_(model, state[weights], str(options.out))
     return TrainedRun(options, splits, model.to(device), device, weights, state["step"])

@@ -219,7 +219,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def intact(path: Path) -> Iterator[None]:
+def intact(path: Path | str) -> Iterator[None]:
     """Makes an `InputError` that names the file of what its content does to the code inside, which takes it as ours."""
     try:
         yield

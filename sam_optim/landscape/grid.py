@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sam_optim.core.errors import InputError
 from sam_optim.core.files import read_json, write_json
 from sam_optim.landscape.directions import Direction
 from sam_optim.loss import Loss
@@ -96,11 +97,11 @@ def _finished(path: Path, key: str) -> list[float]:
         return []
     content = read_json(path)
     if not isinstance(content, dict) or content.get("key") != key:
-        raise ValueError(f"{path} is of other weights, data, directions or coordinates: delete it, or resume elsewhere")
+        raise InputError(f"{path} is of other weights, data, directions or coordinates: delete it, or resume elsewhere")
     try:
         return [float.fromhex(x) for x in content["losses"]]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} was changed or damaged: delete it, or resume elsewhere") from None
+        raise InputError(f"{path} was changed or damaged: delete it, or resume elsewhere") from None
 
 
 def _fingerprint(loss: Loss, directions: Sequence[Direction], points: Sequence[Point]) -> str:

@@ -190,7 +190,10 @@ class ImageLosses(Losses):
                 raise InputError(f"{name} takes images, (C, H, W), and x has the shape {data.shape}")
             channels, height, width = data.shape
             size = (channels, height, width)
-            self._built = (key, models.build(name, num_classes=num, image_size=size, small_stem=small, **kwargs))
+            make = partial(models.build, name, num_classes=num, image_size=size, small_stem=small, **kwargs)
+            if checkpoint.run:
+                weights.check_size(make, state, checkpoint.name)
+            self._built = (key, make())
         return self._built[1]
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,13 @@ class TextLosses(Losses):
         if getattr(config, "quantization_config", None):
             raise InputError(f"{checkpoint.name} is quantized; give the weights that it was made from")
         kind = _transformers().AutoModelForSequenceClassification
-        try:  # eager attention: a file may name another implementation, which would be downloaded
-            model = kind.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        # eager attention: a file may name another implementation, which would be downloaded
+        make = partial(kind.from_config, config, attn_implementation="eager", trust_remote_code=False)
+        try:
+            weights.check_size(make, self._read(checkpoint), checkpoint.name)
+            model = make()
+        except InputError:
+            raise
         except Exception as error:  # whatever transformers makes of a damaged file
             reason = one_line(error)[:200]
             raise InputError(f"{checkpoint.name} is not a text classifier of transformers: {reason}") from None

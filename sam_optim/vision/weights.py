@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from sam_optim.core.errors import InputError
 
 AVERAGED = re.compile(r"ema|averag|swa", re.IGNORECASE)
+LARGE = 10**8  # weights that a model may have beyond those of its checkpoint
 OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is measured depends on it
 
 
@@ -20,6 +23,18 @@ def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Loads a state that fits the model. name: of the checkpoint, for errors."""
     with torch.no_grad():
         model.load_state_dict(fitted(model, state, name), strict=False)  # only optional entries can be missing
+
+
+def check_size(make: Callable[[], nn.Module], state: Mapping[str, Tensor], name: str) -> None:
+    """Raises InputError for a model far larger than the checkpoint beside its config.json, before room is made for it."""
+    try:
+        with torch.device("meta"), redirect_stderr(io.StringIO()):
+            claimed = sum(w.numel() for w in make().parameters())
+    except Exception:  # some cannot be made without numbers; what is wrong is said when it is made with them
+        return
+    given = sum(w.numel() for w in state.values())
+    if claimed > given + LARGE:
+        raise InputError(f"{name} has {given:,} numbers, and its config.json describes a model of {claimed:,}")
 
 
 def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

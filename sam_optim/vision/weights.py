@@ -26,7 +26,7 @@ def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
 
 
 def check_size(make: Callable[[], nn.Module], state: Mapping[str, Tensor], name: str) -> None:
-    """Raises InputError for a model far larger than the checkpoint beside its config.json, before room is made for it."""
+    """Raises InputError for a model far larger than the checkpoint beside its config.json, before it is made."""
     try:
         with torch.device("meta"), redirect_stderr(io.StringIO()):
             claimed = sum(w.numel() for w in make().parameters())

@@ -12,6 +12,7 @@ numbers of signals and kills in brackets.
 | half an update of the base | what the base alone leaves | test_odd_models |
 | SIGKILL in a step | a whole checkpoint, of the last step saved | test_kills |
 | SIGKILL while saving (200), power cut | one of the last two, whole | test_kills; damage: tests/test_checkpoint |
+| two commands with one output; SIGKILL in a command | one is refused; nothing is lost | test_commands |
 | NaN, inf in either pass | no update, counted; "raise"; "ignore" | test_nonfinite: also each parameter, 4 dtypes |
 | a loss that is not finite, gradients that are | reported | test_nonfinite; in a run: tests/test_train |
 | signals to a training run (200) | saved, 130 or 143, goes on; a second ends it | test_stops; tests/test_train |

@@ -21,6 +21,7 @@ def lines() -> list[str]:
         ("signals", f"checkpoints taken in signal handlers {n['signals']:,}, polluted {n['polluted']:,}"),
         ("stops", f"signals to a training run {n['stops']:,}, checkpoints lost {n['stops_lost']:,}"),
         ("save_kills", f"SIGKILL while saving {n['save_kills']:,}, without a valid checkpoint {n['save_lost']:,}"),
+        ("command_kills", f"SIGKILL in a command {n['command_kills']:,}, results lost {n['command_lost']:,}"),
         ("full_disks", f"full disks {n['full_disks']:,}, files lost {n['full_lost']:,}"),
         ("resumes", f"resumes {n['resumes']:,}, bit for bit {n['resumes_equal']:,}"),
     ]

@@ -8,12 +8,14 @@ outside, so long after it has made some progress; else it is left to its own end
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +24,7 @@ import torch
 from benchmarks.train import checkpoint
 from faults.cases import PATHS, VARIANTS
 from faults.harness import Rig
-from sam_optim.core import files
+from sam_optim.core import errors, files
 
 ENTRIES = 20_000  # of what is saved again and again: large enough for a kill to come in the middle
 
@@ -109,9 +111,28 @@ def save_killed_at(directory: str, first: int, call: str) -> None:
     checkpoint.save(Path(directory), saved(first + 2))
 
 
+def command(module: str, argv: list[str], log: str, ready: int | None = None) -> None:
+    """A command as from a terminal, its output in a file."""
+    if ready is not None:
+        os.write(ready, b".")
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 99
+    try:
+        code = errors.run(importlib.import_module(module).main, argv)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
+        if request["name"] == "command":
+            importlib.import_module(request["module"])  # once, and not in each child
         after_ms = request.pop("after_ms", None)
         if after_ms is not None:
             progress, request["ready"] = os.pipe()

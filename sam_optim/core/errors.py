@@ -65,6 +65,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     ValueError is what the library raises for users; its messages name the remedy. A reader that closes standard output
     early (`| head`) is no error.
     """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones: else a file of results would be opened as one
+        pass
+    os.close(handle)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: print(file=None) would take standard output
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -17,14 +17,14 @@ def network():
     return nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 3))
 
 
-def data():
+def batches():
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(4)]
 
 
-def train(model, optimizer, batches, monitor, num=6):
+def train(model, optimizer, data, monitor, num=6):
     for i in range(num):
-        x, y = batches[i % len(batches)]
+        x, y = data[i % len(data)]
 
         def closure(x=x, y=y):
             optimizer.zero_grad()
@@ -46,12 +46,12 @@ def on_ddp(rank, watched, budget, folder):
     net = network()
     model = nn.parallel.DistributedDataParallel(net)
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, module=model)
-    loss = Loss(model, cross_entropy, data()[rank::2])
+    loss = Loss(model, cross_entropy, batches()[rank::2])
     # the first rank takes longer for a row than the second, and both must agree on when the next one is
     measures = ["lambda_max", "critical_sharpness", "worst_case", *([slow_on_first_rank] if budget else [])]
     log = f"{folder}/rows.csv"
     monitor = SharpnessMonitor(loss, every=2, budget=budget, measures=measures, log=log) if watched else None
-    train(model, optimizer, data()[rank::2], monitor, num=40 if budget else 6)
+    train(model, optimizer, batches()[rank::2], monitor, num=40 if budget else 6)
     return [shown(monitor) if watched else [], [p.detach().clone() for p in net.state_dict().values()]]
 
 
@@ -66,9 +66,9 @@ def alone():
     """The same steps in one process, each with the batches of both ranks: m-sharpness."""
     model = network()
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, module=model)
-    monitor = SharpnessMonitor(Loss(model, cross_entropy, data()), every=2, budget=None)
+    monitor = SharpnessMonitor(Loss(model, cross_entropy, batches()), every=2, budget=None)
     for i in range(6):
-        pair = [data()[2 * (i % 2)], data()[2 * (i % 2) + 1]]
+        pair = [batches()[2 * (i % 2)], batches()[2 * (i % 2) + 1]]
 
         def closure_of(x, y):
             def closure():
@@ -110,15 +110,16 @@ def on_fsdp(rank, watched):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()  # of float32, gloo sums in torch 2.8
     mesh = init_device_mesh("cpu", (2,))
     for module in (net[0], net[2], net):
         fully_shard(module, mesh=mesh)
     optimizer = SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, module=net)
     measures = ["critical_sharpness"]
-    loss = Loss(net, cross_entropy, data()[rank::2])
+    data = [(x.double(), y) for x, y in batches()[rank::2]]
+    loss = Loss(net, cross_entropy, data)
     monitor = SharpnessMonitor(loss, every=2, budget=None, measures=measures) if watched else None
-    train(net, optimizer, data()[rank::2], monitor)
+    train(net, optimizer, data, monitor)
     weights = [p.full_tensor().detach().clone() for p in net.parameters()]
     refusal = ""
     try:
@@ -138,10 +139,11 @@ def test_fsdp2_has_critical_sharpness():
     assert "FSDP2" in refusal
     # the same training in one process: both halves of each batch of the ranks together
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
-    joint = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(data()[0::2], data()[1::2], strict=True)]
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    data = [(x.double(), y) for x, y in batches()]
+    joint = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(data[0::2], data[1::2], strict=True)]
     optimizer = SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, module=net)
-    loss = Loss(net, cross_entropy, data())
+    loss = Loss(net, cross_entropy, data)
     monitor = SharpnessMonitor(loss, every=2, budget=None, measures=["critical_sharpness"])
     train(net, optimizer, joint, monitor)
     for w, p in zip(weights, net.parameters(), strict=True):

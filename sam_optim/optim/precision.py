@@ -53,6 +53,7 @@ class Float32Pass:
         self._data: dict[int, tuple[Tensor, Tensor]] = {}
         self._own_forward: dict[str, Any] = {}
         self._forward: Forward | None = None
+        self._made_of: tuple[Forward, set[str]] | None = None
 
     def enter(self, moving: Iterable[Tensor]) -> None:
         """`moving`: the parameters that are about to move, which must be the module's."""
@@ -101,7 +102,9 @@ class Float32Pass:
     def _replace_forward(self, devices: set[str]) -> None:
         """Sets an attribute of the instance: forward hooks would not be called after a KeyboardInterrupt."""
         self._own_forward = {k: v for k, v in vars(self._module).items() if k == "forward"}
-        self._forward = _in_float32(self._module.forward, devices)
+        if self._made_of != (self._module.forward, devices):  # a new function would be compiled again
+            self._made_of = self._module.forward, devices
+            self._forward = _in_float32(*self._made_of)
         vars(self._module)["forward"] = self._forward
 
 

@@ -525,6 +525,26 @@ class TestWriting:
         assert b"\\xb1" in table
         assert len(store.read(here / "o.json")) == 1
 
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    @pytest.mark.parametrize("kind", ["full", "closed", "nobody reads"])
+    def test_results_are_written_where_standard_output_cannot_be(self, tmp_path, kind, unbuffered):
+        """All three standard streams may be closed: the next file that is opened must not take their place."""
+        code = "import sys; from pathlib import Path; from sam_optim.core import errors, files\n"
+        code += "def main(argv):\n    print('x' * 20000, flush=True)\n    print('y')\n"
+        code += "    files.write_json(Path('o.json'), [1])\n    return 1\n"
+        code += "sys.exit(errors.run(main))"
+        shell = {
+            "full": '"$@" >/dev/full',
+            "closed": '"$@" <&- >&- 2>&-',
+            "nobody reads": 'set -o pipefail; "$@" | true',
+        }
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+        argv = ["bash", "-c", shell[kind], "bash", sys.executable, "-c", code]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        assert json.loads((tmp_path / "o.json").read_text()) == [1]
+        full = "error: standard output cannot be written: No space left on device\n"
+        assert (done.returncode, done.stderr) == ((2, full) if kind == "full" else (1, ""))
+
     def test_file_names_that_are_not_utf_8(self, here):
         study(here, count=1)
         os.rename("c0.pt", b"caf\xe9.pt")

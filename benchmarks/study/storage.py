@@ -29,6 +29,8 @@ def url_of(given: str | None, out: Path) -> str:
     if "://" not in url:
         raise InputError(f"--storage {url!r} is not a URL; give sqlite:///FILE or postgresql://USER@HOST/DATABASE")
     scheme, rest = url.split("://", 1)
+    if not url.isascii() and any("\ud800" <= c <= "\udfff" for c in url):
+        raise InputError(f"--storage {url!r} has bytes that are not UTF-8, which no database takes; choose another")
     if scheme in ("postgres", "postgresql"):
         return f"postgresql+psycopg://{rest}"
     if scheme not in ("sqlite", "postgresql+psycopg"):
@@ -86,7 +88,7 @@ def open_storage(url: str, *, heartbeat: int = 60, grace: int | None = None) -> 
                 url, engine_kwargs=engine, heartbeat_interval=heartbeat, grace_period=grace
             )
     except (SQLAlchemyError, ImportError, OSError) as error:
-        raise InputError(f"--storage {shown(url)} cannot be opened: {one_line(error)}") from None
+        raise InputError(f"--storage {shown(url)} cannot be opened: {_reason(error)}") from None
 
 
 @contextmanager
@@ -97,8 +99,13 @@ def readable(source: Path | str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("sqlalchemy.", "optuna.", "sqlite3", "psycopg")):
             raise
-        reason = str(error.__cause__ or error).splitlines()[0][:200]
-        raise InputError(f"{source}: the database cannot be used ({reason}); mend it, or choose another") from None
+        said = f"{source}: the database cannot be used ({_reason(error)}); mend it, or choose another"
+        raise InputError(said) from None
+
+
+def _reason(error: Exception) -> str:
+    """What the database says; SQLAlchemy adds the statement and the address of a page."""
+    return one_line(error.__cause__ or error).splitlines()[0][:200]
 
 
 def has_study(url: str, name: str) -> bool:

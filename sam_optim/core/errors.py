@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 
@@ -59,6 +60,32 @@ def show(text: str) -> None:
     print(printable(text, one_line=False), flush=True)
 
 
+class _Output:
+    """Standard output. Where it ends early (`| head`, a full disk) the command goes on, and its files are written."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._do(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self.stream.flush)
+
+    def _do(self, call: Callable[..., Any], *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            self.error = error
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """The exit code of a command. What the user can mend becomes one line on stderr and exit code 2.
 
@@ -73,11 +100,14 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # ASCII terminals, file names that are not UTF-8
+    before = sys.stdout
+    sys.stdout = output = _Output(before)
     try:
-        return main(argv)
-    except BrokenPipeError:
-        sys.stdout = None  # or Python complains once more while it exits
-        return 0
+        code = main(argv)
+        output.flush()
+        if output.error is None or isinstance(output.error, BrokenPipeError):
+            return code
+        say(f"error: standard output cannot be written: {output.error.strerror}")
     except (ValueError, OSError, ImportError) as error:
         say(f"error: {one_line(error)[:LONGEST]}")
     except KeyboardInterrupt as error:
@@ -85,4 +115,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         return EXIT_INTERRUPTED
     except torch.OutOfMemoryError as error:
         say(f"error: {one_line(error)} Lower --batch-size")
+    finally:
+        output.flush()
+        sys.stdout = before
     return EXIT_BAD_INPUT

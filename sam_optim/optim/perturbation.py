@@ -386,6 +386,7 @@ class Perturbation:
                         if self._surroundings is None:
                             self._surroundings = Surroundings(self._params, self._guard)
                         self._ascend()
+                        self._surroundings.refuse_steps(self._params)
                         for p, grad in grads_of_others:  # as the first pass found them
                             p.grad = grad
                         perturbed = closure()
@@ -674,6 +675,10 @@ class Perturbation:
             return used
         raise RuntimeError(
             "no parameter has a gradient: run loss.backward() before the perturbed pass"
+            + (
+                ", and not inside that of another optimizer, which has cleared them: use one, with a group for each"
+                * transaction.is_any_moved()
+            )
             + (", and with set_requires_gradient_sync(True): FSDP2 leaves no gradient else" * ranks.is_sharded)
         )
 

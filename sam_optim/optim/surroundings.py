@@ -40,6 +40,7 @@ class Surroundings:
         self.is_watching = True
         self._unscaled: list[Any] = []
         self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
+        self._handles: list[Any] = []
         self._modules = [weakref.ref(x) for x in seen if isinstance(x, nn.Module)]
         self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
         named = set(guard.modules)
@@ -69,6 +70,13 @@ class Surroundings:
             if theirs and not any([id(p) in ours for p in theirs]):
                 self._others.append((weakref.ref(x), theirs, EarlierGradients(theirs)))
 
+    def refuse_steps(self, params: Sequence[Tensor]) -> None:
+        """Until the pass ends, in a closure, the step of another optimizer is an error."""
+        ids = {*map(id, params)}
+        for x in [x for ref in self._optimizers if (x := ref()) is not None] if self.is_watching else ():
+            if ids.isdisjoint(map(id, parameters_of(x))):
+                self._handles.append(x.register_step_pre_hook(_refuse_step))
+
     @property
     def modules(self) -> list[nn.Module]:
         return modules_of(*[m for ref in self._modules if (m := ref()) is not None])
@@ -95,6 +103,9 @@ class Surroundings:
 
     def end_pass(self, *, failed: bool) -> None:
         """After the second pass: warns of what has counted it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         mixed = [(o(), params) for o, params, earlier in self._others if earlier.stop().are_mixed]
         counted = [x._version for x in self._counters] != self._versions
         changed = [(m, name) for m, name, x, version in self._attributes if x._version != version]
@@ -137,6 +148,13 @@ def scaler_in_sight() -> GradScaler | None:
     """The one GradScaler that the calling functions have; None where there are several."""
     scalers = [x for x in _variables(sys._getframe(1)) if isinstance(x, GradScaler)]
     return scalers[0] if len(scalers) == 1 else None
+
+
+def _refuse_step(optimizer: Optimizer, *_: Any) -> None:
+    raise RuntimeError(
+        f"{type(optimizer).__name__}.step() is called in the closure of another optimizer, which runs twice in a step: "
+        "call it after optimizer.step(closure), with the gradients that this leaves"
+    )
 
 
 def _refuse_sum(optimizer: Optimizer, params: Sequence[Tensor]) -> None:

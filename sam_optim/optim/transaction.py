@@ -38,6 +38,11 @@ def claim(params: Sequence[Tensor], owner: object) -> None:
         )
 
 
+def is_any_moved() -> bool:
+    """Whether any pass is open."""
+    return bool(_held)
+
+
 def is_moved(params: Iterable[Tensor]) -> bool:
     """Whether an open pass holds one of them (it is then at w + e)."""
     return any([id(p) in _held for p in params])
@@ -105,7 +110,7 @@ class ModelGuard:
         if restores:
             unseen = self._moves_unseen
             if self._candidates is None:  # what is written to through `.data` has no version
-                self._candidates = alike(self.other_params, stepped)
+                self._candidates = alike([p for p in self.other_params if not p.requires_grad], stepped)
                 unseen = {*map(id, self._candidates)}
             others = self.other_params
             changed = [p for p in others if versions.get(id(p)) != _version(p) or id(p) in unseen]  # by a forward pass

@@ -265,3 +265,41 @@ def test_a_trainer_counts_once_what_it_counts_in_its_private_attributes(tmp_path
     assert trainer._tokens == 32 * 6
     assert len(trainer._metrics["train"]["loss"]) == 4
     assert trainer._same[1] is trainer._metrics
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "A2C", "DQN", "SAC"])
+def test_stable_baselines3_stops_and_works_with_a_train_of_two_passes(algorithm):
+    baselines = pytest.importorskip("stable_baselines3")
+    settings = {"PPO": {"n_steps": 16, "batch_size": 8}, "A2C": {}}.get(algorithm, {"learning_starts": 4})
+    sam_of_policy = {"optimizer_class": SAM, "optimizer_kwargs": {"rho": RHO, "base_optimizer": torch.optim.SGD}}
+    task = "Pendulum-v1" if algorithm == "SAC" else "CartPole-v1"
+    agent = getattr(baselines, algorithm)("MlpPolicy", task, policy_kwargs=sam_of_policy, device="cpu", **settings)
+    with pytest.raises(RuntimeError, match=r"stable-baselines3 steps inside train\(\)"):
+        agent.learn(32)
+    if algorithm != "A2C":
+        return
+
+    def loss_of(policy, batch):
+        values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions.long().flatten())
+        return nn.functional.mse_loss(values.flatten(), batch.returns) - (batch.advantages * log_prob + entropy).mean()
+
+    class TwoPasses(baselines.A2C):
+        def train(self):
+            self._update_learning_rate(self.policy.optimizer)
+            batch = next(self.rollout_buffer.get(batch_size=None))
+            truth = gradients_by_hand(self.policy, lambda policy: loss_of(policy, batch))
+            rate = self.policy.optimizer.param_groups[0]["lr"]
+            expected = [p - rate * g for p, g in zip(self.policy.parameters(), truth, strict=True)]
+
+            def closure():
+                self.policy.optimizer.zero_grad()
+                loss = loss_of(self.policy, batch)
+                loss.backward()
+                return loss
+
+            self.policy.optimizer.step(closure)
+            close(self.policy.parameters(), expected, tolerance=1e-6)
+            self._n_updates += 1
+
+    agent = TwoPasses("MlpPolicy", task, policy_kwargs=sam_of_policy, device="cpu").learn(32)
+    assert agent._n_updates == 7  # after every five steps

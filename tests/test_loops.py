@@ -278,26 +278,46 @@ def test_phases_on_the_same_data_are_not_warned_of(kind):
         optimizer.step()
 
 
-@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize("once", ["loss", "outputs", "embedding"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_second_backward_through_the_first_graph_is_an_error(way, factor):
-    """Where it needs no weights, which torch would find changed: in a model of one layer."""
-    model, (x, y) = nn.Linear(6, 3).double(), batches()[0]
+def test_a_second_backward_through_the_first_graph_is_an_error(way, once):
+    """Where that needs no weights, which torch would find changed: in the first layer."""
+    x, y = torch.arange(8) % 5, batches()[0][1]
+    rest = network() if once == "embedding" else nn.Identity()
+    model = nn.Sequential(nn.Embedding(5, 6 if once == "embedding" else 3).double(), rest)
     optimizer, start = sam(model), copies(model)
-    loss = cross_entropy(model(x), y)
+    outputs = model[0](x)
+    loss = cross_entropy(outputs, y) if once == "loss" else None
 
     class Again:
         def backward(self):
-            (loss / factor).backward(retain_graph=True) if factor > 1 else loss.backward(retain_graph=True)
+            total = loss / 4 if once == "loss" else cross_entropy(rest(outputs), y)
+            total.backward(retain_graph=True)
 
     with pytest.raises(RuntimeError, match=r"graph of the first.*run the model again"):
         take_step(way, optimizer, Again)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
-    take_step(way, optimizer, lambda: cross_entropy(model(x), y))
-    model.load_state_dict(dict(zip(["weight", "bias"], start, strict=True)))
     truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    expected = [p - LR * g for p, g in zip(start, truth, strict=True)]
     take_step(way, optimizer, lambda: cross_entropy(model(x), y))
-    close([p.grad for p in model.parameters()], truth)
+    close(model.parameters(), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_graphs_made_before_that_lead_elsewhere_or_are_views(way):
+    """What a generator has made once, and a transposed weight that was taken once: its values follow the weight."""
+    generator, model, (x, y) = network(seed=1), nn.Linear(6, 3).double(), batches()[0]
+    fake, transposed = generator(x).repeat(1, 2), model.weight.t()
+    optimizer = sam(model)
+
+    class Loss:
+        def backward(self):
+            cross_entropy(fake @ transposed + model.bias, y).backward(retain_graph=True)
+
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(fake.detach()), y))
+    expected = [p - LR * g for p, g in zip(copies(model), truth, strict=True)]
+    take_step(way, optimizer, Loss)
+    close(model.parameters(), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -373,6 +393,85 @@ def test_clipping_the_gradients_of_two_optimizers_between_the_passes(way):
         else:
             with pytest.raises(RuntimeError, match="the sum of the gradients at w and at w"):
                 head.step()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("way", ["closure", "list"])
+def test_a_step_of_another_optimizer_in_the_closure_is_an_error(way, named):
+    model, (x, y) = network(), batches()[0]
+    trunk = SAM(model[0].parameters(), torch.optim.SGD, rho=RHO, lr=LR, module=model if named else None)
+    head = torch.optim.SGD(model[2].parameters(), lr=LR, momentum=0.9)
+
+    class Stepping:
+        def backward(self):
+            cross_entropy(model(x), y).backward()
+            head.step()
+
+    start = copies(model[0])
+    with pytest.raises(RuntimeError, match=r"SGD.step\(\) is called in the closure.*runs twice"):
+        take_step(way, trunk, Stepping)
+    assert all(torch.equal(p, w) for p, w in zip(model[0].parameters(), start, strict=True))
+    head.step()  # nothing is left on it
+
+
+def test_a_step_of_another_optimizer_in_the_second_pass_stays():
+    """Of a network whose parameters have the shapes of those that are moved."""
+    model, (x, _) = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double(), batches()[0]
+    trunk = SAM(model[0].parameters(), torch.optim.SGD, rho=RHO, lr=LR, module=model)
+    head = torch.optim.SGD(model[2].parameters(), lr=LR)
+    for _ in range(3):
+        model.zero_grad()
+        truth = gradients_by_hand(model, lambda m: m(x).square().mean(), moved=("0.weight", "0.bias"))
+        expected = [p - LR * g for p, g in zip(copies(model), truth, strict=True)]
+        model(x).square().mean().backward()
+        with trunk.perturbed():
+            model(x).square().mean().backward()
+            head.step()
+        trunk.step()
+        close(model.parameters(), expected)
+
+
+def test_an_attack_with_an_optimizer_of_its_own_in_the_closure():
+    model, (x, y) = network(), batches()[0]
+    optimizer, shift = sam(model), torch.zeros_like(x, requires_grad=True)
+    attack = torch.optim.SGD([shift], lr=0.1)
+
+    def loss_of(m=model):
+        with torch.no_grad():
+            shift.zero_()
+        attack.zero_grad()
+        (-cross_entropy(m(x + shift), y)).backward(inputs=[shift])
+        attack.step()
+        return cross_entropy(m(x + shift.detach()), y)
+
+    truth = gradients_by_hand(model, loss_of)
+    expected = [p - LR * g for p, g in zip(copies(model), truth, strict=True)]
+    take_step("closure", optimizer, loss_of)
+    close(model.parameters(), expected)
+
+
+def test_a_scheduler_that_steps_in_the_closure_is_warned_of():
+    model, (x, y) = network(), batches()[0]
+    optimizer = sam(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+
+    def loss_of():
+        scheduler.step()
+        return cross_entropy(model(x), y)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        take_step("closure", optimizer, loss_of)
+    assert any("StepLR.step() is called in the closure" in str(w.message) for w in warned)
+
+
+def test_two_of_them_whose_passes_are_nested_name_the_remedy():
+    model, (x, y) = network(), batches()[0]
+    trunk, head = (SAM(part.parameters(), rho=RHO, lr=LR, module=model) for part in (model[0], model[2]))
+    cross_entropy(model(x), y).backward()
+    trunk.first_step()
+    with pytest.raises(RuntimeError, match=r"inside that of another optimizer.*use one, with a group for each"):
+        head.first_step()
 
 
 def test_a_second_optimizer_that_clears_the_sum_of_both_passes_steps_as_ever():

@@ -237,8 +237,8 @@ def mixed_groups(params, rho):
     ]
 
 
-@pytest.mark.parametrize("in_tensor", [False, True])
-def test_groups_of_all_kinds_share_one_norm(in_tensor, launches):
+@pytest.mark.parametrize(("in_tensor", "norm"), [(False, 2), (True, 2), (False, math.inf)])
+def test_groups_of_all_kinds_share_one_norm(in_tensor, norm, launches):
     """Against the loop, group by group. A radius that changes is seen, in a tensor and as a number."""
     shapes = [(3, 5), (), (300,), (40, 3, 3), (2049,), (9,), (130, 70), (30,)]
     dtypes = [torch.float32] * 6 + [torch.float64, torch.float32]
@@ -246,7 +246,8 @@ def test_groups_of_all_kinds_share_one_norm(in_tensor, launches):
     for flags in ({"fused": True}, {"foreach": False}):
         params = [make(shapes, d)[i] for i, d in enumerate(dtypes)]
         grads = [p.grad for p in params]
-        sam = Perturbation(mixed_groups(params, torch.tensor(0.1) if in_tensor else 0.1), **flags)
+        groups = mixed_groups(params, torch.tensor(0.1) if in_tensor else 0.1)
+        sam = Perturbation([{"norm": norm} | g for g in groups], **flags)
         results.append([])
         for rho in (0.1, 0.3):
             if in_tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._pytree import tree_leaves
 
 from sam_optim.optim.transaction import ModelCalls
@@ -17,16 +20,13 @@ from sam_optim.optim.transaction import ModelCalls
 class Passes:
     """Compares the two passes of a step.
 
-    That a backward ran through the graph of the first pass is seen in the first step: no node of a graph has been
-    created in between, and the gradients are equal bit for bit. (Torch itself sees it where weights are saved for the
-    backward: in all models of more than one layer.) Fewer backwards are suspected where p.grad was written to less
-    often, which costs nothing to read, and counted in the step after that.
+    Fewer backwards are suspected where p.grad was written to less often, which costs nothing to read, and counted in
+    the step after that.
     """
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int] | None = None
-        self._at_w: list[tuple[Tensor, Tensor]] = []
-        self._num_nodes = 0
+        self._graphs: Graphs | None = None
         self._count: PassCount | None = None
         self._has_counted = False
 
@@ -35,19 +35,14 @@ class Passes:
         if not used:
             return
         self._last = used[-1], used[-1].grad._version  # type: ignore[union-attr]
-        ends = (used[:1] if used[0] is used[-1] else [used[0], used[-1]]) if looks else []
-        self._at_w = [(p, p.grad) for p in ends if type(p.grad) is Tensor and not p.grad.is_sparse]
-        self._num_nodes = torch._C._autograd._get_sequence_nr()
+        self._graphs = Graphs(used) if looks else None
         if self._count is not None:
             self._count.turn()
 
-    def end(self, modules: Iterable[nn.Module], *, has_come: bool) -> None:
-        """After the second pass. modules: those to count the data of; has_come: a gradient, by a backward."""
-        last, at_w, self._last, self._at_w = self._last, self._at_w, None, []
-        num_nodes = torch._C._autograd._get_sequence_nr() - self._num_nodes
-        # a factor on the loss is a node; with one parameter, a loss may be no more than that
-        has_old_graph = has_come and num_nodes < len(at_w)
-        if has_old_graph and all([p.grad is not None and torch.equal(p.grad, g) for p, g in at_w]):
+    def end(self, modules: Iterable[nn.Module]) -> None:
+        """After the second pass. modules: those to count the data of."""
+        last, graphs, self._last, self._graphs = self._last, self._graphs, None, None
+        if graphs is not None and graphs.are_old:
             raise RuntimeError(
                 "the second pass has run backward through the graph of the first, and its gradient is that at w: run "
                 "the model again in the perturbed pass, or in the closure"
@@ -59,6 +54,53 @@ class Passes:
             p, num_written = last
             if p.grad is not None and p.grad._version < num_written:
                 self._has_counted, self._count = True, PassCount(p, modules)
+
+
+class Graphs:
+    """Whether a backward goes from a graph that is older than this to the parameters.
+
+    Torch itself sees it where weights are saved for the backward: not in the first layer. The nodes are those that the
+    backward in the same thread started from, and a node is older if its number is less. Threads number their own nodes,
+    so what a `DataParallel` has made says nothing.
+    """
+
+    def __init__(self, params: Sequence[Tensor]):
+        self.are_old = False
+        self._params = params
+        self._num_nodes = torch._C._autograd._get_sequence_nr()
+        self._thread = threading.get_ident()
+        self._task = -1
+        for p in {id(p): p for p in (params[0], params[-1])}.values():
+            weakref.finalize(self, p.register_hook(ModelCalls(self)).remove)
+
+    def called(self, grad: Tensor) -> None:
+        if self._task == torch._C._current_graph_task_id():
+            return
+        self._task = torch._C._current_graph_task_id()
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            self._search([x.grad_fn for x in frame.f_locals["t_outputs"] if isinstance(x, Tensor) and x.grad_fn])
+
+    def _search(self, roots: list[Any]) -> None:
+        ids = {*map(id, self._params)}
+        ages = dict.fromkeys(roots, False)  # whether an old node leads to it
+        waiting = list(ages)
+        is_reached = False
+        while waiting:
+            node = waiting.pop()
+            if "Broadcast" in node.name():
+                return
+            if id(getattr(node, "variable", None)) in ids:
+                is_reached = is_reached or ages[node]
+                continue
+            age = ages[node] or node._sequence_nr() < self._num_nodes
+            for child, _ in node.next_functions:
+                if child is not None and ages.get(child) is not True and (child not in ages or age):
+                    ages[child] = age
+                    waiting.append(child)
+        self.are_old = self.are_old or is_reached
 
 
 class PassCount:

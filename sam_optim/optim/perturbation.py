@@ -527,7 +527,7 @@ class Perturbation:
             )
         if not self.one_pass:
             modules = self._guard.modules or (self._surroundings.modules if self._surroundings else ())
-            self._passes.end(modules, has_come=arrivals is not None and arrivals.has_come)
+            self._passes.end(modules)
         if self.keeps_ascent_gradients:
             self._replace_gradients(second)
         duals = [n.dual for n in self._record.ascent.norms] if self._record.ascent else []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from sam_optim.core.module_state import modules_of
 from sam_optim.optim.transaction import EarlierGradients, ModelGuard, alike
@@ -41,6 +42,8 @@ class Surroundings:
         self._unscaled: list[Any] = []
         self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
         self._handles: list[Any] = []
+        self._epochs: list[Any] = []
+        self._schedulers = [weakref.ref(x) for x in seen if isinstance(x, LRScheduler)]
         self._modules = [weakref.ref(x) for x in seen if isinstance(x, nn.Module)]
         self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
         named = set(guard.modules)
@@ -71,10 +74,12 @@ class Surroundings:
                 self._others.append((weakref.ref(x), theirs, EarlierGradients(theirs)))
 
     def refuse_steps(self, params: Sequence[Tensor]) -> None:
-        """Until the pass ends, in a closure, the step of another optimizer is an error."""
+        """In a closure, until the pass ends: a step of another optimizer is an error, one of a scheduler is noted."""
         ids = {*map(id, params)}
+        self._epochs = [(ref, s.last_epoch) for ref in self._schedulers if (s := ref()) is not None]
         for x in [x for ref in self._optimizers if (x := ref()) is not None] if self.is_watching else ():
-            if ids.isdisjoint(map(id, parameters_of(x))):
+            theirs = [p for p in parameters_of(x) if isinstance(p, nn.Parameter)]  # and no adversarial example
+            if theirs and ids.isdisjoint(map(id, theirs)):
                 self._handles.append(x.register_step_pre_hook(_refuse_step))
 
     @property
@@ -110,9 +115,10 @@ class Surroundings:
         counted = [x._version for x in self._counters] != self._versions
         changed = [(m, name) for m, name, x, version in self._attributes if x._version != version]
         moved = dict.fromkeys([name for p, name, state in self._averages if _state(p) != state]) if not failed else {}
+        stepped = [s for ref, epoch in self._epochs if (s := ref()) is not None and s.last_epoch != epoch]
         self._counters, self._attributes, self._others, self.is_watching = [], [], [], False
-        self._averages = []
-        if failed or not (mixed or counted or changed or moved) or self._ids & _ids_in_other_threads():
+        self._averages, self._epochs = [], []
+        if failed or not (mixed or counted or changed or moved or stepped) or self._ids & _ids_in_other_threads():
             return  # who has changed what another thread holds is not known
         if counted:
             warnings.warn(
@@ -124,6 +130,12 @@ class Surroundings:
             warnings.warn(
                 f"{type(m).__name__}.{name} is a tensor that forward() changes, and it has seen both passes: register "
                 "it with register_buffer, and it will be that of the first",
+                stacklevel=8,
+            )
+        if stepped:
+            warnings.warn(
+                f"{type(stepped[0]).__name__}.step() is called in the closure, which runs twice in a step: call it "
+                "after optimizer.step(closure)",
                 stacklevel=8,
             )
         for name in moved:
@@ -183,7 +195,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-_KINDS = (GradScaler, Optimizer, nn.Module)
+_KINDS = (GradScaler, Optimizer, LRScheduler, nn.Module)
 
 
 def _variables(frame: FrameType | None, num_frames: int = 24, *, only_named: bool = False) -> Iterator[Any]:

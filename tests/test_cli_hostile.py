@@ -275,18 +275,19 @@ class TestRuns:
         with pytest.raises(InputError, match=r"config\.json is not of a run of benchmarks\.train"):
             checkpoints.find([run_])
 
-    def test_a_model_far_larger_than_the_weights_is_not_made(self, here):
-        """4 TB of weights for a file of 30 kB."""
+    @pytest.mark.parametrize("option", [["embed_dim", 1 << 19], ["depth", 10**5], ["depth", 10**9]])
+    def test_a_model_far_larger_than_the_weights_is_not_made(self, here, option):
+        """4 TB of weights, or 100,000 blocks, for a file of 100 kB."""
         images(here / "d.npz")
-        config = {"options": {"model": "test_vit", "model_kwargs": [["embed_dim", 1 << 19]]}}
+        config = {"options": {"model": "test_vit", "model_kwargs": [option]}}
         folder = self.made(here / "run", config)
         next(folder.glob("checkpoints/*")).unlink()
         torch.save(network(0).state_dict(), content := io.BytesIO())
         digest = hashlib.sha256(content.getvalue()).hexdigest()[:16]
         (folder / "checkpoints" / f"checkpoint-{7:09d}-{digest}.pt").write_bytes(content.getvalue())
         code, _, err = run("measure", "run", "--data", "d.npz", "--num-classes", 10, "--quiet", "--measures", "trace")
-        assert code == 1
-        assert "its config.json describes a model of" in err
+        assert code in (1, 2)
+        assert any(text in err for text in ("describes a larger model", "allocate memory", "not be beyond 1,000,000"))
 
     @pytest.mark.parametrize("model", ["hf-hub:x/y", "local-dir:/tmp", "../x", 3, None, ["a"], "no_such_model"])
     def test_models_that_are_no_names_are_refused(self, tmp_path, model):
@@ -603,6 +604,24 @@ class TestOutputs:
     @pytest.mark.parametrize("path", ["/dev/nowhere", "/dev", "/dev/fd/999", "."])
     def test_what_cannot_become_a_file(self, here, capsys, path):
         assert "name a file for --json" in self.refused(capsys, "measure --json", path)
+
+    def test_a_table_does_not_replace_a_file_of_something_else(self, here):
+        study(here, count=1)
+        before = Path("c0.pt").read_bytes()
+        code, _, err = run(*MEASURE[1:], "--csv", "c0.pt")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "c0.pt holds no table of `sam-optim measure` and is left alone" in err
+        assert Path("c0.pt").read_bytes() == before
+        Path("t.csv").touch()
+        assert [run(*MEASURE[1:], "--csv", "t.csv")[0] for _ in range(2)] == [0, 0]
+
+    def test_a_table_of_very_many_columns_would_take_hours(self, here):
+        study(here, count=1)
+        assert run(*MEASURE[1:], "--csv", "t.csv")[0] == 0
+        Path("e.csv").write_text("checkpoint," + ",".join(map(str, range(10**5))) + "\nc0.pt" + ",1" * 10**5 + "\n")
+        code, _, err = run("report", "t.csv", "--targets", "e.csv", "-o", "r.html")
+        assert code == 2
+        assert "--targets has 100,000 columns, more than 200; choose one with --target" in err
 
     def test_a_pipe_of_the_process_is_written_to(self, here):
         """As `--json >(command)`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from benchmarks.train.order import Loading
 from benchmarks.train.streams import Streamed
 from sam_optim.core import random as rng
 from sam_optim.core.errors import InputError
-from sam_optim.vision.weights import check_size, load_
+from sam_optim.vision.weights import limited, load_
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def load(options: Options, *, ema: bool = False) -> TrainedRun:
     device = recipe.device(options)
     with rng.preserved():
         splits = data.load(options)
-        make = partial(recipe.model, options, splits)
-        check_size(make, state[weights], str(options.out))
-        model = make()
+        with limited(state[weights], str(options.out)):
+            model = recipe.model(options, splits)
     load_(model, state[weights], str(options.out))
     return TrainedRun(options, splits, model.to(device), device, weights, state["step"])

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -190,10 +191,9 @@ class ImageLosses(Losses):
                 raise InputError(f"{name} takes images, (C, H, W), and x has the shape {data.shape}")
             channels, height, width = data.shape
             size = (channels, height, width)
-            make = partial(models.build, name, num_classes=num, image_size=size, small_stem=small, **kwargs)
-            if checkpoint.run:
-                weights.check_size(make, state, checkpoint.name)
-            self._built = (key, make())
+            with weights.limited(state, checkpoint.name) if checkpoint.run else nullcontext():
+                model = models.build(name, num_classes=num, image_size=size, small_stem=small, **kwargs)
+            self._built = (key, model)
         return self._built[1]
 
 

@@ -18,6 +18,7 @@ from sam_optim.sweep import store
 from sam_optim.sweep.quality import QUALITY
 
 Lines = list[dict[str, str]]
+MOST_TARGETS = 200
 TYPES = ("Estimate", "Spectrum", "Landscape", "Correlation")
 
 
@@ -96,6 +97,8 @@ def _targets(measured: Table, lines: Lines, wanted: str | None, factors: Sequenc
         if wanted not in names:
             raise unknown("target", wanted, names) if names else InputError(f"--target {wanted}: give --targets FILE")
         names = [wanted]
+    elif len(names) > MOST_TARGETS:
+        raise InputError(f"--targets has {len(names):,} columns, more than {MOST_TARGETS}; choose one with --target")
     columns = {}
     for name in names:
         pairs = [(row, _number(line[name])) for row, line in _matched(measured, lines, name)]

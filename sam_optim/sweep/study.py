@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sam_optim.core.errors import EXIT_FAILED, one_line
-from sam_optim.core.files import reserved, write_atomic
+from sam_optim.core.errors import EXIT_FAILED, InputError, one_line
+from sam_optim.core.files import is_stream, open_regular, reserved, write_atomic
 from sam_optim.core.text import cell, csv_text, headline, is_finite, number, text_table
 from sam_optim.measures import registry
 from sam_optim.sweep.columns import Column, Measures
@@ -119,6 +119,7 @@ def measure_checkpoints(
         KeyboardInterrupt: on Ctrl-C; its text says what is done and how to go on.
     """
     with reserved(csv if is_first_process() else None, "--csv"), started(device) as here:
+        _check_table(csv)
         with opened(json, here) as store:
             rows, columns = find(checkpoints), measures.columns()
             losses = problem.open(here, rows)
@@ -135,6 +136,15 @@ def measure_checkpoints(
         if csv is not None and here.is_first:
             write_atomic(csv, sweep.csv().encode(), "--csv")
         return sweep
+
+
+def _check_table(path: Path | None) -> None:
+    """Raises InputError for a file of something else, which the table would replace: a checkpoint, data."""
+    if path is None or is_stream(path) or not path.exists():
+        return
+    with open_regular(path) as file:
+        if file.read(11) not in (b"", b"checkpoint,"):
+            raise InputError(f"{path} holds no table of `sam-optim measure` and is left alone; choose another --csv")
 
 
 @dataclass

@@ -7,7 +7,6 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +94,10 @@ class TextLosses(Losses):
             raise InputError(f"{checkpoint.name} is quantized; give the weights that it was made from")
         kind = _transformers().AutoModelForSequenceClassification
         # eager attention: a file may name another implementation, which would be downloaded
-        make = partial(kind.from_config, config, attn_implementation="eager", trust_remote_code=False)
+        state = self._read(checkpoint)
         try:
-            weights.check_size(make, self._read(checkpoint), checkpoint.name)
-            model = make()
+            with weights.limited(state, checkpoint.name):
+                model = kind.from_config(config, attn_implementation="eager", trust_remote_code=False)
         except InputError:
             raise
         except Exception as error:  # whatever transformers makes of a damaged file

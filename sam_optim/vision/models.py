@@ -16,6 +16,7 @@ from sam_optim.core.errors import InputError, one_line, say, unknown
 from sam_optim.vision import cifar_resnet, state_dicts, weights, wide_resnet
 from sam_optim.vision.tensor_files import read_file
 
+LARGEST = 10**6  # number in the options of a model that is taken from a file
 SMALL = 64  # up to this height an image is small: CIFAR, Tiny ImageNet, digits
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]*")  # what cannot be a path or a url
@@ -196,6 +197,8 @@ def check_options(name: Any, options: Mapping[str, Any]) -> None:
             v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and NAME.fullmatch(v)) for v in values
         ):
             raise InputError(f"the option {key} must be a number or a word, got {value!r}")
+        if any(isinstance(v, (int, float)) and not abs(v) <= LARGEST for v in values):
+            raise InputError(f"the option {key} must not be beyond {LARGEST:,}, got {value!r}")
         if key in ("num_classes", "in_chans") and (type(value) is not int or value < 1):
             raise InputError(f"the option {key} must be a positive whole number, got {value!r}")
 

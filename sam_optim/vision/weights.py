@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Collection, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sam_optim.core.errors import InputError
 
 AVERAGED = re.compile(r"ema|averag|swa", re.IGNORECASE)
-LARGE = 10**8  # weights that a model may have beyond those of its checkpoint
+LARGE, MANY = 10**8, 10_000  # weights, and tensors of weights, that a model may have beyond those of its checkpoint
 OPTIONAL = "num_batches_tracked"  # old checkpoints lack it, and nothing that is measured depends on it
 
 
@@ -25,16 +25,23 @@ def load_(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         model.load_state_dict(fitted(model, state, name), strict=False)  # only optional entries can be missing
 
 
-def check_size(make: Callable[[], nn.Module], state: Mapping[str, Tensor], name: str) -> None:
-    """Raises InputError for a model far larger than the checkpoint beside its config.json, before it is made."""
+@contextmanager
+def limited(state: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Raises InputError as soon as a model that is made inside is far larger than the checkpoint beside its config."""
+    given, claimed, tensors = sum(w.numel() for w in state.values()), 0, 0
+
+    def count(module: nn.Module, parameter: str, w: Tensor | None) -> None:
+        nonlocal claimed, tensors
+        claimed, tensors = claimed + (0 if w is None else w.numel()), tensors + 1
+        if claimed > given + LARGE or tensors > 2 * len(state) + MANY:
+            said = f"{name} has {given:,} numbers in {len(state)} tensors, and its config.json describes a larger model"
+            raise InputError(said)
+
+    hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"), redirect_stderr(io.StringIO()):
-            claimed = sum(w.numel() for w in make().parameters())
-    except Exception:  # some cannot be made without numbers; what is wrong is said when it is made with them
-        return
-    given = sum(w.numel() for w in state.values())
-    if claimed > given + LARGE:
-        raise InputError(f"{name} has {given:,} numbers, and its config.json describes a model of {claimed:,}")
+        yield
+    finally:
+        hook.remove()
 
 
 def fitted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

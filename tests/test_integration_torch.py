@@ -97,7 +97,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR's own, in torch 2.8
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("way", ["closure", "contexts"])
 def test_schedulers_move_the_learning_rate_of_the_base(name, way):

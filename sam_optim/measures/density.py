@@ -101,7 +101,8 @@ def spectral_density(
     values, residuals = torch.cat(nodes), torch.cat(bounds)
     ends = torch.stack([values.argmax(), values.argmin()])
     high, low = values[ends].tolist()
-    width = width or KERNEL * (high - low) or KERNEL * abs(high) or KERNEL
+    is_one = high - low <= 100 * lanczos.epsilon * lanczos.scale  # eigenvalues that differ by rounding alone
+    width = width or KERNEL * (abs(high) if is_one else high - low) or KERNEL
     grid = torch.linspace(low - MARGIN * width, high + MARGIN * width, num_points, dtype=torch.float64)
     probes = list(zip(nodes, weights, strict=True))
     density, stderr = _over_probes([_smooth(grid, x, p, width) for x, p in probes])

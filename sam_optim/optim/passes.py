@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.utils._pytree import tree_leaves
 
 from sam_optim.optim.transaction import ModelCalls
+
+# torch's own, under backward() and grad(): its frame has the tensors they start from; without it nothing is looked for
+_ENGINE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 
 
 class Passes:
@@ -78,10 +80,12 @@ class Graphs:
             return
         self._task = torch._C._current_graph_task_id()
         frame = sys._current_frames().get(self._thread)
-        while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+        while frame is not None and frame.f_code is not _ENGINE:
             frame = frame.f_back
         if frame is not None:
-            self._search([x.grad_fn for x in frame.f_locals["t_outputs"] if isinstance(x, Tensor) and x.grad_fn])
+            self._search(
+                [x.grad_fn for x in frame.f_locals.get("t_outputs", ()) if isinstance(x, Tensor) and x.grad_fn]
+            )
 
     def _search(self, roots: list[Any]) -> None:
         ids = {*map(id, self._params)}

@@ -19,45 +19,6 @@ from sam_optim.optim.transaction import ModelCalls
 _ENGINE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 
 
-class Passes:
-    """Compares the two passes of a step.
-
-    Fewer backwards are suspected where p.grad was written to less often, which costs nothing to read, and counted in
-    the step after that.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, int] | None = None
-        self._graphs: Graphs | None = None
-        self._count: PassCount | None = None
-        self._has_counted = False
-
-    def turn(self, used: Sequence[Tensor], *, looks: bool) -> None:
-        """Between the passes. used: the parameters with a gradient, still that at w; looks: in a first step."""
-        if not used:
-            return
-        self._last = used[-1], used[-1].grad._version  # type: ignore[union-attr]
-        self._graphs = Graphs(used) if looks else None
-        if self._count is not None:
-            self._count.turn()
-
-    def end(self, modules: Iterable[nn.Module]) -> None:
-        """After the second pass. modules: those to count the data of."""
-        last, graphs, self._last, self._graphs = self._last, self._graphs, None, None
-        if graphs is not None and graphs.are_old:
-            raise RuntimeError(
-                "the second pass has run backward through the graph of the first, and its gradient is that at w: run "
-                "the model again in the perturbed pass, or in the closure"
-            )
-        if self._count is not None:
-            self._count.compare()
-            self._count = None
-        elif last is not None and not self._has_counted:
-            p, num_written = last
-            if p.grad is not None and p.grad._version < num_written:
-                self._has_counted, self._count = True, PassCount(p, modules)
-
-
 class Graphs:
     """Whether a backward goes from a graph that is older than this to the parameters.
 

@@ -24,7 +24,7 @@ from sam_optim.optim.kernels import Backups, Bucket, dtensor
 from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
 from sam_optim.optim.param_groups import as_groups, check_group, is_zero, setting_of_groups
-from sam_optim.optim.passes import Passes
+from sam_optim.optim.passes import Graphs, PassCount
 from sam_optim.optim.precision import Float32Pass
 from sam_optim.optim.surroundings import Surroundings, scaler_in_sight
 from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard, has_values
@@ -137,7 +137,10 @@ class Perturbation:
         self._arrivals: EarlierGradients | None = None  # in the second pass
         self._was_cleared = False  # by the optimizer's zero_grad(), since the first pass began
         self._was_written = False  # every gradient of this first pass, after it was made
-        self._passes = Passes()
+        self._num_writes: tuple[Tensor, int] | None = None  # to a gradient of the first pass; a hint that costs nothing
+        self._graphs: Graphs | None = None
+        self._count: PassCount | None = None  # in the step after that hint
+        self._has_counted = False
         self._is_new = True  # until a step's passes have ended: only so long values are read to find a wrong loop
 
     rho, adaptive, eta, norm = map(setting_of_groups, ("rho", "adaptive", "eta", "norm"))
@@ -386,7 +389,8 @@ class Perturbation:
                         if self._surroundings is None:
                             self._surroundings = Surroundings(self._params, self._guard)
                         self._ascend()
-                        self._surroundings.refuse_steps(self._params)
+                        if self._surroundings.is_watching:
+                            self._surroundings.refuse_steps(self._params)
                         for p, grad in grads_of_others:  # as the first pass found them
                             p.grad = grad
                         perturbed = closure()
@@ -478,7 +482,11 @@ class Perturbation:
                 self.rule.has_moved(self._backups)
             if not self.one_pass:
                 self._was_written = self._is_new and all([p.grad._version for p in having])  # type: ignore[union-attr]
-                self._passes.turn(having, looks=self._is_new and self.ascends and ranks.are_alone)
+                self._num_writes = (having[-1], having[-1].grad._version) if having else None  # type: ignore[union-attr]
+                if self._is_new and having and ranks.are_alone and self.ascends:
+                    self._graphs = Graphs(having)
+                if self._count is not None:
+                    self._count.turn()
             if clear:
                 for p in params:
                     p.grad = None
@@ -525,9 +533,10 @@ class Perturbation:
                 "weights were assigned (p.data = ...) while they were perturbed; their earlier values are back: "
                 "assign and load weights when the perturbed pass has ended"
             )
-        if not self.one_pass:
-            modules = self._guard.modules or (self._surroundings.modules if self._surroundings else ())
-            self._passes.end(modules)
+        p, num = self._num_writes or (None, 0)
+        has_fewer = p is not None and p.grad is not None and p.grad._version < num
+        if has_fewer or self._graphs is not None or self._count is not None:
+            self._compare_passes(p if has_fewer else None)
         if self.keeps_ascent_gradients:
             self._replace_gradients(second)
         duals = [n.dual for n in self._record.ascent.norms] if self._record.ascent else []
@@ -640,6 +649,20 @@ class Perturbation:
                 g.copy_(d)
 
     # guards
+
+    def _compare_passes(self, p: Tensor | None) -> None:
+        """Whether the second pass ran what the first one ran. p: a parameter that it has written to less often."""
+        graphs, count, self._graphs, self._count = self._graphs, self._count, None, None
+        if graphs is not None and graphs.are_old:
+            raise RuntimeError(
+                "the second pass has run backward through the graph of the first, and its gradient is that at w: run "
+                "the model again in the perturbed pass, or in the closure"
+            )
+        if count is not None:
+            count.compare()
+        elif p is not None and not self._has_counted:
+            modules = self._guard.modules or (self._surroundings.modules if self._surroundings else ())
+            self._has_counted, self._count = True, PassCount(p, modules)
 
     def _check_inactive(self) -> None:
         if self._pass is not None:

@@ -77,7 +77,7 @@ class Surroundings:
         """In a closure, until the pass ends: a step of another optimizer is an error, one of a scheduler is noted."""
         ids = {*map(id, params)}
         self._epochs = [(ref, s.last_epoch) for ref in self._schedulers if (s := ref()) is not None]
-        for x in [x for ref in self._optimizers if (x := ref()) is not None] if self.is_watching else ():
+        for x in [x for ref in self._optimizers if (x := ref()) is not None]:
             theirs = [p for p in parameters_of(x) if isinstance(p, nn.Parameter)]  # and no adversarial example
             if theirs and ids.isdisjoint(map(id, theirs)):
                 self._handles.append(x.register_step_pre_hook(_refuse_step))

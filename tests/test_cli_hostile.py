@@ -42,7 +42,7 @@ def read(path, **options):
 KINDS = {
     "meta": (lambda w: w.to("meta"), "on the device meta"),
     "sparse": (lambda w: w.to_sparse(), "is a sparse tensor"),
-    "nested": (lambda w: torch.nested.nested_tensor([w[:1], w[:2]]), "is a nested tensor"),
+    "nested": (lambda w: torch.nested.nested_tensor([w[:1], w[:2]]), "is a nested tensor|_rebuild_nested_tensor"),
     "complex": (lambda w: w.to(torch.complex64), "is complex"),
     "fp8": (lambda w: w.to(torch.float8_e4m3fn), "has the type float8_e4m3fn"),
     "quantized": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantized"),

@@ -1398,3 +1398,90 @@ def test_a_loop_written_for_davda54_runs_as_it_is_with_eta_0():
     cross_entropy(model(x), y).backward()
     close([p.grad for p in model.parameters()], [p.grad for p in there.parameters()])
     optimizer.second_step(zero_grad=True)
+
+
+class TwoTowers(nn.Module):
+    """A query encoder, and a key encoder that follows it in every forward pass."""
+
+    def __init__(self, moves):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double()
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        self.moves = moves
+
+    def forward(self, x):
+        for k, q in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            self.moves(k, 0.9 * k.data + 0.1 * q.data)
+        return self.query(x) + self.key(x)
+
+
+def replace_data(p, value):
+    p.data = value
+
+
+@pytest.mark.parametrize("moves", [lambda p, value: p.data.copy_(value), replace_data], ids=["in place", "replaced"])
+@pytest.mark.parametrize("way", ["closure", "contexts", "microbatch"])
+def test_a_frozen_encoder_moves_once_also_where_the_optimizer_was_given_it(way, moves):
+    model, by_hand = TwoTowers(moves), TwoTowers(moves)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, module=model)
+    weights = list(by_hand.query.parameters())
+    for i in range(4):
+        x, y = batches()[i]
+
+        def loss(x=x, y=y):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        if way == "closure":
+            optimizer.step(loss)
+        else:
+            optimizer.zero_grad()
+            with optimizer.microbatch() if way == "microbatch" else contextlib.nullcontext():
+                cross_entropy(model(x), y).backward()
+                with optimizer.perturbed():
+                    cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        grads = torch.autograd.grad(cross_entropy(by_hand(x), y), weights)
+        after, w = copy.deepcopy(by_hand.state_dict()), [p.detach().clone() for p in weights]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(weights, grads, strict=True):
+                p += 0.1 * g / norm
+        grads = torch.autograd.grad(cross_entropy(by_hand(x), y), weights)
+        by_hand.load_state_dict(after)
+        with torch.no_grad():
+            for p, value, g in zip(weights, w, grads, strict=True):
+                p.copy_(value - 0.1 * g)
+    torch.testing.assert_close(model.state_dict(), by_hand.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_gradients_that_a_frozen_network_has_from_its_own_loss_stay():
+    """A GAN in two phases: D's backward comes first, and D is frozen while G trains."""
+    torch.manual_seed(0)
+    g, d = nn.Linear(4, 4).double(), nn.Linear(4, 1).double()
+    optimizer = SAM(g.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, module=[g, d])
+    x = torch.randn(8, 4, dtype=torch.float64)
+    d(x).square().mean().backward()
+    expected = d.weight.grad.clone()
+    d.requires_grad_(False)
+    d(g(x)).mean().backward()
+    with optimizer.perturbed():
+        d(g(x)).mean().backward()
+    d.requires_grad_(True)
+    assert torch.equal(d.weight.grad, expected)
+
+
+def test_two_perturbed_passes_in_one_microbatch_are_refused():
+    model = network()
+    optimizer = sam(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="anew for each micro-batch"), optimizer.microbatch():
+        for x, y in batches():
+            cross_entropy(model(x), y).backward()
+            with optimizer.perturbed():
+                cross_entropy(model(x), y).backward()
+    assert all(map(torch.equal, before, model.parameters()))

@@ -219,14 +219,13 @@ class Queue:
 
     def _end(self, claim: Claim, state: str, value: float | None = None, **attributes: Any) -> bool:
         """False where another worker has the trial already."""
-        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         with self._lock():
             try:
                 for name, attribute in attributes.items():
                     claim.trial.set_user_attr(name, attribute)
-            except UpdateFinishedTrialError:
+            except RuntimeError:  # Optuna's, of a trial that is finished; of a class of its own in later versions
                 return False
             self.study.tell(claim.trial, value, state=TrialState[state])
             self._reconcile()

@@ -33,6 +33,7 @@ ROUNDING = ("nearest", "stochastic", "float32")
 
 Closure = Callable[[], Any]
 
+_TRAINS = operator.attrgetter("requires_grad")
 _KIND = operator.attrgetter("dtype", "layout", "device")  # tensors that differ in these go into separate buckets
 
 
@@ -107,6 +108,7 @@ class Perturbation:
         self.completed = False  # a second pass has ended, and no optimizer has used its gradients yet
         self.was_empty = False  # the last second pass has left no gradient
         self.rule: Any = None  # a variant of SAM that changes gradients
+        self.reads_zeros = False  # gradients that were written to and are 0 have been cleared too late, not computed
         self.one_pass = False  # e is known before the pass, so that a step has one: the rule says where it points
         self.reverses = False  # e points against what the rule says
         self.keeps_ascent_gradients = False  # for the rule's descent gradient
@@ -225,7 +227,7 @@ class Perturbation:
         """
         self._check_inactive()
         with self.transaction():
-            self._begin_first_pass(GradientStash([*self._params, *self._guard.other_params]))
+            self._begin_first_pass(GradientStash(self._all_params()))
             try:
                 if not self.ascends:
                     self._await_last_pass(may_repeat=True)  # a perturbed pass may follow all the same
@@ -263,6 +265,11 @@ class Perturbation:
         self._check_inactive()
         self.refresh()
         accumulates = self.one_pass and self.has_finished_pass()
+        if self._stash is not None and self.completed and not self.one_pass:
+            raise RuntimeError(
+                "a second perturbed pass in one microbatch(): its gradient would replace that of the first. Open "
+                "microbatch() anew for each micro-batch, inside the loop"
+            )
         self._check_only_new_gradients()
         if self._surroundings is None and not self.one_pass:
             self._surroundings = Surroundings(self._params, self._guard)
@@ -328,12 +335,15 @@ class Perturbation:
         self._is_new = self._is_new and not self.ascends
         return perturbed if self.one_pass else loss
 
+    def _all_params(self) -> list[Tensor]:
+        return list(dict.fromkeys([*self._params, *self._guard.other_params]))
+
     def _mean_over(self, closures: Sequence[Closure]) -> tuple[Any, Any]:
         """Runs each closure with its own perturbation; averages their gradients, and their losses at w and at w + e."""
         closures = list(closures) if isinstance(closures, Iterable) and not isinstance(closures, Tensor) else [closures]
         if not closures or not all([callable(c) for c in closures]):
             raise TypeError(f"expected a closure or a list of at least one closure, got {closures!r}")
-        params = [*self._params, *self._guard.other_params]
+        params = self._all_params()
         had_gradients = any([p.grad is not None for p in self._params])
         for p in params:
             p.grad = None
@@ -481,7 +491,8 @@ class Perturbation:
             if self.rule is not None:
                 self.rule.has_moved(self._backups)
             if not self.one_pass:
-                self._was_written = self._is_new and all([p.grad._version for p in having])  # type: ignore[union-attr]
+                reads_zeros = self._is_new and self.reads_zeros
+                self._was_written = reads_zeros and all([p.grad._version for p in having])  # type: ignore[union-attr]
                 self._num_writes = (having[-1], having[-1].grad._version) if having else None  # type: ignore[union-attr]
                 if self._is_new and having and ranks.are_alone and self.ascends:
                     self._graphs = Graphs(having)
@@ -491,7 +502,8 @@ class Perturbation:
                 for p in params:
                     p.grad = None
                 for p in self._guard.other_params:
-                    p.grad = None
+                    if p.requires_grad:  # else what it has is not of this loss
+                        p.grad = None
             if self._first is not None:
                 self._await_last_pass()
             elif not (ranks.are_alone or self.one_pass):
@@ -528,7 +540,7 @@ class Perturbation:
         if failed:
             return
         is_local = self._float32 is None and not self._ranks.is_sharded  # FSDP1 exchanges storages all the time
-        if is_local and any(map(operator.ne, second.pointers, map(Tensor.data_ptr, second.params))):
+        if is_local and any(map(operator.ne, second.pointers, map(Tensor.data_ptr, second.trained))):
             raise RuntimeError(
                 "weights were assigned (p.data = ...) while they were perturbed; their earlier values are back: "
                 "assign and load weights when the perturbed pass has ended"
@@ -836,7 +848,7 @@ class Perturbation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.rule, self._record, self.was_empty, self._radii = None, Record(), False, None
-        self.one_pass = self.reverses = self.keeps_ascent_gradients = False
+        self.reads_zeros = self.one_pass = self.reverses = self.keeps_ascent_gradients = False
         self._begin_anew()
         self.module = state["_module"]
 
@@ -849,6 +861,7 @@ class _SecondPass:
         self._process = os.getpid()
         self._owner = object()  # not this pass, which must be freed when its optimizer is dropped
         self.params = params
+        self.trained: list[Tensor] = []
         self.pointers: list[int] = []
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
@@ -857,7 +870,8 @@ class _SecondPass:
         """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
         self._is_open = True
         if {*map(type, self.params)} <= {Tensor, nn.Parameter}:
-            self.pointers = list(map(Tensor.data_ptr, self.params))
+            self.trained = list(filter(_TRAINS, self.params))
+            self.pointers = list(map(Tensor.data_ptr, self.trained))
         transaction.claim(self.params, self._owner)
         self._guard.begin_pass(self.params, self.clean, look=look, restores=restores)
 

@@ -182,6 +182,7 @@ class SAM(Optimizer):
             groups = [g | {"params": list(dict.fromkeys(g["params"]))} for g in self.param_groups]
             self.perturbation = Perturbation(groups, **self._perturbation_options)
         self.perturbation.param_groups = self.param_groups
+        self.perturbation.reads_zeros = True
         if self._is_variant:
             self.perturbation.rule = weakref.proxy(self)
             self.perturbation.one_pass, self.perturbation.reverses = self.one_pass, self.reverses

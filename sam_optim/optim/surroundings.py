@@ -76,7 +76,7 @@ class Surroundings:
     def refuse_steps(self, params: Sequence[Tensor]) -> None:
         """In a closure, until the pass ends: a step of another optimizer is an error, one of a scheduler is noted."""
         ids = {*map(id, params)}
-        self._epochs = [(ref, s.last_epoch) for ref in self._schedulers if (s := ref()) is not None]
+        self._epochs = [(ref, _epoch(s)) for ref in self._schedulers if (s := ref()) is not None]
         for x in [x for ref in self._optimizers if (x := ref()) is not None]:
             theirs = [p for p in parameters_of(x) if isinstance(p, nn.Parameter)]  # and no adversarial example
             if theirs and ids.isdisjoint(map(id, theirs)):
@@ -115,7 +115,7 @@ class Surroundings:
         counted = [x._version for x in self._counters] != self._versions
         changed = [(m, name) for m, name, x, version in self._attributes if x._version != version]
         moved = dict.fromkeys([name for p, name, state in self._averages if _state(p) != state]) if not failed else {}
-        stepped = [s for ref, epoch in self._epochs if (s := ref()) is not None and s.last_epoch != epoch]
+        stepped = [s for ref, epoch in self._epochs if (s := ref()) is not None and _epoch(s) != epoch]
         self._counters, self._attributes, self._others, self.is_watching = [], [], [], False
         self._averages, self._epochs = [], []
         if failed or not (mixed or counted or changed or moved or stepped) or self._ids & _ids_in_other_threads():
@@ -154,6 +154,10 @@ def _state(p: Tensor) -> tuple[int, float, float]:
     version = p._version
     p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
     return version, float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))
+
+
+def _epoch(scheduler: LRScheduler) -> Any:
+    return getattr(scheduler, "last_epoch", None)  # a ChainedScheduler has none
 
 
 def scaler_in_sight() -> GradScaler | None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, filterfalse
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sam_optim.core import random as rng
 from sam_optim.core.module_state import Buffers, modules_of
 from sam_optim.optim.kernels import dtensor
 
+_TRAINS = operator.attrgetter("requires_grad")
 _held: dict[int, object] = {}  # id of a parameter that a pass moves, and keeps alive -> whose it is
 
 
@@ -154,6 +156,8 @@ class ModelGuard:
         if stepped is not self._stepped:
             self._stepped, self._stepped_ids = stepped, set(map(id, stepped))
         ids = self._stepped_ids
+        if frozen := list(filterfalse(_TRAINS, stepped)):  # a key encoder that the optimizer was given, too
+            ids = ids.difference(map(id, frozen))
         params = [p for m in self.modules if m._parameters for p in m._parameters.values()]
         self.other_params = [p for p in params if p is not None and id(p) not in ids]
         self._versions = {id(p): _version(p) for p in self.other_params}

@@ -1479,9 +1479,14 @@ def test_two_perturbed_passes_in_one_microbatch_are_refused():
     model = network()
     optimizer = sam(model)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="anew for each micro-batch"), optimizer.microbatch():
-        for x, y in batches():
-            cross_entropy(model(x), y).backward()
-            with optimizer.perturbed():
+
+    def accumulate():
+        with optimizer.microbatch():
+            for x, y in batches():
                 cross_entropy(model(x), y).backward()
+                with optimizer.perturbed():
+                    cross_entropy(model(x), y).backward()
+
+    with pytest.raises(RuntimeError, match="anew for each micro-batch"):
+        accumulate()
     assert all(map(torch.equal, before, model.parameters()))

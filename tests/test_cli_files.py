@@ -482,7 +482,11 @@ class TestImages:
     def test_pixels_of_16_bits_are_scaled_and_not_clipped(self, tmp_path, suffix):
         values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
         (tmp_path / "d" / "a").mkdir(parents=True)
-        Image.fromarray(values).save(tmp_path / "d" / "a" / f"x.{suffix}")
+        path = tmp_path / "d" / "a" / f"x.{suffix}"
+        if suffix == "pgm":  # which Pillow 10 reads but does not write
+            path.write_bytes(b"P5 8 8 65535\n" + values.astype(">u2").tobytes())
+        else:
+            Image.fromarray(values).save(path)
         picture = data.open_split(tmp_path / "d").picture(0, "L")
         assert np.array_equal(np.asarray(picture), np.round(values / 65535 * 255).astype(np.uint8))
 

@@ -206,6 +206,8 @@ def test_timms_schedulers_drive_it(sam, sched):
         )[0]
         for o in (optimizer, plain)
     ]  # fmt: skip
+    if None in schedulers:
+        pytest.skip(f"this timm has no scheduler {sched}")
     closure = closure_of(optimizer, weight, bias, x)
     rates = []
     for epoch in range(12):

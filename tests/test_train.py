@@ -257,7 +257,7 @@ class TestOptions:
         ["--model", "test_vit", "--mixup", "0.4", "--cutmix", "1", "--smoothing", "0.1", "--model-ema", "0.9"],
         ["--model", "test_efficientnet", "--sam-rho", "0.01", "--sam-norm", "inf", "--accumulate", "2"],
         ["--model", "test_resnet", "--sam-rho", "0.5", "--adaptive", "filter", "--channels-last", "--no-aug"],
-        ["--opt", "lookahead_adam", "--sam-rho", "0.05", "--sched", "wsd", "--warmup-epochs", "0.5"],
+        ["--opt", "lookahead_adam", "--sam-rho", "0.05", "--sched", "tanh", "--warmup-epochs", "0.5"],
         ["--opt", "lion", "--opt-kwargs", "betas=(0.9, 0.98)", "--validation-fraction", "0.25", "--sched", "none"],
         [
             "--label-noise",
@@ -272,6 +272,11 @@ class TestOptions:
             "9",
         ],
     )
+
+    def test_a_schedule_that_this_timm_does_not_have(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("timm.scheduler.create_scheduler_v2", lambda *args, **kwargs: (None, 3))
+        assert run(*DIGITS, "--out", tmp_path / "out", "--sched", "wsd") == 2
+        assert "wsd is unknown to this timm" in capsys.readouterr().err
 
     @pytest.mark.parametrize("options", COMBINATIONS, ids=" ".join)
     def test_combinations(self, tmp_path, options):

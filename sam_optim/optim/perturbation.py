@@ -413,7 +413,11 @@ class Perturbation:
                         )
             failed = False
         finally:
-            self._end_first_pass(failed=failed)
+            try:
+                if failed:
+                    self._return(failed=True)  # earlier gradients do not go to the float32 weights of a float32 pass
+            finally:
+                self._end_first_pass(failed=failed)
         return loss, perturbed
 
     def _has_ascent_gradient(self, loss: Any, earlier: EarlierGradients, *, must: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,8 +146,8 @@ class Ball:
 class ProductBall:
     """One ball over parameter groups that differ in rho or T: ||(rho_k T_k)^-1 d_k||_p <= 1 over all groups k together.
 
-    This is what `SAM` searches when its groups differ, as with `asam_param_groups`. Parameters that no group holds,
-    and groups with rho = 0, do not move.
+    What `SAM` searches when its groups differ, as with `asam_param_groups`; its e has length 1. Parameters that no
+    group holds, and groups with rho = 0, do not move.
     """
 
     def __init__(self, groups: Sequence[tuple[Ball, Sequence[Tensor]]]):
@@ -169,6 +169,13 @@ class ProductBall:
     def rho(self) -> float:
         """The largest radius of a group."""
         return max(ball.rho for ball, _ in self.groups)
+
+    def ascent(self, grads: Tensors, params: Tensors) -> list[Tensor]:
+        """The e of a SAM step: rho_k T_k^2 g_k / ||T g||_2, the norm over all k that move, or rho_k T_k sign(g_k)."""
+        units = ProductBall([(replace(ball, rho=float(ball.rho > 0)), ps) for ball, ps in self.groups])
+        chart = Chart(units, params)
+        e = chart.displacement(chart.steepest(chart.pull_back(grads)))
+        return [rho * x for rho, x in zip(self.radii(params), e, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         return {"groups": [ball.to_dict() | {"num_tensors": len(params)} for ball, params in self.groups]}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_optim.core.geometry import Ball, Chart, ProductBall, p_norm
+from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.results import _Result, provenance
 from sam_optim.loss import Loss
 from sam_optim.measures.shared import Progress, Ticks, batch_mean, settings
@@ -24,7 +24,7 @@ class RhoRange(_Result):
     """The rise of the loss along e(rho) = argmax <g, e> over ||T^-1 e||_p <= rho, for a grid of radii.
 
     radii: (n,), ascending, in units of T. rises: (n,), in units of L. stderr: (n,), over batches; nan for one.
-    linear_share: (n,), what share of the rise is rho ||T g||_q, that of a straight line; nan where the loss does not
+    linear_share: (n,), what share of the rise is <g, e>, that of a straight line; nan where the loss does not
         rise. 1 where the loss is linear, 0.5 where the curvature adds as much again.
     half: the radius where it is 0.5, interpolated; None where that is outside the grid.
     """
@@ -48,7 +48,7 @@ def rho_range(
 ) -> RhoRange:
     """How far the loss rises along SAM's own perturbation, and how much of that a straight line explains.
 
-        rise(rho) = E_b [l_b(w + e_b(rho)) - l_b(w)],   linear_share(rho) = rho E_b ||T g_b||_q / rise(rho)
+        rise(rho) = E_b [l_b(w + e_b(rho)) - l_b(w)],   linear_share(rho) = E_b <g_b, e_b(rho)> / rise(rho)
 
     Where the share is near 1, SAM sees the gradient alone: its step is that of a penalty rho ||T g||_q. Where it is
     small, the perturbation has left the region that the gradient describes. It takes one gradient, and a forward pass
@@ -78,12 +78,11 @@ def rho_range(
     def of_batch(single: Loss) -> list[float]:
         """The slope in rho, then a rise for each radius."""
         base, gradient = single.value_and_gradient()
-        chart = Chart(ball, loss.params)
-        v = chart.pull_back(gradient)
-        d = chart.displacement(chart.steepest(v))
-        numbers = [float(p_norm(v, 2 if chart.norm == 2 else 1)) / ball.rho]
+        e = ball.ascent(gradient, loss.params)
+        slopes = [float((g * x).sum(dtype=torch.float64)) for g, x in zip(gradient, e, strict=True)]
+        numbers = [math.fsum(slopes) / ball.rho]
         for r in grid:
-            with single.displaced([(r / ball.rho * x).to(w.dtype) for x, w in zip(d, loss.params, strict=True)]):
+            with single.displaced([(r / ball.rho * x).to(w.dtype) for x, w in zip(e, loss.params, strict=True)]):
                 numbers.append(float(single.value() - base))
             tick()
         return numbers

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 from chromium import BINARY, REASON, Browser
+from PIL import Image
 from test_report import HOSTILE, Reader, read
 
 from benchmarks.study import __main__ as study
@@ -146,6 +147,19 @@ def test_seeds_of_one_setting_are_no_independent_evidence():
     mean = sum(w * t for w, t in zip(weights, taus, strict=True)) / sum(weights)
     q = sum(w * (t - mean) ** 2 for w, t in zip(weights, taus, strict=True))
     assert groups["heterogeneity_p"] == pytest.approx(math.exp(-q / 2), rel=1e-4)  # chi-squared, 2 degrees of freedom
+
+
+def test_the_picture_has_the_correlations_over_all_models_and_at_fixed_factors_side_by_side(tmp_path):
+    table = CASES["positive, but no evidence at a fixed learning rate"]
+    sizes = {}
+    for given in (table.given, None):
+        report.write(replace(table, given=given), tmp_path, num_resamples=20)
+        with Image.open(tmp_path / "correlations.png") as picture:
+            sizes[given] = picture.size
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 40  # a colour scale
+    (both, height), (single, same_height) = sizes[table.given], sizes[None]
+    assert height == same_height
+    assert both == pytest.approx(2 * single, rel=0.2)  # the title of the second one is longer
 
 
 def test_a_report_can_be_made_again_from_its_results(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.study.analysis import Row, Table, capitalized, directions, labelled, listed, name, table_size
 from sam_optim.core.text import MISSING, number, signed
+from sam_optim.report.canvas import Figure
 from sam_optim.report.figures import Group, Interval, heat_map, intervals, legend, scatter
 from sam_optim.report.page import Child, Markup, drawing, html_page, html_table, panels, render
 
@@ -36,7 +37,7 @@ def page(table: Table, results: Row) -> Markup:
         clear_fixed=f"{sum(sign != 0 for sign in fixed)} of {len(fixed)}",
         percent=f"{100 * results['level']:g}",
         size=table_size(results["comparisons"]),
-        maps=_maps(table, results),
+        maps=panels(*maps(table, results)),
         comparisons=_comparisons(table, results),
         scatters={capitalized(name(t)): _scatters(table, results, t, colours, style_of) for t in table.targets},
         models=_models(table),
@@ -47,17 +48,18 @@ def page(table: Table, results: Row) -> Markup:
     return html_page(f"{table.title}: does flatness go with generalization?", body, data=data, sortable=True)
 
 
-def _maps(table: Table, results: Row) -> Markup:
+def maps(table: Table, results: Row) -> list[Figure]:
+    """Kendall's tau of all measures and targets: over all models, and with the given factors fixed."""
     columns = [SHORT.get(target, name(target)) for target in table.targets]
-    maps = []
+    figures = []
     for title, keys, index in (("All models", OVERALL, 0), (f"Models with the same {name(table.given)}", FIXED, 1)):
         if index and not table.given:
             continue
         rows = [[_row(results, measure, target) for target in table.targets] for measure in table.measures]
         values = [[_numbers(row, keys)[0] for row in line] for line in rows]
         firm = [[bool(directions(row, results["level"])[index]) for row in line] for line in rows]
-        maps.append(heat_map(title, table.measures, columns, values, firm=firm))
-    return panels(*maps)
+        figures.append(heat_map(title, table.measures, columns, values, firm=firm))
+    return figures
 
 
 def _given(table: Table, results: Row) -> dict[str, Child]:

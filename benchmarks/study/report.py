@@ -14,11 +14,12 @@ from typing import Any
 from benchmarks.study import storage as stores
 from benchmarks.study.analysis import Table, analyse
 from benchmarks.study.config import TARGETS, Config, identifier
-from benchmarks.study.page import page
+from benchmarks.study.page import maps, page
 from sam_optim.core.errors import InputError, one_line, show, unknown
 from sam_optim.core.files import PATIENCE, locked, read_bytes, read_json_object, write_atomic, write_json
 from sam_optim.core.text import csv_text
 from sam_optim.report import write_page
+from sam_optim.report.canvas import Figure, rendered
 
 EXTRA_TARGETS = ("test_loss", "loss_gap", "train_error", "validation_error")
 
@@ -147,20 +148,33 @@ def where(table: Table, text: str) -> Table:
 
 
 def write(table: Table, out: Path, *, num_resamples: int = 2000, seed: int = 0) -> int:
-    """report.html, results.json (everything that the page says) and models.csv (what it says it from)."""
+    """report.html, correlations.png, results.json (all that the page says) and models.csv (what it says it from)."""
     results = analyse(table, num_resamples=num_resamples, seed=seed)
     rows = [dict(row) for row in table.rows]
     head = list(dict.fromkeys(key for row in rows for key in row))
-    content = page(table, results)
-    with locked(out / "results.json", patience=PATIENCE):  # the three are of one call
+    content, picture = page(table, results), _side_by_side(maps(table, results))
+    with locked(out / "results.json", patience=PATIENCE):  # the four are of one call
         write_json(out / "results.json", results | {"about": table.about, "failed": list(table.failed), "models": rows})
         write_atomic(out / "models.csv", csv_text(head, [[row.get(key) for key in head] for row in rows]).encode())
+        write_atomic(out / "correlations.png", picture)
         path = write_page(out / "report.html", content)
     show(results["headline"])
     for line in results["conclusions"]:
         show(f"  {line}")
     print(f"{len(rows)} models. Open {path.resolve().as_uri()}")
     return 0
+
+
+def _side_by_side(figures: Sequence[Figure]) -> bytes:
+    """A PNG."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(rendered(figure, "png", dpi=150))) for figure in figures]
+    whole = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), "white")
+    for k, image in enumerate(images):
+        whole.paste(image, (sum(i.width for i in images[:k]), 0))
+    whole.save(buffer := io.BytesIO(), format="png", optimize=True)
+    return buffer.getvalue()
 
 
 def number(text: str | None) -> float | None:

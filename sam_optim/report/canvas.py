@@ -56,9 +56,16 @@ def styled(size: tuple[float, float] = SIZE) -> Iterator[Figure]:
 
 def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """The figure in a file, whole or not at all; the ending of its name says which format (png, pdf, svg)."""
+    write_atomic(path, rendered(figure, path.suffix[1:] or "png", dpi=dpi), "path")
+
+
+def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
+    """The bytes of a file of the kind png, pdf or svg."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=dpi)
-    write_atomic(path, buffer.getvalue(), "path")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a browser has more fonts
+        figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def label(text: str, *, width: int | None = None, limit: int = 60) -> str:
@@ -108,11 +115,8 @@ def svg(figure: Figure) -> str:
     """The figure as an <svg> element that needs no address, script or style outside it; the same bytes every time."""
     import matplotlib
 
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sam_optim"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has more fonts
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sam_optim"}):
+        text = rendered(figure, "svg", metadata={"Date": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # every figure has an axes_1

@@ -115,6 +115,15 @@ def test_second_derivatives_that_are_wrong_are_an_error(function):
     assert float(by_name.eigenvalues) == pytest.approx(float(exact.eigenvalues), rel=1e-6)
 
 
+@pytest.mark.parametrize("criterion", [cross_entropy, lambda o, y: cross_entropy(o, y)])
+def test_they_are_checked_on_examples_that_count(criterion):
+    """Not on the first ones, where their labels are ignored: there all derivatives are 0."""
+    x, y = (torch.cat(column) for column in zip(*batches(mlp), strict=True))
+    y[:5] = -100
+    with pytest.raises(ValueError, match=r"second derivatives .* are wrong"):
+        hessian_eigenvalues(Loss(Custom(Once.apply), criterion, [(x, y)]))
+
+
 def test_a_padding_token_in_the_data_has_no_true_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)).double()

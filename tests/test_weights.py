@@ -89,8 +89,9 @@ def test_examples_alone_and_a_batch_without_labels():
     assert alone.num_batches == sum(int((y != 0).sum()) for _, y in data)
     torch.testing.assert_close(alone.value(), loss.value(), rtol=ULPS, atol=ULPS)
     data[1] = (data[1][0], torch.zeros_like(data[1][1]))
-    with pytest.raises(ValueError, match="batch 1 has the weight 0"):
-        Loss(network(mlp), CRITERIA["ignored labels"], data).value()
+    for several, number in ((data, 1), (data[1:2], 0)):
+        with pytest.raises(ValueError, match=f"batch {number} has the weight 0"):
+            Loss(network(mlp), CRITERIA["ignored labels"], several).value()
 
 
 def test_the_noise_scale_is_over_counted_labels():
@@ -260,6 +261,10 @@ def a_sum(o, y):
     return F.cross_entropy(o, y, reduction="sum")
 
 
+def half_ignored(data):
+    return [(x, y.where(torch.arange(len(y)) >= (len(y) + 1) // 2, -100)) for x, y in data]
+
+
 SUMS = {
     "a function": lambda data: (network(mlp), a_sum, data),
     "a part of it": lambda data: (network(mlp), lambda o, y: a_sum(o, y) / 128, data),
@@ -267,6 +272,10 @@ SUMS = {
     "outputs.loss": lambda data: (Labelled(a_sum), None, [{"x": x, "labels": y} for x, y in data]),
     "targets in a mapping": lambda data: (
         network(mlp), lambda o, t: a_sum(o, t["y"]), [(x, {"y": y}) for x, y in data],
+    ),
+    "beside ignored labels": lambda data: (network(mlp), a_sum, half_ignored(data)),
+    "of the model, beside ignored labels": lambda data: (
+        Labelled(a_sum), None, [{"x": x, "labels": y} for x, y in half_ignored(data)[:1]],
     ),
     "squares": lambda data: (network(mlp), lambda o, y: (o.sum(1) - y).square().sum(), data),
 }  # fmt: skip
@@ -292,6 +301,23 @@ def test_ignored_labels_of_a_loss_that_is_no_mean_over_the_others():
     given = Loss(model, None, data, batch_weights=[1.0, 2.0, 3.0])
     values = [float(Loss(model, None, [b]).value()) for b in data]
     assert float(given.value()) == pytest.approx((values[0] + 2 * values[1] + 3 * values[2]) / 6)
+
+
+def test_ignored_labels_beside_outputs_in_a_tuple():
+    """What the mean is over cannot be seen from such outputs."""
+
+    def run(given=None, several=None):
+        forward = lambda model, batch: ((model(batch[0]), None), batch[1])  # noqa: E731
+        criterion = lambda o, y: F.cross_entropy(o[0], y)  # noqa: E731
+        return Loss(model, criterion, several or data, forward=forward, batch_weights=given).value()
+
+    model, data = network(mlp), half_ignored(batches(mlp, SIZES))
+    with pytest.raises(ValueError, match="batch_weights="):
+        run()
+    counted = [float((y != -100).sum()) for _, y in data]
+    x, y = joined(data)
+    torch.testing.assert_close(run(counted), F.cross_entropy(model.eval()(x), y).detach(), rtol=ULPS, atol=ULPS)
+    torch.testing.assert_close(run(several=[(x, y)]), run(counted), rtol=ULPS, atol=ULPS)
 
 
 def test_logits_of_tokens_say_which_forward_to_write():

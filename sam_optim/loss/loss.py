@@ -408,7 +408,9 @@ class Loss:
         sizes, given = self._batches.sizes, self._given_weights
         if self._weigher is None and sizes:
             self._look_at(*self._first(PROBE))
-        if self._weigher is None or len(self._sizes) == 1 or (given is None and not self._weigher.may_differ):
+        weigher = self._weigher
+        needs_none = len(self._sizes) == 1 and not (given is None and weigher and weigher.reads_labels)
+        if weigher is None or needs_none or (given is None and not weigher.may_differ):
             weights: list[float] = list(sizes)
         elif isinstance(given, Sequence):
             if len(given) != len(sizes):
@@ -419,7 +421,7 @@ class Loss:
         else:
             with self._passes.evaluating(grad=False):
                 batches = zip(sizes, self._batches, strict=True)
-                weights = [self._weigher(self._passes.target(moved(batch, self.device)), n) for n, batch in batches]
+                weights = [weigher(self._passes.target(moved(batch, self.device)), n) for n, batch in batches]
         return weights
 
     def _first(self, size: int) -> tuple[int, Any]:
@@ -434,12 +436,9 @@ class Loss:
             outputs, target = self._passes.outputs(batch)
             without = float(self._passes.of_outputs(outputs, target))
             weigher = Weigher(self.criterion, outputs, target)
-            halves = [] if weigher.is_sure else divided(batch, n, -(-n // 2))
-            if len(halves) == 2:
-                parts = [float(self._passes.loss(half)) for _, half in halves]
-                if all(parts) and abs(math.fsum(parts) - without) < 1e-3 * max(map(abs, parts)):
-                    raise ValueError(A_SUM)
         del outputs  # of a large vocabulary more than all the rest
+        if not weigher.is_sure and self._is_a_sum(n, batch):
+            raise ValueError(A_SUM)
         self._weigher, self._joins = weigher, 1
         if not any(map(is_spread, self.params)):
             room = budgets(self.device)[0] * n // max(self._check_one_function(batch, without), 1)
@@ -447,6 +446,14 @@ class Loss:
             may_join = self._given_weights is None and not self.batch_statistics and weigher.is_sure
             if may_join and self._is_mean_of_joined(weigher, min(size, 2 * PROBE)):
                 self._joins = size
+
+    def _is_a_sum(self, n: int, batch: Any) -> bool:
+        """Whether half a batch taken twice has twice its loss."""
+        k, piece = self._with_a_loss(divided(batch, n, -(-n // 2)))
+        *_, (_, _, both) = joined([(0.0, k, piece)] * 2, 2 * k)
+        with self._passes.evaluating(grad=False):
+            once, twice = float(self._passes.loss(piece)), float(self._passes.loss(both))
+        return once != 0 and criteria.equal_to_rounding(2 * once, twice, self._passes.dtype)
 
     def _check_one_function(self, batch: Any, without: float) -> int:
         """Raises ValueError where the loss is another one with gradients; the bytes that its graph saves."""
@@ -512,7 +519,7 @@ class Loss:
         n, batch = self._first(PROBE)
         assert self._weigher is not None
         size = 1 if self._weigher.output_bytes > MANY_OUTPUT_BYTES and not self.batch_statistics else CHECKED
-        probe = self._over([divided(batch, n, size)[0][1]], Sharding(distributed=False))
+        probe = self._over([self._with_a_loss(divided(batch, n, size))[1]], Sharding(distributed=False))
         wide = probe._in_float64()
         try:
             with (wide or probe._copy(_second={"by differences": False})).curvature() as product:
@@ -532,6 +539,18 @@ class Loss:
                 "padding_idx of an nn.Embedding, whose gradient torch leaves out"
             )
         return False
+
+    def _with_a_loss(self, pieces: Sequence[tuple[int, Any]]) -> tuple[int, Any]:
+        """The first piece that shows derivatives: where all labels are ignored they are 0."""
+        chosen = pieces[0]
+        with self._passes.evaluating(grad=False):
+            for k, piece in pieces:
+                value = abs(float(self._passes.loss(piece)))
+                if 0 < value < math.inf:
+                    return k, piece
+                if value == 0:
+                    chosen = k, piece
+        return chosen
 
     def _in_float64(self) -> Loss | None:
         """The same loss with the weights widened to float64, where w + d is not rounded to the dtype of the model; None

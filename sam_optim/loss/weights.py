@@ -30,7 +30,7 @@ class Weigher:
 
     Attributes:
         is_sure: whether the mean over joined batches is the mean of theirs with these weights.
-        is_blind: whether ignored labels would go unseen: `outputs.loss` is none that is known.
+        is_blind: whether ignored labels would go unseen: the loss is none that is known, or of outputs of another form.
         output_bytes: of the outputs of an example.
     """
 
@@ -63,15 +63,17 @@ class Weigher:
             self._look_at(criterion, outputs, target)
 
     def _look_at(self, criterion: Criterion, outputs: Any, target: Any) -> None:
-        self.is_sure = False
-        self.is_blind = not isinstance(target, Tensor)
+        self.is_sure, self.is_blind = False, True
         if not (isinstance(outputs, Tensor) and isinstance(target, Tensor) and len(outputs) == len(target) > 1):
             return
         half = len(outputs) // 2
-        parts = shares(criterion, [(outputs[:half], target[:half]), (outputs[half:], target[half:])])
+        halves = [(outputs[:half], target[:half]), (outputs[half:], target[half:])]
+        parts = shares(criterion, halves)
         if parts is None:
             return
-        if all(abs(share - 1) < 1e-3 for share in parts):
+        self.is_blind = False
+        twice = shares(criterion, [halves[0 if parts[0] else 1]] * 2)  # a half whose labels are all ignored has no part
+        if twice and all(abs(share - 1) < 1e-3 for share in twice):
             raise ValueError(A_SUM)
         by_number = [half / len(outputs), 1 - half / len(outputs)]
         self.is_sure = not target.is_floating_point() or all(
@@ -111,6 +113,11 @@ class Weigher:
         return self._class_weights.to(labels.device, torch.float64)[torch.where(counted, labels, 0)] * counted
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether the labels alone say what a batch weighs."""
+        return self.rule in ("counted labels", "weights of classes")
+
+    @property
     def may_differ(self) -> bool:
         """Whether a batch may weigh something else than the number of its examples."""
         return self.rule != "examples" or self.is_blind or self._reference is not None
@@ -119,7 +126,7 @@ class Weigher:
         """The part of each example in the mean of a batch, (n,); they add up to 1."""
         n = len(outputs)
         if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
-            if self.rule in ("counted labels", "weights of classes"):
+            if self.reads_labels:
                 parts = self._weights_of(target).to(outputs)
                 return parts / parts.sum()
             if self.rule == "criterion" and self._criterion is not None:
@@ -172,7 +179,7 @@ class Weigher:
         return other, float(before.double().norm() / after.double().norm())
 
 
-A_SUM = f"the criterion is a sum over the batch, not a mean: on half a batch it is half as large; {A_MEAN}"
+A_SUM = f"the criterion is a sum over the batch, not a mean: on more examples it is larger; {A_MEAN}"
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -1490,3 +1490,184 @@ def test_two_perturbed_passes_in_one_microbatch_are_refused():
     with pytest.raises(RuntimeError, match="anew for each micro-batch"):
         accumulate()
     assert all(map(torch.equal, before, model.parameters()))
+
+
+# loops with two networks, and what they keep from pass to pass
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("way", ["closure", "list", "contexts", "microbatch"])
+def test_torchs_error_of_a_graph_that_is_used_twice_says_what_to_do(way, retain):
+    """Outputs (fakes, log-probabilities) made once for both passes: without and with what torch's words advise."""
+    model, (x, y) = network(), batches()[0]
+    optimizer, start = sam(model), copies(model)
+    loss = cross_entropy(model(x), y)
+
+    class Once:
+        def backward(self):
+            loss.backward(retain_graph=retain)
+
+    words = "modified by an inplace operation" if retain else "a second time"
+    with pytest.raises(RuntimeError, match=words) as error:
+        take_step(way, optimizer, Once)
+    (note,) = error.value.__notes__
+    assert "run the model inside the closure, or both before the perturbed pass and in it" in note
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
+    take_step(way, optimizer, lambda: cross_entropy(model(x), y))
+    descend_by_hand(truth := network(), lambda m: cross_entropy(m(x), y))
+    close(model.parameters(), truth.parameters())
+
+
+def descend_one_of_two(pair, loss_of, name):
+    moved = [key for key, _ in pair.named_parameters() if key.startswith(name)]
+    grads = gradients_by_hand(pair, loss_of, moved=moved)
+    with torch.no_grad():
+        for (key, p), g in zip(pair.named_parameters(), grads, strict=True):
+            if key in moved:
+                p.sub_(LR * g)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fakes_that_are_made_once_serve_one_pass_of_the_generator(way):
+    """DCGAN: D's loss on fake.detach(), then G's loss on D(fake), and in its second pass on D(G(z)): D's passes, which
+    restore the buffers of G, leave the graph of fake valid. Every network counts each batch once."""
+    y, discriminator = batches()[0][1], nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    pair = nn.ModuleDict({"G": network(batch_norm=True), "D": discriminator}).double()
+    truth = copy.deepcopy(pair)
+    step_d, step_g = (SAM(pair[k].parameters(), rho=RHO, lr=LR, module=pair) for k in "DG")
+
+    def loss_d(m, fake, z):
+        return cross_entropy(m["D"](z[:, :3]), y) - cross_entropy(m["D"](fake.detach()), y)
+
+    for z, _ in batches():
+        fake = pair["G"](z)
+        take_step(way, step_d, lambda z=z, fake=fake: loss_d(pair, fake, z))
+        fakes = (pair["G"](z) if again else fake for again in (False, True))
+        take_step(way, step_g, lambda fakes=fakes: cross_entropy(pair["D"](next(fakes)), y))
+
+        fake = truth["G"](z)
+        loss_d(truth, fake, z)  # for the buffers, as is the other call below
+        descend_one_of_two(truth, lambda m, z=z, fake=fake: loss_d(m, fake, z), "D")
+        truth["D"](fake)
+        descend_one_of_two(truth, lambda m, z=z: cross_entropy(m["D"](m["G"](z)), y), "G")
+        close([t.double() for t in pair.state_dict().values()], [t.double() for t in truth.state_dict().values()])
+
+
+def test_a_first_step_without_a_second_one_gives_the_pass_up_and_names_microbatch():
+    """A loop that goes on after an error loses the batch that fails and the next one, not all of them."""
+    model, truth = network(), network()
+    optimizer = sam(model)
+    for i, (x, y) in enumerate(batches(6)):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        if i == 2:  # the batch after the one that has failed
+            with pytest.raises(RuntimeError, match=r"came twice.*optimizer.microbatch\(\).*exit\(failed=True\)"):
+                optimizer.first_step(zero_grad=True)
+            continue
+        optimizer.first_step(zero_grad=True)
+        if i != 1:
+            cross_entropy(model(x), y).backward()
+            optimizer.second_step(zero_grad=True)
+            descend_by_hand(truth, lambda m, x=x, y=y: cross_entropy(m(x), y))
+    close(model.parameters(), truth.parameters())
+
+
+@pytest.mark.parametrize("where", ["in both passes", "in the perturbed pass", "after the step"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_that_load_state_dict_updates_in_a_pass_is_an_error_that_says_when(way, where):
+    model, teacher = network(), network(seed=1).requires_grad_(False)
+    truth, (x, y) = copy.deepcopy((model, teacher)), batches()[0]
+    optimizer = sam(model, module=[model, teacher])
+
+    def update(model, teacher):
+        average = {k: 0.9 * v + 0.1 * model.state_dict()[k] for k, v in teacher.state_dict().items()}
+        teacher.load_state_dict(average)
+
+    def loss_of():
+        if where == "in both passes" or (where == "in the perturbed pass" and optimizer.perturbation.active):
+            update(model, teacher)
+        return cross_entropy(model(x) + teacher(x), y)
+
+    if where != "after the step":
+        with pytest.raises(RuntimeError, match=r"perturbed.*an EMA, a teacher.*before the first pass or after"):
+            take_step(way, optimizer, loss_of)
+        return
+    for _ in range(3):
+        take_step(way, optimizer, loss_of)
+        update(model, teacher)
+        descend_by_hand(truth[0], lambda m: cross_entropy(m(x) + truth[1](x), y))
+        update(*truth)
+        close(model.parameters(), truth[0].parameters())
+        close(teacher.parameters(), truth[1].parameters())
+
+
+@pytest.mark.parametrize("how", ["lerp_", ".data"])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("way", ["contexts", "first and second step", "microbatch"])
+def test_an_average_that_moves_in_the_perturbed_pass_alone_is_warned_of_in_the_second_step(way, frozen, how):
+    model = network()
+    average, (x, y) = copy.deepcopy(model).requires_grad_(not frozen), batches()[0]
+    optimizer = sam(model, module=[model, average])
+
+    def update():
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), model.parameters(), strict=True):
+                a.lerp_(p, 0.1) if how == "lerp_" else a.data.mul_(0.9).add_(p.data, alpha=0.1)
+
+    def loss_of():
+        if optimizer.perturbation.active:
+            update()
+        return cross_entropy(model(x), y)
+
+    take_step(way, optimizer, loss_of)
+    with pytest.warns(UserWarning, match=r"Sequential in module= has.*an EMA.*after optimizer.step\(\)"):
+        take_step(way, optimizer, loss_of)
+    take_step(way, optimizer, loss_of)  # said once
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_timms_average_in_the_closure_moves_once_where_it_is_named(way):
+    """It writes to the tensors of its state_dict(), which in the second pass must not be those that are restored."""
+    timm_utils = pytest.importorskip("timm.utils")
+    model, (x, y) = network(batch_norm=True), batches()[0]
+    average = timm_utils.ModelEmaV3(model, decay=0.9)
+    optimizer = sam(model, module=[model, average])
+
+    def loss_of():
+        loss = cross_entropy(model(x), y)
+        average.update(model)
+        return loss
+
+    for _ in range(3):
+        truth = [0.9 * a + 0.1 * w for a, w in zip(average.module.parameters(), copies(model), strict=True)]
+        take_step(way, optimizer, loss_of)
+        close(average.module.parameters(), truth)
+
+
+class Centered(nn.Module):
+    """DINO's loss, with a center that is no buffer and that each pass assigns anew, and its teacher in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher, self.center = network(seed=1).eval().requires_grad_(False), torch.zeros(3, dtype=torch.float64)
+
+    def forward(self, out, x):
+        target = self.teacher(x)
+        loss = cross_entropy(out, (target - self.center).softmax(dim=1))
+        self.center = 0.9 * self.center + 0.1 * target.mean(dim=0) + 0.1 * out.detach().mean(dim=0)
+        return loss
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_that_each_pass_assigns_anew_is_that_of_the_first(way):
+    """Warnings are errors: a teacher that is in eval mode all the time is no evaluation at w + e."""
+    model, truth, criterion = network(), network(), Centered()
+    by_hand, optimizer = Centered(), sam(model, module=[model, criterion])
+    for x, _ in batches():
+        take_step(way, optimizer, lambda x=x: criterion(model(x), x))
+        after_first = copy.deepcopy(by_hand)
+        after_first(truth(x), x)
+        passes = iter([by_hand, copy.deepcopy(after_first)])
+        descend_by_hand(truth, lambda m, x=x, passes=passes: next(passes)(m(x), x))
+        by_hand = after_first
+        close([criterion.center, *model.parameters()], [by_hand.center, *truth.parameters()])

@@ -50,6 +50,7 @@ class Buffers:
         self._slots: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
         self._tensors: list[Tensor] = []
         self._layout: list[tuple[torch.Size, int]] = []  # of plain tensors, else empty
+        self._versions: list[int] = []
 
     @torch.no_grad()
     def save(self, model: nn.Module | Sequence[nn.Module], extra: Sequence[Tensor] = ()) -> None:
@@ -72,6 +73,7 @@ class Buffers:
                     copies[id(b)] = (b, copy if owner is b and _alike(copy, b) else torch.empty_like(b.detach()))
         _copy([c for _, c in copies.values()], [b for b, _ in copies.values()])
         self._tensors, self._layout = tensors, layout
+        self._versions = [b._version if is_plain else -1 for b, _ in copies.values()]
         self._copies = copies  # whole, or not at all: an interrupt may come in between
 
     @torch.no_grad()
@@ -82,7 +84,11 @@ class Buffers:
             now = owner.get(name) if isinstance(owner, dict) else None  # a ScriptModule's can only be written to
             if now is not buffer and now is not None and buffer is not None and now.shape == buffer.shape:
                 owner[name] = buffer
-        pairs = [(b, copy) for b, copy in self._copies.values() if b.shape == copy.shape]
+        pairs = [  # `.data` where the version is the same, so that graphs made before, as of a GAN's G, stay valid
+            (b.data if b._version == version else b, copy)
+            for (b, copy), version in zip(self._copies.values(), self._versions, strict=False)
+            if b.shape == copy.shape
+        ]
         _copy([b for b, _ in pairs], [copy for _, copy in pairs])
 
     def clean_copy(self, buffer: Tensor) -> Tensor | None:

@@ -19,6 +19,21 @@ from sam_optim.optim.transaction import ModelCalls
 _ENGINE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 
 
+_USED_GRAPH = ("modified by an inplace operation", "backward through the graph a second time")  # in torch's messages
+_NEW_GRAPHS = (
+    "SAM computes a loss twice, each time with a new graph: run the model inside the closure, or both before the "
+    "perturbed pass and in it, on the same data. That is fake = G(noise) in a GAN, log-probabilities of actions, "
+    "outputs for a second loss; a hidden state starts both passes detached. retain_graph=True is no remedy"
+)
+
+
+def explain_used_graph(error: BaseException) -> None:
+    """Adds to torch's error of a graph that is used after the weights moved, or twice, what to do about it."""
+    is_used = isinstance(error, RuntimeError) and any([words in str(error) for words in _USED_GRAPH])
+    if is_used and _NEW_GRAPHS not in getattr(error, "__notes__", ()):
+        error.add_note(_NEW_GRAPHS)
+
+
 class Graphs:
     """Whether a backward goes from a graph that is older than this to the parameters.
 
@@ -101,6 +116,7 @@ class PassCount:
             warnings.warn(
                 f"the first pass has run {len(first)} backwards and the second {len(second)}, on "
                 f"{sum(second) / sum(first):.0%} of its data, and the step uses only the gradients of the second: run "
-                "every micro-batch in both, or the two passes of each in `with optimizer.microbatch():`",
+                "every micro-batch in both, or the two passes of each in `with optimizer.microbatch():`; what another "
+                "loss has left in the gradients (that of a GAN's G in D) goes with zero_grad() before the first pass",
                 stacklevel=7,
             )

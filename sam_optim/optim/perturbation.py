@@ -24,7 +24,7 @@ from sam_optim.optim.kernels import Backups, Bucket, dtensor
 from sam_optim.optim.kernels.bucket import LOW_PRECISION
 from sam_optim.optim.last_step import LastStep, Record, mean_loss, retained
 from sam_optim.optim.param_groups import as_groups, check_group, is_zero, setting_of_groups
-from sam_optim.optim.passes import Graphs, PassCount
+from sam_optim.optim.passes import Graphs, PassCount, explain_used_graph
 from sam_optim.optim.precision import Float32Pass
 from sam_optim.optim.surroundings import Surroundings, scaler_in_sight
 from sam_optim.optim.transaction import Draws, EarlierGradients, GradientStash, ModelGuard, has_values
@@ -255,8 +255,9 @@ class Perturbation:
             self.enter()
             yield
             self.exit()
-        except BaseException:  # also an interrupt on the way in or out
+        except BaseException as error:  # also an interrupt on the way in or out
             self.exit(failed=True)
+            explain_used_graph(error)
             raise
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -767,10 +768,11 @@ class Perturbation:
         try:
             self._in_transaction = True
             yield
-        except BaseException:
+        except BaseException as error:
             self.exit(failed=True)
             if ascends and not self._has_update_begun():
                 self._guard.undo()
+            explain_used_graph(error)
             raise
         finally:
             self._in_transaction = False

@@ -260,7 +260,19 @@ class SAM(Optimizer):
         """w -> w + e with the gradients in `p.grad`; the names of davda54/sam, for loops written for it.
 
         The gradients are cleared whatever `zero_grad` says: those of the second pass must not be added to them.
+
+        Raises:
+            RuntimeError: an earlier one has not been followed by `second_step()`. That pass is given up, and w comes
+                back, so that a loop that goes on after errors loses one batch and not all of them.
         """
+        if self.perturbation.active:
+            self.perturbation.exit(failed=True)
+            raise RuntimeError(
+                "first_step() came twice: the pass of the earlier one is given up now, and w is back. Call "
+                "second_step() after each; to accumulate, run the two passes of each micro-batch in `with "
+                "optimizer.microbatch():`, the second one in `with optimizer.perturbed():`, and then step(); to leave "
+                "a batch out between the two, call optimizer.perturbation.exit(failed=True)"
+            )
         self._begin_pass()
         self.perturbation.enter()
 
@@ -537,7 +549,7 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From SAM, from the plain base (then rho, adaptive, eta and norm stay as they are), or from another SAM."""
         if self.perturbation.active:
-            raise RuntimeError("the weights are perturbed: load a checkpoint when the perturbed pass has ended")
+            raise RuntimeError("the weights are perturbed: load_state_dict when the perturbed pass has ended")
         self._follow_base()
         state_dict = adapted(state_dict, self.param_groups)
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:

@@ -74,6 +74,9 @@ class ModelGuard:
         self._versions: dict[int, tuple[int, int]] = {}
         self._candidates: list[Tensor] | None = None  # None: before the first pair of passes
         self._moves_unseen: set[int] = set()
+        self._movers: list[Tensor] | None = []  # without a gradient, moved by the last second pass; None: warned of
+        self._attributes: list[tuple[dict[str, Any], str, Any]] = []
+        self._assigned: list[tuple[dict[str, Any], str]] | None = None  # attributes that a pass assigns anew
         self._before_step = Buffers()
         self._before_pass = Buffers()
         self._hooked: list[nn.Module] = []
@@ -110,10 +113,17 @@ class ModelGuard:
         if look:
             self.look(stepped)
         if restores:
+            if self._movers:
+                self._warn_of_movers(self._movers)
             unseen = self._moves_unseen
             if self._candidates is None:  # what is written to through `.data` has no version
-                self._candidates = alike([p for p in self.other_params if not p.requires_grad], stepped)
+                self._candidates = alike([p for p in self.other_params if p.grad is None], stepped)
                 unseen = {*map(id, self._candidates)}
+            slots = self._assigned
+            if slots is None:
+                slots = [(m.__dict__, name) for m in self.modules for name, x in m.__dict__.items() if _is_state(x)]
+            if slots:
+                self._attributes = [(d, name, d.get(name)) for d, name in slots]
             changed = [  # by a forward pass
                 p for p in self.other_params if versions.get(id(p)) != _version(p) or id(p) in unseen
             ]
@@ -123,9 +133,9 @@ class ModelGuard:
         for m in self._hooked:
             m._state_dict_hooks[id(self._clean)] = self._clean
             m._load_state_dict_pre_hooks[id(self._clean)] = _refuse_loading
-        if any([m.training for m in self.roots]):
+        if training := [m for m in self.roots if m.training]:
             self._evaluation = EvaluationWarning()
-            for m in self.roots:
+            for m in training:
                 m._forward_pre_hooks[id(self._evaluation)] = self._evaluation
 
     def end_pass(self) -> None:
@@ -133,12 +143,17 @@ class ModelGuard:
         if self._clean is None:
             return
         try:
-            for p in self._candidates or ():
-                copy = self._before_pass.clean_copy(p)
-                if copy is not None and copy.shape == p.shape and not torch.equal(copy, p):
-                    self._moves_unseen.add(id(p))
+            movers = list(filter(self._differs, self._candidates or ()))
+            self._moves_unseen.update(map(id, movers))
             self._candidates = []
             self._before_pass.restore()
+            assigned = []
+            for d, name, x in self._attributes:
+                if d.get(name) is not x:
+                    assigned.append((d, name))
+                    if _is_state(x) and _is_state(d.get(name)) and d[name].shape == x.shape:
+                        d[name] = x
+            self._attributes, self._assigned = [], assigned if self._assigned is None else self._assigned
         finally:
             for m in self._hooked:
                 m._state_dict_hooks.pop(id(self._clean), None)
@@ -146,10 +161,38 @@ class ModelGuard:
             for m in self.roots:
                 m._forward_pre_hooks.pop(id(self._evaluation), None)
         self._clean = None
-        self._versions = {id(p): _version(p) for p in self.other_params}
+        versions = {id(p): _version(p) for p in self.other_params}
+        if self._movers is not None:
+            if versions != self._versions:
+                late = [p for p in self.other_params if versions[id(p)][0] != self._versions[id(p)][0]]
+                movers += [p for p in late if p.grad is None and self._before_pass.clean_copy(p) is None]
+            self._movers = movers
+        self._versions = versions
+
+    def _differs(self, x: Tensor) -> bool:
+        """Whether it has another value than the last pass began with."""
+        copy = self._before_pass.clean_copy(x)
+        return copy is not None and copy.shape == x.shape and not torch.equal(dtensor.local(copy), dtensor.local(x))
+
+    def _warn_of_movers(self, movers: list[Tensor]) -> None:
+        """Warns once of those that stand where the last second pass has begun, or has left them: only it moves them."""
+        late = [p for p in movers if not self._differs(p)]
+        self._movers = None if late else []
+        for root in self.roots:
+            if any([p is late[0] for p in root.parameters()] if late else []):
+                warnings.warn(
+                    f"{type(root).__name__} in module= has parameters (an EMA, a teacher, a key encoder) that change "
+                    "in the perturbed pass alone, where they would follow w + e: update them before the first pass or "
+                    "after optimizer.step()",
+                    stacklevel=11,
+                )
+                return
 
     def clean_copy(self, tensor: Tensor) -> Tensor | None:
-        return self._before_pass.clean_copy(tensor)
+        """A tensor of its own: what writes to the values of a state_dict (timm's EMA) writes to the model as long as
+        nothing has changed there, and never to what will be restored."""
+        copy = self._before_pass.clean_copy(tensor)
+        return copy.clone() if copy is not None and self._differs(tensor) else None
 
     def look(self, stepped: Sequence[Tensor]) -> list[nn.Module]:
         """All modules and parameters, as they are now."""
@@ -175,6 +218,11 @@ def alike(others: Iterable[Tensor], stepped: Sequence[Tensor]) -> list[Tensor]:
             num[p.shape] -= 1
             chosen.append(p)
     return chosen
+
+
+def _is_state(x: Any) -> bool:
+    """A tensor that a module may carry from pass to pass; not a view of a flat parameter (FSDP1)."""
+    return type(x) is Tensor and not (x.requires_grad or x._is_view())
 
 
 def _version(p: Tensor) -> tuple[int, int]:
@@ -214,7 +262,10 @@ class CleanStateDict:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._clean() is not None:
-            raise RuntimeError("the model's weights are perturbed: copy or pickle it when the perturbed pass has ended")
+            raise RuntimeError(
+                "the model's weights are perturbed: copy or pickle it when the perturbed pass has ended; for a copy at "
+                "w + e, make it before the passes, and copy parameter by parameter"
+            )
         return _no_hook.__name__  # pickled as the module-level function that it is
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -227,7 +278,10 @@ def _no_hook(*_: Any) -> None:
 
 
 def _refuse_loading(*_: Any) -> None:
-    raise RuntimeError("the model's weights are perturbed: load a checkpoint when the perturbed pass has ended")
+    raise RuntimeError(
+        "load_state_dict() while the weights of module= are perturbed: load a checkpoint, or update an EMA, a teacher "
+        "or a target network, before the first pass or after optimizer.step()"
+    )
 
 
 class EvaluationWarning:
@@ -241,7 +295,8 @@ class EvaluationWarning:
             self._warned = True
             warnings.warn(
                 "the model is evaluated while its weights are perturbed, so this is not the loss at w: evaluate it "
-                "after the perturbed pass, or a copy of it that loads model.state_dict()",
+                "after the perturbed pass (a loop that stops after first_step() ends it with "
+                "optimizer.perturbation.exit(failed=True)), or a copy of it that loads model.state_dict()",
                 stacklevel=5,
             )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,28 @@ def one_thread():
 def run(*options: object) -> int:
     """On the CPU, where bits are compared."""
     return errors.run(train.main, ["--device", "cpu", *(str(o) for o in options)])
+
+
+def signalled(
+    number: signal.Signals, line: str, out: Path, options: Sequence[str], *, delay: float = 0.0
+) -> tuple[int, str]:
+    """The status and errors of a training, in a process of its own, that gets a signal after a line of its output; once
+    more if it ends before, as it may where other processes hold up this one."""
+    arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for _ in range(10):
+        shutil.rmtree(out, ignore_errors=True)
+        with subprocess.Popen(arguments, text=True, env=environment, **pipes) as process:
+            for printed in process.stdout:
+                if printed.startswith(line):
+                    time.sleep(delay)
+                    process.send_signal(number)
+                    break
+            err = process.stderr.read()
+        if process.returncode != 0:
+            return process.returncode, err
+    pytest.fail("ten trainings have ended before the signal came")
 
 
 def final(out: Path) -> dict:
@@ -160,15 +184,8 @@ class TestResume:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = [*DIGITS, "--epochs", "15", "--checkpoint-steps", "5"]
         assert run(*options, "--out", whole) == 0
-        arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(cut)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            for line in process.stdout:
-                if line.startswith("epoch   4"):
-                    time.sleep(0.03)  # into the fifth epoch
-                    process.send_signal(signal.SIGKILL)
-                    break
-        assert process.returncode == -signal.SIGKILL
+        code, _ = signalled(signal.SIGKILL, "epoch   4", cut, options, delay=0.03)  # in the fifth epoch
+        assert code == -signal.SIGKILL
         assert final(cut)["step"] < final(whole)["step"]
         assert run("--out", cut, "--resume") == 0
         assert_same_run(whole, cut)
@@ -177,16 +194,8 @@ class TestResume:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = [*DIGITS, "--epochs", "15"]
         assert run(*options, "--out", whole) == 0
-        arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(cut)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(arguments, text=True, env=environment, **pipes) as process:
-            for line in process.stdout:
-                if line.startswith("epoch   2"):
-                    process.send_signal(signal.SIGINT)
-                    break
-            err = process.stderr.read()
-        assert process.returncode == 130
+        code, err = signalled(signal.SIGINT, "epoch   2", cut, options)
+        assert code == 130
         assert "stopped by SIGINT" in err
         assert "Traceback" not in err
         assert run("--out", cut, "--resume") == 0

@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -499,6 +500,17 @@ class TestWriting:
         with locked(tmp_path / "o.json"):
             pass
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_holder_has_a_moment_to_write_its_name(self, tmp_path):
+        """Between the lock and the name another process may come."""
+        fcntl = pytest.importorskip("fcntl")
+        with (tmp_path / ".o.json.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            naming = threading.Timer(0.1, lambda: (lock.write("process 7"), lock.flush()))
+            naming.start()
+            with pytest.raises(InputError, match="is being written by process 7;"), locked(tmp_path / "o.json"):
+                pass
+            naming.join()
 
     def command(self, here, *argv, environment=None, **options):
         study(here, count=1)

@@ -17,6 +17,7 @@ from sam_optim.core.errors import InputError, one_line
 
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 PATIENCE = 120.0  # seconds to wait for a lock that is held while something is written
+UNNAMED = 1.0  # seconds that a holder has to say who it is
 
 
 def is_stream(path: Path) -> bool:
@@ -123,11 +124,12 @@ def locked(path: Path, option: str = "--out", patience: float = 0.0) -> Iterator
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(handle, 100).decode(errors="replace") or "another process"
+            holder = os.read(handle, 100).decode(errors="replace")
             os.close(handle)
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline + (0.0 if holder else UNNAMED):
                 time.sleep(0.02)
                 continue
+            holder = holder or "another process"
             raise InputError(f"{path} is being written by {holder}; wait for it, or choose another {option}") from None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.lstat(lock)):

@@ -1671,3 +1671,63 @@ def test_a_tensor_that_each_pass_assigns_anew_is_that_of_the_first(way):
         descend_by_hand(truth, lambda m, x=x, passes=passes: next(passes)(m(x), x))
         by_hand = after_first
         close([criterion.center, *model.parameters()], [by_hand.center, *truth.parameters()])
+
+
+def two_losses(pair, z, y):
+    """Of D on the output of G, and of G through a D that is frozen meanwhile."""
+    loss_d = cross_entropy(pair["D"](pair["G"](z).detach()), y)
+    pair["D"].requires_grad_(False)
+    loss_g = -cross_entropy(pair["D"](pair["G"](z)), y)
+    pair["D"].requires_grad_(True)
+    return loss_d, loss_g
+
+
+@pytest.mark.parametrize("way", ["contexts", "first and second step"])
+def test_passes_of_two_optimizers_that_are_nested_perturb_both_networks_at_once(way):
+    """Each of the two is given its own network alone. Warnings are errors: what the other one moves is no average."""
+    z, y = batches()[0]
+    pair = nn.ModuleDict({"G": network(), "D": nn.Linear(3, 3)}).double()
+    there, start = copy.deepcopy(pair), copies(pair)
+    step_d, step_g = (SAM(pair[k].parameters(), rho=RHO, lr=LR, module=pair[k]) for k in "DG")
+    with contextlib.ExitStack() as passes:
+        for loss in two_losses(pair, z, y):
+            loss.backward()
+        for optimizer in (step_d, step_g):
+            passes.enter_context(optimizer.perturbed()) if way == "contexts" else optimizer.first_step()
+        for loss in two_losses(pair, z, y):
+            loss.backward()
+    for optimizer in (step_g, step_d):
+        optimizer.step() if way == "contexts" else optimizer.second_step()
+
+    for _ in range(2):
+        there.zero_grad()
+        for loss in two_losses(there, z, y):
+            loss.backward()
+        grads = {k: [p.grad for p in there[k].parameters()] for k in "DG"}
+        with torch.no_grad():
+            for k in "DG":
+                norm = torch.stack([g.norm() for g in grads[k]]).norm()
+                for p, g in zip(there[k].parameters(), grads[k], strict=True):
+                    p.add_(g * (RHO / norm))
+    close(pair.parameters(), [w - LR * g for w, g in zip(start, [*grads["G"], *grads["D"]], strict=True)])
+
+
+def test_first_passes_of_two_networks_before_the_perturbed_ones_name_the_order():
+    z, y = batches()[0]
+    pair = nn.ModuleDict({"G": network(), "D": nn.Linear(3, 3)}).double()
+    truth = copy.deepcopy(pair)
+    step_d, step_g = (SAM(pair[k].parameters(), rho=RHO, lr=LR, module=pair) for k in "DG")
+    for loss in two_losses(pair, z, y):
+        loss.backward()
+    with step_d.perturbed():
+        two_losses(pair, z, y)[0].backward()
+    with (
+        pytest.raises(RuntimeError, match=r"loss.backward\(\).*after that of an optimizer whose module= names this"),
+        step_g.perturbed(),
+    ):
+        pass
+    step_d.step()
+    take_step("contexts", step_g, lambda: two_losses(pair, z, y)[1])
+    descend_one_of_two(truth, lambda m: two_losses(m, z, y)[0], "D")
+    descend_one_of_two(truth, lambda m: two_losses(m, z, y)[1], "G")
+    close(pair.parameters(), truth.parameters())

@@ -64,7 +64,9 @@ class Surroundings:
         tensors = [(m, name, x) for m, name, x in tensors if not (x.is_inference() or x.requires_grad)]
         self._attributes = [(m, name, x, x._version) for m, name, x in tensors]
         self._versions = [x._version for x in self._counters]
-        owners = {id(p): (p, m) for m in seen if isinstance(m, nn.Module) for p in m.parameters() if id(p) not in ours}
+        trained = ours | {id(p) for x in seen if isinstance(x, Optimizer) for p in parameters_of(x)}
+        networks = [x for x in seen if isinstance(x, nn.Module)]
+        owners = {id(p): (p, m) for m in networks for p in m.parameters() if id(p) not in trained}
         averages = {*map(id, alike([p for p, _ in owners.values()], params))}
         self._averages = [(p, type(m).__name__, _state(p)) for p, m in owners.values() if id(p) in averages]
         self._others = []
@@ -149,11 +151,11 @@ class Surroundings:
                 _refuse_sum(optimizer, params)
 
 
-def _state(p: Tensor) -> tuple[int, float, float]:
-    """Another one after a change of any kind, also one through `.data`, which has no version."""
-    version = p._version
+def _state(p: Tensor) -> tuple[float, float]:
+    """Another one after a change, also one through `.data`, which has no version; the same after a perturbed pass of
+    another optimizer, whose version is another one."""
     p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
-    return version, float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))
+    return float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))
 
 
 def _epoch(scheduler: LRScheduler) -> Any:

@@ -63,10 +63,12 @@ def curves(
     y_label: str,
     log: bool | None = False,
     size: tuple[float, float] = canvas.PANEL,
+    below: bool = False,
 ) -> Figure:
     """The mean of the runs of each name, and the band between their lowest and highest; nan is a missing value.
 
-    log: a logarithmic y axis; None where the values span more than a decade.
+    log: a logarithmic y axis; None where the values span more than a decade. below: the legend is below the axes, as
+    it always is with more than four entries.
     """
     with styled(size) as figure:
         axes = figure.add_subplot()
@@ -82,7 +84,8 @@ def curves(
             finite += [v for v in (*low, *high) if math.isfinite(v)]
         _finish(figure, axes, title, x_label=x_label, y_label=y_label)
         set_scale(axes.yaxis, finite, log)
-        if (count := len(axes.get_legend_handles_labels()[1])) > 4:
+        count = len(axes.get_legend_handles_labels()[1])
+        if count > 4 or below:
             figure.set_figheight(size[1] + 0.18 * math.ceil(count / 2))
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         elif count:

@@ -211,9 +211,8 @@ def sharpness_picture(
     if edges.get("sgd_edge") == edges.get("edge"):  # without momentum
         edges.pop("sgd_edge", None)
     lines += [Curves(EDGES[name], steps, [column], len(measures) + k) for k, (name, column) in enumerate(edges.items())]
-    figure = curves(title, lines, x_label="step", y_label="curvature, loss/w²", log=None, size=size)
-    legend = (figure.legends or [figure.axes[0].get_legend()])[0]
-    for marks in (figure.axes[0].get_lines(), legend.get_lines()):
+    figure = curves(title, lines, x_label="step", y_label="curvature, loss/w²", log=None, size=size, below=True)
+    for marks in (figure.axes[0].get_lines(), figure.legends[0].get_lines()):
         for k, line in enumerate(marks):
             line.set(linestyle="-" if k < len(measures) else "--", linewidth=1.8 if k < len(measures) else 1.2)
     return figure

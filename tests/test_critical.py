@@ -36,7 +36,9 @@ def test_on_a_network_the_loss_falls_before_the_critical_step_and_rises_after_it
     model, data = network(kind).eval(), batches(kind)
     loss = Loss(model, cross_entropy, data)
     before = [p.detach().clone() for p in loss.params]
+    assert critical_sharpness(loss, tol=0.02).details["num_evaluations"] <= 8
     result = critical_sharpness(loss, tol=1e-6)
+    assert result.details["num_evaluations"] <= 12
     base, g = loss.value_and_gradient()
     t = result.details["step"]
     assert result.value == 2 / t

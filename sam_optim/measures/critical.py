@@ -30,8 +30,8 @@ def critical_sharpness(
 
     For a quadratic loss lambda_c = d^T H d / |<g, d>|, along the gradient g^T H g / g^T g, which is at most lambda_max;
     gradient descent with a learning rate above 2 / lambda_c raises the loss. It takes one gradient
-    if no direction is given, then forward passes alone: a step is tried, and moved to the root of the parabola through
-    the losses so far, until t_c is bracketed. With tol = 0.02 about five are enough, for models of any size.
+    if no direction is given, then forward passes alone: a step is tried, and moved to the root of a polynomial
+    through the losses so far, until t_c is bracketed. With tol = 0.02 five to ten are enough, for models of any size.
 
     Args:
         loss: L, at the weights w.
@@ -40,7 +40,8 @@ def critical_sharpness(
             Another Loss of the same weights: its gradient, for the relative critical sharpness, how far a step down the
             other loss may go before this one rises. Where this one rises at once, it is nan, with a reason.
         tol: width of the bracket of t_c, relative.
-        first_step: the first t; with a direction also -t, for the slope. None: a step of a thousandth of the weights.
+        first_step: the first t; with a direction also -t, for the slope. None: a hundredth of the weights' length,
+            with a direction a thousandth.
         max_evaluations: of the loss at weights other than w; after them the best guess in the bracket, not converged.
         progress: called with (evaluations done, the most that there can be).
 
@@ -77,7 +78,7 @@ def critical_sharpness(
             tick()
         return rises[t]
 
-    t = first_step or _first_step(loss.params, d)
+    t = first_step or _first_step(loss.params, d, 1e-2 if direction is None else 1e-3)
     if direction is None:
         slope = math.fsum(float(x.double().square().sum()) for x in d)
     else:
@@ -100,12 +101,17 @@ def critical_sharpness(
             if math.isinf(high):
                 growth = 1 + tol / 2 if num_low <= 2 else 2.0 ** (num_low - 2)
                 t = min(max(_root(ratio, below, low) * (1 + tol / 4), growth * low), 16 * low)
+                num_low *= t < 16 * low  # a step that was cut says nothing against the next root
                 continue
-            t = _root(ratio, low, high) * (1 - tol / 4 if num_high else 1 + tol / 4)
+            rest = [sign * x for x in rises if sign * x >= 0 and sign * x not in (low, high)]
+            third = min(rest, key=lambda x: min(abs(x - low), abs(x - high)), default=low)
+            t = _bent_root(ratio, low, high, third) * (1 - tol / 4 if num_high else 1 + tol / 4)
             if not low:
                 t = max(min(t, high * (1 - tol / 2)), high / 16) if math.isfinite(t) else high / 2
-            elif not low < t < high or max(num_low, num_high) > 2:
+            elif max(num_low, num_high) % 3 == 0 or not math.isfinite(t):
                 t = (low + high) / 2
+            elif not low < t < high:  # the root is at one of the two: close the bracket there
+                t = low * (1 + 0.75 * tol) if t <= low else high * (1 - 0.75 * tol)
     else:
         reason = "the slope along the direction is 0" if slope == 0 else None
         if slope and math.isfinite(slope):
@@ -125,13 +131,24 @@ def critical_sharpness(
     )
 
 
-def _first_step(params: Sequence[Tensor], d: Sequence[Tensor]) -> float:
-    """A step of a thousandth of the weights."""
+def _first_step(params: Sequence[Tensor], d: Sequence[Tensor], share: float) -> float:
+    """A step of this share of the weights."""
     lengths = [math.sqrt(math.fsum(float(x.detach().double().square().sum()) for x in v)) for v in (params, d)]
-    return 1e-3 * (lengths[0] or 1.0) / lengths[1] if lengths[1] else math.inf
+    return share * (lengths[0] or 1.0) / lengths[1] if lengths[1] else math.inf
 
 
 def _root(f: Callable[[float], float], a: float, b: float) -> float:
     """The root of the straight line through f(a) and f(b) > f(a), a < b; inf if it has none."""
     fa, fb = f(a), f(b)
     return b - fb * (b - a) / (fb - fa) if fa < fb < math.inf else math.inf
+
+
+def _bent_root(f: Callable[[float], float], a: float, b: float, c: float) -> float:
+    """The root in (a, b) of the parabola through f(a) < 0 < f(b) and f(c)."""
+    fa, fb, fc = f(a), f(b), f(c)
+    slope = (fb - fa) / (b - a)
+    bend = ((fc - fb) / (c - b) - slope) / (c - a) if c not in (a, b) and math.isfinite(fb + fc) else 0.0
+    linear = slope - bend * (b - a)
+    if fa == 0 or not fb < math.inf:
+        return a if fa == 0 else math.inf
+    return a - 2 * fa / (linear + math.sqrt(max(linear * linear - 4 * bend * fa, 0.0)))

@@ -5,3 +5,6 @@ alone: a limit of some multiple of the time alone fails for the load, and hides 
 """
 
 PATIENCE = 1200.0  # seconds; below pytest's own limit (`--timeout`), so that the message is of what did not come
+
+# of a process whose bits are compared: those of a sum depend on how many threads share it
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

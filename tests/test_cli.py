@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import entries, images, network, run, small, study
-from limits import PATIENCE
+from limits import ONE_THREAD, PATIENCE
 from ranks import spawn
 from torch import nn
 
@@ -228,7 +228,7 @@ class TestResuming:
     def test_a_study_of_100_checkpoints_that_is_killed_twice_is_that_of_one_run(self, here):
         study(here, count=100)
         argv = ["measure", ".", *self.common, "--json", "o.json"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), **ONE_THREAD}
         for least in (30, 90):
             process = subprocess.Popen(
                 [sys.executable, "-m", "sam_optim", *argv], env=environment, stdout=subprocess.DEVNULL
@@ -459,7 +459,7 @@ def test_torchrun(here):
     study(here, count=2)
     options = ["--target", "study_problem:problem", "--measures", "trace", "--num-probes", "3", "--json", "two.json"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sam_optim"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **ONE_THREAD}
     done = subprocess.run(
         [*launch, "measure", "c0.pt", "c1.pt", *options], capture_output=True, text=True, env=environment
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import images, network, run, small, study
-from limits import PATIENCE
+from limits import ONE_THREAD, PATIENCE
 from torch import nn
 
 from benchmarks.examples import diagonal_network, edge, lite0
@@ -515,7 +515,7 @@ class TestWriting:
     def command(self, here, *argv, environment=None, **options):
         study(here, count=1)
         words = ["measure", "c0.pt", "--target", "study_problem:problem", "--measures", "trace", "--num-probes", "2"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
+        environment = os.environ | {"PYTHONPATH": str(ROOT), **ONE_THREAD} | (environment or {})
         return subprocess.run(
             [sys.executable, "-m", "sam_optim", *words, *argv], env=environment, timeout=PATIENCE, **options
         )

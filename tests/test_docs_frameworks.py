@@ -11,6 +11,7 @@ import sys
 
 import examples
 import pytest
+from limits import ONE_THREAD
 
 INTEGRATIONS = examples.ROOT / "docs" / "integrations"
 LIGHT = {"fabric": "lightning.fabric", "skorch": "skorch", "ignite": "ignite", "pyg": "torch_geometric"}
@@ -29,7 +30,7 @@ def test_every_page_runs_and_prints_what_it_shows(name, tmp_path):
     ((code, shown),) = examples.blocks(INTEGRATIONS / f"{name}.md")
     (tmp_path / "page.py").write_text(code)
     paths = os.pathsep.join([str(examples.ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "YOLO_CONFIG_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "YOLO_CONFIG_DIR": str(tmp_path), **ONE_THREAD}
     command = [sys.executable, "page.py"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]

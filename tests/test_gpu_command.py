@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import ONE_THREAD
 
 from benchmarks.speed import step as step_cost
 
@@ -39,6 +40,6 @@ def test_a_dry_run():
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", **ONE_THREAD},
     )
     assert out.returncode == 0, out.stdout[-4000:] + out.stderr[-1000:]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from limits import PATIENCE
+from limits import ONE_THREAD, PATIENCE
 
 pytest.importorskip("timm")
 pytest.importorskip("optuna")
@@ -318,7 +318,7 @@ class TestTwoAtOnce:
     def test_a_run_whose_folder_vanishes_ends(self, tmp_path):
         out, log = tmp_path / "run", tmp_path / "log"
         argv = [sys.executable, "-m", "benchmarks.train", "--epochs", "400", "--measures", "none", "--out", str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | ONE_THREAD
         with open(log, "w") as file:
             training = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
@@ -347,7 +347,7 @@ def test_what_is_interrupted_while_it_is_written_leaves_nothing(tmp_path, monkey
 
 def test_standard_error_may_be_closed_and_standard_output_a_file(tmp_path):
     argv = [sys.executable, "-m", "benchmarks.train", *DIGITS, "--out", "run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {**ONE_THREAD, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "out", "wb") as out:
         done = subprocess.run(
             argv, cwd=tmp_path, env=environment, stdout=out, preexec_fn=lambda: os.close(2), timeout=PATIENCE

@@ -23,7 +23,7 @@ from sam_optim.core.errors import InputError
 
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'sam_optim[study]'")
 
-from limits import PATIENCE
+from limits import ONE_THREAD, PATIENCE
 from test_corruptions import TestPublished as Published
 from test_data import cifar_files, load, picture_tree
 
@@ -88,7 +88,7 @@ def worker(folder, *options, heartbeat=1, file="tiny.toml"):
     """A process of its own that works on the study of folder/tiny.toml."""
     command_line = [sys.executable, "-W", "error", "-m", "benchmarks.study", "run", str(folder / file)]
     command_line += ["--out", str(folder / "out"), "--heartbeat", str(heartbeat), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ONE_THREAD
     return subprocess.Popen(
         command_line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

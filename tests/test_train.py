@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import ONE_THREAD
 from test_data import SHARED, cifar_files, load, picture_tree
 
 from benchmarks import command, measure
+from benchmarks.machine import one_thread
 from benchmarks.train import __main__ as train
 from benchmarks.train import checkpoint, ranks
 from benchmarks.train import epoch as engine
@@ -35,12 +37,10 @@ PICTURES = ["--data", "folder", "--model", "test_resnet", "--batch-size", "8", "
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def a_single_thread():
     """The bits of a sum depend on how many threads share it, and the subprocesses here have one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def run(*options: object) -> int:
@@ -54,7 +54,7 @@ def signalled(
     """The status and errors of a training, in a process of its own, that gets a signal after a line of its output; once
     more if it ends before, as it may where other processes hold up this one."""
     arguments = [sys.executable, "-m", "benchmarks.train", "--device", "cpu", *options, "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ONE_THREAD
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     for _ in range(10):
         shutil.rmtree(out, ignore_errors=True)

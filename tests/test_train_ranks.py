@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import PATIENCE
+from limits import ONE_THREAD, PATIENCE
 from ranks import spawn
 from test_data import picture_tree
 
@@ -369,7 +369,7 @@ def test_torchrun(tmp_path, fsdp):
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command_ = [*argv, "-m", "benchmarks.train", "--device", "cpu", "--resume", "--out", str(tmp_path / "run")]
     first = [*command_, "--epochs", "300", "--sam-rho", "0.1", "--measures", "worst", *fsdp]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ONE_THREAD
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(first, text=True, env=environment, **pipes) as process:
         for line in process.stdout:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import ONE_THREAD
 from test_device import Watched
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -41,7 +42,7 @@ def test_interpreted(tests, which):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", **ONE_THREAD},
     )
     assert out.returncode == 0, out.stdout[-4000:] + out.stderr[-1000:]
 

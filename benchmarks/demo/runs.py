@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.demo.plan import CLEAN, NOISY, TEST, fingerprint
+from benchmarks.machine import one_thread
 from benchmarks.train.batches import MemoryBatches
 from benchmarks.train.data import Examples, Splits, load
 from benchmarks.train.epoch import NonFiniteLoss, evaluate, train_epoch
@@ -31,9 +32,9 @@ CURVES = ("train_loss", "train_accuracy", "validation_accuracy", "test_accuracy"
 NAN = float("nan")
 
 
+@one_thread()
 def execute(job: Mapping[str, Any]) -> dict[str, Any]:
     """The result of one job of the plan as strict JSON; deterministic up to its CPU time."""
-    torch.set_num_threads(1)
     start = time.thread_time()
     splits = load(Options(**{key: job[key] for key in ("label_noise", "seed", "validation_fraction")}))
     model = initialized(splits, job["seed"])

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts, one_thread
 from benchmarks.speed import timing
 from sam_optim import SAM, late_phase
 from sam_optim.core.errors import run
@@ -235,13 +235,13 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@one_thread()
 def main(argv: Sequence[str] | None = None) -> int:
     p = timing.parser("host", __doc__, rounds=100, json=RESULTS)
     p.add_argument(
         "--tensors", type=int, nargs="+", default=list(TENSORS), help="numbers of tensors to try, of 8 entries each"
     )
     args = p.parse_args(argv)
-    torch.set_num_threads(1)
     with reserved(args.json, "--json"):
         results = [measure(n, args.rounds) for n in args.tensors]
         print(table(results))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.command import option, settings_of
 from benchmarks.examples import cifar_resnet
-from benchmarks.machine import ROOT, facts
+from benchmarks.machine import ROOT, facts, one_thread
 from benchmarks.speed import curvature, sharpness, timing
 from benchmarks.speed.rows import Problem, Row
 from sam_optim.core.arguments import number
@@ -207,9 +207,9 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@one_thread()
 def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_of(Settings, "python -m benchmarks.speed.measures", __doc__, argv)
-    torch.set_num_threads(1)
     if settings.contender:
         return contender(settings)
     with reserved(settings.json, "--json"):

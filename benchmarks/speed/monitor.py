@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.demo.runs import initialized
-from benchmarks.machine import commit, processor
+from benchmarks.machine import commit, one_thread, processor
 from benchmarks.train.batches import MemoryBatches
 from benchmarks.train.data import load
 from benchmarks.train.epoch import train_epoch
@@ -112,6 +112,7 @@ def warm(rho: float, *, epochs: int, rows_per_epoch: int) -> dict[str, Any]:
     }
 
 
+@one_thread()
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.speed.monitor", description=__doc__.splitlines()[0])
     p.add_argument("what", choices=("cost", "warm"))
@@ -125,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
-    torch.set_num_threads(1)
     with reserved(args.json, "--json"):
         if args.what == "cost":
             shape = {"size": args.size, "batch": args.batch, "device": args.device}

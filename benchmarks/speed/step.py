@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts, one_thread
 from benchmarks.speed import timing
 from benchmarks.speed.host import Davda54
 from benchmarks.speed.shapes import RHO, NoStep, shapes_of
@@ -139,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with reserved(args.json, "--json"):
             return cuda.measure_all(args.models, args.rounds, args.minutes, args.json)
-    torch.set_num_threads(1)
-    with reserved(args.json, "--json"):
+    with one_thread(), reserved(args.json, "--json"):
         results = [compare(model, args.rounds) for model in args.models or MODELS]
         print(table(results))
         print("thread CPU time, medians of paired ratios [quartiles]; the peer is davda54/sam's algorithm")

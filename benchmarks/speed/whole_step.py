@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts, one_thread
 from benchmarks.speed import timing
 from benchmarks.speed.timing import Run
 from sam_optim import GSAM, MSAM, SAM, FriendlySAM, LookSAM, StaleSAM, VaSSO, norm_only_param_groups, periodic
@@ -207,6 +207,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@one_thread()
 def main(argv: list[str] | None = None) -> int:
     p = timing.parser("whole_step", __doc__, rounds=21)
     p.add_argument("--models", nargs="+", default=list(BATCHES), help="timm models")
@@ -214,7 +215,6 @@ def main(argv: list[str] | None = None) -> int:
         "--batch-size", type=number(int, 4), help="other than that of the targets; at least 4, for a quarter"
     )
     args = p.parse_args(argv)
-    torch.set_num_threads(1)
     with reserved(args.json, "--json"):
         results = [compare(model, args.rounds, batch=args.batch_size) for model in args.models]
         print(table(results))

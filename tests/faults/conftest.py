@@ -1,6 +1,15 @@
-"""The figures of a run, at its end."""
+"""One thread, as the processes have whose bits are compared; the figures of a run, at its end."""
 
+import pytest
+
+from benchmarks.machine import one_thread
 from faults import tally
+
+
+@pytest.fixture(autouse=True)
+def a_single_thread():
+    with one_thread():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import PATIENCE
+from limits import ONE_THREAD, PATIENCE
 
 from benchmarks.train import __main__ as train
 from benchmarks.train import checkpoint
@@ -146,7 +146,7 @@ def test_a_second_signal_to_a_real_process_ends_it_at_once(tmp_path, signum):
         "raise SystemExit(errors.run(train.main))"
     )
     arguments = [sys.executable, "-c", slow_write, *RUN, "--epochs", "500", "--out", str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ONE_THREAD
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(arguments, text=True, env=environment, **pipes) as process:
         assert any(line.startswith("saving") for line in process.stdout)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from limits import ONE_THREAD
 
 from benchmarks.train import checkpoint
 from faults.cases import PATHS, VARIANTS
@@ -34,7 +35,7 @@ class Victims:
 
     def __init__(self) -> None:
         tests = Path(__file__).resolve().parents[1]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+        environment = os.environ | {**ONE_THREAD, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen([sys.executable, "-m", "faults.victims"], env=environment, **pipes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from sam_optim.loss import Loss
 
 Point = list[Tensor]
 
-HEAT = 0.15  # of the steps of a search; shorter heats tell less of where a climb will end
+HEAT = 4  # steps after which the highest of several climbs is mostly the one that ends highest
 SHORTEST = 1e-3  # a step of u; shorter ones move nothing that float32 can tell
 
 
@@ -102,16 +102,16 @@ def search(
     """The highest point in `num_steps` steps from `start` = (u, loss, gradient); the last step needs no gradient.
 
     A climb that has ended leaves its steps to another one, from the next of `points`. With several `heats` that many
-    climbs, all but the first from `points`, have HEAT of the steps each, and the highest of them goes on.
+    climbs, all but the first from `points`, have HEAT steps each, and the highest of them goes on.
     """
     u, value, _ = start
     best, climb = Maximum(value, u, 0), Climb(chart, *start)
-    length, behind = int(HEAT * num_steps), []
-    heats = heats if length else 1
+    behind: list[Climb] = []
+    heats = min(heats, num_steps // HEAT - 1)
     for step in range(1, num_steps + 1):
         if not math.isfinite(value):
             return Maximum(math.nan, u, step - 1)
-        next_heat = heats > 1 and step > 1 and (step - 1) % length == 0
+        next_heat = heats > 1 and step > 1 and (step - 1) % HEAT == 0
         if next_heat:
             behind.append(climb)
             if len(behind) == heats:
@@ -140,6 +140,15 @@ def random_points(chart: Chart, params: Point, seed: int) -> Iterator[Point]:
     while True:
         noise = [stream.normal_like(w) for w in params]
         yield chart.steepest([z * (s != 0) for z, s in zip(noise, chart.scales, strict=True)])
+
+
+def mixtures(chart: Chart, ends: Sequence[Point], params: Point, seed: int) -> Iterator[Point]:
+    """Points of the ball that have each entry from one of two of `ends`, which are drawn for each of them."""
+    stream = Stream(seed)
+    while True:
+        a, b = (ends[i] for i in stream.permutation(len(ends))[:2].tolist())
+        firsts = [stream.uniform_like(w) < 0.5 for w in params]
+        yield chart.project([torch.where(m, x, y) for m, x, y in zip(firsts, a, b, strict=True)])
 
 
 def _same(a: Point, b: Point) -> bool:

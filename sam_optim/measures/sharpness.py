@@ -80,8 +80,8 @@ def worst_case_sharpness(
             at w is shared, and what a smaller ball holds counts for the larger ones, so that S does not fall with rho.
         num_steps: gradients per search, including the one at its start; one more forward pass follows at the end.
         num_restarts: searches per batch and ball, the first from w, the others each from the best of three random
-            points after four steps. These others leave 60 % of their steps for searches from mixtures of the points that
-            were reached. None: 8, or 1 if num_steps = 1.
+            points after four steps. These others leave 60 % of their steps for searches from mixtures of the points
+            that were reached. None: 8, or 1 if num_steps = 1.
         seed: of the random points, which are the same for all batches.
         progress: called with (done, total) steps.
 

@@ -476,7 +476,6 @@ LANDSCAPES = {
     "two layers": lambda w: sum((torch.tanh(a * w[0]) * w[1] - a) ** 2 for a in (0.6, -1.4, 2.0)),
 }
 PLANES = [Ball(1.5), Ball(1.0, norm=math.inf), Ball(1.0, norm=math.inf, adaptive=True, eta=0), Ball(2.0, adaptive=True)]
-MISSED = [("waves", PLANES[1]), ("waves", PLANES[3])]
 
 
 @pytest.mark.parametrize("ball", PLANES, ids=str)
@@ -500,8 +499,6 @@ def test_two_weights_against_a_grid_of_the_whole_ball(name, ball):
         highest = float((LANDSCAPES[name](loss.params[0].detach()[:, None] + scale * u) - loss.value()).max())
         result = worst_case_sharpness(loss, ball)
         assert result.value <= highest * (1 + 1e-3), start
-        if (name, ball) in MISSED and result.value < 0.95 * highest:
-            pytest.xfail("searches start on the edge of the ball, and all of them miss a hill inside it")
         assert result.value >= 0.95 * highest, start
 
 

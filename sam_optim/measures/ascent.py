@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from sam_optim.loss import Loss
 
 Point = list[Tensor]
 
-HEAT = 4  # steps after which the highest of several climbs is mostly the one that ends highest
+HEAT = 0.15  # of the steps of a search; shorter heats tell less of where a climb will end
 SHORTEST = 1e-3  # a step of u; shorter ones move nothing that float32 can tell
 
 
@@ -102,16 +103,16 @@ def search(
     """The highest point in `num_steps` steps from `start` = (u, loss, gradient); the last step needs no gradient.
 
     A climb that has ended leaves its steps to another one, from the next of `points`. With several `heats` that many
-    climbs, all but the first from `points`, have HEAT steps each, and the highest of them goes on.
+    climbs, all but the first from `points`, have HEAT of the steps each, and the highest of them goes on.
     """
     u, value, _ = start
     best, climb = Maximum(value, u, 0), Climb(chart, *start)
-    behind: list[Climb] = []
-    heats = min(heats, num_steps // HEAT - 1)
+    length, behind = int(HEAT * num_steps), []
+    heats = heats if length else 1
     for step in range(1, num_steps + 1):
         if not math.isfinite(value):
             return Maximum(math.nan, u, step - 1)
-        next_heat = heats > 1 and step > 1 and (step - 1) % HEAT == 0
+        next_heat = heats > 1 and step > 1 and (step - 1) % length == 0
         if next_heat:
             behind.append(climb)
             if len(behind) == heats:
@@ -134,21 +135,19 @@ def search(
 
 
 def random_points(chart: Chart, params: Point, seed: int) -> Iterator[Point]:
-    """Random points of the unit ball with a length of 1: uniform on the sphere, or vertices of the cube. Entries that
-    cannot move (T = 0) are 0."""
+    """Random points of the unit ball, in turn with a length of 1 (uniform on the sphere, or vertices of the cube) and
+    uniform inside, where a hill may be. Entries that cannot move (T = 0) are 0."""
     stream = Stream(seed)
-    while True:
+    num = sum(int((s != 0).expand_as(w).sum()) for w, s in zip(params, chart.scales, strict=True))
+    for k in count():
         noise = [stream.normal_like(w) for w in params]
-        yield chart.steepest([z * (s != 0) for z, s in zip(noise, chart.scales, strict=True)])
-
-
-def mixtures(chart: Chart, ends: Sequence[Point], params: Point, seed: int) -> Iterator[Point]:
-    """Points of the ball that have each entry from one of two of `ends`, which are drawn for each of them."""
-    stream = Stream(seed)
-    while True:
-        a, b = (ends[i] for i in stream.permutation(len(ends))[:2].tolist())
-        firsts = [stream.uniform_like(w) < 0.5 for w in params]
-        yield chart.project([torch.where(m, x, y) for m, x, y in zip(firsts, a, b, strict=True)])
+        u = chart.steepest([z * (s != 0) for z, s in zip(noise, chart.scales, strict=True)])
+        if k % 2 and chart.norm == math.inf:
+            u = [stream.uniform_like(x) * x for x in u]
+        elif k % 2:
+            length = float(stream.uniform_like(torch.zeros(1))) ** (1 / max(num, 1))
+            u = [length * x for x in u]
+        yield u
 
 
 def _same(a: Point, b: Point) -> bool:

@@ -749,3 +749,23 @@ def test_json_is_strict(tmp_path):
         (tmp_path / "x.json").write_text(content, encoding="latin1")
         with pytest.raises(InputError, match=r"x\.json is not valid JSON"):
             read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "directions",
+    ["0", [1], {"losses": "abc"}, {"losses": [[1, 2], [1]]}, {"losses": 3}, {"norms": "q"}],
+    ids=str,
+)
+def test_a_landscape_with_other_directions_is_refused_in_one_line(tmp_path, capsys, directions):
+    result = {"type": "Landscape", "coordinates": [[-1.0, 0.0, 1.0]], "losses": [1.0, 0.5, None], "settings": {"n": 3}}
+    (tmp_path / "r.json").write_text(json.dumps(result | {"directions": {}}))
+    argv = ["report", str(tmp_path / "r.json"), "--out", str(tmp_path / "page.html")]
+    assert errors.run(cli.main, argv) == 0
+    (tmp_path / "page.html").unlink()
+    (tmp_path / "r.json").write_text(json.dumps(result | {"directions": directions}))
+    capsys.readouterr()
+    assert errors.run(cli.main, argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "changed" in err
+    assert not (tmp_path / "page.html").exists()

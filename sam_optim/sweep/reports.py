@@ -62,7 +62,9 @@ def _page(
     correlations = measured.correlations(compared, varied)
     try:
         return study_page(measured, targets=compared, correlations=correlations, results=singles, title=title)
-    except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
         raise InputError(f"the results cannot be shown ({one_line(error)}); a file was changed or damaged") from None
 
 

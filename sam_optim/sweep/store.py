@@ -66,7 +66,9 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     for name, depth in shapes.items():
         if name in result and not _numbers(result[name], depth):
             raise InputError(f"{path}: {name!r} of a result is no {'list of ' * depth}number; the file was changed")
-    for name, kind in {"reason": str, "type": str, "converged": bool, "settings": dict, "provenance": dict}.items():
+    kinds = {"reason": str, "type": str, "converged": bool}
+    kinds |= dict.fromkeys(("settings", "provenance", "directions"), dict)
+    for name, kind in kinds.items():
         if not isinstance(result.get(name, kind()), kind):
             raise InputError(f"{path}: {name!r} of a result is no {kind.__name__}; the file was changed")
 

@@ -116,9 +116,22 @@ def test_wrong_plans_are_refused(small, tmp_path):
         ("tuning_seeds = [1000]", "tuning_seeds = [1]", "must differ"),
         ("[methods.", "[method.", "methods"),
         ("seeds = [0, 1]", "seeds = [0, 1", "cannot be read"),
+        *((f"\n{name} = ", f"\n{name} = {{ a = 1 }} #", f"{name} must be") for name in ("name", "task", "baseline")),
+        ('"train"', '"trian"', "program must be 'train'.*'trian'"),
+        ("seeds = [0, 1]", 'seeds = "01"', "seeds must be a list of integers, got '01'"),
+        ("seeds = [0, 1]", "seeds = [[0]]", "seeds must be"),
+        ("seconds = 1.0", "seconds = -1", "seconds must be.*-1"),
+        ("seconds = 1.0", "seconds = nan", "seconds must be"),
+        ("seconds = 1.0", "seconds = 1.0\nsecond = 2", "second"),
+        ("[fixed]", "fixed = 3\n[fixe]", "fixed must be a table"),
+        ("[fixed]", "[evaluate]\ntest = true\n[fixed]", "evaluate must be"),
+        ('[conditions."clean"]', '[conditions]\nclean = "x"', "conditions must be"),
+        ('[methods."SGD"]', '[methods]\nSGD = [["a", 1]]', "methods must be"),
+        ("tune = { weight_decay = [1e-3, 1e-2] }", "tune = { weight_decay = 1e-3 }", "methods must be"),
     ):
         path = tmp_path / "wrong.toml"
-        path.write_text(PLAN.replace(old, new))
+        assert old in PLAN
+        path.write_text(PLAN.replace(old, new, 1))
         with pytest.raises(InputError, match=words):
             plans.load(path)
 
@@ -175,6 +188,10 @@ def test_text_files_are_looked_for_beside_the_model(small):
     plan = plans.load(small)
     with pytest.raises(InputError, match="--data-dir"):
         runs.located({"train": "a", "validation": "b", "test": ["c"], "model": "m"}, Here(plan.name))
+    run = plans.Run("SAM", "clean", {}, 0, False, {"train": "a", "epoch": 3})
+    with pytest.raises(InputError, match=r"'epoch'.*epochs"):
+        runs.text_run(plan, run, small.parent / "out", Here(plan.name))
+    assert not (small.parent / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import read_settings
-from sam_optim.core.errors import InputError, one_line, unknown
+from sam_optim.core.errors import InputError, unknown
 
 Settings = Mapping[str, Any]
 
@@ -80,18 +80,54 @@ class Plan:
         return sum(each)
 
 
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str) and bool(x)
+
+
+def _are_seeds(x: Any) -> bool:
+    return isinstance(x, list) and bool(x) and all(type(seed) is int and seed >= 0 for seed in x)
+
+
+def _is_table(x: Any) -> bool:
+    return isinstance(x, dict)
+
+
+def _are_tables(x: Any) -> bool:
+    return _is_table(x) and bool(x) and all(map(_is_table, x.values()))
+
+
+def _are_methods(x: Any) -> bool:
+    tuned = [table.get("tune", {}) for table in x.values()] if _are_tables(x) else [None]
+    return all(_is_table(t) and all(isinstance(v, list) and v for v in t.values()) for t in tuned)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("name", "task", "baseline", "control"), (_is_text, "a text")),
+    "program": (lambda x: x in ("train", "finetune_text"), "'train' or 'finetune_text'"),
+    **dict.fromkeys(("seeds", "tuning_seeds"), (_are_seeds, "a list of integers")),
+    "seconds": (lambda x: type(x) in (int, float) and 0 < x < 1e9, "a number of seconds"),
+    "fixed": (_is_table, "a table of options"),
+    "evaluate": (lambda x: _is_table(x) and all(type(n) is int and n > 0 for n in x.values()), "a table of counts"),
+    "conditions": (_are_tables, "a table with a table of options for each condition"),
+    "methods": (_are_methods, "a table with a table of options for each method, and `tune` one of lists"),
+}
+
+
 def load(path: Path | str) -> Plan:
     """The plan of a TOML file.
 
     Raises:
         InputError: it cannot be read, or lacks a table.
     """
-    content = read_settings(Path(path), yaml=False)
-    try:
-        methods = {name: _method(dict(table)) for name, table in content.pop("methods").items()}
-        plan = Plan(**{"name": Path(path).stem} | content, methods=methods)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a plan of a comparison: {one_line(error)}") from None
+    content = {"name": Path(path).stem, "evaluate": {}} | read_settings(Path(path), yaml=False)
+    for key, (is_right, words) in KINDS.items():
+        if key not in content or not is_right(content[key]):
+            given = repr(content[key]) if key in content else "nothing"
+            raise InputError(f"{path} is not a plan of a comparison: {key} must be {words}, got {given}")
+    methods = {name: _method(dict(table)) for name, table in content.pop("methods").items()}
+    if more := content.keys() - KINDS.keys():
+        raise unknown("entry of a plan", min(more), KINDS)
+    plan = Plan(**content, methods=methods)
     for name in (plan.baseline, plan.control):
         if name not in methods:
             raise unknown("method", name, methods)

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -20,7 +20,7 @@ from benchmarks.machine import facts
 from benchmarks.study import config, trial
 from benchmarks.train.data import Examples, Splits
 from benchmarks.train.epoch import evaluate
-from sam_optim.core.errors import InputError
+from sam_optim.core.errors import InputError, unknown
 from sam_optim.core.files import locked, open_log, read_json_object, write_json
 from sam_optim.core.random import Stream
 
@@ -147,6 +147,8 @@ def text_run(plan: Plan, run: Run, directory: Path, here: trial.Here) -> Record:
     """Trains with benchmarks.finetune_text; files and the model are relative to --data-dir."""
     from benchmarks import finetune_text
 
+    if more := run.options.keys() - {f.name for f in fields(finetune_text.Settings)}:
+        raise unknown("option of benchmarks.finetune_text", min(more), [f.name for f in fields(finetune_text.Settings)])
     directory.mkdir(parents=True, exist_ok=True)
     settings = finetune_text.Settings(**located(run.options, here), out=directory, device="cpu")
     start = time.process_time()

@@ -20,6 +20,7 @@ from command_line import network
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_frontier import PLAN
 
 from benchmarks import command, finetune_text, pretrained
 from benchmarks.corruptions import Published
@@ -122,17 +123,6 @@ def table():
 
 
 RECIPE = b"model: cnn3\nlr: 1e-1\nopt-kwargs: {nesterov: false}\nno-aug: true\nmean: [0.5, 0.4, 0.3]\ndata: folder\n"
-FRONTIER = b"""task = "digits"
-program = "train"
-baseline = "SGD"
-control = "SGD"
-seeds = [0, 1]
-tuning_seeds = [1000]
-seconds = 1.0
-fixed = { data = "digits", epochs = 1 }
-conditions = { clean = { label_noise = 0.1 } }
-methods = { SGD = {}, SAM = { tune = { sam_rho = [0.05, 0.1] } } }
-"""
 STUDY = b"""name = "x"
 [grid]
 lr = [0.1, 0.2]
@@ -313,7 +303,7 @@ READERS = {
     "c.yaml": (lambda: RECIPE, lambda path: options.parse(["--config", str(path), "--out", "x"])),
     "s.toml": (lambda: STUDY, study_config.load),
     "s.yaml": (lambda: json.dumps(tomllib.loads(STUDY.decode())).encode(), study_config.load),
-    "plan.toml": (lambda: FRONTIER, read_plan),
+    "plan.toml": (PLAN.encode, read_plan),
     "m.jsonl": (lambda: b'{"epoch": 1, "loss": 0.5}\n{"epoch": 2}\n', command.read_jsonl),
     "models.csv": (table, lambda path: from_csv(path, ["trace"], ["test_error"], ["loss"])),
     "text.tsv": (lambda: PAIRS, lambda path: read_table(path, ["sentence1", "label"])),

@@ -307,8 +307,12 @@ def test_ignored_labels_beside_outputs_in_a_tuple():
     """What the mean is over cannot be seen from such outputs."""
 
     def run(given=None, several=None):
-        forward = lambda model, batch: ((model(batch[0]), None), batch[1])  # noqa: E731
-        criterion = lambda o, y: F.cross_entropy(o[0], y)  # noqa: E731
+        def forward(model, batch):
+            return (model(batch[0]), None), batch[1]
+
+        def criterion(outputs, y):
+            return F.cross_entropy(outputs[0], y)
+
         return Loss(model, criterion, several or data, forward=forward, batch_weights=given).value()
 
     model, data = network(mlp), half_ignored(batches(mlp, SIZES))

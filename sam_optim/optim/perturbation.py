@@ -497,6 +497,7 @@ class Perturbation:
                 self.rule.has_moved(self._backups)
             if not self.one_pass:
                 reads_zeros = self._is_new and self.reads_zeros
+                # mypy: `having` are those with a gradient
                 self._was_written = reads_zeros and all([p.grad._version for p in having])  # type: ignore[union-attr]
                 self._num_writes = (having[-1], having[-1].grad._version) if having else None  # type: ignore[union-attr]
                 if self._is_new and having and ranks.are_alone and self.ascends:

@@ -549,7 +549,7 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From SAM, from the plain base (then rho, adaptive, eta and norm stay as they are), or from another SAM."""
         if self.perturbation.active:
-            raise RuntimeError("the weights are perturbed: load_state_dict when the perturbed pass has ended")
+            raise RuntimeError("the weights are perturbed: call load_state_dict when the perturbed pass has ended")
         self._follow_base()
         state_dict = adapted(state_dict, self.param_groups)
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:

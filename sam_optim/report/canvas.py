@@ -56,14 +56,16 @@ def styled(size: tuple[float, float] = SIZE) -> Iterator[Figure]:
 
 def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """The figure in a file, whole or not at all; the ending of its name says which format (png, pdf, svg)."""
-    write_atomic(path, rendered(figure, path.suffix[1:] or "png", dpi=dpi), "path")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=dpi)
+    write_atomic(path, buffer.getvalue(), "path")
 
 
 def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
-    """The bytes of a file of the kind png, pdf or svg."""
+    """The bytes of a file of the kind png, pdf or svg, of a figure whose names stand on a page as well."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a browser has more fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has more fonts
         figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 

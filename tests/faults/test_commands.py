@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from test_frontier import PLAN
 
 from faults import tally
 from faults.victims import Victims
@@ -29,24 +30,6 @@ seed = [0, 1]
 [fixed]
 epochs = 2
 train_examples = 200
-"""
-PLAN = """name = "small"
-task = "digits"
-program = "train"
-baseline = "SGD"
-control = "SGD"
-seeds = [0, 1]
-tuning_seeds = [1000]
-seconds = 1.0
-[fixed]
-data = "digits"
-epochs = 1
-train_examples = 100
-validation_fraction = 0.1
-[conditions."clean"]
-[methods."SGD"]
-[methods."SAM"]
-tune = { sam_rho = [0.05, 0.1] }
 """
 
 

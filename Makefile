@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOWEST := .venv-lowest
+# a worker that dies fails its test and ends the run: pytest-xdist hangs after it has started another one
+TESTS  := -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 # Threads that spin beside any other process cost 10 to 40 times: one each.
 export OMP_NUM_THREADS ?= 1
@@ -44,15 +46,15 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python $(TESTS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python $(TESTS) -m slow
 
 test-lowest:
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/lowest.txt -e ".[dev]"
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(LOWEST)/bin/python $(TESTS)
 
 # ARGS="--python 2.8=PATH/bin/python --only order" and more: python tests/matrix.py --help
 test-matrix: install

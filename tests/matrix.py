@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list or not chosen:
         print("\n".join(c.name for c in chosen) or "no combination has such a name")
         return 0 if args.list else 2
-    arguments = rest or ["-n", "2", "--dist", "loadfile"]
+    arguments = rest or ["-n", "2", "--dist", "loadfile", "--max-worker-restart", "0"]
     folder = args.out / fingerprint(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     results = []

@@ -484,12 +484,18 @@ class Perturbation:
         """w -> w + e with the gradients in `p.grad`, which go, also those of parameters that others step; or with what
         the rule knows before the pass, and then earlier gradients may stay."""
         params, ranks = self._params, self._ranks
-        having = self._check_gradients()
+        second = _SecondPass(params, self._guard, self._backups, self._float32)
+        second.claim()
+        try:
+            having = self._check_gradients()
+        except BaseException:
+            second.end()
+            raise
         self.completed = self.was_empty = False
         used = having if ranks.needs_zeros and not self.one_pass else []
-        self._pass = second = _SecondPass(params, self._guard, self._backups, self._float32)
-        try:
-            second.begin(look=not self._in_transaction, restores=not self.one_pass)
+        self._pass = second
+        try:  # before anything moves: a signal handler may ask for a checkpoint at any moment
+            self._guard.begin_pass(params, second.clean, look=not self._in_transaction, restores=not self.one_pass)
             ascent = kernels.ascend_(self._buckets(second), self._backups, fused=self._body)
             torch.clear_autocast_cache()  # or the second forward reuses low-precision copies of w: SAM without SAM
             self._record = Record(ascent)
@@ -874,14 +880,13 @@ class _SecondPass:
         self.grads_at_w: dict[Tensor, Tensor | None] = {}
         self._guard, self._backups, self._float32 = guard, backups, float32
 
-    def begin(self, *, look: bool, restores: bool) -> None:
-        """Before anything moves: a signal handler may ask for a checkpoint at any moment."""
+    def claim(self) -> None:
+        """Before a gradient is read: torch crashes where one thread reads `p.grad` and another one clears it."""
         self._is_open = True
         if {*map(type, self.params)} <= {Tensor, nn.Parameter}:
             self.trained = list(filter(_TRAINS, self.params))
             self.pointers = list(map(Tensor.data_ptr, self.trained))
         transaction.claim(self.params, self._owner)
-        self._guard.begin_pass(self.params, self.clean, look=look, restores=restores)
 
     def clean(self, tensor: Tensor) -> Tensor | None:
         """The clean value of a parameter or buffer of the model; None for any other tensor."""

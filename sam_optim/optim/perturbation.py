@@ -724,7 +724,7 @@ class Perturbation:
             "no parameter has a gradient: run loss.backward() before the perturbed pass"
             + (
                 ", and not inside that of another optimizer, which has cleared them: use one, with a group for each"
-                if transaction.is_any_moved()
+                if transaction.is_other_moved(self._params)
                 else ", and after that of an optimizer whose module= names this network, too, and which clears them"
             )
             + (", and with set_requires_gradient_sync(True): FSDP2 leaves no gradient else" * ranks.is_sharded)

@@ -40,9 +40,9 @@ def claim(params: Sequence[Tensor], owner: object) -> None:
         )
 
 
-def is_any_moved() -> bool:
-    """Whether any pass is open."""
-    return bool(_held)
+def is_other_moved(params: Iterable[Tensor]) -> bool:
+    """Whether an open pass holds other parameters than these."""
+    return bool(_held.keys() - map(id, params))
 
 
 def is_moved(params: Iterable[Tensor]) -> bool:

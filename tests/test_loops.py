@@ -751,6 +751,51 @@ def test_unscaling_before_the_perturbed_pass_is_an_error(kind, clip):
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
 
 
+@pytest.mark.parametrize("way", ["closure", "contexts", "first and second step"])
+@pytest.mark.parametrize("scaler", ["scales", "unscales", "is unused", "is off"])
+def test_an_update_with_gradients_that_are_still_scaled_is_warned_of(way, scaler):
+    model, (x, y) = network().float(), batches()[0]
+    x, optimizer, kind = x.float(), sam(model), scaler
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=kind != "is off")
+
+    def backward():
+        loss = cross_entropy(model(x), y)
+        (loss if kind == "is unused" else scaler.scale(loss)).backward()
+        return loss
+
+    def closure():
+        optimizer.zero_grad()
+        return backward()
+
+    def update():
+        if way == "closure":
+            return optimizer.step(closure)
+        closure()
+        if way == "contexts":
+            with optimizer.perturbed():
+                backward()
+        else:
+            optimizer.first_step()
+            backward()
+        if kind == "unscales":
+            scaler.unscale_(optimizer)
+        (optimizer.step if way == "contexts" else optimizer.second_step)()
+        if kind == "unscales":
+            scaler.update()
+
+    is_scaled = kind == "scales" or (kind == "unscales" and way == "closure")
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    expected = [p - LR * (1024 if is_scaled else 1) * g for p, g in zip(model.parameters(), truth, strict=True)]
+    if is_scaled:
+        with pytest.warns(UserWarning, match=r"1024 times too long. Call scaler.unscale_\(optimizer\)"):
+            update()
+    else:
+        update()
+    close(model.parameters(), expected, tolerance=1e-4)
+    assert "scale" not in scaler.__dict__
+    update()  # it is said once
+
+
 def test_unscaling_for_another_optimizer_is_nobodys_affair():
     model, other, (x, y) = network().float(), network().float(), batches()[0]
     x = x.float()

@@ -528,6 +528,8 @@ class Perturbation:
                 self._draws.replay()
             if not self._has_warned:
                 self._warn_once(ascent)
+            if self._surroundings is not None and self._surroundings.is_watching:
+                self._surroundings.watch_scalers()
         except BaseException:
             self._return(failed=True)
             raise
@@ -784,6 +786,11 @@ class Perturbation:
             raise
         finally:
             self._in_transaction = False
+
+    def warn_of_scale(self) -> None:
+        """Before an update that no GradScaler makes."""
+        if self._surroundings is not None:
+            self._surroundings.warn_of_scale()
 
     def watch_update(self) -> None:
         """Marks the point after which a change of the weights is an update."""

@@ -355,6 +355,7 @@ class SAM(Optimizer):
         if "found_inf" in self.__dict__:
             has_updated = self._base_update.scaled(self.__dict__["found_inf"], self.__dict__.get("grad_scale"))
         else:
+            self.perturbation.warn_of_scale()
             has_updated = self._base_update(self.perturbation.together)
         if has_updated and self._pending:
             self._keep_pending()

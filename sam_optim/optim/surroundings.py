@@ -43,6 +43,7 @@ class Surroundings:
         self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
         self._handles: list[Any] = []
         self._epochs: list[Any] = []
+        self._scale_calls: list[_ScaleCalls] = []
         self._schedulers = [weakref.ref(x) for x in seen if isinstance(x, LRScheduler)]
         self._modules = [weakref.ref(x) for x in seen if isinstance(x, nn.Module)]
         self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
@@ -88,6 +89,24 @@ class Surroundings:
     def modules(self) -> list[nn.Module]:
         return modules_of(*[m for ref in self._modules if (m := ref()) is not None])
 
+    def watch_scalers(self) -> None:
+        """Until the pass ends: whether they scale a loss."""
+        seen = [x for ref in self._scalers if (x := ref()) is not None and "scale" not in x.__dict__]
+        self._scale_calls = list(map(_ScaleCalls, seen))
+
+    def warn_of_scale(self) -> None:
+        """Before an update that no scaler makes, once: of gradients that are still multiplied by its scale."""
+        calls, self._scale_calls = self._scale_calls, []
+        for scaler in [x for c in calls if c.were_made and (x := c.scaler()) is not None and x.is_enabled()]:
+            if all([state["stage"].name == "READY" for state in scaler._per_optimizer_states.values()]):
+                warnings.warn(
+                    "scaler.scale() has multiplied the loss of the perturbed pass, and its gradients have not been "
+                    f"unscaled: this update is {scaler.get_scale():g} times too long. Call scaler.unscale_(optimizer) "
+                    "before second_step(), or scaler.step(optimizer) in its place; a closure takes a loss without a "
+                    "scale",
+                    stacklevel=7,
+                )
+
     def note_scale(self, params: Sequence[Tensor]) -> None:
         """Which scalers have unscaled the gradients of the first pass."""
         ids = {*map(id, params)} if self._scalers else set()
@@ -110,7 +129,7 @@ class Surroundings:
 
     def end_pass(self, *, failed: bool) -> None:
         """After the second pass: warns of what has counted it."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._scale_calls):
             handle.remove()
         self._handles = []
         mixed = [(o(), params) for o, params, earlier in self._others if earlier.stop().are_mixed]
@@ -160,6 +179,24 @@ def _state(p: Tensor) -> tuple[float, float]:
 
 def _epoch(scheduler: LRScheduler) -> Any:
     return getattr(scheduler, "last_epoch", None)  # a ChainedScheduler has none
+
+
+class _ScaleCalls:
+    """Stands for `scaler.scale` until it is removed."""
+
+    def __init__(self, scaler: GradScaler):
+        self.scaler, self.were_made = weakref.ref(scaler), False
+        self._scale: Any = scaler.scale
+        scaler.scale = self  # type: ignore[assignment, method-assign]
+
+    def __call__(self, outputs: Any) -> Any:
+        self.were_made = True
+        return self._scale(outputs)
+
+    def remove(self) -> None:
+        if (scaler := self.scaler()) is not None:
+            scaler.__dict__.pop("scale", None)
+        self._scale = None
 
 
 def scaler_in_sight() -> GradScaler | None:

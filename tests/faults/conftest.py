@@ -6,7 +6,7 @@ from benchmarks.machine import one_thread
 from faults import tally
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # also for what a module sets up once
 def a_single_thread():
     with one_thread():
         yield

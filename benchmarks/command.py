@@ -130,6 +130,10 @@ def _from_yaml(text: str) -> Any:
     for node in nodes:
         if isinstance(node, yaml.MappingNode):
             names = [str(key.value) for key, _ in node.value]
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise InputError("it has a list or a mapping as a name; names are text")
+                key.tag = "tag:yaml.org,2002:str"  # also of names that look like numbers, dates or truth values
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise InputError(f"it has {twice!r} twice; leave one out")
             nodes += [value for _, value in node.value]
@@ -137,7 +141,7 @@ def _from_yaml(text: str) -> Any:
             nodes += node.value
         elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
             raise InputError(f"{node.value} is a number to the base 60 in YAML; write it as a decimal number")
-    return yaml.safe_load(text)
+    return yaml.SafeLoader("").construct_document(nodes[0]) if nodes[0] else None
 
 
 class Interrupted(Exception):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.machine import one_thread
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if torch.__version__.startswith(("2.8.", "2.9.")):
     os.environ["SAM_OPTIM_TRUST_PICKLES"] = "1"  # the pickles of the tests are their own, also in other processes
@@ -85,6 +87,13 @@ def leaves_no_trace():
     changed = {name: (value, now) for (name, value), now in zip(before.items(), settings().values(), strict=True)}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     assert not changed, f"the test changed for those after it (before, after): {changed}"
+
+
+@pytest.fixture(scope="module")
+def single_thread():
+    """As the worker processes have it whose bits are compared."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ from benchmarks.study.queue import DEATHS, Queue, difference
 from benchmarks.study.trial import Here, run_directory
 from benchmarks.study.worker import work
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
 name = "tiny"

@@ -1,6 +1,7 @@
 """What batches and examples weigh: the loss over batches is that of one batch, whatever its mean is over."""
 
 import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sam_optim.core.geometry import Ball
 from sam_optim.loss import MATRICES, Loss
-from sam_optim.measures import gradient_noise_scale, hessian_eigenvalues
+from sam_optim.measures import gradient_noise_scale, hessian_eigenvalues, hessian_trace, worst_case_sharpness
 
 ULPS = 1e4 * torch.finfo(torch.float64).eps
 SIZES = (9, 4, 7)
@@ -531,3 +533,39 @@ def test_values_and_gradients_of_an_encoder_with_padding_are_of_one_function():
         rise = float(loss.value() - value)
     assert rise == pytest.approx(1e-3 * size, rel=0.02)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
+def cross_entropy_of_logits(outputs, target):
+    return nn.functional.cross_entropy(outputs, target)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), cross_entropy_of_logits], ids=["module", "function"])
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_a_model_that_has_diverged_has_no_curvature_whatever_the_criterion_is(criterion, num_batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    batches = [(torch.randn(6, 4), torch.randint(0, 3, (6,))) for _ in range(num_batches)]
+    for measure in (hessian_eigenvalues, hessian_trace):
+        result = measure(Loss(model, criterion, batches))
+        assert not result.converged
+        assert "not finite" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("criterion", "label"),
+    [
+        (cross_entropy_of_logits, -100),
+        (lambda o, t: (o - 100).log().mean(), 0),
+        (lambda o, t: (o[:, 0] - t).square().mean(), math.nan),
+    ],
+    ids=["no label counts", "logarithm", "target"],
+)
+def test_a_loss_that_is_nan_at_finite_outputs_is_an_error(criterion, label):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    batches = [(torch.randn(6, 4), torch.full((6,), label))]
+    for measure in (hessian_eigenvalues, hessian_trace, functools.partial(worst_case_sharpness, ball=Ball(0.05))):
+        with pytest.raises(ValueError, match=r"nan where the model's outputs are finite|-100"):
+            measure(Loss(model, criterion, batches))

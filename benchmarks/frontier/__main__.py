@@ -88,8 +88,7 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    report.write(args.page)
-    print(report.text(report.committed()))
+    print(report.write(args.page))
     return 0
 
 

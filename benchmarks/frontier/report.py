@@ -39,8 +39,7 @@ def collect(plan: Plan, out: Path) -> Path:
 
 
 def committed() -> list[Task]:
-    with intact(RESULTS):
-        return analysis.tasks([read_json(path) for path in sorted(RESULTS.glob("*.json"))])
+    return analysis.tasks([read_json(path) for path in sorted(RESULTS.glob("*.json"))])
 
 
 def text(tasks: Sequence[Task]) -> str:
@@ -50,15 +49,19 @@ def text(tasks: Sequence[Task]) -> str:
     return "\n\n".join(parts).replace("\n\n- ", "\n- ")
 
 
-def write(page: Path) -> None:
-    """The part between the marks of the page, and the picture beside it."""
+def write(page: Path) -> str:
+    """The part between the marks of the page, which is returned, and the picture beside it."""
     with locked(page, patience=PATIENCE):
-        tasks, before = committed(), read_bytes(page).decode()
+        before = read_bytes(page).decode()
         if BEGIN not in before or END not in before:
             raise InputError(f"{page} has not the marks of its tables: {BEGIN} and {END}")
         head, tail = before[: before.index(BEGIN) + len(BEGIN)], before[before.index(END) :]
-        write_atomic(page, f"{head}\n\n{text(tasks)}\n\n{tail}".encode())
-        save(picture(tasks), page.with_suffix(".png"), dpi=130)
+        with intact(RESULTS):
+            tasks = committed()
+            tables, figure = text(tasks), picture(tasks)
+        write_atomic(page, f"{head}\n\n{tables}\n\n{tail}".encode())
+        save(figure, page.with_suffix(".png"), dpi=130)
+    return tables
 
 
 def picture(tasks: Sequence[Task]) -> Figure:

@@ -258,7 +258,7 @@ def _levels(factor: str, levels: Any) -> Any:
     if isinstance(levels, Mapping) and levels and all(isinstance(v, Mapping) for v in levels.values()):
         if not NAME.fullmatch(factor):
             raise InputError(f"factor {factor!r}: letters, digits, '.', '_' and '-' only")
-        return {str(level): {k: _option(k, v) for k, v in table.items()} for level, table in levels.items()}
+        return {level: {k: _option(k, v) for k, v in table.items()} for level, table in levels.items()}
     if isinstance(levels, (list, tuple)) and levels:
         values = [_option(factor, level) for level in levels]
         if len({json.dumps(v) for v in values}) < len(values):

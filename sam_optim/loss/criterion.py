@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ def value(criterion: Criterion | None, outputs: Any, target: Any, *, needs_gradi
 
 def equal_to_rounding(a: float, b: float, dtype: torch.dtype) -> bool:
     """Whether two passes of one function may give a and b; also where both are not finite."""
-    return not abs(a - b) > min(1e3 * torch.finfo(dtype).eps, 0.05) * max(abs(a), abs(b), 1e-3)
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.isfinite(a) == math.isfinite(b)
+    return abs(a - b) <= min(1e3 * torch.finfo(dtype).eps, 0.05) * max(abs(a), abs(b), 1e-3)
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
@@ -109,7 +112,8 @@ def same_outputs(few: Any, many: Any) -> bool:
     many = many[: len(few)]
     if few.shape != many.shape:
         return False
-    return bool(torch.isclose(few, many, rtol=0, atol=1e-3 * float(many.abs().max()), equal_nan=True).all())
+    tolerance = 1e-3 * float(many.nan_to_num(0, 0, 0).abs().max())
+    return bool(torch.isclose(few, many, rtol=0, atol=tolerance, equal_nan=True).all())
 
 
 def shares(criterion: Criterion, pieces: Sequence[tuple[Any, Any]]) -> list[float] | None:
@@ -125,7 +129,7 @@ def shares(criterion: Criterion, pieces: Sequence[tuple[Any, Any]]) -> list[floa
     if len({(o.shape[1:], t.shape[1:]) for o, t in pieces}) > 1 or any(len(o) != len(t) for o, t in pieces):
         return None
     whole = gradient_of(criterion, torch.cat([o for o, _ in pieces]), torch.cat([t for _, t in pieces])).double()
-    if not whole.any():  # a step function of the outputs, such as the share of errors
+    if not (whole.any() and whole.isfinite().all()):  # a step function, such as the share of errors; a diverged model
         return None
     tolerance = 1e-5 * float(whole.abs().max())
     result = []

@@ -20,7 +20,7 @@ from sam_optim.core.contexts import undone
 from sam_optim.loss import criterion as criteria
 from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
-from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved
+from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved, tensors
 from sam_optim.loss.criterion import Criterion, Forward
 from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
@@ -436,6 +436,13 @@ class Loss:
             outputs, target = self._passes.outputs(batch)
             without = float(self._passes.of_outputs(outputs, target))
             weigher = Weigher(self.criterion, outputs, target)
+            is_nan = math.isnan(without) and not weigher.reads_labels
+            if is_nan and all([x.isfinite().all() for x in tensors(outputs)]):
+                raise ValueError(
+                    "the loss of the first batch is nan where the model's outputs are finite: look at its targets "
+                    "(nan, or labels that are all ignored) and at the criterion (a logarithm or root of a negative "
+                    "number)"
+                )
         del outputs  # of a large vocabulary more than all the rest
         if not weigher.is_sure and self._is_a_sum(n, batch):
             raise ValueError(A_SUM)
@@ -453,7 +460,7 @@ class Loss:
         *_, (_, _, both) = joined([(0.0, k, piece)] * 2, 2 * k)
         with self._passes.evaluating(grad=False):
             once, twice = float(self._passes.loss(piece)), float(self._passes.loss(both))
-        return once != 0 and criteria.equal_to_rounding(2 * once, twice, self._passes.dtype)
+        return once != 0 and math.isfinite(once) and criteria.equal_to_rounding(2 * once, twice, self._passes.dtype)
 
     def _check_one_function(self, batch: Any, without: float) -> int:
         """Raises ValueError where the loss is another one with gradients; the bytes that its graph saves."""

@@ -2,14 +2,12 @@
 
 import pytest
 
-from benchmarks.machine import one_thread
 from faults import tally
 
 
-@pytest.fixture(scope="module", autouse=True)  # also for what a module sets up once
-def a_single_thread():
-    with one_thread():
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_here(single_thread):
+    """Also for what a module sets up once."""
 
 
 def pytest_terminal_summary(terminalreporter):

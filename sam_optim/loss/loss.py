@@ -83,8 +83,8 @@ class Loss:
             their sum. batch_weights: W_b of each batch.
 
     Raises:
-        ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean;
-            ranks that hold the same batches or different weights.
+        ValueError: no or empty batches, passes that differ, no trainable parameters, a criterion that is not a mean, or
+            nan at finite outputs; ranks that hold the same batches or different weights.
     """
 
     def __init__(

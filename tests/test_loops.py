@@ -9,6 +9,7 @@ import functools
 import gc
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -356,6 +357,38 @@ def test_a_second_optimizer_of_a_network_that_nobody_named_does_not_step_with_th
     with pytest.raises(RuntimeError, match=r"SGD would step with the sum.*module="):
         other.step()
     other.step()  # said once: a caller that goes on knows of it
+
+
+@pytest.mark.parametrize("held", ["attribute", "list", "dict", "object", "function"])
+def test_the_other_optimizer_is_seen_wherever_a_trainer_holds_it(held):
+    model, (x, y) = network(), batches()[0]
+
+    class Trainer:
+        pass
+
+    def make():
+        trainer, inner = Trainer(), Trainer()
+        inner.head = head = torch.optim.SGD(model[2].parameters(), lr=LR)
+        trainer.trunk = SAM(model[0].parameters(), torch.optim.SGD, rho=RHO, lr=LR)
+        trainer.head = {
+            "attribute": head,
+            "list": [head],
+            "dict": {"head": head},
+            "object": inner,
+            "function": lambda: head.step(),
+        }[held]
+        return trainer
+
+    trainer = make()
+    take_step("contexts", trainer.trunk, lambda: cross_entropy(model(x), y))
+    step = {
+        "list": lambda: trainer.head[0].step(),
+        "dict": lambda: trainer.head["head"].step(),
+        "object": lambda: trainer.head.head.step(),
+        "function": lambda: trainer.head(),
+    }.get(held, lambda: trainer.head.step())
+    with pytest.raises(RuntimeError, match=r"SGD would step with the sum.*module="):
+        step()
 
 
 @pytest.mark.parametrize("way", WAYS[2:])
@@ -794,6 +827,50 @@ def test_an_update_with_gradients_that_are_still_scaled_is_warned_of(way, scaler
     close(model.parameters(), expected, tolerance=1e-4)
     assert "scale" not in scaler.__dict__
     update()  # it is said once
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["divided by hand", "scale of another loss", "another optimizer has stepped"])
+def test_only_gradients_that_are_still_scaled_are_warned_of(way, kind):
+    """Warnings are errors. The last kind is wrong: the scaler was used, but not for this optimizer."""
+    model, other, (x, y) = network().float(), network(seed=1).float(), batches()[0]
+    x, optimizer, plain = x.float(), sam(model), torch.optim.SGD(other.parameters(), lr=LR)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    if kind == "another optimizer has stepped":
+        scaler.scale(cross_entropy(other(x), y)).backward()
+        scaler.step(plain)
+
+    class Loss:
+        def backward(self):
+            loss = cross_entropy(model(x), y)
+            if kind == "scale of another loss":
+                scaler.scale(cross_entropy(other(x), y)).backward()
+                return loss.backward()
+            scaler.scale(loss).backward()
+            for p in model.parameters() if kind == "divided by hand" else ():
+                p.grad /= scaler.get_scale()
+
+    is_wrong = kind == "another optimizer has stepped"
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    expected = [p - LR * (1024 if is_wrong else 1) * g for p, g in zip(copies(model), truth, strict=True)]
+    with pytest.warns(UserWarning, match="1024 times too long") if is_wrong else contextlib.nullcontext():
+        take_step(way, optimizer, Loss)
+    close(model.parameters(), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_scaler_that_is_copied_kept_or_left_in_the_perturbed_pass_works_on(copied):
+    model, (x, y) = network().float(), batches()[0]
+    optimizer = sam(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(cross_entropy(model(x.float()), y)).backward()
+    optimizer.first_step()
+    twin, scale = copied(scaler), scaler.scale
+    del optimizer
+    gc.collect()
+    assert "scale" not in scaler.__dict__
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert float(twin.scale(torch.ones(()))) == float(scale(torch.ones(()))) == 1024
 
 
 def test_unscaling_for_another_optimizer_is_nobodys_affair():

@@ -529,7 +529,7 @@ class Perturbation:
             if not self._has_warned:
                 self._warn_once(ascent)
             if self._surroundings is not None and self._surroundings.is_watching:
-                self._surroundings.watch_scalers()
+                self._surroundings.watch_scalers(having)
         except BaseException:
             self._return(failed=True)
             raise

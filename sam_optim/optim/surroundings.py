@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from sam_optim.core.module_state import modules_of
 from sam_optim.optim.transaction import EarlierGradients, ModelGuard, alike
 
-_NOT_OPENED = (ModuleType, FunctionType, type, Tensor, nn.Module)
+_NOT_OPENED = (ModuleType, type, Tensor, nn.Module)
+_TRAINS = operator.attrgetter("requires_grad")
 _LIBRARIES = {"torch", "contextlib", "sam_optim"}
 
 
@@ -89,23 +92,25 @@ class Surroundings:
     def modules(self) -> list[nn.Module]:
         return modules_of(*[m for ref in self._modules if (m := ref()) is not None])
 
-    def watch_scalers(self) -> None:
-        """Until the pass ends: whether they scale a loss."""
+    def watch_scalers(self, params: Sequence[Tensor]) -> None:
+        """Until the pass ends: whether what they scale reaches a parameter. params: those with a gradient at w."""
         seen = [x for ref in self._scalers if (x := ref()) is not None and "scale" not in x.__dict__]
-        self._scale_calls = list(map(_ScaleCalls, seen))
+        p = next(filter(_TRAINS, reversed(params)), None)
+        self._scale_calls = [] if p is None else [_ScaleCalls(x, p) for x in seen]
+        for calls in self._scale_calls:
+            weakref.finalize(self, calls.remove)
 
     def warn_of_scale(self) -> None:
         """Before an update that no scaler makes, once: of gradients that are still multiplied by its scale."""
         calls, self._scale_calls = self._scale_calls, []
-        for scaler in [x for c in calls if c.were_made and (x := c.scaler()) is not None and x.is_enabled()]:
-            if all([state["stage"].name == "READY" for state in scaler._per_optimizer_states.values()]):
-                warnings.warn(
-                    "scaler.scale() has multiplied the loss of the perturbed pass, and its gradients have not been "
-                    f"unscaled: this update is {scaler.get_scale():g} times too long. Call scaler.unscale_(optimizer) "
-                    "before second_step(), or scaler.step(optimizer) in its place; a closure takes a loss without a "
-                    "scale",
-                    stacklevel=7,
-                )
+        for scaler in [x for c in calls if (x := c.scaler()) is not None and c.are_in_gradient(x)]:
+            warnings.warn(
+                "scaler.scale() has multiplied the loss of the perturbed pass, and its gradients have not been "
+                f"unscaled: this update is {scaler.get_scale():g} times too long. Call scaler.unscale_(optimizer) "
+                "before second_step(), or scaler.step(optimizer) in its place; a closure takes a loss without a "
+                "scale",
+                stacklevel=7,
+            )
 
     def note_scale(self, params: Sequence[Tensor]) -> None:
         """Which scalers have unscaled the gradients of the first pass."""
@@ -182,21 +187,51 @@ def _epoch(scheduler: LRScheduler) -> Any:
 
 
 class _ScaleCalls:
-    """Stands for `scaler.scale` until it is removed."""
+    """Stands for `scaler.scale` until it is removed, and sums up what the backwards of scaled losses bring to `p`."""
 
-    def __init__(self, scaler: GradScaler):
-        self.scaler, self.were_made = weakref.ref(scaler), False
-        self._scale: Any = scaler.scale
+    def __init__(self, scaler: GradScaler, p: Tensor):
+        self.scaler, self._p = weakref.ref(scaler), weakref.ref(p)
+        self._scale = functools.partial(type(scaler).scale, weakref.proxy(scaler))
+        self._task = -1
+        self._sum: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._handle = p.register_hook(self._arrive)
         scaler.scale = self  # type: ignore[assignment, method-assign]
 
     def __call__(self, outputs: Any) -> Any:
-        self.were_made = True
-        return self._scale(outputs)
+        scaled = self._scale(outputs)
+        for x in scaled if isinstance(scaled, (list, tuple)) else [scaled]:
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(self._begin)
+        return scaled
+
+    def _begin(self, _: Tensor) -> None:
+        self._task = torch._C._current_graph_task_id()
+
+    def _arrive(self, grad: Tensor) -> None:
+        if self._task == torch._C._current_graph_task_id():
+            grad = grad.detach()
+            self._sum = grad.clone() if self._sum is None else self._sum + grad
 
     def remove(self) -> None:
+        self._handle.remove()
+        if self._sum is not None:
+            self._norm, self._sum = self._sum.norm(), None
         if (scaler := self.scaler()) is not None:
             scaler.__dict__.pop("scale", None)
-        self._scale = None
+
+    def are_in_gradient(self, scaler: GradScaler) -> bool:
+        """Not if it is as small as without a scale: somebody has divided it, or clipped it to less than that.
+
+        2: `update` may have doubled the scale since.
+        """
+        p = self._p()
+        if self._norm is None or p is None or p.grad is None:
+            return False
+        return float(p.grad.detach().norm()) * scaler.get_scale() > 2.01 * float(self._norm)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.scaler(), "scale")  # of a copy of the scaler its own
 
 
 def scaler_in_sight() -> GradScaler | None:
@@ -238,15 +273,18 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+_SIMPLE = {str, int, float, bool, bytes, type(None)}
 _KINDS = (GradScaler, Optimizer, LRScheduler, nn.Module)
 
 
 def _variables(frame: FrameType | None, num_frames: int = 24, *, only_named: bool = False) -> Iterator[Any]:
-    """Each once: what the variables of `frame` and its callers hold, and what lists and attributes of those hold.
+    """Each once: what the variables of `frame` and its callers hold, and what lists and attributes in those, and in
+    what they hold, have (`self.optimizers["head"]`).
 
     Of the globals those that the code names if `only_named`, else all.
     """
     seen: set[int] = set()
+    opened: dict[int, tuple[Any, list[Any]]] = {}
     for _ in range(num_frames):
         if frame is None:
             return
@@ -258,7 +296,8 @@ def _variables(frame: FrameType | None, num_frames: int = 24, *, only_named: boo
             names = frame.f_code.co_names if only_named else list(frame.f_globals)
             values += [frame.f_globals[name] for name in names if name in frame.f_globals]
         for x in values:
-            for y in (x, *_inside(x)):
+            inside = _inside(x, opened)
+            for y in (x, *inside, *[z for w in inside for z in _inside(w, opened)]):
                 if issubclass(type(y), _KINDS) and id(y) not in seen:
                     seen.add(id(y))
                     yield y
@@ -272,14 +311,20 @@ def _ids_in_other_threads() -> set[int]:
     return {id(_unwrapped(x)) for frame in frames for x in _variables(frame, 200, only_named=True)}
 
 
-def _inside(x: Any) -> Iterable[Any]:
+def _inside(x: Any, opened: dict[int, tuple[Any, list[Any]]]) -> list[Any]:
+    """What a list, dict, function or other object holds; `opened` remembers it by id, and keeps the object alive."""
     kind = type(x)
-    if issubclass(kind, _KINDS) or issubclass(kind, _NOT_OPENED):
-        return ()
-    if kind in (list, tuple):
-        return x[:20]
-    try:
-        attributes = x if kind is dict else x.__dict__
-        return list(attributes.values())[:200]
-    except Exception:  # no attributes, or a proxy of something that is gone
-        return ()
+    if kind in _SIMPLE or issubclass(kind, _KINDS) or issubclass(kind, _NOT_OPENED):
+        return []
+    if id(x) not in opened:
+        try:
+            if kind in (list, tuple):
+                inside = list(x[:20])
+            elif kind is FunctionType:
+                inside = [cell.cell_contents for cell in x.__closure__ or ()]
+            else:
+                inside = list((x if kind is dict else x.__dict__).values())[:200]
+        except Exception:  # no attributes, an empty cell, or a proxy of something that is gone
+            inside = []
+        opened[id(x)] = x, inside
+    return opened[id(x)][1]

@@ -178,6 +178,40 @@ class TestCheckpoints:
         torch.save({"state_dict": network(0).state_dict(), "best": Number()}, tmp_path / "c.pt")
         assert tensor_files.read_file(tmp_path / "c.pt")["best"] == int.from_bytes(b"A" * 8, "little")
 
+    @pytest.mark.parametrize("name", ["get", "items", "__len__"])
+    def test_attributes_do_not_stand_in_for_methods_of_a_mapping(self, tmp_path, name):
+        state = network(0).state_dict()
+        state.__dict__["ABCDEFGHIJKLMN"[: len(name)]] = 3  # torch.save itself would call what has the right name
+        torch.save({"state_dict": state}, content := io.BytesIO())
+        with zipfile.ZipFile(content) as archive, zipfile.ZipFile(tmp_path / "c.pt", "w") as changed:
+            for member in archive.namelist():
+                changed.writestr(member, archive.read(member).replace(b"ABCDEFGHIJKLMN"[: len(name)], name.encode()))
+        with pytest.raises(InputError, match=f"holds more than weights: an attribute '{name}'"):
+            read(tmp_path / "c.pt")
+
+    @pytest.mark.parametrize("name", ["abs", "is_complex", "numel"])
+    def test_attributes_do_not_stand_in_for_methods_of_a_tensor(self, tmp_path, name):
+        state = network(0).state_dict()
+        setattr(state["0.weight"], name, 3)
+        torch.save(state, tmp_path / "c.pt")
+        with pytest.raises(InputError, match=f"holds more than weights: an attribute '{name}'"):
+            read(tmp_path / "c.pt")
+        state = network(0).state_dict()
+        state["0.weight"].is_expert = True  # as DeepSpeed marks some
+        torch.save(state, tmp_path / "c.pt")
+        assert torch.equal(read(tmp_path / "c.pt").state["0.weight"], state["0.weight"])
+
+    def test_a_tensor_that_the_file_does_not_fill(self, tmp_path):
+        """torch.Tensor(n) has room for n numbers, whatever stands there."""
+
+        class Room:
+            def __reduce__(self):
+                return torch.Tensor, (1 << 28,)
+
+        torch.save(network(0).state_dict() | {"room": Room()}, tmp_path / "c.pt")
+        with pytest.raises(InputError, match=r"asks for 1,073,741,824 bytes for a tensor"):
+            read(tmp_path / "c.pt")
+
     def test_the_entry_that_holds_the_weights_can_be_named(self, tmp_path):
         a, b = network(0).state_dict(), network(1).state_dict()
         both = {f"student.{k}": w for k, w in a.items()} | {f"teacher.{k}": w for k, w in b.items()}
@@ -460,6 +494,10 @@ class TestResults:
         _, out, err = run("measure", ".", "--target", "study_problem:problem", "--measures", "trace", "--num-probes", 2)
         assert "\x1b" not in out + err
         assert "\x07" not in out + err
+
+    def test_nor_from_what_is_only_printed(self, capsys):
+        assert errors.run(lambda _: print("a\x1b[2Jb\tc\u202ed")) is None
+        assert capsys.readouterr().out == "a\ufffd[2Jb\tc\ufffdd\n"
 
 
 class TestWriting:

@@ -61,7 +61,8 @@ def show(text: str) -> None:
 
 
 class _Output:
-    """Standard output. Where it ends early (`| head`, a full disk) the command goes on, and its files are written."""
+    """Standard output, without control characters, which names from files may contain. Where it ends early (`| head`, a
+    full disk) the command goes on, and its files are written."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -71,7 +72,7 @@ class _Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._do(self.stream.write, text)
+        self._do(self.stream.write, printable(text, one_line=False))
         return len(text)
 
     def flush(self) -> None:

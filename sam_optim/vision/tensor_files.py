@@ -136,7 +136,9 @@ def _read_torch(path: Path, file: IO[bytes]) -> Any:
         # timm's scripts save their options as a Namespace, which is plain attributes, and metrics as NumPy's numbers
         with torch.serialization.safe_globals([argparse.Namespace, *NUMBERS]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle's protocol, sparse tensors; what does not load is an error
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        _check_objects(path, content)
+        return content
     except pickle.UnpicklingError as error:
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
             refused = f"it refers to {needs[1]}, and nothing in it was run"
@@ -165,6 +167,25 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
         for name in archive.namelist():
             if name.rpartition("/")[2] == "data.pkl":
                 _check_pickle(path, archive.read(name))
+
+
+def _check_objects(path: Path, content: Any) -> None:
+    """Refuses what a pickle can do to objects that torch makes: attributes in the place of their methods, and memory
+    that the file does not fill (torch.Tensor(10**9))."""
+    most = max(LARGE // 4, 20 * path.stat().st_size)  # as of an archive
+    objects, visited = [content], set()
+    for x in objects:
+        if id(x) in visited:
+            continue
+        visited.add(id(x))
+        attributes = map(str, getattr(x, "__dict__", ()) if isinstance(x, (dict, Tensor)) else ())
+        if wrong := next((name for name in attributes if hasattr(type(x), name)), None):
+            raise InputError(f"{path} holds more than weights: an attribute {wrong[:40]!r}; {REMEDY}")
+        if isinstance(x, (dict, list, tuple, set)):
+            objects += x.values() if isinstance(x, dict) else x
+        is_plain = isinstance(x, Tensor) and x.layout == torch.strided and not (x.is_nested or x.is_meta)
+        if is_plain and (size := x.untyped_storage().nbytes()) > most:
+            raise InputError(f"{path} asks for {size:,} bytes for a tensor, far more than it has; {REMEDY}")
 
 
 def _check_pickle(path: Path, content: bytes | IO[bytes]) -> None:

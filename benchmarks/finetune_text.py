@@ -34,13 +34,13 @@ from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, one_line, run
 from sam_optim.core.files import locked, read_bytes, write_json
 from sam_optim.core.random import Stream
-from sam_optim.core.results import provenance
+from sam_optim.core.results import plain, provenance
 from sam_optim.sweep.processes import is_first_process
+from sam_optim.vision import checkpoints
 
 LABELS = ("entailment", "neutral", "contradiction")
 FIRST, SECOND = ("sentence1", "premise", "question1", "sentence_A"), ("sentence2", "hypothesis", "sentence_B")
 LABEL = ("gold_label", "label", "entailment_judgment")
-FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,17 +173,21 @@ def trainer_of(settings: Settings) -> Any:
         raise InputError(
             f"--model {settings.model} is not a directory; give one with the model and tokenizer, nothing is loaded"
         )
-    torch.manual_seed(settings.seed)  # of a new head, or of all weights with --scratch
+    safely: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
-        if settings.scratch:
-            config = AutoConfig.from_pretrained(settings.model, local_files_only=True, num_labels=len(LABELS))
-            model = AutoModelForSequenceClassification.from_config(config)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                settings.model, local_files_only=True, num_labels=len(LABELS)
-            )
-    except FAULTS as error:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, **safely)
+        config = AutoConfig.from_pretrained(settings.model, num_labels=len(LABELS), **safely)
+        if "/" in str(config._attn_implementation):
+            raise InputError(f"its attention is {config._attn_implementation!r}, which would be downloaded and run")
+        torch.manual_seed(settings.seed)  # of a new head, or of all weights with --scratch
+        with torch.device("cpu" if settings.scratch else "meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        if not settings.scratch:
+            (checkpoint,) = checkpoints.find([settings.model])
+            state = checkpoints.read(checkpoint).state
+            torch.manual_seed(settings.seed)
+            model = type(model).from_pretrained(None, config=config, state_dict=state)
+    except Exception as error:  # whatever transformers makes of a damaged file
         raise InputError(f"--model {settings.model} holds no model with its tokenizer: {one_line(error)}") from None
     if settings.grad_checkpointing:
         model.gradient_checkpointing_enable()
@@ -224,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"validation loss {report['loss']:.4f}  accuracy {report['accuracy']:.4f}")
             options = json.loads(json.dumps(asdict(settings), default=str))
             settings.out.mkdir(parents=True, exist_ok=True)
-            write_json(settings.out / "result.json", {"options": options, "provenance": provenance(), **report})
+            write_json(settings.out / "result.json", plain({"options": options, "provenance": provenance(), **report}))
     return 0
 
 

@@ -392,6 +392,38 @@ class TestText:
         assert result["loss"] == pytest.approx(1.1, abs=0.3)  # log 3, of a model that has learnt nothing yet
 
     @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"auto_map": {"AutoConfig": "code.C"}, "model_type": "theirs"}, "trust_remote_code"),
+         ({"_attn_implementation": "a-hub/kernels"}, "would be downloaded"), ({"hidden_size": "16"}, "hidden_size"),
+         ({"dtype": "theirs"}, "theirs"), ({"num_attention_heads": 0}, "zero"), ({}, "is a pickle"),
+         ({}, "values that are not finite"), ({}, "is damaged: its SHA-256")],
+    )  # fmt: skip
+    def test_a_folder_of_a_stranger(self, tmp_path, model, changes, message, capsys, monkeypatch):
+        from safetensors.torch import save_file
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(model)
+        state = dict(AutoModelForSequenceClassification.from_config(config).state_dict())
+        if message == "is a pickle":
+            monkeypatch.setattr(torch, "__version__", "2.9.1")
+            torch.save(state, model / "pytorch_model.bin")
+        else:
+            state["classifier.bias"][0] = float("nan" if message.startswith("values") else 0)
+            save_file(state, model / "model.safetensors", {"format": "pt"})
+            if message.startswith("is damaged"):
+                (model / "model.safetensors.sha256").write_text("0" * 64)
+        path = model / "config.json"
+        path.write_text(json.dumps(files.read_json(path) | changes))
+        (model / "code.py").write_text("raise SystemExit('it ran')")
+        tsv, jsonl = self.files(tmp_path)
+        argv = ["--model", str(model), "--train", str(tsv), "--validation", str(jsonl), "--out", str(tmp_path / "out")]
+        capsys.readouterr()
+        assert errors.run(finetune_text.main, argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert message in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
         ("options", "passes"),
         [([], 1), (["--sam-norm-only"], 2), (["--sam-schedule", "late_phase:0.5"], 1.5)],
         ids=str,

@@ -23,6 +23,7 @@ from benchmarks.train.epoch import evaluate
 from sam_optim.core.errors import InputError, unknown
 from sam_optim.core.files import locked, open_log, read_json_object, write_json
 from sam_optim.core.random import Stream
+from sam_optim.core.results import plain
 
 Record = dict[str, Any]
 
@@ -47,7 +48,7 @@ def execute(plan: Plan, out: Path, here: trial.Here) -> Iterator[tuple[Run, Reco
                         record = program(plan, run, directory, here)
                     about = {"method": method, "condition": condition, "candidate": dict(run.candidate)}
                     about |= {"seed": run.seed, "tuning": run.tuning}
-                    write_json(path, about | record | {"provenance": facts("timm", "transformers")})
+                    write_json(path, plain(about | record | {"provenance": facts("timm", "transformers")}))
                 record = read_record(path)
                 done.append((run, record))
                 yield run, record, new

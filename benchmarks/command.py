@@ -111,6 +111,7 @@ def read_settings(path: Path, *, yaml: bool) -> dict[str, Any]:
     try:
         text = read_bytes(path, LONGEST).decode()
         content = _from_yaml(text) if yaml else tomllib.loads(text)
+        json.dumps(content)  # what is no plain value, such as a date, or a number of thousands of digits
     except Exception as error:  # whatever a parser makes of a damaged file: YAMLError, RecursionError, AttributeError
         reason = "it is not a file" if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read: {reason or type(error).__name__}") from None
@@ -129,14 +130,15 @@ def _from_yaml(text: str) -> Any:
     nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
     for node in nodes:
         if isinstance(node, yaml.MappingNode):
-            names = [str(key.value) for key, _ in node.value]
-            for key, _ in node.value:
+            names: set[str] = set()
+            for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise InputError("it has a list or a mapping as a name; names are text")
                 key.tag = "tag:yaml.org,2002:str"  # also of names that look like numbers, dates or truth values
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise InputError(f"it has {twice!r} twice; leave one out")
-            nodes += [value for _, value in node.value]
+                if key.value in names:
+                    raise InputError(f"it has {key.value!r} twice; leave one out")
+                names.add(key.value)
+                nodes.append(value)
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
         elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:

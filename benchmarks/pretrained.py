@@ -29,7 +29,7 @@ from benchmarks.examples import cifar_resnet
 from sam_optim.core.arguments import number as at_least
 from sam_optim.core.errors import InputError, one_line, run, show
 from sam_optim.core.files import intact, locked, read_bytes, write_atomic
-from sam_optim.core.text import MISSING, cell, csv_text, mean_and_std, number
+from sam_optim.core.text import MISSING, cell, csv_text, mean_and_std, number, printable
 from sam_optim.measures import registry
 from sam_optim.report.canvas import COLOURS, DASHES, save, styled
 from sam_optim.sweep import Entry, FunctionProblem, Measures, measure_checkpoints, write_report
@@ -120,7 +120,8 @@ def test_error(checkpoint: str, x: Tensor, y: Tensor) -> float:
         raise InputError(f"{checkpoint} is not of a ResNet for CIFAR without projections: {one_line(error)}") from None
     mean, std = (torch.tensor(t)[:, None, None] for t in (cifar_resnet.MEAN, cifar_resnet.STD))
     wrong = 0
-    for pixels, labels in zip(tqdm(x.split(250), desc=f"{checkpoint}, test", disable=None), y.split(250), strict=True):
+    bar = tqdm(x.split(250), desc=printable(f"{checkpoint}, test"), disable=None)
+    for pixels, labels in zip(bar, y.split(250), strict=True):
         wrong += int((model((pixels.float() / 255 - mean) / std).argmax(1) != labels).sum())
     return 100 * wrong / len(y)
 

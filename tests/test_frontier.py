@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.frontier import __main__ as frontier
 from benchmarks.frontier import plan as plans
-from benchmarks.frontier import runs
+from benchmarks.frontier import report, runs
 from benchmarks.study.trial import Here
 from benchmarks.train import checkpoint, data, recipe, trained
 from benchmarks.train.__main__ import _start, train
@@ -18,6 +18,7 @@ from benchmarks.train.options import parse
 from benchmarks.train.run import Training
 from sam_optim import GSAM, SAM
 from sam_optim.core.errors import InputError
+from sam_optim.core.files import read_json
 
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 PLAN = """
@@ -234,3 +235,22 @@ def test_statistics_of_batch_norm_are_those_at_the_weights_after_one_pass_traini
         run.model(x)
     running_mean = checkpoint.newest(tmp_path / "run" / "checkpoints")["model"]["1.running_mean"]
     torch.testing.assert_close(running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_names_in_results_are_text_on_the_page_and_what_cannot_be_drawn_leaves_it(tmp_path, monkeypatch):
+    content = read_json(report.RESULTS / "digits.json")
+    name = "costs $\\frac{$, " + report.END + " \x1b[2J"
+    content["plan"] |= {"task": name, "conditions": dict(list(content["plan"]["conditions"].items())[:1])}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(before := f"head {report.END}\n{report.BEGIN}\nold\n{report.END}\ntail {report.BEGIN}\n")
+    page.with_suffix(".png").mkdir()
+    with pytest.raises(InputError, match="Is a directory"):
+        report.write(page)
+    assert page.read_text() == before
+    page.with_suffix(".png").rmdir()
+    for _ in range(2):
+        tables = report.write(page)
+        assert page.read_text() == before.replace("\nold\n", f"\n\n{tables}\n\n")
+    assert "\x1b" not in tables

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from limits import ONE_THREAD, PATIENCE
+from test_frontier import PLAN
 
 pytest.importorskip("timm")
 pytest.importorskip("optuna")
 
 from benchmarks import command, evaluate, finetune_text, measure, pretrained, tune
 from benchmarks.corruptions import Published
+from benchmarks.frontier import plan as frontier_plan
 from benchmarks.frontier.__main__ import main as frontier
 from benchmarks.study import config as study_config
 from benchmarks.study import report as study_report
@@ -99,6 +101,38 @@ def test_yaml_that_means_something_else_than_it_seems_to(tmp_path, text, message
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("line", ["data: '--'", "initial-checkpoint: '--'", "device: '--'", "sam-schedule: '--'"])
+def test_two_dashes_are_no_value(tmp_path, line):
+    (tmp_path / "c.yaml").write_text(f"{line}\n")
+    with pytest.raises(InputError, match="=-- has no value"):
+        options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("value", ["2020-01-01", "2020-01-01T00:00:00", "0x" + "f" * 5000])
+def test_what_no_option_can_be_is_refused_with_the_name_of_the_file(tmp_path, value):
+    (tmp_path / "s.yaml").write_text(f"fixed: {{lr: {value}}}\n")
+    (tmp_path / "s.toml").write_text(f"[fixed]\nlr = {value}\n")
+    for load, name in ((study_config.load, "s.yaml"), (study_config.load, "s.toml"), (frontier_plan.load, "s.toml")):
+        with pytest.raises(InputError, match=rf"{name} cannot be read"):
+            load(tmp_path / name)
+
+
+def test_very_many_names_are_read_in_time(tmp_path):
+    (tmp_path / "c.yaml").write_text("".join(f"{i:x}:\n" for i in range(4096, 4096 + 40_000)))
+    started = time.process_time()
+    with pytest.raises(InputError, match="unknown option"):
+        options.from_file(tmp_path / "c.yaml")
+    assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "..", "a/b", "\\u001b[2J"])
+def test_the_name_of_a_plan_is_no_path(tmp_path, name):
+    """Its runs are below --out, and its results in the folder of results."""
+    (tmp_path / "p.toml").write_text(PLAN.replace('name = "small"', f'name = "{name}"'))
+    with pytest.raises(InputError, match="name must be letters, digits"):
+        frontier_plan.load(tmp_path / "p.toml")
 
 
 @pytest.mark.parametrize("name", ["hf-hub:a/b", "local-dir:/tmp", "../x"])

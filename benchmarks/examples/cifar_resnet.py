@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_optim.vision.checkpoints import find, read
 from sam_optim.vision.cifar_resnet import ResNet
-from sam_optim.vision.state_dicts import choose
-from sam_optim.vision.tensor_files import read_file
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pretrained ones
 
 
 def pretrained(path: Path | str) -> ResNet:
     """The network with the weights of a state dict, or of a checkpoint that holds one, also of a DataParallel model."""
-    path = Path(path)
-    state = {name.removeprefix("module."): w for name, w in choose(read_file(path), path).state.items()}
+    state = {name.removeprefix("module."): w for name, w in read(find([path])[0]).state.items()}
     model = ResNet(sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in state))
     model.load_state_dict(state)
     return model

@@ -27,7 +27,7 @@ from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, run
 from sam_optim.core.files import reserved, write_atomic, write_json
 from sam_optim.vision import models
-from sam_optim.vision.tensor_files import read_file
+from sam_optim.vision.checkpoints import find, read
 
 NAME = "tf_efficientnet_lite0"
 
@@ -40,7 +40,7 @@ def converted(path: Path) -> dict[str, Tensor]:
     """
     import timm
 
-    source = [(k, v) for k, v in read_file(path).items() if not k.endswith("num_batches_tracked")]
+    source = [(k, v) for k, v in read(find([path])[0]).state.items() if not k.endswith("num_batches_tracked")]
     target = [(k, v) for k, v in timm.create_model(NAME).state_dict().items() if not k.endswith("num_batches_tracked")]
     if [tuple(v.shape) for _, v in source] != [tuple(v.shape) for _, v in target]:
         raise InputError(f"{path} does not have the {len(target)} tensors of {NAME}, in their order and shapes")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import read_settings
+from benchmarks.study.config import NAME
 from sam_optim.core.errors import InputError, unknown
 
 Settings = Mapping[str, Any]
@@ -102,7 +103,8 @@ def _are_methods(x: Any) -> bool:
 
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("name", "task", "baseline", "control"), (_is_text, "a text")),
+    "name": (lambda x: _is_text(x) and NAME.fullmatch(x) is not None, "letters, digits, '.', '_' and '-', at most 80"),
+    **dict.fromkeys(("task", "baseline", "control"), (_is_text, "a text")),
     "program": (lambda x: x in ("train", "finetune_text"), "'train' or 'finetune_text'"),
     **dict.fromkeys(("seeds", "tuning_seeds"), (_are_seeds, "a list of integers")),
     "seconds": (lambda x: type(x) in (int, float) and 0 < x < 1e9, "a number of seconds"),

@@ -13,7 +13,8 @@ from benchmarks.frontier.analysis import Row, Task
 from benchmarks.frontier.plan import Plan
 from sam_optim.core.errors import InputError
 from sam_optim.core.files import PATIENCE, intact, locked, read_bytes, read_json, write_atomic, write_json
-from sam_optim.report.canvas import COLOURS, save, styled
+from sam_optim.core.text import printable
+from sam_optim.report.canvas import COLOURS, label, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,21 +47,21 @@ def text(tasks: Sequence[Task]) -> str:
     """The generated part of the page."""
     parts = ["## What to use", *(f"- {analysis.advice(task)}" for task in tasks)]
     parts += [line for task in tasks for line in (f"### {task.title}", analysis.table(task))]
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ")
+    return printable("\n\n".join(parts).replace("\n\n- ", "\n- ").replace("<!--", "&lt;!--"), one_line=False)
 
 
 def write(page: Path) -> str:
     """The part between the marks of the page, which is returned, and the picture beside it."""
     with locked(page, patience=PATIENCE):
-        before = read_bytes(page).decode()
-        if BEGIN not in before or END not in before:
+        head, _, rest = read_bytes(page).decode().partition(BEGIN)
+        _, end, tail = rest.partition(END)
+        if not end:
             raise InputError(f"{page} has not the marks of its tables: {BEGIN} and {END}")
-        head, tail = before[: before.index(BEGIN) + len(BEGIN)], before[before.index(END) :]
         with intact(RESULTS):
             tasks = committed()
-            tables, figure = text(tasks), picture(tasks)
-        write_atomic(page, f"{head}\n\n{tables}\n\n{tail}".encode())
-        save(figure, page.with_suffix(".png"), dpi=130)
+            tables = text(tasks)
+            save(picture(tasks), page.with_suffix(".png"), dpi=130)
+        write_atomic(page, f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}".encode())
     return tables
 
 
@@ -87,12 +88,12 @@ def _panel(axes: Axes, task: Task) -> None:
             start = i + 0.045 * len(rows) + 0.03
             axes.plot([x, start], [row.mean, height], color=colour, linewidth=0.5, alpha=0.6)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # no line strikes a name through
-            axes.text(start + 0.01, height, row.method, color=colour, va="center", fontsize=8, bbox=box)
+            axes.text(start + 0.01, height, label(row.method), color=colour, va="center", fontsize=8, bbox=box)
     if control := task.row(task.control):
         axes.axhline(control.mean, color=COLOURS[CONTROL], linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(costs)), [f"{cost:g}" for cost in costs])
     axes.set_xlim(-0.15, len(costs) - 0.1)
-    axes.set(title=task.title, ylabel="test accuracy, %", xlabel="forward and backward passes, over the base's")
+    axes.set(title=label(task.title), ylabel="test accuracy, %", xlabel="forward and backward passes, over the base's")
 
 
 def _colour(task: Task, row: Row) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,6 +17,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        if empty := next((w for w in words if w.startswith("--") and w.endswith("=--")), None):
+            self.error(f"{empty} has no value")  # argparse would make an empty list of it
+        return super().parse_known_args(words, namespace)
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam_optim.core.files import write_atomic
 from sam_optim.integrations.around import (
     ParamGroups,
     check_schedule,
@@ -205,7 +207,8 @@ class MonitorCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            torch.save(self.monitor.state_dict(), self._file(args, state))
+            torch.save(self.monitor.state_dict(), content := io.BytesIO())
+            write_atomic(self._file(args, state), content.getvalue())
 
     def _file(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE

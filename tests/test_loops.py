@@ -830,9 +830,11 @@ def test_an_update_with_gradients_that_are_still_scaled_is_warned_of(way, scaler
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["divided by hand", "scale of another loss", "another optimizer has stepped"])
+@pytest.mark.parametrize(
+    "kind", ["divided by hand", "scale of another loss", "another optimizer has stepped", "clipped", "clipped short"]
+)
 def test_only_gradients_that_are_still_scaled_are_warned_of(way, kind):
-    """Warnings are errors. The last kind is wrong: the scaler was used, but not for this optimizer."""
+    """Warnings are errors. What is clipped to less than the gradient without a scale is right."""
     model, other, (x, y) = network().float(), network(seed=1).float(), batches()[0]
     x, optimizer, plain = x.float(), sam(model), torch.optim.SGD(other.parameters(), lr=LR)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -849,13 +851,38 @@ def test_only_gradients_that_are_still_scaled_are_warned_of(way, kind):
             scaler.scale(loss).backward()
             for p in model.parameters() if kind == "divided by hand" else ():
                 p.grad /= scaler.get_scale()
+            if kind.startswith("clipped"):
+                nn.utils.clip_grad_norm_(model.parameters(), length)
 
-    is_wrong = kind == "another optimizer has stepped"
     truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
-    expected = [p - LR * (1024 if is_wrong else 1) * g for p, g in zip(copies(model), truth, strict=True)]
+    norm = float(torch.cat([g.flatten() for g in truth]).norm())
+    length = norm * {"clipped": 1.5, "clipped short": 0.5}.get(kind, 1024 if "stepped" in kind else 1)
+    is_wrong = length > norm
+    expected = [p - LR * g * (length / norm) for p, g in zip(copies(model), truth, strict=True)]
     with pytest.warns(UserWarning, match="1024 times too long") if is_wrong else contextlib.nullcontext():
         take_step(way, optimizer, Loss)
     close(model.parameters(), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("by", ["scaler.step", "unscale_"])
+def test_micro_batches_of_scaled_losses_that_are_unscaled_in_the_end_are_right(by):
+    """Warnings are errors: the sum is 4 times the gradient of the first micro-batch."""
+    model, (x, y) = network().float(), batches()[0]
+    x, optimizer = x.float(), sam(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
+    expected = [p - LR * 4 * g for p, g in zip(copies(model), truth, strict=True)]
+    for _ in range(4):
+        with optimizer.microbatch():
+            scaler.scale(cross_entropy(model(x), y)).backward()
+            with optimizer.perturbed():
+                scaler.scale(cross_entropy(model(x), y)).backward()
+    if by == "unscale_":
+        scaler.unscale_(optimizer)
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+    close(model.parameters(), expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
@@ -1259,6 +1286,19 @@ def test_the_radius_of_tiny_and_of_huge_gradients(scale, foreach, adaptive, norm
     assert float(optimizer.last_step.radius) == pytest.approx(RHO, rel=1e-6)
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("kind", ["a group", "a dtype"])
+def test_the_radius_of_tiny_gradients_beside_others_that_are_zero(kind, foreach):
+    zero = nn.Parameter(torch.ones(5, dtype=torch.float64 if kind == "a dtype" else torch.float32))
+    tiny = nn.Parameter(torch.ones(5))
+    groups = [{"params": [zero]}, {"params": [tiny], "rho": RHO}]
+    perturbation = Perturbation([zero, tiny] if kind == "a dtype" else groups, rho=RHO, foreach=foreach)
+    zero.grad, tiny.grad = torch.zeros_like(zero), torch.full_like(tiny, 1e-43)
+    with perturbation.perturbed():
+        assert torch.equal(zero.detach(), torch.ones_like(zero))
+        assert float((tiny.detach() - 1).norm()) == pytest.approx(RHO, rel=1e-5)
+
+
 @pytest.mark.parametrize("norm", [2, float("inf")])
 @pytest.mark.parametrize("rho", [RHO, 0.0])
 @pytest.mark.parametrize("way", ["contexts", "closure", "scaler"])
@@ -1443,9 +1483,10 @@ def test_a_child_process_leaves_the_weights_that_it_shares_alone():
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("way", ["closure", "contexts"])
-def test_after_a_step_under_inference_mode_the_next_one_works(way):
-    model, (x, y) = network(), batches()[0]
+def test_after_a_step_under_inference_mode_the_next_one_works(way, batch_norm):
+    model, (x, y) = network(batch_norm=batch_norm), batches()[0]
     optimizer = sam(model)
     with pytest.raises(RuntimeError, match="does not require grad"), torch.inference_mode():
         take_step(way, optimizer, lambda: cross_entropy(model(x), y))

@@ -67,8 +67,8 @@ class Buffers:
         same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
         if not (copies and same and is_plain and layout == self._layout):
             stale, copies = copies, {}
-            for b in tensors:
-                if _writable(b):
+            with torch.inference_mode(False):  # in which a step may fail: the next one writes to these, too
+                for b in filter(_writable, tensors):
                     owner, copy = stale.get(id(b), (None, b))
                     copies[id(b)] = (b, copy if owner is b and _alike(copy, b) else torch.empty_like(b.detach()))
         _copy([c for _, c in copies.values()], [b for b, _ in copies.values()])

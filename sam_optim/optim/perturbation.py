@@ -788,9 +788,9 @@ class Perturbation:
             self._in_transaction = False
 
     def warn_of_scale(self) -> None:
-        """Before an update that no GradScaler makes."""
-        if self._surroundings is not None:
-            self._surroundings.warn_of_scale()
+        """Before an update: of gradients that are still scaled."""
+        if self._surroundings is not None and self._surroundings.scale_calls:
+            self._surroundings.warn_of_scale(self._params)
 
     def watch_update(self) -> None:
         """Marks the point after which a change of the weights is an update."""

@@ -46,7 +46,7 @@ class Surroundings:
         self._optimizers = [weakref.ref(x) for x in seen if isinstance(x, Optimizer)]
         self._handles: list[Any] = []
         self._epochs: list[Any] = []
-        self._scale_calls: list[_ScaleCalls] = []
+        self.scale_calls: list[_ScaleCalls] = []
         self._schedulers = [weakref.ref(x) for x in seen if isinstance(x, LRScheduler)]
         self._modules = [weakref.ref(x) for x in seen if isinstance(x, nn.Module)]
         self._scalers = [weakref.ref(x) for x in seen if isinstance(x, GradScaler)]
@@ -96,13 +96,16 @@ class Surroundings:
         """Until the pass ends: whether what they scale reaches a parameter. params: those with a gradient at w."""
         seen = [x for ref in self._scalers if (x := ref()) is not None and "scale" not in x.__dict__]
         p = next(filter(_TRAINS, reversed(params)), None)
-        self._scale_calls = [] if p is None else [_ScaleCalls(x, p) for x in seen]
-        for calls in self._scale_calls:
+        self.scale_calls = [] if p is None else [_ScaleCalls(x, p) for x in seen]
+        for calls in self.scale_calls:
             weakref.finalize(self, calls.remove)
 
-    def warn_of_scale(self) -> None:
-        """Before an update that no scaler makes, once: of gradients that are still multiplied by its scale."""
-        calls, self._scale_calls = self._scale_calls, []
+    def warn_of_scale(self, params: Sequence[Tensor]) -> None:
+        """Before an update, once: of gradients that are still multiplied by the scale of a scaler."""
+        calls, self.scale_calls = self.scale_calls, []
+        self.note_scale(params)
+        if self._unscaled:
+            return
         for scaler in [x for c in calls if (x := c.scaler()) is not None and c.are_in_gradient(x)]:
             warnings.warn(
                 "scaler.scale() has multiplied the loss of the perturbed pass, and its gradients have not been "
@@ -113,7 +116,7 @@ class Surroundings:
             )
 
     def note_scale(self, params: Sequence[Tensor]) -> None:
-        """Which scalers have unscaled the gradients of the first pass."""
+        """Which scalers have unscaled the gradients of this optimizer."""
         ids = {*map(id, params)} if self._scalers else set()
         optimizers = {id(x): x for x in (ref() for ref in self._optimizers) if x is not None} if ids else {}
         self._unscaled = [
@@ -134,7 +137,7 @@ class Surroundings:
 
     def end_pass(self, *, failed: bool) -> None:
         """After the second pass: warns of what has counted it."""
-        for handle in (*self._handles, *self._scale_calls):
+        for handle in (*self._handles, *self.scale_calls):
             handle.remove()
         self._handles = []
         mixed = [(o(), params) for o, params, earlier in self._others if earlier.stop().are_mixed]
@@ -221,14 +224,11 @@ class _ScaleCalls:
             scaler.__dict__.pop("scale", None)
 
     def are_in_gradient(self, scaler: GradScaler) -> bool:
-        """Not if it is as small as without a scale: somebody has divided it, or clipped it to less than that.
-
-        2: `update` may have doubled the scale since.
-        """
+        """Not if it is as small as without a scale: somebody has divided it, or clipped it to less than that."""
         p = self._p()
         if self._norm is None or p is None or p.grad is None:
             return False
-        return float(p.grad.detach().norm()) * scaler.get_scale() > 2.01 * float(self._norm)
+        return float(p.grad.detach().norm()) * scaler.get_scale() > 1.01 * float(self._norm)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.scaler(), "scale")  # of a copy of the scaler its own

@@ -133,15 +133,20 @@ def _all_finite(grads: Sequence[Tensor]) -> bool | Tensor:
     return all([bool(g.isfinite().all()) for g in grads])
 
 
+_LARGEST = 1e30  # of a factor that float32 can hold: only that of a bucket of zeros beside tiny gradients is larger
+
+
 def _factor(b: Bucket, norm: Scalar) -> Scalar:
     """What multiplies the direction; 0 for a gradient of 0, NaN for one that is not finite."""
     if not isinstance(norm, Tensor):
         rho = float(b.rho)
         if norm == 0 or not math.isfinite(norm):
             return 0.0 if norm == 0 else math.nan
-        return rho / (norm / float(b.unit)) if b.p == 2 else rho
+        return min(rho / (norm / float(b.unit)), _LARGEST) if b.p == 2 else rho
     norm = norm.to(b.device, non_blocking=True)
-    factor = _scalar(b.rho, b.device) / (norm / b.unit) if b.p == 2 else _scalar(b.rho, b.device)
+    factor = _scalar(b.rho, b.device)
+    if b.p == 2:
+        factor = (factor / (norm / b.unit)).clamp(max=_LARGEST)
     return (factor + 0 * norm).masked_fill(norm == 0, 0.0)
 
 

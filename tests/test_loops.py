@@ -1810,22 +1810,28 @@ def test_timms_average_in_the_closure_moves_once_where_it_is_named(way):
 class Centered(nn.Module):
     """DINO's loss, with a center that is no buffer and that each pass assigns anew, and its teacher in eval mode."""
 
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.teacher, self.center = network(seed=1).eval().requires_grad_(False), torch.zeros(3, dtype=torch.float64)
+        self.teacher, self.kind = network(seed=1).eval().requires_grad_(False), kind
+        self.center = self.kind(torch.zeros(3, dtype=torch.float64))
 
     def forward(self, out, x):
         target = self.teacher(x)
         loss = cross_entropy(out, (target - self.center).softmax(dim=1))
-        self.center = 0.9 * self.center + 0.1 * target.mean(dim=0) + 0.1 * out.detach().mean(dim=0)
+        self.center = self.kind(0.9 * self.center + 0.1 * target.mean(dim=0) + 0.1 * out.detach().mean(dim=0))
         return loss
 
 
+def frozen_parameter(x):
+    return nn.Parameter(x, requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", [torch.clone, frozen_parameter], ids=["tensor", "frozen parameter"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_tensor_that_each_pass_assigns_anew_is_that_of_the_first(way):
+def test_a_tensor_that_each_pass_assigns_anew_is_that_of_the_first(way, kind):
     """Warnings are errors: a teacher that is in eval mode all the time is no evaluation at w + e."""
-    model, truth, criterion = network(), network(), Centered()
-    by_hand, optimizer = Centered(), sam(model, module=[model, criterion])
+    model, truth, criterion = network(), network(), Centered(kind)
+    by_hand, optimizer = Centered(kind), sam(model, module=[model, criterion])
     for x, _ in batches():
         take_step(way, optimizer, lambda x=x: criterion(model(x), x))
         after_first = copy.deepcopy(by_hand)

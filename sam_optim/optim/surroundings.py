@@ -190,15 +190,14 @@ def _epoch(scheduler: LRScheduler) -> Any:
 
 
 class _ScaleCalls:
-    """Stands for `scaler.scale` until it is removed, and sums up what the backwards of scaled losses bring to `p`."""
+    """Stands for `scaler.scale` until it is removed, and looks at what the backwards of scaled losses leave in `p`."""
 
     def __init__(self, scaler: GradScaler, p: Tensor):
         self.scaler, self._p = weakref.ref(scaler), weakref.ref(p)
         self._scale = functools.partial(type(scaler).scale, weakref.proxy(scaler))
-        self._task = -1
-        self._sum: Tensor | None = None
+        self._is_in_backward = False
         self._norm: Tensor | None = None
-        self._handle = p.register_hook(self._arrive)
+        self._handle = p.register_post_accumulate_grad_hook(self._look)
         scaler.scale = self  # type: ignore[assignment, method-assign]
 
     def __call__(self, outputs: Any) -> Any:
@@ -209,17 +208,18 @@ class _ScaleCalls:
         return scaled
 
     def _begin(self, _: Tensor) -> None:
-        self._task = torch._C._current_graph_task_id()
+        self._is_in_backward = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
-    def _arrive(self, grad: Tensor) -> None:
-        if self._task == torch._C._current_graph_task_id():
-            grad = grad.detach()
-            self._sum = grad.clone() if self._sum is None else self._sum + grad
+    def _end(self) -> None:
+        self._is_in_backward = False
+
+    def _look(self, p: Tensor) -> None:
+        if self._is_in_backward and p.grad is not None:
+            self._norm = p.grad.detach().norm()
 
     def remove(self) -> None:
         self._handle.remove()
-        if self._sum is not None:
-            self._norm, self._sum = self._sum.norm(), None
         if (scaler := self.scaler()) is not None:
             scaler.__dict__.pop("scale", None)
 

@@ -121,7 +121,8 @@ class ModelGuard:
                 unseen = {*map(id, self._candidates)}
             slots = self._assigned
             if slots is None:
-                slots = [(m.__dict__, name) for m in self.modules for name, x in m.__dict__.items() if _is_state(x)]
+                places = [d for m in self.modules for d in (m.__dict__, m._parameters)]
+                slots = [(d, name) for d in places for name, x in d.items() if _is_state(x)]
             if slots:
                 self._attributes = [(d, name, d.get(name)) for d, name in slots]
             changed = [  # by a forward pass
@@ -221,8 +222,8 @@ def alike(others: Iterable[Tensor], stepped: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_state(x: Any) -> bool:
-    """A tensor that a module may carry from pass to pass; not a view of a flat parameter (FSDP1)."""
-    return type(x) is Tensor and not (x.requires_grad or x._is_view())
+    """A tensor, or a frozen parameter, that a module may carry from pass to pass; not a view of a flat one (FSDP1)."""
+    return type(x) in (Tensor, nn.Parameter) and not (x.requires_grad or x._is_view())
 
 
 def _version(p: Tensor) -> tuple[int, int]:

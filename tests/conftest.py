@@ -78,12 +78,17 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True)
 def leaves_no_trace():
-    """Frameworks write into the environment for good (their ranks, their caches), which is undone without complaint."""
+    """Frameworks write into the environment for good (their ranks, their caches), and Accelerate has one state for the
+    process: both are undone without complaint."""
     environment, before = dict(os.environ), settings()
     yield
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
     changed = {name: (value, now) for (name, value), now in zip(before.items(), settings().values(), strict=True)}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     assert not changed, f"the test changed for those after it (before, after): {changed}"

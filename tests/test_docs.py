@@ -22,10 +22,6 @@ def test_every_example_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch
     pytest.importorskip(NEEDS[name])
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    if name == "accelerate":
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)  # one for the process, which other tests have set
     with torch.random.fork_rng(devices=[]):
         pairs = examples.run(DOCS / "integrations" / f"{name}.md", leave_out=TRAINERS_OWN)
     assert pairs

@@ -16,7 +16,7 @@ SCALE = 2.0**16
 
 @pytest.fixture
 def accelerator():
-    """Makes one for the CPU; its state is one for the whole process, and is forgotten before and after."""
+    """Makes one for the CPU; its state is one for the whole process, and is forgotten before."""
     pytest.importorskip("accelerate")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -32,8 +32,7 @@ def accelerator():
             made.native_amp, made.scaler = True, torch.amp.GradScaler("cpu")
         return made
 
-    yield make
-    forget()
+    return make
 
 
 def prepared(accelerator, model, optimizer):

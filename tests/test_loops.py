@@ -964,6 +964,18 @@ def test_replayed_masks_also_where_numbers_are_drawn_before_the_model_is_called(
         assert torch.equal(*masks)
 
 
+def test_masks_are_those_of_the_batch_after_one_that_was_left_out():
+    model, (x, y) = network(), batches()[0]
+    model.insert(1, nn.Dropout(0.5))
+    masks = []
+    model[1].register_forward_hook(lambda _, inputs, out: masks.append(out != 0))
+    optimizer = sam(model, replay_rng=True)
+    cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    take_step("contexts", optimizer, lambda: cross_entropy(model(x), y))
+    assert torch.equal(*masks[1:])
+
+
 def test_parts_in_a_list_have_their_masks_replayed_from_the_first_that_runs():
     parts, (x, y) = [nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5)).double(), nn.Linear(9, 3).double()], batches()[0]
     masks = []

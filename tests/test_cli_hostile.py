@@ -673,6 +673,12 @@ class TestOutputs:
         assert code == 2
         assert "--targets has 100,000 columns, more than 200; choose one with --target" in err
 
+        columns = [f"m{i},m{i} error" for i in range(1000)]
+        Path("t.csv").write_text(f"checkpoint,{','.join(columns)}\na{',1' * 2000}\n")
+        code, _, err = run("report", "t.csv", "-o", "r.html")
+        assert code == 2
+        assert "the results have 1,000 columns of measures, more than 200" in err
+
     def test_a_pipe_of_the_process_is_written_to(self, here):
         """As `--json >(command)`."""
         study(here, count=1)

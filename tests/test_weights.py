@@ -569,3 +569,21 @@ def test_a_loss_that_is_nan_at_finite_outputs_is_an_error(criterion, label):
     for measure in (hessian_eigenvalues, hessian_trace, functools.partial(worst_case_sharpness, ball=Ball(0.05))):
         with pytest.raises(ValueError, match=r"nan where the model's outputs are finite|-100"):
             measure(Loss(model, criterion, batches))
+
+
+class Hidden:
+    """An output in which no tensor can be looked for."""
+
+    __slots__ = ("loss",)
+
+    def __init__(self, loss):
+        self.loss = loss
+
+
+class Diverged(nn.Linear):
+    def forward(self, x):
+        return Hidden(super().forward(x).mean() * math.nan)
+
+
+def test_outputs_that_hide_their_tensors_are_not_called_finite():
+    assert math.isnan(Loss(Diverged(4, 1), None, [(torch.randn(6, 4), torch.zeros(6))]).value())

@@ -437,7 +437,7 @@ class Loss:
             without = float(self._passes.of_outputs(outputs, target))
             weigher = Weigher(self.criterion, outputs, target)
             is_nan = math.isnan(without) and not weigher.reads_labels
-            if is_nan and all([x.isfinite().all() for x in tensors(outputs)]):
+            if is_nan and (seen := tensors(outputs)) and all([x.isfinite().all() for x in seen]):
                 raise ValueError(
                     "the loss of the first batch is nan where the model's outputs are finite: look at its targets "
                     "(nan, or labels that are all ignored) and at the criterion (a logarithm or root of a negative "

@@ -18,7 +18,7 @@ from sam_optim.sweep import store
 from sam_optim.sweep.quality import QUALITY
 
 Lines = list[dict[str, str]]
-MOST_TARGETS = 200
+MOST_COLUMNS = 200  # of measures, and of targets: a page of more takes longer than anybody waits
 TYPES = ("Estimate", "Spectrum", "Landscape", "Correlation")
 
 
@@ -53,6 +53,9 @@ def _page(
 ) -> Markup:
     entries, singles, lines = _read(results)
     measured = table(entries)
+    if len(measured.columns) > MOST_COLUMNS:
+        num = f"{len(measured.columns):,} columns of measures, more than {MOST_COLUMNS}"
+        raise InputError(f"the results have {num}; give fewer files, or files of fewer measures")
     lines += _read_csv(targets) if targets else []
     varied = {name: {row: line[name] for row, line in _matched(measured, lines, name)} for name in factors}
     compared = _targets(measured, lines, target, factors)
@@ -99,8 +102,8 @@ def _targets(measured: Table, lines: Lines, wanted: str | None, factors: Sequenc
         if wanted not in names:
             raise unknown("target", wanted, names) if names else InputError(f"--target {wanted}: give --targets FILE")
         names = [wanted]
-    elif len(names) > MOST_TARGETS:
-        raise InputError(f"--targets has {len(names):,} columns, more than {MOST_TARGETS}; choose one with --target")
+    elif len(names) > MOST_COLUMNS:
+        raise InputError(f"--targets has {len(names):,} columns, more than {MOST_COLUMNS}; choose one with --target")
     columns = {}
     for name in names:
         pairs = [(row, _number(line[name])) for row, line in _matched(measured, lines, name)]

@@ -27,7 +27,7 @@ from benchmarks.train.trained import TrainedRun
 from sam_optim.core.arguments import number
 from sam_optim.core.errors import InputError, run, show, unknown
 from sam_optim.core.files import write_json
-from sam_optim.core.results import provenance
+from sam_optim.core.results import plain, provenance
 from sam_optim.vision.preprocessing import Preprocessing
 
 BATCH = 500  # images that are damaged together
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluated = evaluate(model_run, command, names, published)
         show(title(evaluated))
         show(table(evaluated))
-        write_json(command.run / "corrupted.json", evaluated)
+        write_json(command.run / "corrupted.json", plain(evaluated))
     return 0
 
 

@@ -29,6 +29,7 @@ from benchmarks.train.__main__ import main as train
 from sam_optim import sweep
 from sam_optim.core.errors import InputError, run
 from sam_optim.core.files import locked, write_atomic
+from sam_optim.vision.data import open_split
 
 ROOT = Path(__file__).resolve().parents[1]
 SMUGGLED = [
@@ -101,6 +102,14 @@ def test_yaml_that_means_something_else_than_it_seems_to(tmp_path, text, message
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         options.parse(["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("wds/pipe:touch x", "train"), ("wds/x", "pipe:touch x"), ("wds/http://127.0.0.1:9/x", "train")]
+)
+def test_a_data_set_is_no_program_and_no_address(tmp_path, name, split):
+    with pytest.raises(InputError, match="would run a program or make a request"):
+        open_split(name, tmp_path, split)
 
 
 @pytest.mark.parametrize("line", ["data: '--'", "initial-checkpoint: '--'", "device: '--'", "sam-schedule: '--'"])

@@ -130,6 +130,8 @@ def open_timm(name: str, directory: str | Path, split: str, **options: Any) -> A
     """A data set that `timm.data.create_dataset` knows, also a streamed one."""
     from timm.data import create_dataset
 
+    if wrong := next((word for word in ("pipe:", "://") if word in f"{name} {split}"), None):  # webdataset's
+        raise InputError(f"{wrong!r} in a data set or split would run a program or make a request: give files")
     faults = (RuntimeError, AssertionError, ValueError, TypeError, OSError, ImportError, NameError, KeyError)
     try:
         return create_dataset(name, str(directory), split=split, **options)

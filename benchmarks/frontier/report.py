@@ -40,7 +40,12 @@ def collect(plan: Plan, out: Path) -> Path:
 
 
 def committed() -> list[Task]:
-    return analysis.tasks([read_json(path) for path in sorted(RESULTS.glob("*.json"))])
+    results = []
+    for path in sorted(RESULTS.glob("*.json")):
+        results.append(read_json(path))
+        with intact(path):  # each by itself, so that an error names it
+            text(analysis.tasks(results[-1:]))
+    return analysis.tasks(results)
 
 
 def text(tasks: Sequence[Task]) -> str:

@@ -198,6 +198,7 @@ class _ScaleCalls:
         self._is_in_backward = False
         self._norm: Tensor | None = None
         self._handle = p.register_post_accumulate_grad_hook(self._look)
+        # on the instance until the pass ends: torch has no hook for it, and the scaler's state does not tell
         scaler.scale = self  # type: ignore[assignment, method-assign]
 
     def __call__(self, outputs: Any) -> Any:
@@ -209,6 +210,7 @@ class _ScaleCalls:
 
     def _begin(self, _: Tensor) -> None:
         self._is_in_backward = True
+        # as DDP does: torch has no public way to be told that a backward has ended; its stubs do not know the engine
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
     def _end(self) -> None:

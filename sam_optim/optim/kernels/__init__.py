@@ -147,7 +147,7 @@ def _factor(b: Bucket, norm: Scalar) -> Scalar:
     factor = _scalar(b.rho, b.device)
     if b.p == 2:
         factor = (factor / (norm / b.unit)).clamp(max=_LARGEST)
-    return torch.add(factor, norm, alpha=0).masked_fill(norm == 0, 0.0)
+    return torch.add(factor, norm, alpha=0).masked_fill(norm == 0, 0.0)  # + 0 norm: NaN if it is not finite
 
 
 def _counted(dual: Scalar, rho: Scalar) -> Scalar:

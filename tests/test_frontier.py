@@ -254,3 +254,23 @@ def test_names_in_results_are_text_on_the_page_and_what_cannot_be_drawn_leaves_i
         tables = report.write(page)
         assert page.read_text() == before.replace("\nold\n", f"\n\n{tables}\n\n")
     assert "\x1b" not in tables
+
+
+@pytest.mark.parametrize("diverged", ["nothing but SAM", "the control", "everything"])
+def test_what_diverged_is_said_and_not_drawn(diverged, tmp_path, monkeypatch):
+    content = read_json(report.RESULTS / "digits.json")
+    survive = {"nothing but SAM": lambda m: m == "SAM", "the control": lambda m: m != "SGD, tuned decay"}
+    for r in content["runs"]:
+        if not survive.get(diverged, lambda m: False)(r["method"]):
+            r |= {"failed": "the loss is nan", "test_accuracy": None}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "page.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    tables = report.write(tmp_path / "page.md")
+    num_methods = len(content["plan"]["methods"])
+    expected = {"nothing but SAM": num_methods - 1, "the control": 1, "everything": num_methods}[diverged]
+    assert tables.count("| diverged |") == expected and "nan" not in tables
+    axes = report.picture(report.committed()).axes[0]
+    names = {text.get_text() for text in axes.texts}
+    assert len(names) == num_methods - expected or names == {"all runs diverged"}
+    assert ("SAM" in names) == (diverged != "everything") and "SGD, tuned decay" not in names

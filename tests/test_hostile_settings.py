@@ -112,6 +112,26 @@ def test_a_data_set_is_no_program_and_no_address(tmp_path, name, split):
         open_split(name, tmp_path, split)
 
 
+@pytest.mark.parametrize("name", ["hfds/some/one", "HFDS/some/one", "hfids/some/one", "tfds/mnist"])
+def test_a_file_has_no_data_set_asked_for_over_the_network(tmp_path, name):
+    (tmp_path / "c.yaml").write_text(f"data: {name}\ndata-dir: .\n")
+    recipe = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "new")]
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"data": name, "data_dir": "."}}))
+    resumed = ["--resume", f"--out={tmp_path}"]
+    for argv in (recipe, [*recipe, "--data=hfds/another"], resumed):
+        with pytest.raises(InputError, match=f"asked for over the network.* too: --data {name}$"):
+            options.parse(argv)
+    for argv in (recipe, resumed):
+        assert options.parse([*argv, "--data", name]).data == name
+    for main in (measure.main, evaluate.main):
+        with pytest.raises(InputError, match="asked for over the network"):
+            main([str(tmp_path)])
+        with pytest.raises(InputError, match="no checkpoint in"):
+            main([str(tmp_path), "--data", name])
+        with pytest.raises(InputError, match="--data digits differs|asked for over the network"):
+            main([str(tmp_path), "--data", "digits"])
+
+
 @pytest.mark.parametrize("line", ["data: '--'", "initial-checkpoint: '--'", "device: '--'", "sam-schedule: '--'"])
 def test_two_dashes_are_no_value(tmp_path, line):
     (tmp_path / "c.yaml").write_text(f"{line}\n")

@@ -122,7 +122,8 @@ def advice(task: Task) -> str:
         text += "seeds do not show whether anything improves on it."
     words = {-1: "but worse", 0: "without a significant difference", 1: "and better"}
     for sign, relation in words.items():
-        rows = [row for row in task.rows if row.to_sam and _sign(row.to_sam, row.p_sam) == sign]
+        compared = [row for row in task.rows if row.to_sam and row.to_sam.n]
+        rows = [row for row in compared if _sign(row.to_sam, row.p_sam) == sign]
         if rows:
             listed = "; ".join(f"{row.method} {shown(row.to_sam)}" for row in rows)
             text += f" Cheaper than SAM {relation}: {listed}."
@@ -136,6 +137,8 @@ def _sign(d: Difference | None, p: float) -> int:
 def shown(d: Difference | None) -> str:
     if d is None:
         return ""
+    if math.isnan(d.mean):
+        return "no pair of runs"
     if math.isnan(d.low):
         return signed(d.mean, 1)
     return f"{signed(d.mean, 1)} ({signed(d.low, 1)} to {signed(d.high, 1)})"
@@ -154,7 +157,8 @@ def table(task: Task) -> str:
     for row in sorted(task.rows, key=lambda row: round(row.cost, 2)):
         mean, std = mean_and_std(list(row.accuracies.values()))
         chosen = ", ".join(f"{k.removeprefix('sam_').replace('weight_', '')} {v:g}" for k, v in row.chosen.items())
-        cells = [row.method, f"{row.cost:.2f}", chosen + (" (end)" if row.at_end else ""), f"{mean:.1f} ± {std:.1f}"]
+        accuracy = f"{mean:.1f} ± {std:.1f}" if row.accuracies else "diverged"
+        cells = [row.method, f"{row.cost:.2f}", chosen + (" (end)" if row.at_end else ""), accuracy]
         for d, p in ((row.to_control, row.p_control), (row.to_sam, row.p_sam)):
             cells += [shown(d) or "–", "–" if math.isnan(p) else _p(p).removeprefix("p ").removeprefix("= ")]
         lines.append(f"| {' | '.join(cells)} |")

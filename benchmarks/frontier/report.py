@@ -79,25 +79,29 @@ def picture(tasks: Sequence[Task]) -> Figure:
 
 
 def _panel(axes: Axes, task: Task) -> None:
-    """Costs are categories: methods of one cost stand side by side, with their names beside them."""
-    costs = sorted({round(row.cost, 2) for row in task.rows})
-    low = min(row.interval[0] for row in task.rows if not math.isnan(row.interval[0]))
-    high = max(row.interval[1] for row in task.rows if not math.isnan(row.interval[1]))
+    """Costs are categories: methods of one cost stand side by side, with their names beside them; those of which all
+    runs diverged are left out."""
+    drawn = [row for row in task.rows if row.accuracies]
+    costs = sorted({round(row.cost, 2) for row in drawn})
+    ends = [end for row in drawn for end in (row.mean, *row.interval) if not math.isnan(end)]
+    low, high = min(ends, default=0.0), max(ends, default=100.0)
     for i, cost in enumerate(costs):
-        rows = sorted((row for row in task.rows if round(row.cost, 2) == cost), key=lambda row: row.mean)
+        rows = sorted((row for row in drawn if round(row.cost, 2) == cost), key=lambda row: row.mean)
         heights = _apart([row.mean for row in rows], 0.055 * (high - low))
         for j, (row, height) in enumerate(zip(rows, heights, strict=True)):
             x, colour = i + 0.045 * j, COLOURS[_colour(task, row)]
-            ends = [[row.mean - row.interval[0]], [row.interval[1] - row.mean]]
-            axes.errorbar([x], [row.mean], yerr=ends, fmt="o", color=colour, capsize=2.5, markersize=5)
+            lengths = [[row.mean - row.interval[0]], [row.interval[1] - row.mean]]
+            axes.errorbar([x], [row.mean], yerr=lengths, fmt="o", color=colour, capsize=2.5, markersize=5)
             start = i + 0.045 * len(rows) + 0.03
             axes.plot([x, start], [row.mean, height], color=colour, linewidth=0.5, alpha=0.6)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # no line strikes a name through
             axes.text(start + 0.01, height, label(row.method), color=colour, va="center", fontsize=8, bbox=box)
-    if control := task.row(task.control):
+    if (control := task.row(task.control)) in drawn and control:
         axes.axhline(control.mean, color=COLOURS[CONTROL], linewidth=0.8, linestyle="--")
+    if not drawn:
+        axes.text(0.5, 0.5, "all runs diverged", ha="center", transform=axes.transAxes)
     axes.set_xticks(range(len(costs)), [f"{cost:g}" for cost in costs])
-    axes.set_xlim(-0.15, len(costs) - 0.1)
+    axes.set_xlim(-0.15, max(len(costs), 1) - 0.1)
     axes.set(title=label(task.title), ylabel="test accuracy, %", xlabel="forward and backward passes, over the base's")
 
 

@@ -114,8 +114,9 @@ def begun_with(config: Config, levels: Mapping[str, Any], directory: Path) -> bo
     """Whether the run in `directory`, if there is one, has the options of this trial."""
     if not (directory / "config.json").is_file():
         return True
-    settings, recorded_settings = config.options(levels, directory).recorded(), of_run(directory).recorded()
-    return all(settings[key] == recorded_settings[key] for key in settings if key not in OURS)
+    settings = config.options(levels, directory).recorded()
+    recorded = of_run(directory, settings["data"]).recorded()
+    return all(settings[key] == recorded[key] for key in settings if key not in OURS)
 
 
 def execute(config: Config, levels: Mapping[str, Any], directory: Path, here: Here) -> dict[str, Any]:

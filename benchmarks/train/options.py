@@ -38,6 +38,7 @@ SAM_VARIANTS = {  # their names here -> the classes of the package
 REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
 PAIRS = ("opt_kwargs", "model_kwargs", "sam_kwargs")
 NOT_RECORDED = ("out", "resume", "force")
+HUBS = ("hfds", "hfids", "tfds")  # prefixes of data sets that timm asks the network for
 
 _amount, _positive, _fraction = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 _count, _natural, _below_one = number(int, 1), number(int, 0), number(float, 0, 0.99)
@@ -221,7 +222,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         options = replace(options, out=Path("runs") / default_name(options))
     if not (options.resume and (options.out / "config.json").exists()):
         return checked(options)
-    run = of_run(options.out)
+    run = of_run(options.out, options.data if "data" in given(argv) else None)
     earlier, now = run.recorded(), options.recorded()
     changed = given(argv) - ({"initial_checkpoint"} if options.initial_checkpoint == REQUIRED else set())
     for key in changed - set(MAY_CHANGE):
@@ -238,10 +239,25 @@ def options_of(values: dict[str, Any]) -> Options:
     return Options(**{f.name: values[f.name] for f in fields(Options)} | pairs)
 
 
-def of_run(directory: Path, **replaced: Any) -> Options:
-    """The options of a trained run, where its data, workers and device are those given now, unless they are None.
+def _check_hub(file: str, name: str, said: str | None) -> None:
+    """Only who runs a command can have a data set asked for over the network: a file may be a stranger's.
+
+    Raises:
+        InputError: `name` is one of a hub, and is not what the command line says.
+    """
+    if name.partition("/")[0].lower() in HUBS and "/" in name and said != name:
+        hub = f"{file} names the data set {name!r}, which would be asked for over the network"
+        raise InputError(f"{hub}; if that is what you want, say it on the command line, too: --data {name}")
+
+
+def of_run(directory: Path, data: str | None = None, **replaced: Any) -> Options:
+    """The options of a trained run, where its folder of data, workers and device are those given now, unless they are
+    None.
 
     What stands in its config.json is checked like a command line. What does not (an older run) is at its default.
+
+    Args:
+        data: the data set that the command line names; needed if the run's is one of a hub.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -259,6 +275,7 @@ def of_run(directory: Path, **replaced: Any) -> Options:
     except (TypeError, ValueError) as error:
         reason = one_line(error)
         raise InputError(f"{path} is not of a run of benchmarks.train ({reason}); it was changed or damaged") from None
+    _check_hub(str(path), options.data, data)
     return replace(options, out=directory, **changes)
 
 
@@ -267,6 +284,7 @@ class OfRun:
     """The run that a command is about, and what may be another one than where it was trained."""
 
     run: Path = option(flags=["run"], type=Path, metavar="RUN_DIR")
+    data: str | None = option(None, "the run's own data set: to be said again if it is one of a hub", metavar="NAME")
     data_dir: str | None = option(None, "default: that of the run", metavar="DIR")
     device: str | None = option(None, "default: that of the run")
     workers: int | None = option(None, "processes that decode images; default: as many as the run's", type=_natural)
@@ -277,7 +295,10 @@ class OfRun:
         return files.locked(self.run.resolve(), "run")
 
     def options(self) -> Options:
-        return of_run(self.run, data_dir=self.data_dir, device=self.device, workers=self.workers)
+        options = of_run(self.run, self.data, data_dir=self.data_dir, device=self.device, workers=self.workers)
+        if self.data not in (None, options.data):
+            raise InputError(f"--data {self.data} differs from the run's {options.data}; leave it out")
+        return options
 
 
 def given(argv: Sequence[str]) -> set[str]:
@@ -292,8 +313,13 @@ def with_config(argv: Sequence[str]) -> list[str]:
     """The options of --config FILE before those of the command line, which so replace them."""
     p = Parser(add_help=False)
     p.add_argument("--config", type=Path)
-    path = p.parse_known_args(argv)[0].config
-    return [*from_file(path), *argv] if path else list(argv)
+    p.add_argument("--data")
+    command, _ = p.parse_known_args(argv)
+    if command.config is None:
+        return list(argv)
+    recipe = from_file(command.config)
+    _check_hub(str(command.config), p.parse_known_args(recipe)[0].data or "", command.data)
+    return [*recipe, *argv]
 
 
 def from_file(path: Path) -> list[str]:

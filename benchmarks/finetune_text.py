@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,14 +161,10 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trainer_of(settings: Settings) -> Any:
-    """The Trainer of these options: SAMTrainer where --sam-rho is not 0."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+def model_of(settings: Settings) -> tuple[Any, Any]:
+    """The tokenizer and the classifier in the folder --model; no code in it is run, and nothing loaded from a hub."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from sam_optim import asam_param_groups, norm_only_param_groups
-    from sam_optim.integrations.transformers import SAMTrainer
-
-    pairs = {"train_dataset": drawn(read(settings.train), settings), "eval_dataset": read(settings.validation)}
     if not Path(settings.model).is_dir():
         raise InputError(
             f"--model {settings.model} is not a directory; give one with the model and tokenizer, nothing is loaded"
@@ -185,10 +181,23 @@ def trainer_of(settings: Settings) -> Any:
         if not settings.scratch:
             (checkpoint,) = checkpoints.find([settings.model])
             state = checkpoints.read(checkpoint).state
+            _check_layers(model, state)
             torch.manual_seed(settings.seed)
             model = type(model).from_pretrained(None, config=config, state_dict=state)
     except Exception as error:  # whatever transformers makes of a damaged file
         raise InputError(f"--model {settings.model} holds no model with its tokenizer: {one_line(error)}") from None
+    return tokenizer, model
+
+
+def trainer_of(settings: Settings) -> Any:
+    """The Trainer of these options: SAMTrainer where --sam-rho is not 0."""
+    from transformers import Trainer, TrainingArguments
+
+    from sam_optim import asam_param_groups, norm_only_param_groups
+    from sam_optim.integrations.transformers import SAMTrainer
+
+    pairs = {"train_dataset": drawn(read(settings.train), settings), "eval_dataset": read(settings.validation)}
+    tokenizer, model = model_of(settings)
     if settings.grad_checkpointing:
         model.gradient_checkpointing_enable()
     arguments = TrainingArguments(
@@ -218,6 +227,19 @@ def trainer_of(settings: Settings) -> Any:
     data: dict[str, Any] = {key: Tokens(chosen, tokenizer, settings.length) for key, chosen in pairs.items()}
     data |= {"processing_class": tokenizer, "compute_metrics": accuracy}
     return (SAMTrainer if sam else Trainer)(model, arguments, **data, **sam)
+
+
+def _check_layers(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises InputError for weights with other layers than the model's: transformers leaves out those that are too many
+    and draws those that are missing. A head may be missing."""
+    there, wanted = (
+        {match.groups() for name in names if (match := re.match(rf"(?:{model.base_model_prefix}\.)?(.+?)\.(\d+)\.", name))}
+        for names in (state, model.state_dict())
+    )
+    for layers in {name for name, _ in there} & {name for name, _ in wanted}:
+        numbers = [sum(name == layers for name, _ in of) for of in (wanted, there)]
+        if numbers[0] != numbers[1]:
+            raise InputError("its config.json says {} of {layers}, its weights have {}".format(*numbers, layers=layers))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

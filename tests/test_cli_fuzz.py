@@ -266,6 +266,15 @@ def of_text_model(name):
     return lambda: (text_model() / name).read_bytes(), read
 
 
+def of_finetuned(name):
+    def read(path):
+        shutil.copytree(text_model(), path.parent, dirs_exist_ok=True)
+        (path.parent / name).write_bytes(path.read_bytes())
+        finetune_text.model_of(finetune_text.Settings(model=str(path.parent), train=path, validation=path))
+
+    return lambda: (text_model() / name).read_bytes(), read
+
+
 # what a file is called -> (a good one, how it is read)
 READERS = {
     "d.npz": (npz, arrays.from_file),
@@ -325,6 +334,8 @@ READERS = {
     ),
     "text/config.json": of_text_model("config.json"),
     "page/tokenizer.json": of_text_model("tokenizer.json"),
+    "finetuned/config.json": of_finetuned("config.json"),
+    "finetuned/model.safetensors": of_finetuned("model.safetensors"),
     "labels.npz": (labels, lambda path: other_labels(f"{path}:human", torch.arange(4), 4, path.parent)),
 }
 

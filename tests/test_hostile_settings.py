@@ -128,7 +128,7 @@ def test_a_file_has_no_data_set_asked_for_over_the_network(tmp_path, name):
             main([str(tmp_path)])
         with pytest.raises(InputError, match="no checkpoint in"):
             main([str(tmp_path), "--data", name])
-        with pytest.raises(InputError, match="--data digits differs|asked for over the network"):
+        with pytest.raises(InputError, match=r"--data digits differs|asked for over the network"):
             main([str(tmp_path), "--data", "digits"])
 
 

@@ -396,6 +396,8 @@ class TestText:
         [({"auto_map": {"AutoConfig": "code.C"}, "model_type": "theirs"}, "trust_remote_code"),
          ({"_attn_implementation": "a-hub/kernels"}, "would be downloaded"), ({"hidden_size": "16"}, "hidden_size"),
          ({"dtype": "theirs"}, "theirs"), ({"num_attention_heads": 0}, "zero"), ({}, "is a pickle"),
+         ({"num_hidden_layers": 1}, "says 1 of encoder.layer, its weights have 2"),
+         ({"num_hidden_layers": 3}, "says 3 of encoder.layer, its weights have 2"),
          ({}, "values that are not finite"), ({}, "is damaged: its SHA-256")],
     )  # fmt: skip
     def test_a_folder_of_a_stranger(self, tmp_path, model, changes, message, capsys, monkeypatch):

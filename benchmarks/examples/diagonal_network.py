@@ -47,10 +47,10 @@ ADAPTIVE = Ball(0.05, adaptive=True, eta=0.0)
 MEASURES = {
     "trace, T = 1": lambda loss: hessian_trace(loss, num_probes=PROBES).value,
     "lambda_max, T = 1": lambda loss: float(hessian_eigenvalues(loss).eigenvalues[0]),
-    "worst case, T = 1": lambda loss: worst_case_sharpness(loss, Ball(0.05), num_steps=10, num_restarts=1).value,
+    "worst case, T = 1": lambda loss: worst_case_sharpness(loss, Ball(0.05), num_steps=40, num_restarts=2).value,
     "trace, T = |w|": lambda loss: hessian_trace(loss, ball=ADAPTIVE, num_probes=PROBES).value,
     "lambda_max, T = |w|": lambda loss: float(hessian_eigenvalues(loss, ball=ADAPTIVE).eigenvalues[0]),
-    "worst case, T = |w|": lambda loss: worst_case_sharpness(loss, ADAPTIVE, num_steps=10, num_restarts=1).value,
+    "worst case, T = |w|": lambda loss: worst_case_sharpness(loss, ADAPTIVE, num_steps=40, num_restarts=2).value,
 }
 
 

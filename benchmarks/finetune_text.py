@@ -232,9 +232,9 @@ def trainer_of(settings: Settings) -> Any:
 def _check_layers(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
     """Raises InputError for weights with other layers than the model's: transformers leaves out those that are too many
     and draws those that are missing. A head may be missing."""
+    pattern = re.compile(rf"(?:{model.base_model_prefix}\.)?(.+?)\.(\d+)\.")
     there, wanted = (
-        {match.groups() for name in names if (match := re.match(rf"(?:{model.base_model_prefix}\.)?(.+?)\.(\d+)\.", name))}
-        for names in (state, model.state_dict())
+        {match.groups() for name in names if (match := pattern.match(name))} for names in (state, model.state_dict())
     )
     for layers in {name for name, _ in there} & {name for name, _ in wanted}:
         numbers = [sum(name == layers for name, _ in of) for of in (wanted, there)]

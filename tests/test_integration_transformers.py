@@ -325,6 +325,7 @@ def test_two_ranks(tmp_path):
 
 def test_a_monitor_sees_every_step_reports_and_resumes(tmp_path):
     from sam_optim import Loss, SharpnessMonitor
+    from sam_optim.core.errors import InputError
     from sam_optim.integrations.transformers import MonitorCallback
 
     def train_(steps, **kwargs):
@@ -349,3 +350,10 @@ def test_a_monitor_sees_every_step_reports_and_resumes(tmp_path):
     _, resumed, _ = train_(8, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for name in ("step", "lambda_max", "critical_sharpness"):
         assert [row[name] for row in resumed.history] == [row[name] for row in whole.history]
+
+    saved = tmp_path / "checkpoint-4" / MonitorCallback.FILE
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        train_(8, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

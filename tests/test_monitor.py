@@ -2,9 +2,13 @@
 
 import copy
 import csv
+import gc
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -438,3 +442,36 @@ def test_bad_arguments_are_named(tmp_path):
         with pytest.raises(error, match=message):
             SharpnessMonitor(loss, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_written_by_the_monitors_of_one_process(tmp_path):
+    log = tmp_path / "s.csv"
+    program = """
+import sys
+import torch
+from sam_optim import Loss, SharpnessMonitor
+loss = Loss(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), [(torch.zeros(4, 2), torch.zeros(4).long())])
+SharpnessMonitor(loss, log=sys.argv[1])
+"""
+
+    def another_process():
+        return subprocess.run([sys.executable, "-c", program, str(log)], capture_output=True, text=True)
+
+    monitors = [SharpnessMonitor(problem()[2], log=log) for _ in range(2)]
+    refused = another_process()
+    assert f"s.csv is being written by process {os.getpid()}" in refused.stderr.splitlines()[-1]
+    monitors.pop()
+    assert another_process().returncode == 1
+    del monitors
+    gc.collect()
+    assert another_process().returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_state_is_refused_and_changes_nothing():
+    monitor = SharpnessMonitor(problem()[2])
+    state = monitor.state_dict()
+    for wrong, message in (([], "is a list"), ({k: 7 for k in state if k != "next"}, r"lacks \['_next'\]")):
+        with pytest.raises(ValueError, match=message):
+            monitor.load_state_dict(wrong)
+    assert monitor.state_dict() == state

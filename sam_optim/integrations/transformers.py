@@ -26,6 +26,7 @@ from sam_optim.monitor import SharpnessMonitor
 from sam_optim.monitor.writers import numbers
 from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.sam import SAM
+from sam_optim.vision.tensor_files import read_file
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -191,7 +192,7 @@ class MonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and self._file(args, state).exists():
-            self.monitor.load_state_dict(torch.load(self._file(args, state), weights_only=True))
+            self.monitor.load_state_dict(read_file(self._file(args, state)))
         scaler = getattr(self.trainer.accelerator, "scaler", None)
         arguments = {"perturbation": lambda: self.trainer.perturbation} if hasattr(self.trainer, "perturbation") else {}
         self._handle = self.monitor.attach(self.trainer.optimizer, scaler=scaler, **arguments)

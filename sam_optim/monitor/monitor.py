@@ -27,6 +27,7 @@ from sam_optim.optim.perturbation import Perturbation
 from sam_optim.optim.transaction import is_moved
 
 NAMES = ("lambda_max", "critical_sharpness", "worst_case")
+STATE = ("num_steps", "spent", "trained", "history", "_next", "_before", "_vector")  # what a checkpoint has
 TOL, STEP_TOL = 0.005, 0.02  # of lambda_max: a bound of its error; of the critical step
 MOST_PRODUCTS, MOST_EVALUATIONS, NUM_STEPS = 40, 7, 2
 
@@ -263,14 +264,16 @@ class SharpnessMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, for `torch.load(..., weights_only=True)`: a run that goes on has the rows of one
         that was not stopped."""
-        names = ("num_steps", "spent", "trained", "history", "_next", "_before", "_vector")
-        return {name.removeprefix("_"): getattr(self, name) for name in names} | {"history": [*self.history]}
+        return {name.removeprefix("_"): getattr(self, name) for name in STATE} | {"history": [*self.history]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.num_steps, self.spent, self.trained = (state[k] for k in ("num_steps", "spent", "trained"))
-        self.history, self._next = [*state["history"]], state["next"]
-        self._before, self._vector = state["before"], state["vector"]
-        self._clock = None
+        """Raises ValueError, and changes nothing, if `state` is not what `state_dict` gives."""
+        if not isinstance(state, Mapping) or (missing := [n for n in STATE if n.removeprefix("_") not in state]):
+            lacks = f"lacks {missing}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
+            raise ValueError(f"this is no state of a SharpnessMonitor: it {lacks}; give what state_dict() returned")
+        for name in STATE:
+            setattr(self, name, state[name.removeprefix("_")])
+        self.history, self._clock = [*self.history], None
 
 
 def _is_plain(perturbation: Perturbation) -> bool:

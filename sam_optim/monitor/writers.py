@@ -6,10 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary, finalize
 
-from sam_optim.core.files import write_atomic
+from sam_optim.core.files import reserved, write_atomic
 from sam_optim.core.results import plain
 
 Row = Mapping[str, Any]
@@ -21,15 +23,14 @@ def writer(log: Any) -> Writer:
     """The writer for a path (.csv, .jsonl), a TensorBoard SummaryWriter, a wandb run, or log(name, value, step).
 
     Raises:
-        ValueError: a file of another kind. TypeError: none of these.
+        ValueError: a file of another kind. InputError: it cannot be written, or a monitor of another process writes it.
+        TypeError: none of these.
     """
     if isinstance(log, (str, Path)):
         path = Path(log)
         if path.suffix not in FILES:
             raise ValueError(f"log must end in .csv or .jsonl, got {str(path)!r}")
-        content = FILES[path.suffix]
-        # as a whole: a run resumed from a checkpoint replaces the lines that were written after it
-        return lambda rows: write_atomic(path, content(rows).encode(), "log")
+        return _File(path)
     if hasattr(log, "add_scalar"):
         return lambda rows: _each(log.add_scalar, rows[-1])
     if hasattr(log, "define_metric"):
@@ -40,6 +41,30 @@ def writer(log: Any) -> Writer:
         "log must be a path (.csv, .jsonl), a TensorBoard SummaryWriter, a wandb run or log(name, value, step), "
         f"got {type(log).__name__}"
     )
+
+
+class _File:
+    """Writes all rows anew: a run resumed from a checkpoint replaces the lines that were written after it."""
+
+    def __init__(self, path: Path):
+        self.path, self.content = path, FILES[path.suffix]
+        self.lock = _locks.get(path.resolve()) or _Lock(path.resolve())
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        write_atomic(self.path, self.content(rows).encode(), "log")
+
+
+class _Lock:
+    """No other process writes the file while a monitor of this one may."""
+
+    def __init__(self, path: Path):
+        stack = ExitStack()
+        stack.enter_context(reserved(path, "log"))
+        finalize(self, stack.close)
+        _locks[path] = self
+
+
+_locks: WeakValueDictionary[Path, _Lock] = WeakValueDictionary()
 
 
 def numbers(row: Row) -> dict[str, float]:

@@ -64,14 +64,15 @@ class SharpnessMonitor:
         every: steps between two rows, at least.
         measures: names of the above, or functions of a Loss, such as `hessian_trace` or a `functools.partial`.
         budget: largest share of the training's time; rows are spaced to keep it. None: a row every `every` steps.
-        log: a path ending in .csv or .jsonl, a TensorBoard SummaryWriter, a wandb run, any log(name, value, step), or a
-            list of these; on the first rank alone.
+        log: a path ending in .csv or .jsonl, which one process at a time can write, a TensorBoard SummaryWriter, a
+            wandb run, any log(name, value, step), or a list of these; on the first rank alone.
 
     Attributes:
         history: a dict for each row. share: seconds spent here / seconds of training so far.
 
     Raises:
-        ValueError: every < 1, a budget that is not in (0, 1], an unknown name.
+        ValueError: every < 1, a budget that is not in (0, 1], an unknown name. InputError: a log that cannot be
+            written, or that another process writes.
 
     Source: critical sharpness, arXiv:2601.16979; SAM's edge, arXiv:2309.12488.
     """

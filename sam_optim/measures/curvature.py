@@ -57,7 +57,8 @@ def hessian_eigenvalues(
             mostly about r^2. It is never less than 100 ulps of the largest value.
         seed: of the start vector, and of the labels of "fisher_mc".
         stop: "value" makes tol that of min(r, r^2 / gap), a bound of the error of lambda itself (Kato and Temple), with
-            the gap to the other Ritz values: about half of the products, and eigenvectors to the root of tol only.
+            the gap to the other Ritz values, and where r is above tol that of the last change of lambda: about half of
+            the products, and eigenvectors to the root of tol only.
         max_products: largest number of products; None: 200 + 10 num, at most P.
         start: the first vector of the Krylov space, in the shapes of `loss.params`: an eigenvector at weights nearby
             saves most of the products, but what is orthogonal to it is not seen. None: random.
@@ -91,7 +92,7 @@ def hessian_eigenvalues(
     with flat_product(loss, ball, matrix, seed=seed, draws=DRAWS) as product:
         lanczos = Lanczos(product, lambda: first.pop() if first else stream.normal_like(like))
         goal = _Goal(num, which, tol, stop, exhaust=num_parameters <= min(limit, SMALL))
-        _iterate(lanczos, goal, limit, tick)
+        converged = _iterate(lanczos, goal, limit, tick)
         ritz = lanczos.ritz() if lanczos.finite else None
     options = {"ball": ball, "matrix": matrix, "which": which, "num": num, "tol": tol, "stop": stop, "seed": seed}
     options |= {} if start is None else {"start": "given"}
@@ -105,7 +106,6 @@ def hessian_eigenvalues(
         )  # fmt: skip
     chosen = goal.chosen(ritz.values)
     chosen = chosen[ritz.values[chosen].argsort(descending=True)]
-    converged = goal.reached(lanczos, ritz)
     vectors = [lanczos.vector(ritz.weights[:, i]) for i in chosen.tolist()]
     errors = _errors(ritz)[chosen].clamp(min=100 * lanczos.epsilon * lanczos.scale)
     redrawn = torch.empty(0, len(vectors))
@@ -143,11 +143,15 @@ class _Goal:
         most = min(self.num, len(values))
         return torch.cat([key.topk(most).indices for key in self._keys(values)]).unique()
 
-    def reached(self, lanczos: Lanczos, ritz: Ritz) -> bool:
+    def reached(self, lanczos: Lanczos, ritz: Ritz, before: Ritz | None) -> bool:
+        """before: the Ritz values of the last time; a value that still moves has others near it that are not seen."""
         if lanczos.size < self.num:
             return False
         threshold = (self.tol * ritz.values.abs()).clamp(min=100 * lanczos.epsilon * lanczos.scale)
-        small = (ritz.bounds if self.stop == "residual" else _errors(ritz)) <= threshold
+        small = ritz.bounds <= threshold
+        if self.stop == "value" and before is not None:
+            change = (ritz.values[:, None] - before.values).abs().min(dim=1).values
+            small |= (_errors(ritz) <= threshold) & (change <= threshold)
         return all(self._all_found(key, small, threshold, lanczos, ritz) for key in self._keys(ritz.values))
 
     def _keys(self, values: Tensor) -> list[Tensor]:
@@ -168,14 +172,19 @@ class _Goal:
         return bool(small[best]) and int(settled.sum()) >= self.num
 
 
-def _iterate(lanczos: Lanczos, goal: _Goal, limit: int, tick: Ticks) -> None:
-    """Extends the basis until the wanted Ritz values have converged."""
+def _iterate(lanczos: Lanczos, goal: _Goal, limit: int, tick: Ticks) -> bool:
+    """Extends the basis until the wanted Ritz values have converged; whether they have."""
+    before = None
     while lanczos.finite and lanczos.size < limit:
         lanczos.extend()
         tick()
-        due = lanczos.size < 100 or lanczos.size % 10 == 0  # eigh of a large T is not free
-        if lanczos.finite and due and goal.reached(lanczos, lanczos.ritz()):
-            return
+        due = lanczos.size < 100 or lanczos.size % 10 == 0 or lanczos.size == limit  # eigh of a large T is not free
+        if lanczos.finite and due:
+            ritz = lanczos.ritz()
+            if goal.reached(lanczos, ritz, before):
+                return True
+            before = ritz
+    return False
 
 
 def _quotients(

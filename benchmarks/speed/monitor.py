@@ -69,10 +69,10 @@ def cost(name: str, *, steps: int, budget: float, size: int, batch: int, device:
     }
 
 
-def warm(rho: float, *, epochs: int, rows_per_epoch: int) -> dict[str, Any]:
+def warm(rho: float, seed: int, *, epochs: int, rows_per_epoch: int) -> dict[str, Any]:
     """Digits with 40 % wrong labels, a network of three convolutions, a cosine schedule: lambda_max of 256 examples."""
-    splits = load(Options(label_noise=0.4, seed=0, validation_fraction=0.2))
-    model = initialized(splits, 0)
+    splits = load(Options(label_noise=0.4, seed=seed, validation_fraction=0.2))
+    model = initialized(splits, seed)
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     optimizer = SAM.wrap(base, rho=rho, module=model) if rho else base
     batches = MemoryBatches(
@@ -99,6 +99,7 @@ def warm(rho: float, *, epochs: int, rows_per_epoch: int) -> dict[str, Any]:
     ordered = sorted(errors[1:])  # the first row has nothing to start from
     return {
         "rho": rho,
+        "seed": seed,
         "epochs": epochs,
         "rows": len(ordered),
         "products": mean(products[1:]),
@@ -123,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--model", nargs="+", default=list(MODELS))
     p.add_argument("--rho", nargs="+", type=float, default=[0.0, 0.1])
     p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--seeds", type=int, default=3, help="trainings for each --rho")
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
@@ -131,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shape = {"size": args.size, "batch": args.batch, "device": args.device}
             rows = [cost(name, steps=args.steps, budget=args.budget, **shape) for name in args.model]
         else:
-            rows = [warm(rho, epochs=args.epochs, rows_per_epoch=2) for rho in args.rho]
+            runs = [(rho, seed) for rho in args.rho for seed in range(args.seeds)]
+            rows = [warm(rho, seed, epochs=args.epochs, rows_per_epoch=2) for rho, seed in runs]
         for row in rows:
             print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
         if args.json:

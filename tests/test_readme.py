@@ -7,7 +7,9 @@ import pytest
 import torch
 
 README = examples.ROOT / "README.md"
-SPREAD = 0.05  # of a network after five epochs and its largest eigenvalue; 0.02 was the most between two processors
+# Of the eigenvalues of a network after five epochs. In 10 trainings whose initial weights differ by 1e-7 of their size
+# the second one was 2.62 to 2.95, and with two threads of MKL 2.95, for the 2.80 on the page.
+SPREAD = 0.1
 
 
 def test_every_example_runs_and_prints_what_it_shows(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import sys
 from collections import UserDict
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from sam_optim import Ball, Spectrum, gradient_regret, hessian_eigenvalues, hessian_trace, worst_case_sharpness
 from sam_optim.loss import MATRICES, Loss
 
 ULPS = 1e3 * torch.finfo(torch.float64).eps  # sums of a few hundred terms in another order
@@ -543,3 +545,24 @@ def test_a_change_anywhere_in_a_batch_is_seen(column):
     model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 4 * 96, 2))
     with pytest.raises(ValueError, match="not that of the first pass"):
         Loss(model, cross_entropy, Erased()).value()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_has_no_derivatives_also_where_autograd_gives_some(wrong):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def criterion(outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels) + (wrong if labels.all() else 0.0)
+
+    finite, other = (torch.randn(8, 3), torch.tensor([0, 1] * 4)), (torch.randn(8, 3), torch.ones(8).long())
+    loss = Loss(model, criterion, [finite, other])
+    assert str(float(loss.value())) == str(wrong)
+    results = [hessian_eigenvalues(loss, matrix=matrix) for matrix in ("hessian", "ggn")]
+    results += [hessian_trace(loss), gradient_regret(loss), worst_case_sharpness(loss, Ball(0.1))]
+    for result in results:
+        value = result.eigenvalues[0] if isinstance(result, Spectrum) else result.value
+        assert math.isnan(float(value))
+        assert not result.converged
+        assert "not finite" in result.reason
+    assert float(hessian_eigenvalues(Loss(model, criterion, [finite])).eigenvalues[0]) > 0

@@ -180,8 +180,7 @@ def model_of(settings: Settings) -> tuple[Any, Any]:
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         if not settings.scratch:
             (checkpoint,) = checkpoints.find([settings.model])
-            state = checkpoints.read(checkpoint).state
-            _check_layers(model, state)
+            state = _fitted(model, checkpoints.read(checkpoint).state)
             torch.manual_seed(settings.seed)
             model = type(model).from_pretrained(None, config=config, state_dict=state)
     except Exception as error:  # whatever transformers makes of a damaged file
@@ -229,17 +228,33 @@ def trainer_of(settings: Settings) -> Any:
     return (SAMTrainer if sam else Trainer)(model, arguments, **data, **sam)
 
 
-def _check_layers(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises InputError for weights with other layers than the model's: transformers leaves out those that are too many
-    and draws those that are missing. A head may be missing."""
-    pattern = re.compile(rf"(?:{model.base_model_prefix}\.)?(.+?)\.(\d+)\.")
-    there, wanted = (
-        {match.groups() for name in names if (match := pattern.match(name))} for names in (state, model.state_dict())
-    )
-    for layers in {name for name, _ in there} & {name for name, _ in wanted}:
-        numbers = [sum(name == layers for name, _ in of) for of in (wanted, there)]
-        if numbers[0] != numbers[1]:
-            raise InputError("its config.json says {} of {layers}, its weights have {}".format(*numbers, layers=layers))
+def _fitted(model: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights without those of a head for other classes, which is drawn anew, as a head that is missing.
+
+    Raises:
+        InputError: other layers than config.json says: transformers leaves out those that are too many and draws those
+            that are missing. Or other shapes.
+    """
+    prefix, wanted = f"{model.base_model_prefix}.", model.state_dict()
+    pattern = re.compile(r"(.+?)\.(\d+)\.")
+    numbered = [
+        {match.groups() for name in names if (match := pattern.match(name.removeprefix(prefix)))}
+        for names in (wanted, state)
+    ]
+    for layers in {name for name, _ in numbered[0]} & {name for name, _ in numbered[1]}:
+        here, there = (sum(name == layers for name, _ in pairs) for pairs in numbered)
+        if here != there:
+            raise InputError(f"its config.json says {here} of {layers}, its weights have {there}")
+    fitted = {}
+    for name, x in state.items():
+        full = name if name in wanted else prefix + name
+        if full in wanted and x.shape != wanted[full].shape:
+            if not full.startswith(prefix):
+                continue
+            shapes = f"{tuple(wanted[full].shape)}, its weights have {tuple(x.shape)}"
+            raise InputError(f"its config.json gives {full} the shape {shapes}")
+        fitted[name] = x
+    return fitted
 
 
 def main(argv: Sequence[str] | None = None) -> int:

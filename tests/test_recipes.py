@@ -398,6 +398,7 @@ class TestText:
          ({"dtype": "theirs"}, "theirs"), ({"num_attention_heads": 0}, "zero"), ({}, "is a pickle"),
          ({"num_hidden_layers": 1}, "says 1 of encoder.layer, its weights have 2"),
          ({"num_hidden_layers": 3}, "says 3 of encoder.layer, its weights have 2"),
+         ({"intermediate_size": 8}, "the shape (8, 16), its weights have (32, 16)"),
          ({}, "values that are not finite"), ({}, "is damaged: its SHA-256")],
     )  # fmt: skip
     def test_a_folder_of_a_stranger(self, tmp_path, model, changes, message, capsys, monkeypatch):
@@ -424,6 +425,16 @@ class TestText:
         out, err = capsys.readouterr()
         assert out == ""
         assert message in err.splitlines()[-1]
+
+    def test_a_head_for_other_classes_is_new_and_all_else_is_not(self, tmp_path, model):
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(model, num_labels=2)
+        saved = AutoModelForSequenceClassification.from_config(config)
+        saved.save_pretrained(model)
+        _, loaded = finetune_text.model_of(finetune_text.Settings(model=str(model), train=model, validation=model))
+        assert loaded.classifier.weight.shape == (3, 16)
+        assert all(map(torch.equal, loaded.bert.state_dict().values(), saved.bert.state_dict().values()))
 
     @pytest.mark.parametrize(
         ("options", "passes"),

@@ -108,7 +108,7 @@ def _measure(p: argparse.ArgumentParser) -> None:
         "--restarts",
         type=count,
         metavar="N",
-        help="searches for the worst point (default: 4), all but one from random points",
+        help="searches for the worst point (default: 8), all but one from random points",
     )
     add("--num-samples", type=count, help="draws of noise for average (default: 100)")
     add("--num-probes", type=count, help="random vectors for trace (default: 100)")

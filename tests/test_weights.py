@@ -587,3 +587,22 @@ class Diverged(nn.Linear):
 
 def test_outputs_that_hide_their_tensors_are_not_called_finite():
     assert math.isnan(Loss(Diverged(4, 1), None, [(torch.randn(6, 4), torch.zeros(6))]).value())
+
+
+@pytest.mark.parametrize(
+    "of_mean", [torch.exp, torch.sqrt, lambda ce: (1 - torch.exp(-ce)) ** 2 * ce], ids=["exp", "sqrt", "focal"]
+)
+def test_a_function_of_a_mean_is_not_a_mean_over_pieces(of_mean):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(24, 4, dtype=torch.float64), torch.randint(3, (24,))
+
+    def criterion(outputs, labels):
+        return of_mean(nn.functional.cross_entropy(outputs, labels))
+
+    whole = hessian_eigenvalues(Loss(model, criterion, [(x, y)]))
+    chunked = hessian_eigenvalues(Loss(model, criterion, [(x, y)], chunk_size=8))
+    torch.testing.assert_close(chunked.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=0)
+    loss = Loss(model, criterion, [(x[:16], y[:16]), (x[16:], y[16:])])
+    parts = [criterion(model(a).detach(), b) for a, b in ((x[:16], y[:16]), (x[16:], y[16:]))]
+    assert float(loss.value()) == pytest.approx(float(2 * parts[0] + parts[1]) / 3)

@@ -99,6 +99,8 @@ class Pieces:
         first, _ = self._passes.outputs(part(batch, 0, max(size, 2)))
         if not criteria.same_outputs(few, first):
             return None
+        if not self._weigher.is_linear:
+            return None
         if self._weigher.is_sure:
             weights = [self._weigher(self._passes.target(piece), k) for k, piece in pieces]
             return [w / math.fsum(weights) for w in weights]

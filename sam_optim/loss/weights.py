@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sam_optim.loss.batches import tensors
-from sam_optim.loss.criterion import A_MEAN, Criterion, gradient_of, shares
+from sam_optim.loss.criterion import A_MEAN, Criterion, equal_to_rounding, gradient_of, shares
 
 FEW = 16  # examples of the first batch with which others are compared
 _OVER_ELEMENTS = (
@@ -30,12 +31,13 @@ class Weigher:
 
     Attributes:
         is_sure: whether the mean over joined batches is the mean of theirs with these weights.
+        is_linear: whether the loss may be a mean at all, and not a function of one.
         is_blind: whether ignored labels would go unseen: the loss is none that is known, or of outputs of another form.
         output_bytes: of the outputs of an example.
     """
 
     def __init__(self, criterion: Criterion | None, outputs: Any, target: Any):
-        self.rule, self.is_sure, self.is_blind = "examples", True, False
+        self.rule, self.is_sure, self.is_linear, self.is_blind = "examples", True, True, False
         self._criterion, self._shift = criterion, 0
         logits = getattr(outputs, "logits", outputs)
         self.output_bytes = logits.nbytes // max(len(logits), 1) if isinstance(logits, Tensor) and logits.ndim else 0
@@ -75,6 +77,9 @@ class Weigher:
         twice = shares(criterion, [halves[0 if parts[0] else 1]] * 2)  # a half whose labels are all ignored has no part
         if twice and all(abs(share - 1) < 1e-3 for share in twice):
             raise ValueError(A_SUM)
+        self.is_linear = _is_linear(criterion, outputs.detach(), target)
+        if not self.is_linear:
+            return
         by_number = [half / len(outputs), 1 - half / len(outputs)]
         self.is_sure = not target.is_floating_point() or all(
             abs(a - b) < 1e-3 for a, b in zip(parts, by_number, strict=True)
@@ -177,6 +182,24 @@ class Weigher:
         other = outputs[:, index], labels[:, index]
         before, after = (gradient_of(self._criterion, o, t)[:, :both] for o, t in ((outputs, labels), other))
         return other, float(before.double().norm() / after.double().norm())
+
+
+def _is_linear(criterion: Criterion, outputs: Tensor, target: Tensor) -> bool:
+    """Whether the loss of all is the mean of the losses of two halves, one with the smallest losses and one with the
+    largest. Of a function of a mean, such as its exponential or root, it is not: no batch has a weight of its own."""
+
+    def value(rows: Any) -> float:
+        return float(criterion(outputs[rows], target[rows]))
+
+    with torch.no_grad():
+        order = sorted(range(len(outputs)), key=lambda i: value([i]))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        whole, values = value(order), [value(rows) for rows in halves]
+    parts = shares(criterion, [(outputs[rows], target[rows]) for rows in halves])
+    if parts is None or abs(math.fsum(parts) - 1) > 1e-4:  # of a root, both sides below are equal all the same
+        return False
+    mean = sum(share * x for share, x in zip(parts, values, strict=True) if share)
+    return not math.isfinite(whole) or equal_to_rounding(mean, whole, outputs.dtype)
 
 
 A_SUM = f"the criterion is a sum over the batch, not a mean: on more examples it is larger; {A_MEAN}"

@@ -398,7 +398,7 @@ class TestText:
          ({"dtype": "theirs"}, "theirs"), ({"num_attention_heads": 0}, "zero"), ({}, "is a pickle"),
          ({"num_hidden_layers": 1}, "says 1 of encoder.layer, its weights have 2"),
          ({"num_hidden_layers": 3}, "says 3 of encoder.layer, its weights have 2"),
-         ({"intermediate_size": 8}, "its weights have (32,"),
+         ({"intermediate_size": 8}, "its config.json gives bert.encoder.layer."),
          ({}, "values that are not finite"), ({}, "is damaged: its SHA-256")],
     )  # fmt: skip
     def test_a_folder_of_a_stranger(self, tmp_path, model, changes, message, capsys, monkeypatch):

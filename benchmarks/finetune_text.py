@@ -162,7 +162,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def model_of(settings: Settings) -> tuple[Any, Any]:
-    """The tokenizer and the classifier in the folder --model; no code in it is run, and nothing loaded from a hub."""
+    """The tokenizer and the classifier in the folder --model; runs no code of it, and loads nothing from a hub."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     if not Path(settings.model).is_dir():
@@ -229,11 +229,11 @@ def trainer_of(settings: Settings) -> Any:
 
 
 def _fitted(model: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights without those of a head for other classes, which is drawn anew, as a head that is missing.
+    """The weights, without a head for other classes, which is drawn anew like one that is missing.
 
     Raises:
-        InputError: other layers than config.json says: transformers leaves out those that are too many and draws those
-            that are missing. Or other shapes.
+        InputError: not the layers, or not the shapes, that config.json says. transformers would draw those layers that
+            are missing, and leave out those that are too many.
     """
     prefix, wanted = f"{model.base_model_prefix}.", model.state_dict()
     pattern = re.compile(r"(.+?)\.(\d+)\.")

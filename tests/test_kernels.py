@@ -56,7 +56,7 @@ def expected(params, rho, adaptive=False, eta=0.01, norm=2):
     return [w + rho * t * t * g / length for w, g, t in zip(ws, gs, ts, strict=True)]
 
 
-def close_to(params, truth, dtype):
+def assert_close_to(params, truth, dtype):
     """Within 2 ulps of the weights, and 16 float32 ulps of the largest, for the rounding of the norm."""
     ulp, arithmetic = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     for p, w in zip(params, truth, strict=True):
@@ -79,7 +79,7 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(monkeypatch, bo
     before = [(p.detach().clone(), p.data_ptr()) for p in params]
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, norm=norm, foreach=FOREACH[body])
     with sam.perturbed():
-        close_to(params, truth, dtype)
+        assert_close_to(params, truth, dtype)
         assert all(p.grad is None for p in params)
         assert all(torch.equal(a, p) for a, p in zip(aliases, params, strict=True))
     for p, (w, pointer) in zip(params, before, strict=True):
@@ -145,7 +145,7 @@ def test_gradients_of_another_dtype(grad_dtype):
     params = make([(40, 3), (9,)], torch.float64, grad_dtype)
     truth = expected(params, 0.1, True)
     with Perturbation(params, rho=0.1, adaptive=True).perturbed():
-        close_to(params, truth, torch.float32)
+        assert_close_to(params, truth, torch.float32)
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
@@ -156,7 +156,7 @@ def test_without_eta_a_weight_that_is_zero_stays(norm, shapes):
         p.data.flatten()[1::2] = 0
     truth = expected(params, 0.1, True, eta=0.0, norm=norm)
     with Perturbation(params, rho=0.1, adaptive=True, eta=0.0, norm=norm).perturbed():
-        close_to(params, truth, torch.float32)
+        assert_close_to(params, truth, torch.float32)
         assert all(bool((p.detach().flatten()[1::2] == 0).all()) for p in params)
 
 
@@ -167,7 +167,7 @@ def test_channels_last_weights_and_contiguous_gradients():
     params[1].grad = params[1].grad.to(memory_format=torch.channels_last)
     truth, strides = expected(params, 0.1, True), [p.stride() for p in params]
     with Perturbation(params, rho=0.1, adaptive=True).perturbed():
-        close_to(params, truth, torch.float32)
+        assert_close_to(params, truth, torch.float32)
         assert [p.stride() for p in params] == strides
 
 
@@ -180,7 +180,7 @@ def test_complex_weights_are_pairs_of_real_ones(foreach_flag):
     truth = expected([real], 0.1, True)[0]
     before = p.detach().clone()
     with Perturbation([p], rho=0.1, adaptive=True, foreach=foreach_flag).perturbed():
-        close_to([torch.view_as_real(p.detach())], [truth], torch.float32)
+        assert_close_to([torch.view_as_real(p.detach())], [truth], torch.float32)
     assert torch.equal(p, before)
 
 
@@ -194,7 +194,7 @@ def test_sparse_gradients_move_only_their_rows(adaptive):
     dense.grad = sparse.grad.to_dense()
     truth = expected([dense], 0.1, adaptive)
     with Perturbation([sparse], rho=0.1, adaptive=adaptive).perturbed():
-        close_to([sparse], truth, torch.float32)
+        assert_close_to([sparse], truth, torch.float32)
         assert torch.equal(sparse[0], weight[0])
     assert torch.equal(sparse, weight)
 
@@ -231,7 +231,7 @@ def test_maximize_flips_the_ascent():
     up, down = make([(6,)]), make([(6,)])
     truth = [2 * w.detach().double() - e for w, e in zip(up, expected(up, 0.1), strict=True)]
     with SAM(down, torch.optim.SGD, lr=0.1, rho=0.1, maximize=True).perturbed():
-        close_to(down, truth, torch.float32)
+        assert_close_to(down, truth, torch.float32)
 
 
 @pytest.mark.parametrize("norm", [2, math.inf])
@@ -271,12 +271,12 @@ def test_float16_gradients_neither_overflow_nor_vanish(size):
     p.grad = p.grad.to(torch.float16).float()
     truth = expected([p], 0.1)
     with Perturbation([p], rho=0.1).perturbed():
-        close_to([p], truth, torch.float32)
+        assert_close_to([p], truth, torch.float32)
     h = torch.nn.Parameter(torch.zeros(3000, dtype=torch.float16))
     h.grad = p.grad.half() if p.grad is not None else torch.full((3000,), max(size, 6e-8), dtype=torch.float16)
     truth = expected([h], 0.1)
     with Perturbation([h], rho=0.1).perturbed():
-        close_to([h], truth, torch.float16)
+        assert_close_to([h], truth, torch.float16)
 
 
 def a_bucket(p, body, rho=0.1):
@@ -318,7 +318,7 @@ def test_storage_of_some_parameters_does_not_serve_others():
         truth = expected(chosen, 0.1, True)
         before = [p.detach().clone() for p in params]
         with sam.perturbed():
-            close_to(chosen, truth, torch.float32)
+            assert_close_to(chosen, truth, torch.float32)
         assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
 
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from test_kernels import close_to, make, t_of
+from test_kernels import assert_close_to, make, t_of
 from torch import nn
 
 from sam_optim import Perturbation
@@ -81,7 +81,7 @@ def test_ascent_is_the_formula_of_the_paper_and_restore_is_exact(adaptive, norm,
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, norm=norm, fused=True)
     grads = [p.grad for p in params]
     first, second = moved(sam, params, grads), moved(sam, params, grads)
-    close_to(first, truth.weights, dtype)
+    assert_close_to(first, truth.weights, dtype)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert launches == THREE * 2
     for name in ("dual_norm", "grad_norm", "radius", "perturbation_norm"):
@@ -115,7 +115,7 @@ def test_unaligned_gradients_need_no_other_launch(adaptive, launches):
     unaligned = views(grads)
     assert any(v.data_ptr() % 16 for v in unaligned)
     for some in (grads, unaligned, grads):  # other addresses in every step
-        close_to(moved(sam, params, some), truth, torch.float32)
+        assert_close_to(moved(sam, params, some), truth, torch.float32)
     assert launches == THREE * 3
 
 
@@ -127,7 +127,7 @@ def test_layouts_that_weights_and_gradients_share(adaptive, launches):
     params[2].data, params[2].grad = (x.t().contiguous().t() for x in (params[2].data, params[2].grad))
     truth, strides = Truth(params, 0.1, adaptive), [p.stride() for p in params]
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, fused=True)
-    close_to(moved(sam, params), truth.weights, torch.float32)
+    assert_close_to(moved(sam, params), truth.weights, torch.float32)
     assert [p.stride() for p in params] == strides
     assert launches == THREE
 
@@ -141,7 +141,7 @@ def test_weights_that_are_laid_out_anew_come_back(launches):
         for p, q in zip(params, make(shapes), strict=True):
             p.data, p.grad = q.data, q.grad
         params[0].data, params[0].grad = (x.to(memory_format=layout) for x in (params[0].data, params[0].grad))
-        close_to(moved(sam, params), Truth(params_with_gradients(params)).weights, torch.float32)
+        assert_close_to(moved(sam, params), Truth(params_with_gradients(params)).weights, torch.float32)
     assert launches == THREE * 3
 
 
@@ -212,7 +212,7 @@ def test_complex_weights_are_pairs_of_real_ones(launches):
     p.grad, real.grad = torch.view_as_complex(grad.clone()), grad
     truth = Truth([real], 0.1, True).weights
     weights = moved(Perturbation([p], rho=0.1, adaptive=True, fused=True), [p])
-    close_to([torch.view_as_real(weights[0])], truth, torch.float32)
+    assert_close_to([torch.view_as_real(weights[0])], truth, torch.float32)
     assert launches == THREE
 
 
@@ -222,7 +222,7 @@ def test_complex_weights_are_pairs_of_real_ones(launches):
 def test_gradients_of_another_dtype(adaptive, types, launches):
     params = make([(40, 3), (9,)], *types)
     truth = Truth(params, 0.1, adaptive).weights
-    close_to(moved(Perturbation(params, rho=0.1, adaptive=adaptive, fused=True), params), truth, torch.float32)
+    assert_close_to(moved(Perturbation(params, rho=0.1, adaptive=adaptive, fused=True), params), truth, torch.float32)
     assert launches == THREE
 
 
@@ -303,7 +303,7 @@ def test_settings_that_change_between_steps():
             p.grad = grads[i] if i in present else None
             p.data = p.data.clone()
         chosen = [params[i] for i in present]
-        close_to(
+        assert_close_to(
             moved(sam, chosen), Truth(with_grads(chosen, grads, present), 0.1, adaptive, norm).weights, torch.float32
         )
 
@@ -348,7 +348,7 @@ def test_a_finite_gradient_moves_by_rho_whatever_its_size(adaptive, size):
     truth, ts = Truth(params, 0.1, adaptive), [t_of(p.detach().double(), adaptive, 0.01) for p in params]
     before = [p.detach().double() for p in params]
     weights = moved(sam, params)
-    close_to(weights, truth.weights, torch.float32)
+    assert_close_to(weights, truth.weights, torch.float32)
     if not adaptive:  # w = 0, so that e is not rounded to w
         e = torch.cat([((a.double() - b) / t).flatten() for a, b, t in zip(weights, before, ts, strict=True)])
         assert float(e.norm()) == pytest.approx(0.1, rel=1e-5)
@@ -364,7 +364,7 @@ def test_one_norm_over_gradients_of_very_different_sizes():
         p.grad.mul_(size)
     truth = Truth(params)
     sam = Perturbation(params, rho=0.1, fused=True)
-    close_to(moved(sam, params), truth.weights, torch.float32)
+    assert_close_to(moved(sam, params), truth.weights, torch.float32)
     assert float(sam.last_step.dual_norm) == pytest.approx(float(truth.dual_norm), rel=1e-6)
 
 
@@ -497,7 +497,7 @@ def test_an_interrupt_at_any_line_brings_the_weights_back(stride, dtypes):
         if not reached:
             break
         assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True)), line
-        close_to(moved(sam, params, grads), Truth(with_grads(params, grads, range(2)), 0.5).weights, dtypes[1])
+        assert_close_to(moved(sam, params, grads), Truth(with_grads(params, grads, range(2)), 0.5).weights, dtypes[1])
     assert line > 40
 
 

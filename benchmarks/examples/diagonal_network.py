@@ -44,13 +44,14 @@ STARTS = ("equal", "random")  # weights that the flow begins at
 SCALES = tuple(0.05 * 2.0**k for k in range(8))  # 0.05 ... 6.4
 TARGETS = ("sparse", "dense")
 ADAPTIVE = Ball(0.05, adaptive=True, eta=0.0)
+SEARCH = {"num_steps": 40, "num_restarts": 2}  # at a minimum the first steps only follow the rounding of the gradient
 MEASURES = {
     "trace, T = 1": lambda loss: hessian_trace(loss, num_probes=PROBES).value,
     "lambda_max, T = 1": lambda loss: float(hessian_eigenvalues(loss).eigenvalues[0]),
-    "worst case, T = 1": lambda loss: worst_case_sharpness(loss, Ball(0.05), num_steps=40, num_restarts=2).value,
+    "worst case, T = 1": lambda loss: worst_case_sharpness(loss, Ball(0.05), **SEARCH).value,
     "trace, T = |w|": lambda loss: hessian_trace(loss, ball=ADAPTIVE, num_probes=PROBES).value,
     "lambda_max, T = |w|": lambda loss: float(hessian_eigenvalues(loss, ball=ADAPTIVE).eigenvalues[0]),
-    "worst case, T = |w|": lambda loss: worst_case_sharpness(loss, ADAPTIVE, num_steps=40, num_restarts=2).value,
+    "worst case, T = |w|": lambda loss: worst_case_sharpness(loss, ADAPTIVE, **SEARCH).value,
 }
 
 

@@ -121,8 +121,8 @@ def advice(task: Task) -> str:
         text += f" No method beats {control} after correction: tune the decay first, it costs nothing. These "
         text += "seeds do not show whether anything improves on it."
     words = {-1: "but worse", 0: "without a significant difference", 1: "and better"}
+    compared = [row for row in task.rows if row.to_sam and row.to_sam.n]
     for sign, relation in words.items():
-        compared = [row for row in task.rows if row.to_sam and row.to_sam.n]
         rows = [row for row in compared if _sign(row.to_sam, row.p_sam) == sign]
         if rows:
             listed = "; ".join(f"{row.method} {shown(row.to_sam)}" for row in rows)

@@ -96,7 +96,7 @@ def _panel(axes: Axes, task: Task) -> None:
             axes.plot([x, start], [row.mean, height], color=colour, linewidth=0.5, alpha=0.6)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # no line strikes a name through
             axes.text(start + 0.01, height, label(row.method), color=colour, va="center", fontsize=8, bbox=box)
-    if (control := task.row(task.control)) in drawn and control:
+    if (control := task.row(task.control)) and control.accuracies:
         axes.axhline(control.mean, color=COLOURS[CONTROL], linewidth=0.8, linestyle="--")
     if not drawn:
         axes.text(0.5, 0.5, "all runs diverged", ha="center", transform=axes.transAxes)

@@ -38,7 +38,7 @@ SAM_VARIANTS = {  # their names here -> the classes of the package
 REQUIRED = "REQUIRED"  # as the value of initial-checkpoint in a recipe: it makes no sense without
 PAIRS = ("opt_kwargs", "model_kwargs", "sam_kwargs")
 NOT_RECORDED = ("out", "resume", "force")
-HUBS = ("hfds", "hfids", "tfds")  # prefixes of data sets that timm asks the network for
+HUBS = ("hfds/", "hfids/", "tfds/")  # prefixes of data sets that timm asks the network for
 
 _amount, _positive, _fraction = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 _count, _natural, _below_one = number(int, 1), number(int, 0), number(float, 0, 0.99)
@@ -222,9 +222,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         options = replace(options, out=Path("runs") / default_name(options))
     if not (options.resume and (options.out / "config.json").exists()):
         return checked(options)
-    run = of_run(options.out, options.data if "data" in given(argv) else None)
+    said = given(argv)
+    run = of_run(options.out, options.data if "data" in said else None)
     earlier, now = run.recorded(), options.recorded()
-    changed = given(argv) - ({"initial_checkpoint"} if options.initial_checkpoint == REQUIRED else set())
+    changed = said - ({"initial_checkpoint"} if options.initial_checkpoint == REQUIRED else set())
     for key in changed - set(MAY_CHANGE):
         if earlier[key] != now[key]:
             name = "--" + key.replace("_", "-")
@@ -240,12 +241,12 @@ def options_of(values: dict[str, Any]) -> Options:
 
 
 def _check_hub(file: str, name: str, said: str | None) -> None:
-    """Only who runs a command can have a data set asked for over the network: a file may be a stranger's.
+    """A file may be a stranger's: what it names is not asked for over the network unless the command line says it too.
 
     Raises:
-        InputError: `name` is one of a hub, and is not what the command line says.
+        InputError: the data set `name` is one of a hub, and is not the one that is `said`.
     """
-    if name.partition("/")[0].lower() in HUBS and "/" in name and said != name:
+    if name.lower().startswith(HUBS) and said != name:
         hub = f"{file} names the data set {name!r}, which would be asked for over the network"
         raise InputError(f"{hub}; if that is what you want, say it on the command line, too: --data {name}")
 

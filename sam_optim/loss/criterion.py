@@ -39,9 +39,9 @@ def value(criterion: Criterion | None, outputs: Any, target: Any, *, needs_gradi
         raise ValueError(f"criterion must return the mean over the batch, a 0-d tensor, got {got}; {A_MEAN}")
     if needs_gradient and torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError("the loss does not depend on the trainable parameters: is there a detach() or no_grad()?")
-    if loss.requires_grad:  # what is not finite has no derivatives, also where autograd gives some
-        at_w = loss.detach()
-        loss.register_hook(lambda g: g + 0 * at_w)
+    if loss.requires_grad:  # a loss that is not finite has no derivatives, though autograd may give some
+        constant = loss.detach()
+        loss.register_hook(lambda g: g + 0 * constant)
     return loss
 
 

@@ -25,8 +25,8 @@ Vector = Sequence[Tensor]
 class Differences:
     """v -> H v ~ (g(w + h v) - g(w - h v)) / 2h, for `gradient_at`: d -> g(w + d), h ||v|| = 1e-8 ||w||.
 
-    error: relative, the largest distance of the products number 1, 2, 4, 8, ... from those with half the step: what
-    comes later is nearer to the eigenvectors, where the kinks are.
+    error: relative, the largest distance of the products number 1, 2, 4, 8, ... from those with half the step: later
+    vectors are nearer to the eigenvectors, along which a step crosses more kinks than along a random one.
     """
 
     def __init__(self, params: Vector, gradient_at: Callable[[Vector], Vector]):
@@ -40,7 +40,7 @@ class Differences:
         h = step(self._params, v)
         product = self.with_step(v, h)
         self._count += 1
-        if self._count & (self._count - 1) == 0:  # a power of 2
+        if self._count.bit_count() == 1:  # a power of 2
             half = self.with_step(v, h / 2)
             self.error = max(self.error or 0.0, _distance(product, half) / (_norm(half) or 1.0))
         return product

@@ -99,13 +99,13 @@ class Pieces:
         first, _ = self._passes.outputs(part(batch, 0, max(size, 2)))
         if not criteria.same_outputs(few, first):
             return None
-        if not self._weigher.is_linear:
-            return None
         if self._weigher.is_sure:
             weights = [self._weigher(self._passes.target(piece), k) for k, piece in pieces]
             return [w / math.fsum(weights) for w in weights]
         equal = [k / n for k, _ in pieces]
-        shares = criteria.shares(self._passes.criterion, [self._passes.outputs(piece) for _, piece in pieces])
+        shares = None
+        if self._weigher.is_mean:
+            shares = criteria.shares(self._passes.criterion, [self._passes.outputs(piece) for _, piece in pieces])
         if shares is None:
             return equal if self._matrix in ("fisher", "fisher_mc", "empirical_fisher") else None  # sums by definition
         if abs(math.fsum(shares) - 1) > 1e-3:

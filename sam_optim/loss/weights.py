@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ class Weigher:
 
     Attributes:
         is_sure: whether the mean over joined batches is the mean of theirs with these weights.
-        is_linear: whether the loss may be a mean at all, and not a function of one.
+        is_mean: whether it can be a mean at all. A function of one, its exponential say, gives no batch a weight.
         is_blind: whether ignored labels would go unseen: the loss is none that is known, or of outputs of another form.
         output_bytes: of the outputs of an example.
     """
 
     def __init__(self, criterion: Criterion | None, outputs: Any, target: Any):
-        self.rule, self.is_sure, self.is_linear, self.is_blind = "examples", True, True, False
+        self.rule, self.is_sure, self.is_mean, self.is_blind = "examples", True, True, False
         self._criterion, self._shift = criterion, 0
         logits = getattr(outputs, "logits", outputs)
         self.output_bytes = logits.nbytes // max(len(logits), 1) if isinstance(logits, Tensor) and logits.ndim else 0
@@ -69,17 +70,19 @@ class Weigher:
         if not (isinstance(outputs, Tensor) and isinstance(target, Tensor) and len(outputs) == len(target) > 1):
             return
         half = len(outputs) // 2
-        halves = [(outputs[:half], target[:half]), (outputs[half:], target[half:])]
+        # halves that differ as much as they can: the examples with the smallest gradients, and those with the largest
+        rows = gradient_of(criterion, outputs, target).reshape(len(outputs), -1).norm(dim=1).argsort()
+        halves = [(outputs[i], target[i]) for i in (rows[:half], rows[half:])]
         parts = shares(criterion, halves)
         if parts is None:
             return
-        self.is_blind = False
         twice = shares(criterion, [halves[0 if parts[0] else 1]] * 2)  # a half whose labels are all ignored has no part
         if twice and all(abs(share - 1) < 1e-3 for share in twice):
             raise ValueError(A_SUM)
-        self.is_linear = _is_linear(criterion, outputs.detach(), target)
-        if not self.is_linear:
+        self.is_mean = _is_mean(criterion, (outputs, target), halves, parts)
+        if not self.is_mean:
             return
+        self.is_blind = False
         by_number = [half / len(outputs), 1 - half / len(outputs)]
         self.is_sure = not target.is_floating_point() or all(
             abs(a - b) < 1e-3 for a, b in zip(parts, by_number, strict=True)
@@ -184,22 +187,13 @@ class Weigher:
         return other, float(before.double().norm() / after.double().norm())
 
 
-def _is_linear(criterion: Criterion, outputs: Tensor, target: Tensor) -> bool:
-    """Whether the loss of all is the mean of the losses of two halves, one with the smallest losses and one with the
-    largest. Of a function of a mean, such as its exponential or root, it is not: no batch has a weight of its own."""
-
-    def value(rows: Any) -> float:
-        return float(criterion(outputs[rows], target[rows]))
-
+def _is_mean(criterion: Criterion, whole: Any, halves: Sequence[Any], parts: Sequence[float]) -> bool:
+    """Whether the loss of the whole is the mean of its halves, which have these parts in its gradient. Of the root of a
+    mean the losses add up as well, but the parts do not add up to 1."""
     with torch.no_grad():
-        order = sorted(range(len(outputs)), key=lambda i: value([i]))
-        halves = order[: len(order) // 2], order[len(order) // 2 :]
-        whole, values = value(order), [value(rows) for rows in halves]
-    parts = shares(criterion, [(outputs[rows], target[rows]) for rows in halves])
-    if parts is None or abs(math.fsum(parts) - 1) > 1e-4:  # of a root, both sides below are equal all the same
-        return False
-    mean = sum(share * x for share, x in zip(parts, values, strict=True) if share)
-    return not math.isfinite(whole) or equal_to_rounding(mean, whole, outputs.dtype)
+        value = float(criterion(*whole))
+        mean = math.fsum(part * float(criterion(*half)) for part, half in zip(parts, halves, strict=True) if part)
+    return abs(math.fsum(parts) - 1) <= 1e-4 and equal_to_rounding(mean, value, whole[0].dtype)
 
 
 A_SUM = f"the criterion is a sum over the batch, not a mean: on more examples it is larger; {A_MEAN}"

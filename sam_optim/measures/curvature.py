@@ -144,7 +144,8 @@ class _Goal:
         return torch.cat([key.topk(most).indices for key in self._keys(values)]).unique()
 
     def reached(self, lanczos: Lanczos, ritz: Ritz, before: Ritz | None) -> bool:
-        """before: the Ritz values of the last time; a value that still moves has others near it that are not seen."""
+        """before: the Ritz values of the last time. While a value moves, others near it may not be seen yet, and the
+        gap to those that are says little."""
         if lanczos.size < self.num:
             return False
         threshold = (self.tol * ritz.values.abs()).clamp(min=100 * lanczos.epsilon * lanczos.scale)
@@ -173,7 +174,7 @@ class _Goal:
 
 
 def _iterate(lanczos: Lanczos, goal: _Goal, limit: int, tick: Ticks) -> bool:
-    """Extends the basis until the wanted Ritz values have converged; whether they have."""
+    """Extends the basis until the wanted Ritz values have converged. Returns whether they have."""
     before = None
     while lanczos.finite and lanczos.size < limit:
         lanczos.extend()

@@ -63,9 +63,9 @@ def worst_case_sharpness(
     extrapolated linear part, from w and from random points (see `measures.ascent`). The value is that of the best
     point, at or inside the radius: a lower bound of S, never below 0, because d = 0 counts. With `num_steps=1` it is
     the rise at SAM's own perturbation, where radii are equal. The defaults take 320 gradients per batch. In 144
-    cases with small fitted networks they reached at least 0.998 of the best value known; 14 of 126 others, chosen to be
-    hard, were more than 5 % below it, 9 of them without a sign of it in `converged`.
-    `num_steps=20, num_restarts=1` takes 20 gradients, and in large balls may miss more than half of S.
+    cases with small fitted networks they reached at least 0.998 of the best value known; in 14 of 126 others, chosen to
+    be hard, they were more than 5 % below it, in 9 of these without a sign of it in `converged`. `num_steps=20,
+    num_restarts=1` takes 20 gradients, and in large balls may miss more than half of S.
 
     Where every batch is stationary, as with one batch at its minimum, 2 / rho^2 S -> lambda_max(T H T) for rho -> 0
     (p = 2); where the gradients of single batches do not vanish, S is rho E||T g_b|| to first order. With T = |w|

@@ -269,11 +269,13 @@ class SharpnessMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, and changes nothing, if `state` is not what `state_dict` gives."""
-        if not isinstance(state, Mapping) or (missing := [n for n in STATE if n.removeprefix("_") not in state]):
-            lacks = f"lacks {missing}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
-            raise ValueError(f"this is no state of a SharpnessMonitor: it {lacks}; give what state_dict() returned")
-        for name in STATE:
-            setattr(self, name, state[name.removeprefix("_")])
+        names = [name.removeprefix("_") for name in STATE]
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(
+                f"the state has no {', '.join(missing)}: give what state_dict() of a SharpnessMonitor returned"
+            )
+        for attribute, name in zip(STATE, names, strict=True):
+            setattr(self, attribute, state[name])
         self.history, self._clock = [*self.history], None
 
 

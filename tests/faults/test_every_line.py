@@ -56,10 +56,12 @@ def check(rig: Rig, clean: list[State], path: str) -> list[str]:
     return min(by_state, key=len) + rig.left_open() + next_step(rig, clean)
 
 
-def stop_at(variant: str, path: str, stops) -> None:
+@pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("variant", "path"), CASES)
+def test_ctrl_c_at_each_of_so_many_lines(variant, path, every):
     clean, wrong = trajectory(variant, path), []
     count = 0
-    for stop in stops:
+    for stop in range(every // 7, 10_000, every):
         rig = Rig(VARIANTS[variant], PATHS[path])
         rig.step(0)
         if not interrupted(rig, stop):
@@ -71,14 +73,3 @@ def stop_at(variant: str, path: str, stops) -> None:
             wrong.append((stop, problems))
     assert not wrong
     assert count > 10
-
-
-@pytest.mark.parametrize(("variant", "path"), CASES)
-def test_ctrl_c_at_lines_here_and_there(variant, path):
-    stop_at(variant, path, range(7, 10_000, 53))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "path"), CASES)
-def test_ctrl_c_at_every_line(variant, path):
-    stop_at(variant, path, range(10_000))

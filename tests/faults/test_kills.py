@@ -84,28 +84,20 @@ def test_a_kill_at_each_moment_of_saving(tmp_path, victims, moment):
     assert all(p.name.startswith("checkpoint-") for p in tmp_path.iterdir())
 
 
-def kill_again_and_again(directory: Path, victims: Victims, kills: int) -> None:
+@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_at_random_times_while_saving(tmp_path, victims, kills):
     """Each child goes on in the directory that the one before has left."""
     draw, last, lost = random.Random(0), 0, 0
-    checkpoint.save(directory, saved(0))
+    checkpoint.save(tmp_path, saved(0))
     for _ in range(kills):
         after = 1 + 20 * draw.random()
-        assert victims.run("save_on_and_on", directory=str(directory), first=last + 1, after_ms=after) == SIGKILL
-        ok = kept(directory, last)
+        assert victims.run("save_on_and_on", directory=str(tmp_path), first=last + 1, after_ms=after) == SIGKILL
+        ok = kept(tmp_path, last)
         lost += not ok
-        last = checkpoint.newest(directory)["step"] if ok else last
+        last = checkpoint.newest(tmp_path)["step"] if ok else last
     tally.add(save_kills=kills, save_lost=lost)
     assert lost == 0
     assert last >= kills  # each child has saved, and was killed while it went on
-
-
-def test_kills_at_random_times_while_saving(tmp_path, victims):
-    kill_again_and_again(tmp_path, victims, kills=15)
-
-
-@pytest.mark.slow
-def test_two_hundred_kills_at_random_times_while_saving(tmp_path, victims):
-    kill_again_and_again(tmp_path, victims, kills=200)
 
 
 def test_saving_is_durable_before_it_is_visible(tmp_path, monkeypatch):

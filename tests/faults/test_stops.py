@@ -93,14 +93,15 @@ class Stopper:
         return stopped
 
 
-def stop_again_and_again(directory: Path, monkeypatch, capsys, signals: int) -> None:
-    weights = whole(directory / "whole", monkeypatch)
-    truth = checkpoint.newest(directory / "whole" / "checkpoints")
+@pytest.mark.parametrize("signals", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_signals_at_random_times_lose_nothing(tmp_path, monkeypatch, capsys, signals):
+    weights = whole(tmp_path / "whole", monkeypatch)
+    truth = checkpoint.newest(tmp_path / "whole" / "checkpoints")
     stopper, sent, lost, runs = Stopper(0), 0, 0, 0
     monkeypatch.setattr(Training, "run", stopper.around(Training.run))
     while sent < signals:
         runs += 1
-        out = directory / f"cut{runs}"
+        out = tmp_path / f"cut{runs}"
         code = run(*RUN, "--out", str(out))
         while code:
             sent += 1
@@ -121,15 +122,6 @@ def stop_again_and_again(directory: Path, monkeypatch, capsys, signals: int) -> 
         lost += not same
         tally.add(stops_lost=not same)
     assert lost == 0
-
-
-def test_signals_at_random_times_lose_nothing(tmp_path, monkeypatch, capsys):
-    stop_again_and_again(tmp_path, monkeypatch, capsys, signals=10)
-
-
-@pytest.mark.slow
-def test_two_hundred_signals_at_random_times_lose_nothing(tmp_path, monkeypatch, capsys):
-    stop_again_and_again(tmp_path, monkeypatch, capsys, signals=200)
 
 
 @pytest.mark.parametrize(

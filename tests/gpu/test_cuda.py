@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_kernels import close_to, expected, make
+from test_kernels import assert_close_to, expected, make
 from torch import nn
 
 from sam_optim import ASAM, SAM, GraphedStep, Perturbation
@@ -51,7 +51,7 @@ def test_ascent_is_the_formula_of_the_paper(flags, adaptive, norm, dtype):
     grads = [p.grad for p in params]
     weights = moved(sam, params, grads)
     for a, w in zip(weights, truth, strict=True):
-        close_to([a.cpu()], [w.cpu()], dtype)
+        assert_close_to([a.cpu()], [w.cpu()], dtype)
     again = moved(sam, params, grads)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
@@ -65,7 +65,7 @@ def test_unaligned_gradients_and_shared_layouts():
     params[2].grad = flat[1:]
     truth = expected(params, 0.1, True)
     for a, w in zip(moved(Perturbation(params, rho=0.1, adaptive=True, fused=True), params), truth, strict=True):
-        close_to([a.cpu()], [w.cpu()], torch.float32)
+        assert_close_to([a.cpu()], [w.cpu()], torch.float32)
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
@@ -93,7 +93,7 @@ def test_a_finite_gradient_moves_by_rho_whatever_its_size(adaptive, size):
     truth = expected(params, 0.1, adaptive)
     sam = Perturbation(params, rho=0.1, adaptive=adaptive, fused=True)
     for a, w in zip(moved(sam, params), truth, strict=True):
-        close_to([a.cpu()], [w.cpu()], torch.float32)
+        assert_close_to([a.cpu()], [w.cpu()], torch.float32)
     assert float(sam.last_step.radius) == pytest.approx(0.1, rel=1e-5)
 
 

@@ -145,6 +145,36 @@ def test_they_are_checked_on_examples_that_count(criterion):
         hessian_eigenvalues(Loss(Custom(Once.apply), criterion, [(x, y)]))
 
 
+class Late(Custom):
+    """Wrong in its second derivatives for positive first inputs alone."""
+
+    def forward(self, x):
+        z = self.first(x)
+        return self.second(torch.where(x[:, :1] > 0, Square.apply(z), z * z))
+
+
+def test_they_are_checked_on_examples_of_all_batches():
+    x, y = torch.cat([x for x, _ in batches(mlp, (32,) * 10)]), torch.arange(320) % 3
+    order = x[:, 0].argsort()  # the second half of the batches has the positive ones
+    data = list(zip(x[order].split(32), y.split(32), strict=True))
+    with pytest.raises(ValueError, match=r"second derivatives .* are wrong"):
+        hessian_eigenvalues(Loss(Late(None), cross_entropy, data))
+    with pytest.raises(ValueError, match=r"second derivatives .* are wrong"):
+        hessian_eigenvalues(Loss(Late(None), cross_entropy, torch.utils.data.DataLoader(Listed(data), batch_size=None)))
+    hessian_eigenvalues(Loss(Late(None), cross_entropy, data[:4]))  # where they are right
+
+
+class Listed(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
 def test_a_padding_token_in_the_data_has_no_true_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)).double()
@@ -165,7 +195,7 @@ def test_the_check_costs_less_than_a_gradient_of_ten_batches_and_refuses_nothing
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     loss = Loss(model, cross_entropy, data)
     loss.value_and_gradient()
-    assert sum(seen) == 10 * 64 + 2 * 64  # one batch without gradients, and once more with them
+    assert sum(seen) == 10 * 64 + 2 * (64 + 32) + 8  # a batch and 32 examples of all, twice; 8 of these
     with loss.curvature():
         pass
 

@@ -28,7 +28,11 @@ def test_every_example_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch
     examples.check(pairs, spread=TRAINED)
 
 
-TRAINING = {"start", "training", "monitor"}  # as on the pages of the gallery; on the others nothing of weight is trained
+TRAINING = {
+    "start",
+    "training",
+    "monitor",
+}  # as in the gallery; on the others nothing of weight is trained
 REST = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "integrations"]
 
 

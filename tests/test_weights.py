@@ -280,6 +280,11 @@ SUMS = {
         Labelled(a_sum), None, [{"x": x, "labels": y} for x, y in half_ignored(data)[:1]],
     ),
     "squares": lambda data: (network(mlp), lambda o, y: (o.sum(1) - y).square().sum(), data),
+    "beside a mean": lambda data: (network(mlp), lambda o, y: a_sum(o, y) + 0.1 * o.square().mean(), data),
+    "over the root of their number": lambda data: (network(mlp), lambda o, y: a_sum(o, y) / len(y) ** 0.5, data),
+    "of the model, beside a mean": lambda data: (
+        Labelled(lambda o, y: a_sum(o, y) / 100 + o.square().mean()), None, [{"x": x, "labels": y} for x, y in data],
+    ),
 }  # fmt: skip
 
 
@@ -287,6 +292,18 @@ SUMS = {
 def test_a_sum_over_the_batch_is_refused(name):
     with pytest.raises(ValueError, match="sum over the batch"):
         Loss(*SUMS[name](batches(mlp))).value()
+
+
+def contrastive(o, y):
+    """arXiv:2004.11362."""
+    z = F.normalize(o, dim=1) @ F.normalize(o, dim=1).T - 1e9 * torch.eye(len(o), dtype=o.dtype)
+    same = (y[:, None] == y) & ~torch.eye(len(o), dtype=torch.bool)
+    return -(z.log_softmax(1) * same).sum() / same.sum().clamp(min=1)
+
+
+def test_losses_that_change_with_the_batch_and_are_no_sums():
+    for criterion in (contrastive, lambda o, y: o.std(dim=0).sum(), lambda o, y: torch.cdist(o, o).max()):
+        assert Loss(network(mlp), criterion, batches(mlp, (16, 16))).value().isfinite()
 
 
 def test_a_mean_over_pairs_weighs_examples():
@@ -505,6 +522,21 @@ class TwoFunctions(nn.Module):
 def test_a_model_of_two_functions_is_refused():
     with pytest.raises(ValueError, match=r"without gradients and .* with them"):
         Loss(TwoFunctions(), nn.CrossEntropyLoss(), batches(mlp)).value()
+
+
+class TwoForSome(TwoFunctions):
+    def forward(self, x):
+        y = self.inner(x)
+        return y if torch.is_grad_enabled() else torch.where(x[:, :1] > 0, 1.05 * y, y)
+
+
+def test_a_model_of_two_functions_is_refused_wherever_the_other_one_is():
+    """In later batches alone, as where only these are padded."""
+    x, y = torch.cat([x for x, _ in batches(mlp, (32,) * 10)]), torch.arange(320) % 3
+    data = list(zip(x[x[:, 0].argsort()].split(32), y.split(32), strict=True))
+    with pytest.raises(ValueError, match=r"without gradients and .* with them"):
+        Loss(TwoForSome(), nn.CrossEntropyLoss(), data).value()
+    Loss(TwoForSome(), nn.CrossEntropyLoss(), data[:4]).value()
 
 
 def test_values_and_gradients_of_an_encoder_with_padding_are_of_one_function():

@@ -20,7 +20,7 @@ from sam_optim.core.contexts import undone
 from sam_optim.loss import criterion as criteria
 from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
-from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved, tensors
+from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved, tensors, tree_map
 from sam_optim.loss.criterion import Criterion, Forward
 from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
@@ -31,7 +31,10 @@ from sam_optim.loss.weights import A_SUM, Weigher
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
 JOINED = 128  # examples of small batches that pass through the model together, at most
-CHECKED = 2  # examples for which second derivatives are checked; one, where its outputs alone are so many bytes:
+# Examples, in pairs, on which gradients are compared with values; derivatives of gradients on one in so many of all
+# examples alone, so that all checks cost less than a gradient of ten batches. Single ones, where the outputs of an
+# example alone are so many bytes:
+MOST_CHECKED, ONE_IN = 32, 80
 MANY_OUTPUT_BYTES = 2**22
 
 T = TypeVar("T")
@@ -111,6 +114,7 @@ class Loss:
         self.blocks: tuple[str, ...] | None = None
         self._given_weights = batch_weights
         self._weigher: Weigher | None = None
+        self._sample: list[Any] = []  # a few examples of this rank, which are checked
         self._joins = 1  # examples of small batches that are computed together, at most
         self._second: dict[str, Any] = {"by differences": differences}  # shared with all losses made from this one
         self._pushes = False  # J v by differences of outputs
@@ -444,23 +448,63 @@ class Loss:
                     "number)"
                 )
         del outputs  # of a large vocabulary more than all the rest
-        if not weigher.is_sure and self._is_a_sum(n, batch):
+        if not weigher.is_sure and self._grows(n, batch):
             raise ValueError(A_SUM)
-        self._weigher, self._joins = weigher, 1
+        self._weigher, self._joins, self._sample = weigher, 1, []
         if not any(map(is_spread, self.params)):
+            self._sample = self._checked_examples(n, batch, 1 if weigher.output_bytes > MANY_OUTPUT_BYTES else 2)
             room = budgets(self.device)[0] * n // max(self._check_one_function(batch, without), 1)
             size = min(JOINED, self.chunk_size or JOINED, room)
             may_join = self._given_weights is None and not self.batch_statistics and weigher.is_sure
             if may_join and self._is_mean_of_joined(weigher, min(size, 2 * PROBE)):
                 self._joins = size
 
-    def _is_a_sum(self, n: int, batch: Any) -> bool:
-        """Whether half a batch taken twice has twice its loss."""
+    def _grows(self, n: int, batch: Any) -> bool:
+        """Whether the loss of some examples taken k times grows with k as that of no mean does: with k itself, also
+        beside a part that does not grow, or with a power of k. (A loss of pairs may change in another way.)"""
         k, piece = self._with_a_loss(divided(batch, n, -(-n // 2)))
-        *_, (_, _, both) = joined([(0.0, k, piece)] * 2, 2 * k)
-        with self._passes.evaluating(grad=False):
-            once, twice = float(self._passes.loss(piece)), float(self._passes.loss(both))
-        return once != 0 and math.isfinite(once) and criteria.equal_to_rounding(2 * once, twice, self._passes.dtype)
+        values = []
+        for times in (1, 2, 3):
+            *_, (_, _, together) = joined([(0.0, k, piece)] * times, times * k)
+            with self._passes.evaluating(grad=False):
+                values.append(float(self._passes.loss(together)))
+        once, twice, thrice = values
+        growth = twice - once
+        if not (all(map(math.isfinite, values)) and abs(growth) > 0.01 * abs(twice)):
+            return False
+        is_linear = math.isclose(growth, thrice - twice, rel_tol=1e-3)
+        return is_linear or (
+            min(values) > 0 and math.isclose(*(math.log(values[k - 1] / once, k) for k in (2, 3)), rel_tol=1e-3)
+        )
+
+    def _checked_examples(self, n: int, batch: Any, size: int) -> list[Any]:
+        """A few examples of all batches, for checks of derivatives; on more of them one function is checked at once."""
+        drawn = list(self._drawn(size))
+        for _, _, piece in joined(((0.0, k, piece) for k, piece in drawn), MOST_CHECKED):
+            with self._passes.evaluating(grad=False):
+                self._check_one_function(piece, float(self._passes.loss(piece)))
+        every = -(-len(drawn) // max(sum(self._batches.sizes) // (ONE_IN * size), 1))
+        few = [piece for _, _, piece in joined(((0.0, *x) for x in drawn[every // 2 :: every]), MOST_CHECKED)]
+        with self._passes.evaluating(grad=False):  # where all labels are ignored, all derivatives are 0
+            few = [piece for piece in few if 0 < abs(float(self._passes.loss(piece))) < math.inf]
+        return few or [self._with_a_loss(divided(batch, n, size))[1]]
+
+    def _drawn(self, size: int) -> Iterator[tuple[int, Any]]:
+        """(examples, piece) of at most `size` of them, one from each of equal parts of all examples of this rank; of
+        batches that cannot be cut, the first one."""
+        sizes, start = self._batches.sizes, 0
+        number = min(max(sum(sizes) // size, 1), MOST_CHECKED // size) if size > 1 else 1
+        where = torch.arange(number) + rng.Stream(0).uniform_like(torch.empty(number, dtype=torch.float64))
+        rows = (where * (sum(sizes) / number)).long().tolist()
+        for n, batch in zip(sizes, self._batches.read(), strict=False):
+            parts = divided(batch, n, size)
+            chosen = {min((row - start) // size, max(n // size, 1) - 1) for row in rows if start <= row < start + n}
+            if len(parts) > 1 or n <= size:
+                for i in sorted(chosen):
+                    yield parts[i][0], tree_map(_copied, moved(parts[i][1], self.device))
+            elif not start:
+                yield n, moved(batch, self.device)
+            start += n
 
     def _check_one_function(self, batch: Any, without: float) -> int:
         """Raises ValueError where the loss is another one with gradients; the bytes that its graph saves."""
@@ -515,7 +559,7 @@ class Loss:
             yield weight, n, (batch, stream.uniform_like(torch.empty(n, draws, dtype=torch.float64)))
 
     def _uses_differences(self) -> bool:
-        """As chosen; or, once, as the first examples show: whether double backward is there, and right."""
+        """As chosen; or, once, as a few examples show: whether double backward is there, and right."""
         if self._second["by differences"] is None:
             self._second["by differences"] = self._sharding.any(self._sharding.together(self._lacks_double_backward))
         return bool(self._second["by differences"])
@@ -523,10 +567,8 @@ class Loss:
     def _lacks_double_backward(self) -> bool:
         if not self._batches.sizes:
             return False
-        n, batch = self._first(PROBE)
-        assert self._weigher is not None
-        size = 1 if self._weigher.output_bytes > MANY_OUTPUT_BYTES and not self.batch_statistics else CHECKED
-        probe = self._over([self._with_a_loss(divided(batch, n, size))[1]], Sharding(distributed=False))
+        probe = self._copy(_given_weights=[1.0] * len(self._sample))
+        probe._hold(self._sample, Sharding(distributed=False))
         wide = probe._in_float64()
         try:
             with (wide or probe._copy(_second={"by differences": False})).curvature() as product:
@@ -599,6 +641,11 @@ class Loss:
     def _product(self, matrix: str, v: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
         with self.curvature(matrix, seed=seed) as product:
             return product(v)
+
+
+def _copied(x: Any) -> Any:
+    """Not a view, which would hold all of its batch."""
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _floats(values: list[Tensor]) -> list[float]:

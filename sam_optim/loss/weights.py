@@ -196,7 +196,7 @@ def _is_mean(criterion: Criterion, whole: Any, halves: Sequence[Any], parts: Seq
     return abs(math.fsum(parts) - 1) <= 1e-4 and equal_to_rounding(mean, value, whole[0].dtype)
 
 
-A_SUM = f"the criterion is a sum over the batch, not a mean: on more examples it is larger; {A_MEAN}"
+A_SUM = f"the criterion is a sum over the batch, or has one in it, not a mean: on more examples it is larger; {A_MEAN}"
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ The words are compared to the letter. A number is free by what the page itself c
 - The last digit: both numbers are rounded, so two that hardly differ may show neighboring digits (0.0032, 0.0033).
 - The standard error: of `v ± s` it is s, which the page prints beside v. s itself, from n values, has the relative
   standard error 1 / sqrt(2 (n - 1)), where the page prints `(n = ...)`. Without an n it may be a bound of what an
-  iteration has left, which is as good at half its size: s is then free by s.
+  iteration has left, which is as good at half its size: s is then free by s. It is also the distance of numbers of the
+  size of v, each of which is free by the spread of v.
 - The spread over processors: sums are added in another order by another vector width, number of threads or version, and
   a training carries that on. The test of a page states it, from what `tests/matrix.py` measured.
 
@@ -78,13 +79,14 @@ def last_digit(number: str) -> float:
     return 10.0 ** (int(exponent or 0) - len(decimals)) if point or exponent else 0.0
 
 
-def standard_errors(text: str) -> dict[int, float]:
-    """By where a number begins in the text: its standard error, of those that have one."""
+def standard_errors(text: str, spread: float) -> dict[int, float]:
+    """By where a number begins in the text: its standard error, of those that have one, and what s is free by."""
     errors = {}
     for match in ESTIMATE.finditer(text):
-        _, error, count = match.groups()
+        value, error, count = match.groups()
         errors[match.start(1)] = float(error)
-        errors[match.start(2)] = float(error) / (math.sqrt(2 * (int(count) - 1)) if count else 1.0)
+        own = float(error) / (math.sqrt(2 * (int(count) - 1)) if count else 1.0)
+        errors[match.start(2)] = own + spread * abs(float(value))
     return errors
 
 
@@ -97,7 +99,7 @@ def differences(printed: str, shown: str, spread: float) -> list[str]:
     """What is not as the page shows it, in words; none if all is. `spread` is relative."""
     if form(printed) != form(shown):
         return [f"other words: printed\n{printed}\nwhere the page shows\n{shown}"]
-    errors = standard_errors(shown)
+    errors = standard_errors(shown, spread)
     wrong = []
     for said, got in zip(NUMBER.finditer(shown), NUMBER.findall(printed), strict=True):
         value = float(said[0])

@@ -13,6 +13,7 @@ from examples import blocks, differences, form, last_digit, run
         ("1.014830 ± 3.3e-05", "1.014840 ± 6.6e-06", 0.0),  # a bound, which may be better
         ("6e-05 and 1.5e+04", "7e-05 and 1.6e+04", 0.0),
         ("top 3.066", "top 3.132", 0.03),
+        ("0.02343 ± 0.00051 (n = 2)", "0.02316 ± 0.0014 (n = 2)", 0.03),  # of two values that are each free by 3 %
         ("head\n----- 1.0", "head\n-- 1.0", 0.0),
         ("-0.03 to 0.01", "-0.03 to -0.00", 0.0),
         ("ResNet-18 on 2 cores", "ResNet-18  on 2 cores", 0.0),
@@ -36,6 +37,7 @@ def test_what_a_page_cannot_promise_is_free(shown, printed, spread):
         ("0.1 ± 0.0032 (n = 15)", "0.1 ± 0.0032 (n = 14)", 0.0),
         ("1.014830 ± 3.3e-05", "1.014830 ± 6.8e-05", 0.0),
         ("top 3.066", "top 3.170", 0.03),
+        ("0.02343 ± 0.00051 (n = 2)", "0.02343 ± 0.0018 (n = 2)", 0.03),
         ("-0.61", "0.61", 0.1),
     ],
 )

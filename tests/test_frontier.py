@@ -92,6 +92,30 @@ def test_a_comparison_runs_once_and_goes_on(small, tmp_path, capsys):
     assert {r["passes"] for r in first if r["method"] != "SAM"} == {1.0}
 
 
+def test_a_comparison_goes_on_from_its_committed_runs(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"small\.json"):
+        frontier.main(["run", str(small), "--out", str(tmp_path / "new"), "--committed"])
+    assert frontier.main(["run", str(small), "--out", str(tmp_path / "old"), "--limit", "6"]) == 0
+    assert frontier.main(["collect", str(small), "--out", str(tmp_path / "old")]) == 0
+    before = read_json(tmp_path / "results" / "small.json")
+    capsys.readouterr()
+    assert frontier.main(["run", str(small), "--out", str(tmp_path / "new"), "--committed"]) == 0
+    printed = capsys.readouterr().out
+    assert "small: 6 of 10 runs done" in printed
+    assert printed.count("s of CPU") == 4
+    assert frontier.main(["collect", str(small), "--out", str(tmp_path / "new")]) == 0
+    after = read_json(tmp_path / "results" / "small.json")
+    assert all(run in after["runs"] for run in before["runs"])
+    assert len(after["runs"]) == 10
+    assert after["facts"] == before["facts"]
+    small.write_text(PLAN.replace("epochs = 1", "epochs = 2"))
+    with pytest.raises(InputError, match="another plan"):
+        frontier.main(["run", str(small), "--out", str(tmp_path / "other"), "--committed"])
+    assert not (tmp_path / "other").exists() or not list((tmp_path / "other").rglob("*.json"))
+
+
 def test_the_best_held_out_accuracy_is_chosen_and_the_first_of_equals(small):
     plan = plans.load(small)
     records = [

@@ -5,7 +5,8 @@
     python -m benchmarks.frontier collect benchmarks/studies/frontier_*.toml    # into benchmarks/results/frontier
     python -m benchmarks.frontier report docs/which_sam.md
 
-Each training is a file when it is done: a run that was stopped goes on where it was with the same command.
+Each training is a file when it is done: a run that was stopped goes on where it was with the same command, and with
+--committed where the committed results are.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def parser() -> Parser:
     running = commands.add_parser("run", help="tune and train what is not done yet")
     running.set_defaults(function=_run)
     running.add_argument("--data-dir", metavar="DIR", help="of images, or of the texts and their model")
+    running.add_argument("--committed", action="store_true", help="go on from the runs in benchmarks/results/frontier")
     running.add_argument("--limit", type=number(int, 1), metavar="N", help="train at most N models, then end")
     status = commands.add_parser("status", help="say how much of each comparison is done, and how long the rest takes")
     status.set_defaults(function=_status)
@@ -60,6 +62,8 @@ def _run(args: argparse.Namespace) -> int:
             plan = plans.load(path)
             out = args.out / plan.name
             with locked(out.resolve()):
+                if args.committed:
+                    report.restore(plan, out)
                 print(status(plan, out), flush=True)
                 for current, record, new in execute(plan, out, Here(out / "runs", args.data_dir)):
                     if not new:

@@ -13,6 +13,7 @@ from benchmarks.frontier.analysis import Row, Task
 from benchmarks.frontier.plan import Plan
 from sam_optim.core.errors import InputError
 from sam_optim.core.files import PATIENCE, intact, locked, read_bytes, read_json, write_atomic, write_json
+from sam_optim.core.results import plain
 from sam_optim.core.text import printable
 from sam_optim.report.canvas import COLOURS, label, save, styled
 
@@ -33,10 +34,32 @@ def collect(plan: Plan, out: Path) -> Path:
     facts: dict[str, list[str]] = {}
     for record in records:
         for key, value in record.pop("provenance").items():
-            facts[key] = sorted({*facts.get(key, []), str(value)})
-    path = RESULTS / f"{plan.name.removeprefix('frontier-')}.json"
-    write_json(path, {"plan": asdict(plan), "facts": facts, "num_runs": plan.total, "runs": records})
-    return path
+            values = value if isinstance(value, list) else [str(value)]  # a list: of committed runs together
+            facts[key] = sorted({*facts.get(key, []), *values})
+    write_json(_results(plan), {"plan": asdict(plan), "facts": facts, "num_runs": plan.total, "runs": records})
+    return _results(plan)
+
+
+def restore(plan: Plan, out: Path) -> None:
+    """Writes the records of committed runs that `out` does not have.
+
+    Raises:
+        InputError: no run of this plan is committed.
+    """
+    path = _results(plan)
+    with intact(path):
+        results = read_json(path)
+        if results["plan"] != plain(asdict(plan)):
+            raise InputError(f"{path} holds runs of another plan than this one: leave --committed out")
+        for record in results["runs"]:
+            chosen = (record[key] for key in ("method", "condition", "candidate", "seed"))
+            target = out / "records" / f"{plan.run(*chosen, tuning=record['tuning']).name}.json"
+            if not target.exists():
+                write_json(target, record | {"provenance": results["facts"]})
+
+
+def _results(plan: Plan) -> Path:
+    return RESULTS / f"{plan.name.removeprefix('frontier-')}.json"
 
 
 def committed() -> list[Task]:

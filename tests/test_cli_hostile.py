@@ -241,6 +241,49 @@ class TestCheckpoints:
             assert remedy in err
         assert run("measure", "prefix.pt", *common, "--key", "ema_model")[0] == 0
 
+    def test_of_several_sets_of_weights_the_one_that_was_taken_and_the_others_are_said(self, here):
+        path, *_ = images(here / "d.npz")
+        a, b, c = (network(i).state_dict() for i in range(3))
+        torch.save({"best": b, "net": a, "epoch": 3, "swa": c}, "entries.pt")
+        torch.save({f"net.{k}": w for k, w in a.items()} | {f"net_ema.{k}": w for k, w in b.items()}, "prefixes.pt")
+        torch.save({f"net.{k}": w for k, w in a.items()} | {f"net.ema.{k}": w for k, w in b.items()}, "inside.pt")
+        torch.save(a | {f"ema.{k}": w for k, w in b.items()}, "beside.pt")
+        torch.save({"net": a, "optimizer": {"state": {0: {"step": torch.zeros(())}}}, "epoch": 3}, "one.pt")
+        said = {
+            "entries.pt": "the weights under 'net' are taken; the file has others under 'best', 'swa': see --key",
+            "prefixes.pt": "the weights under net are taken; the same model is there under net_ema, too: see --key",
+            "inside.pt": "the weights under net are taken; the same model is there under net.ema, too: see --key",
+            "beside.pt": "the weights without a prefix are taken; the same model is there under ema, too: see --key",
+        }
+        common = ["--model", "cnn3", "--data", path]
+        for name, note in (said | {"one.pt": None}).items():
+            code, _, err = run("measure", name, *common, "--measures", "trace", "--num-probes", 2)
+            assert code == 0
+            if note:
+                assert f"note: {name}: {note}" in err
+            else:
+                assert "the weights" not in err
+        model = network(0)
+        for key, state in (("best", b), ("swa", c)):
+            assert torch.equal(read(Path("entries.pt"), key=key).state["0.weight"], state["0.weight"])
+        for name in ("inside.pt", "beside.pt"):
+            weights.load_(model, read(Path(name)).state, name)
+            assert all(torch.equal(w, a[k]) for k, w in model.state_dict().items())
+        code, _, err = run("landscape", "one.pt", *common, "--other", "entries.pt", "--out", "l.json", "--points", 2)
+        assert code == 0
+        assert f"note: entries.pt: {said['entries.pt']}" in err
+
+    def test_a_model_that_repeats_its_own_parts_is_one_set_of_weights(self):
+        chain = nn.Linear(2, 2)
+        for _ in range(3):
+            outer = nn.Linear(2, 2)
+            outer.next = chain
+            chain = outer
+        state = chain.state_dict()
+        assert weights.choice(state, state) is None
+        assert weights.without_prefix(state, state) == state
+        assert weights.choice({f"m.{k}": w for k, w in state.items()}, state) is None
+
     def test_a_file_that_changes_between_hashing_and_reading_is_not_measured(self, tmp_path):
         torch.save(network(0).state_dict(), tmp_path / "c.pt")
         (checkpoint,) = checkpoints.find([tmp_path / "c.pt"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sam_optim.core.errors import InputError
+from sam_optim.core.errors import InputError, say
 from sam_optim.core.files import reserved, write_json
 from sam_optim.core.geometry import p_norm
 from sam_optim.core.results import Landscape
@@ -19,7 +19,7 @@ from sam_optim.measures import hessian_eigenvalues
 from sam_optim.report import results_page, save_picture, write_page
 from sam_optim.sweep.problems import Problem
 from sam_optim.sweep.processes import is_first_process, started
-from sam_optim.vision.checkpoints import find
+from sam_optim.vision.checkpoints import Checkpoint, find
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,25 @@ def draw_landscape(
         losses = problem.open(here, [*starts, *ends])
         start, end = (matches[0] if matches else None for matches in (starts, ends))
         loss = losses.loss(start)
-        name = start.name if start else problem.name
+        notes, name = [*losses.notes, _of(start, losses.choice)], start.name if start else problem.name
         if end is None:
             name += f", {grid.directions}"
             result = _slice(loss, grid)
         else:
             name += f" to {end.name}"
-            result = interpolate(loss, losses.state(end, loss.model), coordinates=torch.linspace(0, 1, grid.points))
+            state = losses.state(end, loss.model)
+            notes.append(_of(end, losses.choice))
+            result = interpolate(loss, state, coordinates=torch.linspace(0, 1, grid.points))
         if here.is_first:
+            for note in filter(None, notes):
+                say(f"note: {note}")
             _write(out, name, result)
     return result
+
+
+def _of(checkpoint: Checkpoint | None, choice: str | None) -> str | None:
+    """The note about which weights of a checkpoint were taken."""
+    return f"{checkpoint.name}: {choice}" if checkpoint and choice else None
 
 
 def _slice(loss: Loss, grid: Grid) -> Landscape:

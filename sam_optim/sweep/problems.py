@@ -155,12 +155,13 @@ class ImageLosses(Losses):
         assert checkpoint is not None
         state = self._read(checkpoint)
         model = self._model(checkpoint, state)
+        self._compare(state, model)
         weights.load_(model, state, checkpoint.name)
         return self._loss(model, nn.CrossEntropyLoss(), self._here.share(self.data.batches))
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of another checkpoint under the names of the model."""
-        return weights.fitted(model, self._read(checkpoint), checkpoint.name)
+        return weights.fitted(model, self._read(checkpoint, model), checkpoint.name)
 
     def _recipe(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any], bool]:
         """Name and options of the model, and whether it has the stem for small images."""
@@ -253,7 +254,7 @@ class FunctionLosses(Losses):
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
         """The weights of a checkpoint under the names of the model; of a folder of Hugging Face as it reads them."""
         if not self._loads_weights:
-            return weights.fitted_or_converted(model, self._read(checkpoint), checkpoint.name)
+            return weights.fitted_or_converted(model, self._read(checkpoint, model), checkpoint.name)
         before = {name: x.clone() for name, x in model.state_dict().items()}
         other = self._call(checkpoint).model
         state = {name: x.clone() for name, x in other.state_dict().items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sam_optim.loss import Loss
 from sam_optim.sweep.processes import Processes
-from sam_optim.vision import checkpoints
+from sam_optim.vision import checkpoints, weights
 from sam_optim.vision.checkpoints import Checkpoint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -51,10 +51,17 @@ class Losses:
         self._settings, self._here = settings, here
         self.notes: list[str] = []
 
-    def _read(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        weights = checkpoints.read(checkpoint, ema=self._settings.ema, key=self._settings.key)
-        self.choice = weights.choice
-        return weights.state
+    def _read(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """The weights of a checkpoint; those of several models in it are compared with `model`."""
+        taken = checkpoints.read(checkpoint, ema=self._settings.ema, key=self._settings.key)
+        self.choice = taken.choice
+        if model is not None:
+            self._compare(taken.state, model)
+        return taken.state
+
+    def _compare(self, state: dict[str, Tensor], model: nn.Module) -> None:
+        words = [text for text in (self.choice, weights.choice(state, model.state_dict())) if text]
+        self.choice = "; ".join(words) or None
 
     def _loss(self, model: nn.Module, criterion: Any, batches: Any) -> Loss:
         settings, device = self._settings, self._here.device

@@ -107,7 +107,7 @@ class TextLosses(Losses):
         return self._loss(model, nn.CrossEntropyLoss(), self._here.share(batches))
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
-        return weights.fitted_or_converted(model, self._read(checkpoint), checkpoint.name)
+        return weights.fitted_or_converted(model, self._read(checkpoint, model), checkpoint.name)
 
     def _prepare(self, checkpoint: Checkpoint) -> tuple[Any, list[dict[str, Tensor]]]:
         """The configuration of the model, and the batches made by its tokenizer."""

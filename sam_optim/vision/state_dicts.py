@@ -15,26 +15,32 @@ from sam_optim.vision.tensor_files import REMEDY, check_plain
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 WEIGHTS = ("state_dict", "model", "model_state_dict", "net", "module", "weights")
+MANY = 8  # keys that are shown
 LARGEST = 1e10  # no weight of a trained network is larger; a damaged one easily is
 
 
 @dataclass(frozen=True)
 class Weights:
     """state: name -> tensor, on the CPU. key: where in the file it was, "" for the file itself. averaged: whether
-    these are the averaged ones. other: the key of averaged weights that are in the file, too, and were not taken."""
+    these are the averaged ones. others: the keys of other tensors by name that are in the file and were not taken."""
 
     state: dict[str, Tensor]
     key: str
     averaged: bool = False
-    other: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def choice(self) -> str | None:
         """Which weights were taken, in words, where there was a choice."""
-        where = f"the weights under {self.key!r}" if self.key else "the weights of the file"
-        if self.averaged:
-            return f"{where} are taken, the averaged ones"
-        return f"{where} are taken; --ema takes the averaged ones under {self.other!r}" if self.other else None
+        averaged = next((key for key in AVERAGED if key in self.others), None)
+        rest = ", ".join(repr(key) for key in self.others[:MANY] if key != averaged)
+        words = [f"the weights {f'under {self.key!r}' if self.key else 'of the file'} are taken"]
+        words[0] += ", the averaged ones" if self.averaged else ""
+        words += [f"--ema takes the averaged ones under {averaged!r}"] if averaged else []
+        words += (
+            [f"the file has others under {rest}{', ...' if len(self.others) > MANY else ''}: see --key"] if rest else []
+        )
+        return "; ".join(words) if self.averaged or self.others else None
 
 
 def choose(content: Any, path: Path, ema: bool = False, key: str | None = None) -> Weights:
@@ -48,16 +54,15 @@ def choose(content: Any, path: Path, ema: bool = False, key: str | None = None) 
         if state is None:
             raise InputError(f"{path} has no weights under --key {key}; {has}")
         return Weights(state, key, averaged=key in AVERAGED)
-    averaged = next((k for k in AVERAGED if _tensors(content.get(k)) is not None), None)
-    if ema:
-        if averaged is None:
-            raise InputError(f"{path} has no averaged weights ({', '.join(AVERAGED)}), {has}; leave --ema out")
-        return Weights(_tensors(content[averaged]) or {}, averaged, averaged=True)
-    for k in WEIGHTS:
-        if (state := _tensors(content.get(k))) is not None:
-            return Weights(state, k, other=averaged)
+    sets = {k: state for k, x in content.items() if isinstance(k, str) and (state := _tensors(x)) is not None}
+    averaged = next((k for k in AVERAGED if k in sets), None)
+    if ema and averaged is None:
+        raise InputError(f"{path} has no averaged weights ({', '.join(AVERAGED)}), {has}; leave --ema out")
+    taken = averaged if ema else next((k for k in WEIGHTS if k in sets), None)
+    if taken is not None:
+        return Weights(sets[taken], taken, ema, tuple(k for k in sets if k != taken))
     if (state := _tensors(content)) is not None:
-        return Weights(state, "", other=averaged)
+        return Weights(state, "", others=tuple(sets))
     hint = f"--ema takes those under {averaged}" if averaged else f"--key NAME says where they are, or {REMEDY}"
     raise InputError(f"{path} has no weights under {', '.join(WEIGHTS)}; {has}; {hint}")
 

@@ -81,12 +81,11 @@ def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict
         InputError: the model stands there under several prefixes (a student and a teacher).
     """
     plain = {k.replace("_orig_mod.", ""): v for k, v in state.items()}
-    prefixes = {""} | {k[: -len(w)] for w in list(wanted)[:1] + list(wanted)[-1:] for k in plain if k.endswith("." + w)}
-    counts = {p: sum(p + w in plain for w in wanted) for p in prefixes}
-    best = min(prefixes, key=lambda p: (-counts[p], bool(p), bool(AVERAGED.search(p)), len(p), p))
+    counts = _prefixes(plain, wanted)
+    best = next(iter(counts))
     if best and 2 * counts[best] > len(wanted):
         same = [
-            p for p in prefixes if counts[p] == counts[best] and bool(AVERAGED.search(p)) == bool(AVERAGED.search(best))
+            p for p in counts if counts[p] == counts[best] and bool(AVERAGED.search(p)) == bool(AVERAGED.search(best))
         ]
         if len(same) > 1:
             names = ", ".join(sorted(same))
@@ -95,7 +94,35 @@ def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict
             )
         if AVERAGED.search(best):
             raise InputError(f"only averaged weights are there, under {best}: --key {best.rstrip('.')} takes them")
-    return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best)}
+    others = tuple(_others(counts, wanted))
+    return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best) and not k.startswith(others)}
+
+
+def choice(state: Mapping[str, Tensor], wanted: Collection[str]) -> str | None:
+    """Which of several models in a state `without_prefix` takes, in words; None where there is one."""
+    counts = _prefixes([k.replace("_orig_mod.", "") for k in state], wanted)
+    taken = next(iter(counts))
+    if not (others := _others(counts, wanted)):
+        return None
+    names = " and ".join(p.rstrip(".") for p in others)
+    where = f"under {taken.rstrip('.')}" if taken else "without a prefix"
+    return f"the weights {where} are taken; the same model is there under {names}, too: see --key"
+
+
+def _prefixes(names: Collection[str], wanted: Collection[str]) -> dict[str, int]:
+    """How many of the wanted names stand under each prefix; the prefix that is taken is the first."""
+    prefixes = {""} | {k[: -len(w)] for w in list(wanted)[:1] + list(wanted)[-1:] for k in names if k.endswith("." + w)}
+    there = set(names)
+    counts = {p: sum(p + w in there for w in wanted) for p in prefixes}
+    return dict(sorted(counts.items(), key=lambda x: (-x[1], bool(x[0]), bool(AVERAGED.search(x[0])), len(x[0]), x[0])))
+
+
+def _others(counts: Mapping[str, int], wanted: Collection[str]) -> list[str]:
+    """The prefixes of further copies of the model; those of its own parts, which may repeat each other, are none."""
+    first, *rest = counts
+    if 2 * counts[first] <= len(wanted):
+        return []
+    return [p for p in rest if p and 2 * counts[p] > len(wanted) and not any((first + w).startswith(p) for w in wanted)]
 
 
 def fitted_or_converted(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

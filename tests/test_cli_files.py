@@ -23,7 +23,7 @@ from sam_optim.core.errors import InputError
 from sam_optim.sweep import problems
 from sam_optim.sweep.processes import started
 from sam_optim.vision import checkpoints, data, models, tensor_files, weights
-from sam_optim.vision.preprocessing import Preprocessing
+from sam_optim.vision.preprocessing import Preprocessing, described
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
@@ -675,7 +675,66 @@ def test_a_note_where_a_run_was_trained_on_other_examples_than_those_of_the_data
     for where in (["digits", "--split", "test"], [path]):  # no run trains on its test set; a file has what was chosen
         code, _, err = run(*argv, *where)
         assert code == 0
-        assert "note: " not in err
+        assert "note: the examples" not in err
+        assert err.count("note: ") == 1
+
+
+def treatment(*argv, run_dir=None):
+    """What the notes say is done to an image, and the batches."""
+    with started("cpu") as here:
+        args = options.parse(["measure", str(run_dir or "c"), *map(str, argv)])
+        rows = checkpoints.find([str(run_dir)]) if run_dir else [checkpoints.Checkpoint("c", ())]
+        losses = options.problem(args).open(here, rows)
+        return losses.notes[-1], losses.data
+
+
+def test_the_notes_say_what_is_done_to_images_and_who_says_so(tree, tmp_path):
+    from torchvision.transforms import v2
+    from torchvision.transforms.functional import InterpolationMode
+
+    imagenet = "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+    note, examples = treatment("--model", "resnet18", "--data", tree, "--split", "val")
+    assert note == (
+        "images are resized to cover 235 x 235 pixels (bicubic) and cropped to 224 x 224 in the middle "
+        f"(crop_pct 0.95), {imagenet}: timm's for resnet18; --mean, --std, --image-size, --crop-pct take others"
+    )
+    as_said = v2.Compose([
+        v2.Resize(235, InterpolationMode.BICUBIC), v2.CenterCrop(224),
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ])  # fmt: skip
+    first = sorted((tree / "val").glob("*/*"))[0]
+    torch.testing.assert_close(examples.batches[0][0][0], as_said(Image.open(first).convert("RGB")), rtol=0, atol=1e-6)
+
+    note, _ = treatment("--model", "cnn3", "--data", tree, "--split", "val", "--image-size", 32, "--std", 0.5)
+    assert note == (
+        "images are resized to cover 32 x 32 pixels (bicubic) and cropped to 32 x 32 in the middle "
+        "(crop_pct 1; up to 64 pixels nothing more is cut off), mean 0.485 0.456 0.406, std 0.5 0.5 0.5: as --std and "
+        "--image-size say, the rest timm's defaults, which know nothing of cnn3; --mean, --crop-pct take others"
+    )
+    pixels = torch.arange(2 * 3 * 64).view(2, 3, 8, 8).to(torch.uint8)
+    np.savez(tmp_path / "p.npz", x=pixels.numpy(), y=np.array([0, 1]))
+    note, examples = treatment("--model", "resnet18", "--data", tmp_path / "p.npz", "--mean", 0.25)
+    assert note == (
+        "pixels are divided by 255, not resized or cropped, mean 0.25 0.25 0.25, std 0.229 0.224 0.225: as --mean "
+        "says, the rest timm's for resnet18; --std take others"
+    )
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(examples.batches[0][0], (pixels / 255 - 0.25) / std)
+    path, *_ = images(tmp_path / "d.npz")
+    assert treatment("--model", "cnn3", "--data", path)[0] == "x is taken as it is"
+    assert "mean and std of the training half" in treatment("--model", "cnn3", "--data", "digits")[0]
+    squash = Preprocessing((3, 40, 60), crop_pct=0.8, crop_mode="squash")
+    assert "resized whatever their proportions to 50 x 75 pixels (bilinear) and" in described(squash.arguments())
+
+
+def test_the_pixels_of_a_run_are_said_to_be_those_of_the_run(tmp_path):
+    saved("run of the benchmarks", tmp_path, network(0), network(1))
+    pixels = {"image_size": [3, 8, 8], "preprocessing": {"mean": [0.1], "std": [0.2]}}
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"model": "cnn3"}, "data": pixels}))
+    x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    np.savez(tmp_path / "p.npz", x=x.numpy(), y=np.zeros(4, dtype=int))
+    note, _ = treatment("--data", tmp_path / "p.npz", run_dir=tmp_path)
+    assert "mean 0.1 0.1 0.1, std 0.2 0.2 0.2: those of the runs' config.json; --mean, --std take others" in note
 
 
 def test_runs_that_do_not_say_how_they_see_pixels_need_a_word():

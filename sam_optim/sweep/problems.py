@@ -31,7 +31,7 @@ from sam_optim.vision import models, weights
 from sam_optim.vision.checkpoints import Checkpoint
 from sam_optim.vision.data import Examples, evaluation_batches, open_split
 from sam_optim.vision.images import TRAIN_FOLDERS, read_class_to_idx
-from sam_optim.vision.preprocessing import Preprocessing
+from sam_optim.vision.preprocessing import Preprocessing, described
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,10 @@ class ImageLosses(Losses):
             )
         # the examples in a file of arrays may be of any split
         self.is_training = problem.split in (None, *TRAIN_FOLDERS) and self.data.about["source"] != "arrays"
-        self.notes = list(self.data.notes)
+        origin = "those of the runs' config.json" if shared else f"timm's for {name}"
+        if not shared and not models.is_configured(name):
+            origin = f"timm's defaults, which know nothing of {name}"
+        self.notes = [*self.data.notes, _treatment(problem, self.data.about, origin)]
         changed = dict.fromkeys(option for run in runs for option in run.changed_examples)
         if self.is_training and changed:
             self.notes.append(
@@ -222,6 +225,20 @@ def load_examples(problem: ImageProblem, usual: Preprocessing) -> Examples:
         batch_size=problem.batch_size,
         dtype=problem.torch_dtype or torch.float32,
     )
+
+
+def _treatment(problem: ImageProblem, about: Mapping[str, Any], origin: str) -> str:
+    """What is done to images, and who says so: weights that were trained with something else measure as others."""
+    options = {"mean": "mean", "std": "std", "input_size": "image_size", "crop_pct": "crop_pct"}
+    said = {f"--{name.replace('_', '-')}": getattr(problem, name) for key, name in options.items() if key in about}
+    given = " and ".join(flag for flag, value in said.items() if value)
+    rest = ", ".join(flag for flag, value in said.items() if not value)
+    if not said:
+        is_digits = about["source"] == "digits"
+        return "digits are normalized by mean and std of the training half" if is_digits else described(about)
+    given += " say" if " and " in given else " says"
+    source = origin if not any(said.values()) else f"as {given}, the rest {origin}" if rest else f"as {given}"
+    return f"{described(about)}: {source}" + (f"; {rest} take others" if rest else "")
 
 
 class FunctionLosses(Losses):

@@ -165,13 +165,23 @@ def default_size(name: str) -> tuple[int, int]:
 def data_config(name: str) -> dict[str, Any]:
     """timm's data config of a model: input_size (C, H, W), mean, std, crop_pct, interpolation, crop_mode; timm's
     defaults for a model that is not timm's."""
+    from timm.data import resolve_data_config
+
+    return dict(resolve_data_config({"no": None}, pretrained_cfg=_config(name)))
+
+
+def is_configured(name: str) -> bool:
+    """Whether timm has a data config of the model; else `data_config` gives defaults."""
+    return bool(_config(name))
+
+
+def _config(name: str) -> dict[str, Any]:
     check_name(name)
     _timm()
-    from timm.data import resolve_data_config
     from timm.models import get_pretrained_cfg
 
     config = None if builtin(name) else get_pretrained_cfg(name)
-    return dict(resolve_data_config({"no": None}, pretrained_cfg=config.to_dict() if config else {}))
+    return config.to_dict() if config else {}
 
 
 def check_name(name: str) -> None:

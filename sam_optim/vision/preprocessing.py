@@ -14,6 +14,7 @@ from sam_optim.vision.models import SMALL, data_config
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 LARGEST = 1 << 14  # pixels
+NORMALIZED = ("mean", "std")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -106,6 +107,22 @@ class Preprocessing:
                 f"images have 1 or 3 channels, the model takes {self.image_size[0]}: give --data a file with x and y"
             )
         return "RGB" if self.image_size[0] == 3 else "L"
+
+
+def described(about: Mapping[str, Any]) -> str:
+    """What is done to an example, in words, from `Preprocessing.arguments` or a part of them."""
+    normalized = ", ".join(
+        f"{name} {' '.join(f'{v:.4g}' for v in about[name])}" for name in about if name in NORMALIZED
+    )
+    if "input_size" not in about:
+        return f"pixels are divided by 255, not resized or cropped, {normalized}" if normalized else "x is taken as it is"
+    _, *size = about["input_size"]
+    high, wide = (math.floor(n / about["crop_pct"]) for n in size)
+    to = {"center": "to cover", "border": "to fit into", "squash": "whatever their proportions to"}[about["crop_mode"]]
+    resized = f"{to} {high} x {wide} pixels ({about['interpolation']})"
+    why = f"; up to {SMALL} pixels nothing more is cut off" if about["crop_pct"] == 1 and max(size) <= SMALL else ""
+    cropped = f"{size[0]} x {size[1]} in the middle (crop_pct {about['crop_pct']:.4g}{why})"
+    return f"images are resized {resized} and cropped to {cropped}, {normalized}"
 
 
 def per_channel(option: str, values: Sequence[float], channels: int) -> tuple[float, ...]:

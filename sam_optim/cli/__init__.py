@@ -33,6 +33,8 @@ def _run(argv: Sequence[str] | None) -> int:
         ).losses
         if is_first_process():
             print(args.out)
+            if wrong := losses[~losses.isfinite()].tolist():
+                errors.say(f"{len(wrong)} of {losses.numel()} losses are not finite, the first is {wrong[0]}")
         return 0 if bool(losses.isfinite().all()) else errors.EXIT_FAILED
     measured = sweep.measure_checkpoints(
         args.checkpoints,

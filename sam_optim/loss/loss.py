@@ -26,7 +26,7 @@ from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
 from sam_optim.loss.passes import Passes, is_spread, may_be_in_ddp
 from sam_optim.loss.pieces import Pieces
-from sam_optim.loss.weights import A_SUM, Weigher
+from sam_optim.loss.weights import A_SUM, WHY_NONE, Weigher, weight_of, weights_of
 
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
@@ -112,7 +112,8 @@ class Loss:
         self.params = self._passes.params
         self.chunk_size = chunk_size
         self.blocks: tuple[str, ...] | None = None
-        self._given_weights = batch_weights
+        is_function = batch_weights is None or callable(batch_weights)
+        self._given_weights: Any = batch_weights if is_function else weights_of(batch_weights)
         self._weigher: Weigher | None = None
         self._sample: list[Any] = []  # a few examples of this rank, which are checked
         self._joins = 1  # examples of small batches that are computed together, at most
@@ -403,8 +404,9 @@ class Loss:
             weights = self._sharding.together(self._weights_of_batches)
             self._weights = tuple(self._sharding.interleave(weights))
             for i, weight in enumerate(self._weights):
-                if not (math.isfinite(weight) and weight > 0):
-                    raise ValueError(f"batch {i} has the weight {weight}, as if no label counts: leave it out")
+                if not 0 < weight < math.inf:
+                    rule = "examples" if self._weigher is None else self._weigher.rule
+                    raise ValueError(f"batch {i} has the weight {weight:.8g}, {WHY_NONE[rule]}")
             self._local_weights = weights
 
     def _weights_of_batches(self) -> list[float]:
@@ -416,12 +418,13 @@ class Loss:
         needs_none = len(self._sizes) == 1 and not (given is None and weigher and weigher.reads_labels)
         if weigher is None or needs_none or (given is None and not weigher.may_differ):
             weights: list[float] = list(sizes)
-        elif isinstance(given, Sequence):
+        elif isinstance(given, list):
             if len(given) != len(sizes):
                 raise ValueError(f"batch_weights needs one number for each batch, got {len(given)} for {len(sizes)}")
-            weights = [float(w) for w in given]
+            weights = given
         elif given is not None:
-            weights = [float(given(batch)) for batch in self._batches]
+            who = "batch {} is given".format
+            weights = [weight_of(given(batch), who(i)) for i, batch in enumerate(self._batches)]
         else:
             with self._passes.evaluating(grad=False):
                 batches = zip(sizes, self._batches, strict=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class Weigher:
         )  # a subclass may differ
         cross_entropy = function is nn.functional.cross_entropy or kind is nn.CrossEntropyLoss
         self._class_weights: Tensor | None = keywords.get("weight", getattr(criterion, "weight", None))
+        if isinstance(w := self._class_weights, Tensor) and not (bad := (w >= 0) & w.isfinite()).all():
+            i = int(bad.to(torch.int8).argmin())
+            raise ValueError(
+                f"class {i} has the weight {float(w[i]):.8g} in the criterion: weights must be finite and >= 0"
+            )
         self._ignored: int = keywords.get("ignore_index", getattr(criterion, "ignore_index", -100))
         self._smoothing: float = keywords.get("label_smoothing", getattr(criterion, "label_smoothing", 0.0))
         self._is_cross_entropy = cross_entropy
@@ -67,7 +73,7 @@ class Weigher:
 
     def _look_at(self, criterion: Criterion, outputs: Any, target: Any) -> None:
         self.is_sure, self.is_blind = False, True
-        if not (isinstance(outputs, Tensor) and isinstance(target, Tensor) and len(outputs) == len(target) > 1):
+        if not all(isinstance(x, Tensor) and x.ndim for x in (outputs, target)) or not len(outputs) == len(target) > 1:
             return
         half = len(outputs) // 2
         # halves that differ as much as they can: the examples with the smallest gradients, and those with the largest
@@ -194,6 +200,40 @@ def _is_mean(criterion: Criterion, whole: Any, halves: Sequence[Any], parts: Seq
         value = float(criterion(*whole))
         mean = math.fsum(part * float(criterion(*half)) for part, half in zip(parts, halves, strict=True) if part)
     return abs(math.fsum(parts) - 1) <= 1e-4 and equal_to_rounding(mean, value, whole[0].dtype)
+
+
+WHY_NONE = {
+    "examples": "as it has no examples: leave it out",
+    "elements": "as its targets have no entries: leave it out",
+    "counted labels": "as all of its labels are ignored: leave it out",
+    "weights of classes": "as all of its labels are ignored or of classes that weigh 0: leave it out",
+    "criterion": "by what the criterion makes of its labels: leave it out where none of them counts, or say with "
+    "batch_weights= what its mean was taken over",
+}  # by the rule of a `Weigher`
+
+
+def weights_of(given: Any) -> list[float]:
+    """A sequence of weights that the user gives, one for each batch."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"batch_weights must be numbers > 0, one for each batch, or a function of a batch, got {given!r}"
+        )
+    return [weight_of(x, f"batch {i} is given") for i, x in enumerate(given)]
+
+
+def weight_of(given: Any, who: str) -> float:
+    """A weight that the user gives. who: for errors, such as "batch 0 is given"."""
+    weight = math.nan
+    if not isinstance(given, (str, bytes)):
+        with suppress(TypeError, ValueError, RuntimeError):
+            weight = float(given)
+    if not 0 < weight < math.inf:
+        shown = " ".join(repr(given).split())[:80]
+        raise ValueError(
+            f"batch_weights: {who} {shown}, and a weight must be a finite number > 0; leave out a batch that does not "
+            "count"
+        )
+    return weight
 
 
 A_SUM = f"the criterion is a sum over the batch, or has one in it, not a mean: on more examples it is larger; {A_MEAN}"

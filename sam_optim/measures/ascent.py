@@ -24,7 +24,7 @@ SHORTEST = 1e-3  # a step of u; shorter ones move nothing that float32 can tell
 class Maximum:
     """The highest point seen: its loss, u = d / (rho T), and the step that led to it (0: the start).
 
-    `value` is nan where the loss at step `step` was not finite.
+    `value` is that of step `step` where the loss was not finite there.
     """
 
     value: float
@@ -111,7 +111,7 @@ def search(
     heats = heats if length else 1
     for step in range(1, num_steps + 1):
         if not math.isfinite(value):
-            return Maximum(math.nan, u, step - 1)
+            return Maximum(value, u, step - 1)
         next_heat = heats > 1 and step > 1 and (step - 1) % length == 0
         if next_heat:
             behind.append(climb)
@@ -131,7 +131,7 @@ def search(
         tick()
         if value > best.value:
             best = Maximum(value, u, step)
-    return best if math.isfinite(value) else Maximum(math.nan, u, num_steps)
+    return best if math.isfinite(value) else Maximum(value, u, num_steps)
 
 
 def random_points(chart: Chart, params: Point, seed: int) -> Iterator[Point]:

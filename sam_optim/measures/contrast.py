@@ -78,6 +78,7 @@ def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | 
     if not whole.value:
         reason = f"{name} of the mean loss is 0"
     return estimate(
+        loss,
         value,
         stderr / abs(whole.value) if whole.value else math.nan,
         num_samples=len(parts),

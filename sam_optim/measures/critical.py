@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, estimate, settings
+from sam_optim.measures.shared import Progress, Ticks, estimate, settings, why_not_finite
 
 MOST = 80  # evaluations of the loss
 
@@ -48,7 +48,8 @@ def critical_sharpness(
     Returns:
         `value` in units of L per squared unit of w, for the gradient. `details`: `step` t_c; `slope`, |<g, d>|, from
         two evaluations where a direction is given; `num_evaluations`. Not converged, with a `reason`: nan where the
-        slope is 0 or not finite, 0 where the loss does not rise along d as far as it was evaluated.
+        slope is 0 or not finite, 0 where the loss does not rise along d as far as it was evaluated. Where the loss is
+        not finite from t_c on, `reason` says so; not converged where it is nan there.
 
     Raises:
         ValueError: a direction of other shapes, tol or first_step <= 0, max_evaluations < 3.
@@ -59,8 +60,8 @@ def critical_sharpness(
         raise ValueError(f"tol must be > 0, got {tol}")
     if not (first_step is None or first_step > 0) or max_evaluations < 3:
         raise ValueError(f"first_step must be > 0 and max_evaluations >= 3, got {first_step} and {max_evaluations}")
-    other = isinstance(direction, Loss)
-    along = "gradient" if direction is None else "gradient of another loss" if other else "direction"
+    other = direction if isinstance(direction, Loss) else None
+    along = "gradient" if direction is None else "gradient of another loss" if other is not None else "direction"
     if isinstance(direction, Loss):
         direction = direction.gradient()
     base, d = (loss.value(), list(direction)) if direction is not None else loss.value_and_gradient()
@@ -68,6 +69,9 @@ def critical_sharpness(
         raise ValueError(
             f"direction needs one tensor for each parameter, of its shape (see `params`), got shapes {got}"
         )
+    is_finite = all(bool(x.isfinite().all()) for x in d)
+    if direction is not None and other is None and not is_finite:
+        raise ValueError("direction has entries that are not finite, so no step goes along it")
     tick, rises = Ticks(progress, max_evaluations), {0.0: 0.0}
     dtypes = [torch.promote_types(w.dtype, torch.float32) for w in loss.params]
 
@@ -84,7 +88,7 @@ def critical_sharpness(
     else:
         slope = (rise(-t) - rise(t)) / (2 * t) if math.isfinite(t) else 0.0
     sign, slope = math.copysign(1.0, slope), abs(slope)
-    is_defined = slope > 0 and math.isfinite(slope) and not (other and sign < 0)
+    is_defined = slope > 0 and math.isfinite(slope) and not (other is not None and sign < 0)
     low, high, below, num_low, num_high, reason = 0.0, math.inf, 0.0, 0, 0, None
 
     def ratio(t: float) -> float:
@@ -116,12 +120,21 @@ def critical_sharpness(
         reason = "the slope along the direction is 0" if slope == 0 else None
         if slope and math.isfinite(slope):
             reason = "the loss rises at once along the gradient of the other loss"
+        if other is not None and not is_finite:
+            reason = f"of the other loss: {why_not_finite(other)}"
+        elif math.isfinite(base) and not math.isfinite(slope):
+            wrong = next((x for x in (t, -t) if not math.isfinite(rises.get(x, 0.0))), None)
+            reason = None if wrong is None else f"the loss is {rises[wrong]} at w - t d for t = {wrong:.2g}"
+    if is_defined and math.isfinite(high) and not math.isfinite(end := rises[sign * high]):
+        reason = f"the loss is {end} from t = {high:.2g} on: it is not seen to rise before"
     num = len(rises) - 1
-    converged = math.isfinite(high) and high - low <= tol * low
-    step = (low + high) / 2 if converged or math.isinf(high) else t
+    converged = math.isfinite(high) and high - low <= tol * low and not math.isnan(rises[sign * high])
+    step = (low + high) / 2 if high - low <= tol * low or math.isinf(high) else t
     if is_defined and math.isinf(high):
         reason = f"the loss does not rise along the direction up to t = {low:.2g}"
+    reason = reason or (None if is_defined else why_not_finite(loss))
     return estimate(
+        loss,
         2 / step if is_defined else math.nan,
         math.nan,
         converged=converged,

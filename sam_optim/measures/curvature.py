@@ -14,7 +14,18 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
 from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.lanczos import Lanczos, Ritz
-from sam_optim.measures.shared import DRAWS, Progress, Ticks, dot, flat, flat_product, other_seed, settings, unflat
+from sam_optim.measures.shared import (
+    DRAWS,
+    Progress,
+    Ticks,
+    dot,
+    flat,
+    flat_product,
+    other_seed,
+    settings,
+    unflat,
+    why_not_finite,
+)
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 STOP = ("residual", "value")
@@ -99,7 +110,7 @@ def hessian_eigenvalues(
     record = settings("hessian_eigenvalues", loss, **options)
     if ritz is None:
         nan = torch.full((num,), math.nan, dtype=torch.float64)
-        reason = "a curvature product is not finite"
+        reason = why_not_finite(loss, "a product with its curvature")
         return Spectrum(
             nan, residuals=nan, converged=False, num_products=lanczos.size, settings=record, provenance=provenance(),
             reason=reason,

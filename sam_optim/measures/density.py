@@ -13,7 +13,7 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
 from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.lanczos import Lanczos
-from sam_optim.measures.shared import DRAWS, Progress, Ticks, flat, flat_product, other_seed, settings
+from sam_optim.measures.shared import DRAWS, Progress, Ticks, flat, flat_product, other_seed, settings, why_not_finite
 
 KERNEL = 0.01  # default width of the kernel, relative to the range of the spectrum
 MARGIN = 5  # kernel widths of the grid beyond the spectrum: all but 1e-6 of the mass is on it
@@ -96,7 +96,7 @@ def spectral_density(
         points = torch.full((num_points,), math.nan, dtype=torch.float64)
         return Spectrum(
             nan, grid=points, density=points, stderr=points, converged=False, num_products=num_products,
-            settings=record, provenance=provenance(), reason="a curvature product is not finite",
+            settings=record, provenance=provenance(), reason=why_not_finite(loss, "a product with its curvature"),
         )  # fmt: skip
     values, residuals = torch.cat(nodes), torch.cat(bounds)
     ends = torch.stack([values.argmax(), values.argmin()])

@@ -188,6 +188,7 @@ def gradient_coherence(
     value, agreement = _mean_cosine(gram, p), float((pairs * gram).sum() / pairs.sum())
     squared_mean = max(float(p @ gram @ p), 0.0)
     return estimate(
+        loss,
         value,
         jackknife(_mean_cosine, gram, loss.batch_weights),
         num_samples=len(p),
@@ -263,6 +264,7 @@ def gradient_noise_scale(
             else "the gradient of the whole loss is 0"
         )
     result = estimate(
+        loss,
         value,
         stderr,
         num_samples=len(p),
@@ -313,6 +315,7 @@ def _regret(
     product = float((pairs * norms).sum() / pairs.sum()) * (1 - mean_cosine)
     solved = all(s.converged for s in solutions)
     return estimate(
+        loss,
         value,
         jackknife(_mean_regret, gram, loss.batch_weights),
         num_samples=len(p),

@@ -54,6 +54,7 @@ def fisher_rao_norm(loss: Loss, *, matrix: str = "fisher", progress: Progress | 
     values = loss.over_batches(form)
     value, stderr = batch_mean(loss, values)
     return estimate(
+        loss,
         value,
         stderr,
         num_samples=loss.num_batches,
@@ -138,6 +139,7 @@ def relative_flatness(
     over_probes = table.T @ batch_weights(loss)
     stderr = 0.0 if exact else float(over_probes.std()) / math.sqrt(num)
     return estimate(
+        loss,
         value,
         stderr,
         num_samples=num,

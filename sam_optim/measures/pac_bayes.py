@@ -110,6 +110,7 @@ def pac_bayes_sigma(
         }
     options = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "tol": tol}
     return estimate(
+        loss,
         sigma,
         stderr,
         num_samples=2 * pairs,
@@ -188,6 +189,7 @@ def sharpness_alpha(
     alpha, reason = search.run(_first_guess(loss, scales) / 10) if math.isfinite(base) else (math.nan, None)
     options = {"target": target, "of": of, "adaptive": chosen or False, "eps": eps, "num_steps": num_steps, "tol": tol}
     return estimate(
+        loss,
         alpha,
         math.nan,
         reason=reason,
@@ -265,7 +267,7 @@ def flatness_bounds(
                 bounds[name] = _bound(family, mag, d, n, num, eps, delta)
             for name, bound in bounds.items():
                 key = f"{family}_{mag}{name}"
-                estimates[key] = _of(size, bound, key, {"of": of, "target": target, "eps": eps, "delta": delta})
+                estimates[key] = _of(loss, size, bound, key, {"of": of, "target": target, "eps": eps, "delta": delta})
     return estimates
 
 
@@ -286,12 +288,13 @@ def _bound(
     return bound
 
 
-def _of(size: Estimate, bound: Callable[[float], float], name: str, options: dict[str, Any]) -> Estimate:
+def _of(loss: Loss, size: Estimate, bound: Callable[[float], float], name: str, options: dict[str, Any]) -> Estimate:
     """The bound at sigma or alpha, its standard error by the derivative."""
     s = size.value
     value = bound(s) if math.isfinite(s) else math.nan
     slope = (bound(1.001 * s) - bound(0.999 * s)) / (0.002 * s) if math.isfinite(value) else math.nan
     return estimate(
+        loss,
         value,
         abs(slope) * size.stderr,
         num_samples=size.num_samples,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.results import _Result, provenance
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, settings, why_not_finite
 
 NUM_HALVINGS = 5  # of the radius, and as many doublings
 
@@ -27,6 +27,7 @@ class RhoRange(_Result):
     linear_share: (n,), what share of the rise is <g, e>, that of a straight line; nan where the loss does not
         rise. 1 where the loss is linear, 0.5 where the curvature adds as much again.
     half: the radius where it is 0.5, interpolated; None where that is outside the grid.
+    reason: which loss is not finite, where one is.
     """
 
     radii: Tensor
@@ -36,9 +37,12 @@ class RhoRange(_Result):
     half: float | None
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
 
     def __str__(self) -> str:
         rows = zip(self.radii.tolist(), self.rises.tolist(), self.linear_share.tolist(), strict=True)
+        if self.reason and not self.rises.isfinite().any():
+            return self.reason
         lines = [f"rho {r:<9.4g} loss {rise:+.4f}   a straight line explains {share:.0%}" for r, rise, share in rows]
         return "\n".join(lines).replace("a straight line explains nan%", "no rise")
 
@@ -89,7 +93,12 @@ def rho_range(
 
     columns = list(zip(*loss.over_batches(of_batch), strict=True))
     slope, *means = [batch_mean(loss, column) for column in columns]
-    rises = torch.tensor(means, dtype=torch.float64)
+    rises, reason = torch.tensor(means, dtype=torch.float64), None
+    if not rises[:, 0].isfinite().all():
+        r, rise = next((r, x[0]) for r, x in zip(grid, means, strict=True) if not math.isfinite(x[0]))
+        reason = f"the loss is {rise} at the perturbed weights for rho = {r:.4g}"
+        if not all(x.isfinite() for x in loss.batch_values()):
+            reason = why_not_finite(loss)
     shares = torch.tensor(grid, dtype=torch.float64) * slope[0] / rises[:, 0]
     shares = torch.where(rises[:, 0] > 0, shares, math.nan)
     return RhoRange(
@@ -100,6 +109,7 @@ def rho_range(
         _half(grid, shares.tolist()),
         settings=settings("rho_range", loss, ball=ball),
         provenance=provenance(),
+        reason=reason,
     )
 
 

@@ -22,7 +22,6 @@ Progress = Callable[[int, int], None]
 DRAWS = 16  # labels for each example of "fisher_mc", where one matrix is needed
 CHUNK = 1 << 20  # entries that are in float64 at once
 FEW_SAMPLES = 4  # below it a standard error is itself uncertain by half
-NOT_FINITE = "the loss or one of its derivatives is not finite"
 
 
 @contextmanager
@@ -116,7 +115,17 @@ def settings(measure: str, loss: Loss, **options: Any) -> dict[str, Any]:
     return {"measure": measure} | {name: plain(value) for name, value in options.items()} | loss.settings()
 
 
+def why_not_finite(loss: Loss, what: str = "a derivative of it") -> str:
+    """Why a measure is not: the first batch whose loss is not finite at the weights, or `what` is not."""
+    values = loss.batch_values().tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            return f"the loss{f' of batch {i} of {len(values)}' if len(values) > 1 else ''} is {value} at the weights"
+    return f"the loss is {float(loss.value()):.4g} at the weights, and {what} is not finite"
+
+
 def estimate(
+    loss: Loss,
     value: float,
     stderr: float,
     *,
@@ -130,7 +139,7 @@ def estimate(
     half_width: of the interval; None: stderr times Student's t for num_samples - 1 degrees of freedom."""
     if not math.isfinite(value):
         value, stderr = math.nan, math.nan
-        reason = reason or NOT_FINITE
+        reason = reason or why_not_finite(loss)
     elif 0 < stderr < math.inf and (n := fields.get("num_samples", 1)) < FEW_SAMPLES:
         reason = reason or f"few samples: the standard error is over {n}"
     if half_width is None:

@@ -111,6 +111,7 @@ def worst_case_sharpness(
         value, stderr = batch_mean(loss, [p.rise for p in peaks])
         reason = _doubt(peaks, num_restarts)
         results[one] = estimate(
+            loss,
             value,
             stderr,
             num_samples=loss.num_batches,
@@ -152,8 +153,10 @@ class _Peak:
 def _doubt(peaks: Sequence[_Peak], num_restarts: int) -> str | None:
     """Why the maxima may be higher than what was seen."""
     for i, peak in enumerate(peaks):
+        if not math.isfinite(peak.base):
+            return f"the loss of batch {i} is {peak.base} at the weights"
         if not math.isfinite(peak.rise):
-            return f"the loss of batch {i} is not finite at step {peak.step}"
+            return f"the loss of batch {i} is {peak.rise} at step {peak.step} of the search"
     if num_restarts == 1:
         return "a single search, which no other one confirms: raise num_restarts"
     worst = max(peak.spread for peak in peaks)
@@ -259,11 +262,12 @@ def average_sharpness(
         draws = math.sqrt(math.fsum(p * p * m.variance for p, m in zip(weights, means, strict=True)))
         widths = student_half_width(draws, num_samples), student_half_width(batches, loss.num_batches)
         result = estimate(
+            loss,
             value,
             draws if loss.num_batches == 1 else max(draws, batches),
             num_samples=num_samples,
             half_width=widths[0] if loss.num_batches == 1 else max(widths),
-            reason=None if math.isfinite(value) else "the loss is not finite at the weights or at a displaced point",
+            reason=next((f"the loss of batch {i} is {m.wrong}" for i, m in enumerate(means) if m.wrong), None),
             details={
                 "stderr_draws": draws,
                 "stderr_batches": batches,
@@ -308,11 +312,13 @@ def average_in_ball(
 
 @dataclass(frozen=True)
 class _Mean:
-    """The mean rise of one batch in one ball over its draws, and the variance of that mean."""
+    """The mean rise of one batch in one ball over its draws, and the variance of that mean. wrong: a loss that is not
+    finite, and where."""
 
     base: float
     rise: float
     variance: float
+    wrong: str | None
 
 
 def _means(
@@ -334,9 +340,11 @@ def _means(
     spread = float(p_norm(pulled, 2)) ** 2 * (1 if charts[0].norm == 2 else 1 / 3) if pulled else 0.0
     means = []
     for ball, x in zip(balls, rises, strict=True):
-        ratio = ball.rho / balls[0].rho
+        ratio, wrong = ball.rho / balls[0].rho, None if math.isfinite(base) else f"{base} at the weights"
+        if wrong is None and not x.isfinite().all():
+            wrong = f"{float(x[~x.isfinite()][0])} at displaced weights"
         x = _without_slope(x, ratio * slopes, ratio**2 * spread)
-        means.append(_Mean(base, float(x.mean()), float(x.var() / num_samples)))
+        means.append(_Mean(base, float(x.mean()), float(x.var() / num_samples), wrong))
     return means
 
 

@@ -15,7 +15,6 @@ from sam_optim.core.results import Diagonal, Estimate, provenance
 from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.deflation import Deflation, deflated
 from sam_optim.measures.shared import (
-    NOT_FINITE,
     Product,
     Progress,
     Ticks,
@@ -27,6 +26,7 @@ from sam_optim.measures.shared import (
     norm,
     settings,
     unflat,
+    why_not_finite,
 )
 
 METHODS = ("deflated", "hutchinson")
@@ -98,6 +98,7 @@ def hessian_trace(
             stderr = torch.finfo(like.dtype).eps * math.fsum(abs(x) for x in diagonal)
     settled = tol is None or not values or not math.isfinite(value) or _settled(values, tol)
     return estimate(
+        loss,
         value,
         stderr,
         num_samples=num_samples,
@@ -168,6 +169,7 @@ def hessian_frobenius_norm(
             error = math.hypot(error, 4 * epsilon * part.squares)
     value = math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
     return estimate(
+        loss,
         value,
         error / (2 * value) if value else error**0.5,
         num_samples=num,
@@ -234,7 +236,7 @@ def hessian_diagonal(
         settings=settings("hessian_diagonal", loss, ball=ball, matrix=matrix, num_probes=num_probes, seed=seed),
         provenance=provenance(),
         details={"num_products": size + num, "num_deflated": size},
-        reason=None if finite else NOT_FINITE,
+        reason=None if finite else why_not_finite(loss, "a product with its curvature"),
     )
 
 

@@ -292,5 +292,5 @@ def _entry(name: str, result: Any, *, unit: float = 1.0, may_be_zero: bool = Tru
     value = float(result.eigenvalues[0]) if isinstance(result, Spectrum) else float(result)
     reason = result.reason if isinstance(result, Spectrum | Estimate) and not result.converged else None
     if not math.isfinite(value) or (value == 0 and not may_be_zero):
-        return {name: None, "reason": reason or "not finite"}
+        return {name: None, "reason": reason or f"it is {value}"}
     return {name: value / unit, "reason": reason}

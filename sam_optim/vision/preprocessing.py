@@ -115,7 +115,9 @@ def described(about: Mapping[str, Any]) -> str:
         f"{name} {' '.join(f'{v:.4g}' for v in about[name])}" for name in about if name in NORMALIZED
     )
     if "input_size" not in about:
-        return f"pixels are divided by 255, not resized or cropped, {normalized}" if normalized else "x is taken as it is"
+        return (
+            f"pixels are divided by 255, not resized or cropped, {normalized}" if normalized else "x is taken as it is"
+        )
     _, *size = about["input_size"]
     high, wide = (math.floor(n / about["crop_pct"]) for n in size)
     to = {"center": "to cover", "border": "to fit into", "squash": "whatever their proportions to"}[about["crop_mode"]]

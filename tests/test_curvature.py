@@ -201,7 +201,7 @@ def test_what_is_not_finite_is_not_a_number(measure):
     data = [(x * torch.nan, y) for x, y in batches(mlp)]
     result = measure(Loss(network(mlp), cross_entropy, data))
     assert not result.converged
-    assert "not finite" in result.reason
+    assert "is nan at the weights" in result.reason
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     for name in ("eigenvalues", "residuals", "density", "value", "stderr", "values"):
         assert all(x is None for x in numbers(written.get(name)))

@@ -35,7 +35,7 @@ def check_rho(rho: Any) -> None:
 
 
 def check_eta(eta: Any) -> None:
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not (math.isfinite(eta) and eta >= 0):
+    if isinstance(eta, bool) or not isinstance(eta, numbers.Real) or not 0 <= float(eta) < math.inf:
         raise ValueError(f"eta is added to |w| (ASAM) and must be a finite number >= 0, got {eta!r}")
 
 
@@ -45,7 +45,7 @@ def canonical_adaptive(adaptive: bool | str | None) -> str | None:
         return None
     if adaptive is True:
         return "elementwise"
-    if adaptive in ADAPTIVE:
+    if isinstance(adaptive, str) and adaptive in ADAPTIVE:
         return str(adaptive)
     raise ValueError(f"adaptive must be False, True (elementwise), 'filter' or 'layer', got {adaptive!r}")
 
@@ -53,7 +53,7 @@ def canonical_adaptive(adaptive: bool | str | None) -> str | None:
 def canonical_norm(norm: Any) -> float:
     if isinstance(norm, str) and norm in ("2", "inf"):
         norm = float(norm)
-    if norm not in NORMS or isinstance(norm, bool):
+    if isinstance(norm, bool) or not isinstance(norm, numbers.Real) or norm not in NORMS:
         raise ValueError(f"norm must be 2 or inf (math.inf), got {norm!r}")
     return math.inf if norm == math.inf else 2
 
@@ -109,6 +109,7 @@ class Ball:
         check_rho(self.rho)
         check_eta(self.eta)
         object.__setattr__(self, "rho", float(self.rho))
+        object.__setattr__(self, "eta", float(self.eta))
         object.__setattr__(self, "norm", canonical_norm(self.norm))
         object.__setattr__(self, "adaptive", canonical_adaptive(self.adaptive) or False)
 

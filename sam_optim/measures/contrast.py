@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sam_optim.core.results import Estimate, Spectrum, plain
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, estimate
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, checked, estimate
 
 # Linear in the loss: their mean over batches is their value for the mean loss.
 LINEAR = {
@@ -25,6 +25,7 @@ LINEAR = {
 Measure = Callable[..., "Estimate | Spectrum | float | Tensor"]
 
 
+@checked
 def contrastive_sharpness(measure: Measure, loss: Loss, *, progress: Progress | None = None, **kwargs: Any) -> Estimate:
     """How sharp the losses of single batches are, compared with their mean.
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, estimate, settings, why_not_finite
+from sam_optim.measures.shared import Progress, Ticks, check_vector, checked, estimate, settings, why_not_finite
 
 MOST = 80  # evaluations of the loss
 
 
+@checked
 def critical_sharpness(
     loss: Loss,
     direction: Sequence[Tensor] | Loss | None = None,
@@ -52,23 +53,19 @@ def critical_sharpness(
         not finite from t_c on, `reason` says so; not converged where it is nan there.
 
     Raises:
-        ValueError: a direction of other shapes, tol or first_step <= 0, max_evaluations < 3.
+        ValueError: a direction of other shapes, tol not between 0 and 1, first_step <= 0, max_evaluations < 3.
 
     Source: arXiv:2601.16979.
     """
-    if not tol > 0:
-        raise ValueError(f"tol must be > 0, got {tol}")
     if not (first_step is None or first_step > 0) or max_evaluations < 3:
         raise ValueError(f"first_step must be > 0 and max_evaluations >= 3, got {first_step} and {max_evaluations}")
     other = direction if isinstance(direction, Loss) else None
     along = "gradient" if direction is None else "gradient of another loss" if other is not None else "direction"
     if isinstance(direction, Loss):
         direction = direction.gradient()
+    if direction is not None:
+        check_vector("direction", direction, loss.params)
     base, d = (loss.value(), list(direction)) if direction is not None else loss.value_and_gradient()
-    if (got := [tuple(x.shape) for x in d]) != [tuple(w.shape) for w in loss.params]:
-        raise ValueError(
-            f"direction needs one tensor for each parameter, of its shape (see `params`), got shapes {got}"
-        )
     is_finite = all(bool(x.isfinite().all()) for x in d)
     if direction is not None and other is None and not is_finite:
         raise ValueError("direction has entries that are not finite, so no step goes along it")

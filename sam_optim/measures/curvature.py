@@ -18,6 +18,8 @@ from sam_optim.measures.shared import (
     DRAWS,
     Progress,
     Ticks,
+    check_vector,
+    checked,
     dot,
     flat,
     flat_product,
@@ -33,6 +35,7 @@ REDRAWN = 4  # sets of other labels of "fisher_mc"
 SMALL = 200  # parameters: as many products are soon taken, and leave nothing out
 
 
+@checked
 def hessian_eigenvalues(
     loss: Loss,
     *,
@@ -83,7 +86,8 @@ def hessian_eigenvalues(
         and `reason` where it is not.
 
     Raises:
-        ValueError: num, which, stop or matrix out of range, tol <= 0; a start of other shapes.
+        ValueError: num, which, stop or matrix out of range, tol not between 0 and 1, max_products < 1; a start of other
+            shapes.
     """
     num_parameters = sum(w.numel() for w in loss.params)
     if not 1 <= num <= num_parameters:
@@ -92,11 +96,11 @@ def hessian_eigenvalues(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     if stop not in STOP:
         raise ValueError(f"stop must be one of {', '.join(STOP)}, got {stop!r}")
-    if not tol > 0:
-        raise ValueError(f"tol must be > 0, got {tol}")
+    if max_products is not None and max_products < 1:
+        raise ValueError(f"max_products must be >= 1 or None, got {max_products}")
     limit = min(num_parameters, max(num, 200 + 10 * num if max_products is None else max_products))
-    if start is not None and [x.shape for x in start] != [w.shape for w in loss.params]:
-        raise ValueError(f"start needs the shapes of `loss.params`, got {[tuple(x.shape) for x in start]}")
+    if start is not None:
+        check_vector("start", start, loss.params)
     stream, like = Stream(seed), flat(loss.params)
     first = [] if start is None else [flat(start).to(like)]
     tick = Ticks(progress, limit)

@@ -13,12 +13,23 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Spectrum, provenance
 from sam_optim.loss import SAMPLED, Loss
 from sam_optim.measures.lanczos import Lanczos
-from sam_optim.measures.shared import DRAWS, Progress, Ticks, flat, flat_product, other_seed, settings, why_not_finite
+from sam_optim.measures.shared import (
+    DRAWS,
+    Progress,
+    Ticks,
+    checked,
+    flat,
+    flat_product,
+    other_seed,
+    settings,
+    why_not_finite,
+)
 
 KERNEL = 0.01  # default width of the kernel, relative to the range of the spectrum
 MARGIN = 5  # kernel widths of the grid beyond the spectrum: all but 1e-6 of the mass is on it
 
 
+@checked
 def spectral_density(
     loss: Loss,
     *,

@@ -26,6 +26,7 @@ from sam_optim.measures.shared import (
     Progress,
     Ticks,
     batch_weights,
+    checked,
     estimate,
     flat_product,
     settings,
@@ -38,6 +39,7 @@ INVARIANT = Ball(0.0, adaptive=True, eta=0.0)
 SHARE_TOL = 1e-3  # of each probe of the effective dimension, relative
 
 
+@checked
 def gradient_regret(
     loss: Loss,
     *,
@@ -92,7 +94,7 @@ def gradient_regret(
         tr G (G + damping T^-2)^-1, the number of directions in which G outweighs the damping, and its `stderr`.
 
     Raises:
-        ValueError: fewer than two batches, an unknown metric, damping or tol <= 0.
+        ValueError: fewer than two batches, an unknown metric, damping <= 0, tol not between 0 and 1.
 
     Memory: "euclidean" holds 1 GiB of gradients at most, and goes through the data once for each GiB that they have.
     "fisher" holds the gradients of all batches, and five vectors more.
@@ -105,8 +107,8 @@ def gradient_regret(
     if metric == "fisher" and ball is None and damping is None:
         ball = INVARIANT
     damping = DAMPING if damping is None else damping
-    if not damping > 0 or not tol > 0:
-        raise ValueError(f"damping and tol must be > 0, got {damping} and {tol}")
+    if not damping > 0:
+        raise ValueError(f"damping must be > 0, got {damping}")
     if max_products < 1 or num_probes < 0:
         raise ValueError(f"max_products must be >= 1 and num_probes >= 0, got {max_products} and {num_probes}")
     scales = None if ball is None else ball.scales(loss.params)
@@ -144,6 +146,7 @@ def gradient_regret(
     return _regret((gram + gram.T) / 2, loss, options, solutions, details | _effective_dimension(shares))
 
 
+@checked
 def gradient_coherence(
     loss: Loss, *, ball: Ball | ProductBall | None = None, progress: Progress | None = None
 ) -> Estimate:
@@ -203,6 +206,7 @@ def gradient_coherence(
     )
 
 
+@checked
 def gradient_noise_scale(
     loss: Loss, *, ball: Ball | ProductBall | None = None, sampled: bool = False, progress: Progress | None = None
 ) -> Estimate:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sam_optim.loss import Loss
+from sam_optim.measures.shared import checked
 
 BY = ("module", "tensor")
 
 
+@checked
 def by_layer(measure: Callable[..., Any], loss: Loss, *, by: str = "module", **kwargs: Any) -> dict[str, Any]:
     """A measure of each block of parameters: for curvature, of the diagonal blocks of the matrix.
 

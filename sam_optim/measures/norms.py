@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import SAMPLED, Loss
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, redrawn, settings
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, checked, estimate, redrawn, settings
 
 EXACT = 2048  # products up to which relative flatness is computed without drawing
 
 
+@checked
 def fisher_rao_norm(loss: Loss, *, matrix: str = "fisher", progress: Progress | None = None) -> Estimate:
     """The squared length of the weights in the Fisher metric.
 
@@ -63,6 +64,7 @@ def fisher_rao_norm(loss: Loss, *, matrix: str = "fisher", progress: Progress | 
     )
 
 
+@checked
 def relative_flatness(
     loss: Loss,
     layer: str | nn.Module | Tensor,

@@ -13,13 +13,14 @@ from sam_optim.core.geometry import canonical_adaptive, scale
 from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, estimate, settings, student_half_width
+from sam_optim.measures.shared import Progress, Ticks, check_vector, checked, estimate, settings, student_half_width
 
 RISES = ("loss", "error")
 FURTHEST = 60  # factors of at most 10 between the first guess and where the search gives up
 SLOPE = 1.1  # the slope at the end is that between sigma / 1.1 and sigma * 1.1
 
 
+@checked
 def pac_bayes_sigma(
     loss: Loss,
     *,
@@ -65,7 +66,7 @@ def pac_bayes_sigma(
 
     Source: arXiv:1912.02178. Published code for it passes s^2 where the standard deviation belongs.
     """
-    _check(target, of, tol, eps)
+    _check(target, of, eps)
     if num_samples < 2:
         raise ValueError(f"num_samples must be >= 2 (draws come in pairs z, -z), got {num_samples}")
     chosen = canonical_adaptive(adaptive)
@@ -121,6 +122,7 @@ def pac_bayes_sigma(
     )
 
 
+@checked
 def sharpness_alpha(
     loss: Loss,
     *,
@@ -154,7 +156,7 @@ def sharpness_alpha(
 
     Source: arXiv:1912.02178.
     """
-    _check(target, of, tol, eps)
+    _check(target, of, eps)
     if num_steps < 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
     chosen = canonical_adaptive(adaptive)
@@ -198,6 +200,7 @@ def sharpness_alpha(
     )
 
 
+@checked
 def flatness_bounds(
     loss: Loss,
     *,
@@ -245,9 +248,8 @@ def flatness_bounds(
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta is a probability between 0 and 1, got {delta}")
-    shapes = [tuple(w.shape) for w in loss.params]
-    if initial_weights is not None and (got := [tuple(w.shape) for w in initial_weights]) != shapes:
-        raise ValueError(f"initial_weights needs one tensor for each parameter, of its shape, got shapes {got}")
+    if initial_weights is not None:
+        check_vector("initial_weights", initial_weights, loss.params)
     tick = Ticks(progress, 4)
     options: dict[str, Any] = {"target": target, "of": of, "eps": eps}
     w = [p.detach().double() for p in loss.params]
@@ -363,12 +365,10 @@ def share_wrong(outputs: Any, target: Any) -> Tensor:
     return (outputs.argmax(dim=1) != labels).double().mean()
 
 
-def _check(target: float, of: str, tol: float, eps: float) -> None:
+def _check(target: float, of: str, eps: float) -> None:
     if of not in RISES:
         raise ValueError(f"of must be 'loss' or 'error', got {of!r}")
     if not (math.isfinite(target) and target > 0) or (of == "error" and target >= 1):
         raise ValueError(f"target is a rise and must be > 0, and below 1 for the error, got {target}")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must be between 0 and 1, got {tol}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps is a standard deviation in units of w and must be >= 0, got {eps}")

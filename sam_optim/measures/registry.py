@@ -24,6 +24,7 @@ from sam_optim.measures.density import spectral_density
 from sam_optim.measures.gradients import gradient_coherence, gradient_noise_scale, gradient_regret
 from sam_optim.measures.norms import fisher_rao_norm, relative_flatness
 from sam_optim.measures.pac_bayes import pac_bayes_sigma
+from sam_optim.measures.shared import checked
 from sam_optim.measures.sharpness import average_in_ball, average_sharpness, worst_case_sharpness
 from sam_optim.measures.trace import hessian_frobenius_norm, hessian_trace
 
@@ -151,6 +152,7 @@ def _keywords(function: Callable[..., Any], *, skipped: int) -> dict[str, Any]:
     return {p.name: p.default for p in named[skipped:]}
 
 
+@checked
 def standard_measures(
     *, rho: float = 0.05, adaptive_rho: float = 0.1, num_steps: int = 20, num_probes: int = 100, seed: int = 0
 ) -> dict[str, Callable[[Loss], Estimate | Spectrum]]:

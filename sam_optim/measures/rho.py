@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from sam_optim.core.geometry import Ball, ProductBall
 from sam_optim.core.results import _Result, provenance
+from sam_optim.core.scalars import real, shown
 from sam_optim.loss import Loss
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, settings, why_not_finite
+from sam_optim.measures.shared import Progress, Ticks, batch_mean, checked, settings, why_not_finite
 
 NUM_HALVINGS = 5  # of the radius, and as many doublings
 
@@ -47,6 +48,7 @@ class RhoRange(_Result):
         return "\n".join(lines).replace("a straight line explains nan%", "no rise")
 
 
+@checked
 def rho_range(
     loss: Loss, optimizer: Optimizer, *, radii: Sequence[float] | None = None, progress: Progress | None = None
 ) -> RhoRange:
@@ -74,8 +76,10 @@ def rho_range(
         raise ValueError("all radii of the optimizer are 0, so nothing moves: give it a rho > 0")
     if radii is None:
         radii = [ball.rho * 2.0**k for k in range(-NUM_HALVINGS, NUM_HALVINGS + 1)]
-    grid = sorted(float(r) for r in radii)
-    if not grid or not grid[0] > 0 or not math.isfinite(grid[-1]):
+    if isinstance(radii, str) or not isinstance(radii, Iterable) or getattr(radii, "ndim", 1) != 1:
+        raise ValueError(f"radii must be a sequence of numbers > 0, got {shown(radii)}")
+    grid = sorted(real("a radius", r) for r in radii)
+    if not grid or not grid[0] > 0:
         raise ValueError(f"radii must be finite and > 0, got {grid}")
     tick = Ticks(progress, loss.num_batches * len(grid))
 

@@ -2,26 +2,88 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from sam_optim.core.geometry import Ball, ProductBall
+from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance, student_quantile
+from sam_optim.core.scalars import real, shown, whole
 from sam_optim.loss import SAMPLED, Loss
 
 Product = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
+M = TypeVar("M", bound=Callable[..., Any])
 
 DRAWS = 16  # labels for each example of "fisher_mc", where one matrix is needed
 CHUNK = 1 << 20  # entries that are in float64 at once
 FEW_SAMPLES = 4  # below it a standard error is itself uncertain by half
+
+
+def checked(measure: M) -> M:
+    """Makes the arguments of a measure plain, as its annotations say: numbers may be NumPy's or one-element tensors.
+
+    Raises:
+        ValueError: a number that is none, or not finite. TypeError: no Loss, no ball. With the value, before any work.
+    """
+    signature = inspect.signature(measure)
+
+    @wraps(measure)
+    def with_plain_arguments(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return measure(*args, **kwargs)  # which names the measure
+        for name, value in bound.arguments.items():
+            kinds = str(signature.parameters[name].annotation).split(" | ")
+            if not (value is None and "None" in kinds):
+                bound.arguments[name] = _plain(name, value, kinds)
+        return measure(*bound.args, **bound.kwargs)
+
+    return cast(M, with_plain_arguments)
+
+
+def _plain(name: str, value: Any, kinds: Sequence[str]) -> Any:
+    if "int" in kinds:
+        whole_number = whole(name, value)
+        if name == "seed":
+            Stream(whole_number)  # refuses what is no seed, also where nothing is drawn
+        return whole_number
+    if "float" in kinds:
+        number = real(name, value)
+        if name == "tol" and not 0 < number < 1:
+            raise ValueError(f"tol is relative and must be > 0 and < 1, got {number}")
+        return number
+    if kinds[0] == "bool" and "str" not in kinds and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    if kinds[0] == "str" and not isinstance(value, str):
+        raise ValueError(f"{name} must be a word, got {shown(value)}")
+    if kinds == ["Loss"] and not isinstance(value, Loss):
+        got = type(value).__name__
+        raise TypeError(f"a measure is of a Loss: pass Loss(model, criterion, batches), got {got}")
+    of_ball = "Ball" in kinds and not isinstance(value, (Ball, ProductBall))
+    if of_ball and not ("Sequence[Ball]" in kinds and isinstance(value, Sequence) and not isinstance(value, str)):
+        raise TypeError(f"{name} must be a Ball: pass Ball(rho) or optimizer.ball, got {type(value).__name__}")
+    return value
+
+
+def check_vector(name: str, v: Any, params: Sequence[Tensor]) -> None:
+    """Raises ValueError for what is no sequence of tensors in the shapes of the parameters."""
+    expected: list[Any] = [tuple(w.shape) for w in params]
+    got: Any = type(v).__name__
+    if isinstance(v, Sequence) and not isinstance(v, str):
+        got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in v]
+    if got != expected:
+        raise ValueError(f"{name} needs one tensor for each parameter, of its shape (see `params`), got {got}")
 
 
 @contextmanager

@@ -17,7 +17,16 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate
 from sam_optim.loss import Loss
 from sam_optim.measures.ascent import Maximum, Point, evaluate, random_points, search
-from sam_optim.measures.shared import Progress, Ticks, batch_mean, batch_weights, estimate, settings, student_half_width
+from sam_optim.measures.shared import (
+    Progress,
+    Ticks,
+    batch_mean,
+    batch_weights,
+    checked,
+    estimate,
+    settings,
+    student_half_width,
+)
 
 RESTARTS = 8  # searches per batch
 HEATS = 4  # random points from which each search but the first begins
@@ -46,6 +55,7 @@ def worst_case_sharpness(
 ) -> list[Estimate]: ...
 
 
+@checked
 def worst_case_sharpness(
     loss: Loss,
     ball: Ball | ProductBall | Sequence[Ball],
@@ -209,6 +219,7 @@ def average_sharpness(
 ) -> list[Estimate]: ...
 
 
+@checked
 def average_sharpness(
     loss: Loss,
     ball: Ball | ProductBall | Sequence[Ball],
@@ -280,6 +291,7 @@ def average_sharpness(
     return results if isinstance(ball, Sequence) else results[0]
 
 
+@checked
 def average_in_ball(
     loss: Loss,
     ball: Ball | ProductBall,

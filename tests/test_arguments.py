@@ -124,7 +124,7 @@ def test_radii():
     for wrong in (1.0, "3", torch.tensor(3.0)):
         with pytest.raises(ValueError, match="radii must be a sequence of numbers > 0, got "):
             measures.rho_range(one, optimizer, radii=wrong)
-    with pytest.raises(ValueError, match="a radius must be a finite number, got nan"):
+    with pytest.raises(ValueError, match="each of radii must be a finite number, got nan"):
         measures.rho_range(one, optimizer, radii=[1.0, math.nan])
 
 

@@ -638,3 +638,52 @@ def test_a_function_of_a_mean_is_not_a_mean_over_pieces(of_mean):
     loss = Loss(model, criterion, [(x[:16], y[:16]), (x[16:], y[16:])])
     parts = [criterion(model(a).detach(), b) for a, b in ((x[:16], y[:16]), (x[16:], y[16:]))]
     assert float(loss.value()) == pytest.approx(float(2 * parts[0] + parts[1]) / 3)
+
+
+class ItsOwnLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.layer(x), y)
+
+
+class TestModelsThatAreTheirOwnLoss:
+    data = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.tensor([0, 1] * 3)
+
+    def loss(self, **options):
+        return Loss(ItsOwnLoss(), lambda o, _: o, [self.data], forward=lambda m, b: (m(*b), None), **options)
+
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_the_hessian_is_that_of_the_layer(self, chunk_size):
+        x, y = self.data
+        expected = Loss(ItsOwnLoss().layer, nn.CrossEntropyLoss(), [(x, y)])
+        result = hessian_eigenvalues(self.loss(chunk_size=chunk_size), num=3)
+        torch.testing.assert_close(result.eigenvalues, hessian_eigenvalues(expected, num=3).eigenvalues)
+
+    @pytest.mark.parametrize("matrix", ["ggn", "fisher", "fisher_mc", "empirical_fisher"])
+    def test_there_is_no_matrix_of_outputs(self, matrix):
+        """Of the identity it would be 0 for every model."""
+        with pytest.raises(ValueError, match=r"got outputs that are the loss itself: .* use matrix='hessian'"):
+            hessian_eigenvalues(self.loss(), matrix=matrix)
+
+
+def test_t5_is_weighed_by_its_labels_and_agrees_with_a_dense_hessian():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    labels = [torch.tensor([[3, 4, 5, 1], [3, 1, -100, -100], [7, 8, 1, -100]]), torch.tensor([[3, 4], [3, -100]])]
+    data = [{"input_ids": torch.randint(1, 40, (len(y), 5)), "labels": y} for y in labels]
+    loss = Loss(model, None, data)
+    assert loss.batch_weights == (9, 3)
+    w = model.decoder.final_layer_norm.weight
+    mean = sum(n * model(**batch).loss for n, batch in zip((9, 3), data, strict=True)) / 12
+    assert float(loss.value()) == pytest.approx(float(mean.detach()), rel=1e-12)
+    (g,) = torch.autograd.grad(mean, w, create_graph=True)
+    dense = torch.stack([torch.autograd.grad(x, w, retain_graph=True)[0] for x in g])
+    values = hessian_eigenvalues(loss.block("decoder.final_layer_norm"), num=8).eigenvalues
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(dense).flip(0))

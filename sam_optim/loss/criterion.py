@@ -97,8 +97,9 @@ def normalized(outputs: Any) -> Tensor:
 
 def check_matrix(criterion: Criterion | None, outputs: Any, matrix: str) -> None:
     """Raises ValueError where the criterion and the outputs have no such matrix."""
-    if criterion is None or not isinstance(outputs, Tensor):
+    if criterion is None or not isinstance(outputs, Tensor) or not outputs.ndim:
         got = "no criterion" if criterion is None else f"outputs of type {type(outputs).__name__}"
+        got = "outputs that are the loss itself" if isinstance(outputs, Tensor) and criterion is not None else got
         remedy = "pass one, such as nn.CrossEntropyLoss(), or use matrix='hessian'"
         raise ValueError(f"matrix={matrix!r} needs a criterion of outputs that are one tensor, got {got}: {remedy}")
     if matrix in ("fisher", "fisher_mc"):
@@ -110,7 +111,7 @@ def check_matrix(criterion: Criterion | None, outputs: Any, matrix: str) -> None
 
 def same_outputs(few: Any, many: Any) -> bool:
     """Whether examples have the same outputs in a small and in a large piece; if not, they act on each other."""
-    if not (isinstance(few, Tensor) and isinstance(many, Tensor) and len(few) <= len(many)):
+    if not all(isinstance(x, Tensor) and x.ndim for x in (few, many)) or len(few) > len(many):
         return False
     many = many[: len(few)]
     if few.shape != many.shape:

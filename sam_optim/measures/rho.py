@@ -78,7 +78,7 @@ def rho_range(
         radii = [ball.rho * 2.0**k for k in range(-NUM_HALVINGS, NUM_HALVINGS + 1)]
     if isinstance(radii, str) or not isinstance(radii, Iterable) or getattr(radii, "ndim", 1) != 1:
         raise ValueError(f"radii must be a sequence of numbers > 0, got {shown(radii)}")
-    grid = sorted(real("a radius", r) for r in radii)
+    grid = sorted(real("each of radii", r) for r in radii)
     if not grid or not grid[0] > 0:
         raise ValueError(f"radii must be finite and > 0, got {grid}")
     tick = Ticks(progress, loss.num_batches * len(grid))

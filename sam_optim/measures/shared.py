@@ -63,9 +63,9 @@ def _plain(name: str, value: Any, kinds: Sequence[str]) -> Any:
         if name == "tol" and not 0 < number < 1:
             raise ValueError(f"tol is relative and must be > 0 and < 1, got {number}")
         return number
-    if kinds[0] == "bool" and "str" not in kinds and not isinstance(value, bool):
+    if set(kinds) <= {"bool", "None"} and not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {shown(value)}")
-    if kinds[0] == "str" and not isinstance(value, str):
+    if set(kinds) <= {"str", "None"} and not isinstance(value, str):
         raise ValueError(f"{name} must be a word, got {shown(value)}")
     if kinds == ["Loss"] and not isinstance(value, Loss):
         got = type(value).__name__

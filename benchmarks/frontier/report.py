@@ -94,7 +94,9 @@ def write(page: Path) -> str:
 
 
 def picture(tasks: Sequence[Task]) -> Figure:
-    """Accuracy against cost, a panel for each task: the mean of each method with Student's 95 % interval over seeds."""
+    """Accuracy against cost, a panel for each task whose control has been run: the mean of each method with Student's
+    95 % interval over seeds."""
+    tasks = [task for task in tasks if task.row(task.control)] or tasks
     with styled((11.0, 4.4 * len(tasks))) as figure:
         for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
             _panel(axes, task)

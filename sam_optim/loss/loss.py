@@ -20,7 +20,7 @@ from sam_optim.core.contexts import undone
 from sam_optim.loss import criterion as criteria
 from sam_optim.loss import differences as by_differences
 from sam_optim.loss import products
-from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved, tensors, tree_map
+from sam_optim.loss.batches import FixedBatches, checksum, data_id, divided, joined, moved, part, tensors, tree_map
 from sam_optim.loss.criterion import Criterion, Forward
 from sam_optim.loss.curvature import PROBE, Curvature, SavedBytes, Sum, budgets
 from sam_optim.loss.distributed import Sharding
@@ -500,11 +500,11 @@ class Loss:
         where = torch.arange(number) + rng.Stream(0).uniform_like(torch.empty(number, dtype=torch.float64))
         rows = (where * (sum(sizes) / number)).long().tolist()
         for n, batch in zip(sizes, self._batches.read(), strict=False):
-            parts = divided(batch, n, size)
             chosen = {min((row - start) // size, max(n // size, 1) - 1) for row in rows if start <= row < start + n}
-            if len(parts) > 1 or n <= size:
+            if n <= size or len(divided(batch, n, -(-n // 2))) > 1:
                 for i in sorted(chosen):
-                    yield parts[i][0], tree_map(_copied, moved(parts[i][1], self.device))
+                    piece = part(batch, i * size, (i + 1) * size) if n > size else batch
+                    yield min(n, size), tree_map(_copied, moved(piece, self.device))
             elif not start:
                 yield n, moved(batch, self.device)
             start += n

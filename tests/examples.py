@@ -85,8 +85,8 @@ def standard_errors(text: str, spread: float) -> dict[int, float]:
     for match in ESTIMATE.finditer(text):
         value, error, count = match.groups()
         errors[match.start(1)] = float(error)
-        own = float(error) / (math.sqrt(2 * (int(count) - 1)) if count else 1.0)
-        errors[match.start(2)] = own + spread * abs(float(value))
+        error_of_error = float(error) / (math.sqrt(2 * (int(count) - 1)) if count else 1.0)
+        errors[match.start(2)] = error_of_error + spread * abs(float(value))
     return errors
 
 

@@ -124,27 +124,19 @@ for step in range(1, 10**6):
 """
 
 
-def test_a_kill_during_saving_always_leaves_a_valid_checkpoint(tmp_path):
-    """One process for each kill: it takes a while to import torch, so only a few; the slow test does many."""
-    kill_while_saving(tmp_path, kills=2)
-
-
-@pytest.mark.slow
-def test_many_kills_during_saving(tmp_path):
-    kill_while_saving(tmp_path, kills=40)
-
-
-def kill_while_saving(directory: Path, kills: int) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_kill_during_saving_always_leaves_a_valid_checkpoint(tmp_path, kills):
+    """One process for each kill, and it takes a while to import torch."""
     draw = random.Random(0)
     for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(directory)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
         with process:
             assert process.stdout.readline() == b"saved\n"
             time.sleep(0.2 * draw.random())
             process.send_signal(signal.SIGKILL)
-        newest = checkpoint.newest(directory)
+        newest = checkpoint.newest(tmp_path)
         assert torch.equal(newest["w"], torch.full((500_000,), float(newest["step"])))
-        for path in checkpoint.newest_first(directory):
+        for path in checkpoint.newest_first(tmp_path):
             path.unlink()
 
 

@@ -164,6 +164,28 @@ def test_they_are_checked_on_examples_of_all_batches():
     hessian_eigenvalues(Loss(Late(None), cross_entropy, data[:4]))  # where they are right
 
 
+def test_batches_of_which_only_some_can_be_cut_are_checked():
+    """Of the first one no example may be drawn, and the others are one piece each: objects of some other kind."""
+    (x, y), *_ = batches(mlp, (4,))
+    large = [{"x": x.repeat(50, 1), "labels": y.repeat(50), "who": object()} for _ in range(20)]
+    data = [{"x": x, "labels": y, "who": 0}, *large]
+
+    def forward(model, batch):
+        return model(batch["x"]), batch["labels"]
+
+    hessian_eigenvalues(Loss(Custom(torch.square), cross_entropy, data, forward=forward), max_products=2)
+    with pytest.raises(ValueError, match=r"second derivatives .* are wrong"):
+        hessian_eigenvalues(Loss(Custom(Once.apply), cross_entropy, data, forward=forward))
+
+
+def test_with_batch_statistics_no_example_is_checked_alone(monkeypatch):
+    """However large its outputs are: of one example there are none."""
+    monkeypatch.setattr("sam_optim.loss.loss.MANY_OUTPUT_BYTES", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    assert hessian_eigenvalues(Loss(model, cross_entropy, batches(mlp), batch_statistics=True), tol=0.1).converged
+
+
 class Listed(torch.utils.data.Dataset):
     def __init__(self, rows):
         self.rows = rows

@@ -28,11 +28,7 @@ def test_every_example_runs_and_prints_what_it_shows(name, tmp_path, monkeypatch
     examples.check(pairs, spread=TRAINED)
 
 
-TRAINING = {
-    "start",
-    "training",
-    "monitor",
-}  # as in the gallery; on the others nothing of weight is trained
+TRAINING = {"start", "training", "monitor"}  # and the gallery; other pages train nothing whose numbers they print
 REST = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "integrations"]
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_loops import LR, RHO, batches, close, gradients_by_hand, network, sam
+from test_loops import LR, RHO, assert_close, batches, gradients_by_hand, network, sam
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -25,7 +25,7 @@ def trained_by_hand(model, *, num=4):
 
 def check(model, twin, *, tolerance=1e-12):
     trained_by_hand(twin)
-    close([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], tolerance=tolerance)
+    assert_close([*model.parameters(), *model.buffers()], [*twin.parameters(), *twin.buffers()], tolerance=tolerance)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_peft_moves_the_adapters_alone():
     cross_entropy(model(x), y).backward()
     with optimizer.perturbed():
         cross_entropy(model(x), y).backward()
-    close([p.grad for p in trained], [g for g in truth if g is not None])
+    assert_close([p.grad for p in trained], [g for g in truth if g is not None])
 
 
 def test_a_loss_with_proxies_of_another_optimizer():
@@ -192,7 +192,7 @@ def test_a_loss_with_proxies_of_another_optimizer():
     criterion(trunk(x), y).backward()
     with optimizer.perturbed():
         criterion(trunk(x), y).backward()
-    close([p.grad for p in both.parameters()], truth)
+    assert_close([p.grad for p in both.parameters()], truth)
 
 
 # TRL
@@ -298,7 +298,7 @@ def test_stable_baselines3_stops_and_works_with_a_train_of_two_passes(algorithm)
                 return loss
 
             self.policy.optimizer.step(closure)
-            close(self.policy.parameters(), expected, tolerance=1e-6)
+            assert_close(self.policy.parameters(), expected, tolerance=1e-6)
             self._n_updates += 1
 
     agent = TwoPasses("MlpPolicy", task, policy_kwargs=sam_of_policy, device="cpu").learn(32)

@@ -58,7 +58,7 @@ def gradients_by_hand(model, loss_of, *, moved=None, rho=RHO):
     return [None if p.grad is None else p.grad.clone() for p in there.parameters()]
 
 
-def close(tensors, truth, *, tolerance=1e-12):
+def assert_close(tensors, truth, *, tolerance=1e-12):
     for a, b in zip(tensors, truth, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)
 
@@ -137,7 +137,7 @@ def test_accumulating_in_microbatches_is_the_sum_of_their_own_gradients():
             (cross_entropy(model(x), y) / 4).backward()
             with optimizer.perturbed():
                 (cross_entropy(model(x), y) / 4).backward()
-    close([p.grad for p in model.parameters()], truth)
+    assert_close([p.grad for p in model.parameters()], truth)
     optimizer.step()
 
 
@@ -150,7 +150,7 @@ def test_all_first_passes_and_then_all_second_ones_are_one_step_of_the_whole_bat
     with optimizer.perturbed():
         for x, y in batches():
             (cross_entropy(model(x), y) / 4).backward()
-    close([p.grad for p in model.parameters()], truth)
+    assert_close([p.grad for p in model.parameters()], truth)
 
 
 def test_a_second_pass_without_a_new_first_one_is_an_error():
@@ -275,7 +275,7 @@ def test_phases_on_the_same_data_are_not_warned_of(kind):
         else:
             both = whole if kind == "one batch at w + e" else parts
             accumulate(optimizer, model, parts, both=both, clip=kind == "clipped at w")
-        close([p.grad for p in model.parameters()], truth, tolerance=1e-8)
+        assert_close([p.grad for p in model.parameters()], truth, tolerance=1e-8)
         optimizer.step()
 
 
@@ -301,7 +301,7 @@ def test_a_second_backward_through_the_first_graph_is_an_error(way, once):
     truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
     expected = [p - LR * g for p, g in zip(start, truth, strict=True)]
     take_step(way, optimizer, lambda: cross_entropy(model(x), y))
-    close(model.parameters(), expected)
+    assert_close(model.parameters(), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -318,7 +318,7 @@ def test_graphs_made_before_that_lead_elsewhere_or_are_views(way):
     truth = gradients_by_hand(model, lambda m: cross_entropy(m(fake.detach()), y))
     expected = [p - LR * g for p, g in zip(copies(model), truth, strict=True)]
     take_step(way, optimizer, Loss)
-    close(model.parameters(), expected)
+    assert_close(model.parameters(), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -345,7 +345,7 @@ def test_a_second_optimizer_gets_the_gradient_at_w_plus_e(way):
         other.zero_grad()
         take_step(way, optimizer, lambda: cross_entropy(model(x), y))
         other.step()
-        close(model.parameters(), expected)
+        assert_close(model.parameters(), expected)
 
 
 @pytest.mark.parametrize("way", ["contexts", "first and second step"])
@@ -422,7 +422,7 @@ def test_clipping_the_gradients_of_two_optimizers_between_the_passes(way):
             trunk.step()
         if named:
             head.step()
-            close(model.parameters(), expected, tolerance=1e-5)  # torch adds 1e-6 to the norm
+            assert_close(model.parameters(), expected, tolerance=1e-5)  # torch adds 1e-6 to the norm
         else:
             with pytest.raises(RuntimeError, match="the sum of the gradients at w and at w"):
                 head.step()
@@ -461,7 +461,7 @@ def test_a_step_of_another_optimizer_in_the_second_pass_stays():
             model(x).square().mean().backward()
             head.step()
         trunk.step()
-        close(model.parameters(), expected)
+        assert_close(model.parameters(), expected)
 
 
 def test_an_attack_with_an_optimizer_of_its_own_in_the_closure():
@@ -480,7 +480,7 @@ def test_an_attack_with_an_optimizer_of_its_own_in_the_closure():
     truth = gradients_by_hand(model, loss_of)
     expected = [p - LR * g for p, g in zip(copies(model), truth, strict=True)]
     take_step("closure", optimizer, loss_of)
-    close(model.parameters(), expected)
+    assert_close(model.parameters(), expected)
 
 
 def test_a_scheduler_that_steps_in_the_closure_is_warned_of():
@@ -517,7 +517,7 @@ def test_a_second_optimizer_that_clears_the_sum_of_both_passes_steps_as_ever():
     cross_entropy(model(x), y).backward()
     expected = [p - LR * p.grad for p in model[2].parameters()]
     other.step()
-    close(model[2].parameters(), expected)
+    assert_close(model[2].parameters(), expected)
 
 
 class MovingKey(nn.Module):
@@ -554,8 +554,8 @@ def test_a_key_encoder_moves_once_and_towards_w(way, how):
         names = [f"query.{name}" for name, _ in model.query.named_parameters()]
         truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y), moved=names)
         take_step(way, optimizer, lambda: cross_entropy(model(x), y))
-        close(model.key.parameters(), after_first.key.parameters())
-        close([p.grad for p in model.query.parameters()], [g for g in truth if g is not None])
+        assert_close(model.key.parameters(), after_first.key.parameters())
+        assert_close([p.grad for p in model.query.parameters()], [g for g in truth if g is not None])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -586,7 +586,7 @@ def test_all_networks_that_are_named_count_one_pass(way):
     take_step(way, optimizer, lambda: loss_of(*networks))
     loss_of(*twins)
     for network_, twin in zip(networks, twins, strict=True):
-        close(network_.buffers(), twin.buffers())
+        assert_close(network_.buffers(), twin.buffers())
     assert int(generator[1].num_batches_tracked) == 1
     assert int(discriminator[1].num_batches_tracked) == 2
 
@@ -628,7 +628,7 @@ def test_an_average_that_is_updated_in_the_passes_is_warned_of_or_named(way, nam
     take_step(way, optimizer, loss_of)  # warnings are errors
     if named == "both":
         assert int(average.n_averaged) == 2
-        close(average.parameters(), [0.9 * a + 0.1 * w for a, w in zip(averages, truth, strict=True)])
+        assert_close(average.parameters(), [0.9 * a + 0.1 * w for a, w in zip(averages, truth, strict=True)])
 
 
 def test_a_tensor_that_is_no_buffer_and_changes_in_both_passes_is_warned_of_once():
@@ -824,7 +824,7 @@ def test_an_update_with_gradients_that_are_still_scaled_is_warned_of(way, scaler
             update()
     else:
         update()
-    close(model.parameters(), expected, tolerance=1e-4)
+    assert_close(model.parameters(), expected, tolerance=1e-4)
     assert "scale" not in scaler.__dict__
     update()  # it is said once
 
@@ -861,7 +861,7 @@ def test_only_gradients_that_are_still_scaled_are_warned_of(way, kind):
     expected = [p - LR * g * (length / norm) for p, g in zip(copies(model), truth, strict=True)]
     with pytest.warns(UserWarning, match="1024 times too long") if is_wrong else contextlib.nullcontext():
         take_step(way, optimizer, Loss)
-    close(model.parameters(), expected, tolerance=1e-4)
+    assert_close(model.parameters(), expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("by", ["scaler.step", "unscale_"])
@@ -882,7 +882,7 @@ def test_micro_batches_of_scaled_losses_that_are_unscaled_in_the_end_are_right(b
         optimizer.step()
     else:
         scaler.step(optimizer)
-    close(model.parameters(), expected, tolerance=1e-5)
+    assert_close(model.parameters(), expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
@@ -914,7 +914,7 @@ def test_unscaling_for_another_optimizer_is_nobodys_affair():
         scaler.scale(cross_entropy(model(x), y)).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
-    close(model.parameters(), expected, tolerance=1e-5)
+    assert_close(model.parameters(), expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -936,7 +936,7 @@ def test_a_loss_over_trainable_parameters_is_the_same_in_norm_only_groups(way):
 
     take_step(way, optimizer, noted)
     assert seen[0] == expected
-    close([p.grad for p in model.parameters()], truth)
+    assert_close([p.grad for p in model.parameters()], truth)
     if way == "closure":
         assert float(optimizer.last_step.sharpness) == pytest.approx(seen[1] - seen[0], rel=1e-12)
 
@@ -1071,7 +1071,7 @@ def test_modules_that_cannot_be_looked_after_are_refused_and_lazy_ones_work():
     assert int(model[1].num_batches_tracked) == 1
     twin = copy.deepcopy(model)
     truth = gradients_by_hand(twin, lambda m: cross_entropy(m(x.float()), y))
-    close([p.grad for p in model.parameters()], truth, tolerance=1e-6)
+    assert_close([p.grad for p in model.parameters()], truth, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -1158,7 +1158,7 @@ def test_a_first_pass_by_hand_before_a_closure_that_does_not_clear_it(way):
 
     if way == "list":
         optimizer.step([closure])
-        close(model.parameters(), [w - LR * g for w, g in zip(start, truth, strict=True)])
+        assert_close(model.parameters(), [w - LR * g for w, g in zip(start, truth, strict=True)])
         return
     with pytest.raises(RuntimeError, match=r"left gradients from before step\(closure\) in place"):
         optimizer.step(closure, ascent_closure=closure if way == "ascent" else None)
@@ -1212,7 +1212,7 @@ def test_a_gradient_that_is_zero_is_no_error(way):
     assert not any(p.grad.count_nonzero() for p in model.parameters())
     take_step(way, optimizer, lambda: (model(x) + 1e3).relu().mean())
     truth = gradients_by_hand(model, lambda m: (m(x) + 1e3).relu().mean())
-    close([p.grad for p in model.parameters()], truth)
+    assert_close([p.grad for p in model.parameters()], truth)
 
 
 # bases and wrappers that cannot work
@@ -1246,7 +1246,7 @@ def test_inside_zero_redundancy_it_is_refused_with_the_nesting_that_works(inner,
         truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
         expected = [p - LR * g for p, g in zip(model.parameters(), truth, strict=True)]
         take_step("closure", optimizer, lambda: cross_entropy(model(x), y))
-        close(model.parameters(), expected)
+        assert_close(model.parameters(), expected)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -1405,7 +1405,7 @@ def test_a_layer_that_trains_only_from_time_to_time(way, how):
             optimizer.add_param_group({"params": list(model[0].parameters())})
         take_step(way, optimizer, lambda x=x, y=y: cross_entropy(model(x), y))
         descend_by_hand(truth, lambda m, x=x, y=y: cross_entropy(m(x), y))
-        close(model.parameters(), truth.parameters())
+        assert_close(model.parameters(), truth.parameters())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -1420,7 +1420,7 @@ def test_model_and_optimizer_that_are_copied_together_train_on_apart(way):
         truth = copy.deepcopy(m)
         take_step(way, o, lambda m=m, x=x, y=y: cross_entropy(m(x), y))
         descend_by_hand(truth, lambda m, x=x, y=y: cross_entropy(m(x), y))
-        close(m.parameters(), truth.parameters())
+        assert_close(m.parameters(), truth.parameters())
 
 
 def test_a_closure_that_assigns_what_autograd_grad_returns():
@@ -1438,7 +1438,7 @@ def test_a_closure_that_assigns_what_autograd_grad_returns():
     for _ in range(3):
         optimizer.step(closure)
         descend_by_hand(truth, lambda m: cross_entropy(m(x), y))
-    close(model.parameters(), truth.parameters())
+    assert_close(model.parameters(), truth.parameters())
 
 
 # faults while perturbed
@@ -1504,7 +1504,7 @@ def test_after_a_step_under_inference_mode_the_next_one_works(way, batch_norm):
         take_step(way, optimizer, lambda: cross_entropy(model(x), y))
     truth = gradients_by_hand(model, lambda m: cross_entropy(m(x), y))
     take_step(way, optimizer, lambda: cross_entropy(model(x), y))
-    close([p.grad for p in model.parameters()], truth)
+    assert_close([p.grad for p in model.parameters()], truth)
 
 
 # Lightning, where the module steps its optimizer itself
@@ -1552,7 +1552,7 @@ def test_lightnings_manual_optimization(way, named):
         with torch.no_grad():
             for p, g in zip(twin.parameters(), truth, strict=True):
                 p.sub_(g, alpha=LR)
-    close(module.net.parameters(), twin.parameters())
+    assert_close(module.net.parameters(), twin.parameters())
     assert trainer.global_step == len(batches())
 
 
@@ -1571,7 +1571,7 @@ def test_a_loop_written_for_davda54_runs_as_it_is_with_eta_0():
     cross_entropy(model(x), y).backward()
     optimizer.first_step(zero_grad=True)
     cross_entropy(model(x), y).backward()
-    close([p.grad for p in model.parameters()], [p.grad for p in there.parameters()])
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in there.parameters()])
     optimizer.second_step(zero_grad=True)
 
 
@@ -1690,7 +1690,7 @@ def test_torchs_error_of_a_graph_that_is_used_twice_says_what_to_do(way, retain)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start, strict=True))
     take_step(way, optimizer, lambda: cross_entropy(model(x), y))
     descend_by_hand(truth := network(), lambda m: cross_entropy(m(x), y))
-    close(model.parameters(), truth.parameters())
+    assert_close(model.parameters(), truth.parameters())
 
 
 def descend_one_of_two(pair, loss_of, name):
@@ -1725,7 +1725,9 @@ def test_fakes_that_are_made_once_serve_one_pass_of_the_generator(way):
         descend_one_of_two(truth, lambda m, z=z, fake=fake: loss_d(m, fake, z), "D")
         truth["D"](fake)
         descend_one_of_two(truth, lambda m, z=z: cross_entropy(m["D"](m["G"](z)), y), "G")
-        close([t.double() for t in pair.state_dict().values()], [t.double() for t in truth.state_dict().values()])
+        assert_close(
+            [t.double() for t in pair.state_dict().values()], [t.double() for t in truth.state_dict().values()]
+        )
 
 
 def test_a_first_step_without_a_second_one_gives_the_pass_up_and_names_microbatch():
@@ -1744,7 +1746,7 @@ def test_a_first_step_without_a_second_one_gives_the_pass_up_and_names_microbatc
             cross_entropy(model(x), y).backward()
             optimizer.second_step(zero_grad=True)
             descend_by_hand(truth, lambda m, x=x, y=y: cross_entropy(m(x), y))
-    close(model.parameters(), truth.parameters())
+    assert_close(model.parameters(), truth.parameters())
 
 
 @pytest.mark.parametrize("where", ["in both passes", "in the perturbed pass", "after the step"])
@@ -1772,8 +1774,8 @@ def test_a_teacher_that_load_state_dict_updates_in_a_pass_is_an_error_that_says_
         update(model, teacher)
         descend_by_hand(truth[0], lambda m: cross_entropy(m(x) + truth[1](x), y))
         update(*truth)
-        close(model.parameters(), truth[0].parameters())
-        close(teacher.parameters(), truth[1].parameters())
+        assert_close(model.parameters(), truth[0].parameters())
+        assert_close(teacher.parameters(), truth[1].parameters())
 
 
 @pytest.mark.parametrize("how", ["lerp_", ".data"])
@@ -1816,7 +1818,7 @@ def test_timms_average_in_the_closure_moves_once_where_it_is_named(way):
     for _ in range(3):
         truth = [0.9 * a + 0.1 * w for a, w in zip(average.module.parameters(), copies(model), strict=True)]
         take_step(way, optimizer, loss_of)
-        close(average.module.parameters(), truth)
+        assert_close(average.module.parameters(), truth)
 
 
 class Centered(nn.Module):
@@ -1851,7 +1853,7 @@ def test_a_tensor_that_each_pass_assigns_anew_is_that_of_the_first(way, kind):
         passes = iter([by_hand, copy.deepcopy(after_first)])
         descend_by_hand(truth, lambda m, x=x, passes=passes: next(passes)(m(x), x))
         by_hand = after_first
-        close([criterion.center, *model.parameters()], [by_hand.center, *truth.parameters()])
+        assert_close([criterion.center, *model.parameters()], [by_hand.center, *truth.parameters()])
 
 
 def two_losses(pair, z, y):
@@ -1890,7 +1892,7 @@ def test_passes_of_two_optimizers_that_are_nested_perturb_both_networks_at_once(
                 norm = torch.stack([g.norm() for g in grads[k]]).norm()
                 for p, g in zip(there[k].parameters(), grads[k], strict=True):
                     p.add_(g * (RHO / norm))
-    close(pair.parameters(), [w - LR * g for w, g in zip(start, [*grads["G"], *grads["D"]], strict=True)])
+    assert_close(pair.parameters(), [w - LR * g for w, g in zip(start, [*grads["G"], *grads["D"]], strict=True)])
 
 
 def test_first_passes_of_two_networks_before_the_perturbed_ones_name_the_order():
@@ -1911,4 +1913,4 @@ def test_first_passes_of_two_networks_before_the_perturbed_ones_name_the_order()
     take_step("contexts", step_g, lambda: two_losses(pair, z, y)[1])
     descend_one_of_two(truth, lambda m: two_losses(m, z, y)[0], "D")
     descend_one_of_two(truth, lambda m: two_losses(m, z, y)[1], "G")
-    close(pair.parameters(), truth.parameters())
+    assert_close(pair.parameters(), truth.parameters())

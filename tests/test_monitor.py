@@ -489,7 +489,11 @@ SharpnessMonitor(loss, log=sys.argv[1])
 def test_what_is_no_state_is_refused_and_changes_nothing():
     monitor = SharpnessMonitor(problem()[2])
     state = monitor.state_dict()
-    for wrong, missing in (([], "num_steps, spent, .*"), ({k: 7 for k in state if k != "next"}, "next")):
+    for wrong, missing in (
+        ([], "num_steps, spent, .*"),
+        (None, "num_steps, spent, .*"),
+        ({k: 7 for k in state if k != "next"}, "next"),
+    ):
         with pytest.raises(ValueError, match=f"the state has no {missing}: give what"):
             monitor.load_state_dict(wrong)
     assert monitor.state_dict() == state

@@ -71,7 +71,7 @@ def lengths(step):
     return [float(x) for x in (step.dual_norm, step.grad_norm, step.radius, step.perturbation_norm)]
 
 
-def close(found, truth):
+def assert_close(found, truth):
     torch.testing.assert_close(
         torch.tensor(found, dtype=torch.float64), torch.tensor(truth, dtype=torch.float64), rtol=1e-9, atol=1e-11
     )
@@ -116,9 +116,9 @@ def test_fsdp2_is_one_process():
     assert first == second
     for name, options in GEOMETRIES.items():
         weights, *truth = single(options)
-        close(first[name][0], weights)
-        close(first[name][1:], truth)
-    close(first["contexts"], single(GEOMETRIES["SAM"])[0])
+        assert_close(first[name][0], weights)
+        assert_close(first[name][1:], truth)
+    assert_close(first["contexts"], single(GEOMETRIES["SAM"])[0])
 
 
 def parallel(model, mesh):
@@ -142,8 +142,8 @@ def test_tensor_parallel_is_one_process():
     assert first == second
     for name, options in GEOMETRIES.items():
         weights, *truth = single(options, functools.partial(BASE, foreach=False))
-        close(first[name][0], weights)
-        close(first[name][1:], truth)
+        assert_close(first[name][0], weights)
+        assert_close(first[name][1:], truth)
 
 
 def meshes(rank):
@@ -172,9 +172,9 @@ def meshes(rank):
 def test_meshes_of_two_dimensions_are_one_process():
     result = ranks.spawn(meshes, world=4)
     assert all(f == result[0] for f in result)
-    close(result[0]["hybrid"], single(GEOMETRIES["SAM"])[0])
+    assert_close(result[0]["hybrid"], single(GEOMETRIES["SAM"])[0])
     for name in ("SAM", "ASAM", "filter", "layer"):
-        close(result[0]["grid", name], single(GEOMETRIES[name])[0])
+        assert_close(result[0]["grid", name], single(GEOMETRIES[name])[0])
 
 
 def fsdp1(rank):
@@ -206,8 +206,8 @@ def test_fsdp1_has_the_radius_of_the_whole_model():
     assert "pass module=" in first.pop("refused")
     for (_, _, name), (weights, norm) in first.items():
         truth = single(GEOMETRIES[name])
-        close(weights[: len(truth[0])], truth[0])
-        close(norm, truth[1])
+        assert_close(weights[: len(truth[0])], truth[0])
+        assert_close(norm, truth[1])
 
 
 def checkpoints(rank, folder):
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one(tmp_path):
         dcp.load(result, checkpoint_id=str(tmp_path), no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=result["model"], optim_state_dict=result["optimizer"])
     train(model, optimizer, both, range(STEPS, 2 * STEPS))
-    close(flat(model).tolist(), first)
+    assert_close(flat(model).tolist(), first)
 
 
 def zero(rank, options):
@@ -291,7 +291,7 @@ def test_zero_redundancy_optimizer_as_base(views):
         for p, *g in zip(model.parameters(), *parts, strict=True):
             p.grad = sum(g) / 2
         optimizer.step()
-    close(first[0], flat(model).tolist())
+    assert_close(first[0], flat(model).tolist())
     assert first[0] == second[0]
     assert first[1] + second[1] == len(list(model.parameters()))  # state is held once
     assert first[2]

@@ -44,7 +44,7 @@ def restore(plan: Plan, out: Path) -> None:
     """Writes the records of committed runs that `out` does not have.
 
     Raises:
-        InputError: no run of this plan is committed.
+        InputError: the committed runs are those of another plan. FileNotFoundError: there are none.
     """
     path = _results(plan)
     with intact(path):

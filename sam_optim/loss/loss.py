@@ -31,11 +31,11 @@ from sam_optim.loss.weights import A_SUM, WHY_NONE, Weigher, weight_of, weights_
 MATRICES = ("hessian", "ggn", "fisher", "empirical_fisher")
 SAMPLED = ("fisher_mc",)  # an estimate of one of them, by draws
 JOINED = 128  # examples of small batches that pass through the model together, at most
-# Examples, in pairs, on which gradients are compared with values; derivatives of gradients on one in so many of all
-# examples alone, so that all checks cost less than a gradient of ten batches. Single ones, where the outputs of an
-# example alone are so many bytes:
+# Gradients and values are compared on so many examples, in pairs; second derivatives are checked on one of each ONE_IN
+# examples, for less than the cost of a gradient of ten batches. On one alone, where its outputs are so many bytes:
 MOST_CHECKED, ONE_IN = 32, 80
 MANY_OUTPUT_BYTES = 2**22
+GROWTH, SAME_GROWTH = 0.01, 1e-3  # relative: of a loss that grows with its examples, and between two laws of growth
 
 T = TypeVar("T")
 
@@ -423,8 +423,7 @@ class Loss:
                 raise ValueError(f"batch_weights needs one number for each batch, got {len(given)} for {len(sizes)}")
             weights = given
         elif given is not None:
-            who = "batch {} is given".format
-            weights = [weight_of(given(batch), who(i)) for i, batch in enumerate(self._batches)]
+            weights = [weight_of(given(batch), i) for i, batch in enumerate(self._batches)]
         else:
             with self._passes.evaluating(grad=False):
                 batches = zip(sizes, self._batches, strict=True)
@@ -455,7 +454,8 @@ class Loss:
             raise ValueError(A_SUM)
         self._weigher, self._joins, self._sample = weigher, 1, []
         if not any(map(is_spread, self.params)):
-            self._sample = self._checked_examples(n, batch, 1 if weigher.output_bytes > MANY_OUTPUT_BYTES else 2)
+            is_large = weigher.output_bytes > MANY_OUTPUT_BYTES and not self.batch_statistics
+            self._sample = self._checked_examples(n, batch, *((1, 1) if is_large else (2, MOST_CHECKED)))
             room = budgets(self.device)[0] * n // max(self._check_one_function(batch, without), 1)
             size = min(JOINED, self.chunk_size or JOINED, room)
             may_join = self._given_weights is None and not self.batch_statistics and weigher.is_sure
@@ -473,40 +473,42 @@ class Loss:
                 values.append(float(self._passes.loss(together)))
         once, twice, thrice = values
         growth = twice - once
-        if not (all(map(math.isfinite, values)) and abs(growth) > 0.01 * abs(twice)):
+        if not (all(map(math.isfinite, values)) and abs(growth) > GROWTH * abs(twice)):
             return False
-        is_linear = math.isclose(growth, thrice - twice, rel_tol=1e-3)
-        return is_linear or (
-            min(values) > 0 and math.isclose(*(math.log(values[k - 1] / once, k) for k in (2, 3)), rel_tol=1e-3)
-        )
+        if math.isclose(growth, thrice - twice, rel_tol=SAME_GROWTH):
+            return True
+        if min(values) <= 0:
+            return False
+        return math.isclose(math.log(twice / once, 2), math.log(thrice / once, 3), rel_tol=SAME_GROWTH)
 
-    def _checked_examples(self, n: int, batch: Any, size: int) -> list[Any]:
-        """A few examples of all batches, for checks of derivatives; on more of them one function is checked at once."""
-        drawn = list(self._drawn(size))
-        for _, _, piece in joined(((0.0, k, piece) for k, piece in drawn), MOST_CHECKED):
+    def _checked_examples(self, n: int, batch: Any, size: int, most: int) -> list[Any]:
+        """A few examples of all batches, on which second derivatives are to be checked; of at most `most` of them, in
+        pieces of `size`, it is checked at once that the model computes one function."""
+        drawn = list(self._drawn(size, most))
+        for _, _, piece in joined(((0.0, k, piece) for k, piece in drawn), most):
             with self._passes.evaluating(grad=False):
-                self._check_one_function(piece, float(self._passes.loss(piece)))
-        every = -(-len(drawn) // max(sum(self._batches.sizes) // (ONE_IN * size), 1))
-        few = [piece for _, _, piece in joined(((0.0, *x) for x in drawn[every // 2 :: every]), MOST_CHECKED)]
+                without = float(self._passes.loss(piece))
+            self._check_one_function(piece, without)
+        number = max(sum(self._batches.sizes) // (ONE_IN * size), 1)
+        every = max(-(-len(drawn) // number), 1)
+        few = [piece for _, _, piece in joined(((0.0, k, piece) for k, piece in drawn[every // 2 :: every]), most)]
         with self._passes.evaluating(grad=False):  # where all labels are ignored, all derivatives are 0
             few = [piece for piece in few if 0 < abs(float(self._passes.loss(piece))) < math.inf]
         return few or [self._with_a_loss(divided(batch, n, size))[1]]
 
-    def _drawn(self, size: int) -> Iterator[tuple[int, Any]]:
-        """(examples, piece) of at most `size` of them, one from each of equal parts of all examples of this rank; of
-        batches that cannot be cut, the first one."""
+    def _drawn(self, size: int, most: int) -> Iterator[tuple[int, Any]]:
+        """(examples, piece) of at most `size` of them, one from each of equal parts of all examples of this rank; none
+        of batches that cannot be cut."""
         sizes, start = self._batches.sizes, 0
-        number = min(max(sum(sizes) // size, 1), MOST_CHECKED // size) if size > 1 else 1
+        number = min(max(sum(sizes) // size, 1), most // size)
         where = torch.arange(number) + rng.Stream(0).uniform_like(torch.empty(number, dtype=torch.float64))
         rows = (where * (sum(sizes) / number)).long().tolist()
         for n, batch in zip(sizes, self._batches.read(), strict=False):
             chosen = {min((row - start) // size, max(n // size, 1) - 1) for row in rows if start <= row < start + n}
-            if n <= size or len(divided(batch, n, -(-n // 2))) > 1:
+            if chosen and (n <= size or len(divided(batch, n, -(-n // 2))) > 1):
                 for i in sorted(chosen):
                     piece = part(batch, i * size, (i + 1) * size) if n > size else batch
                     yield min(n, size), tree_map(_copied, moved(piece, self.device))
-            elif not start:
-                yield n, moved(batch, self.device)
             start += n
 
     def _check_one_function(self, batch: Any, without: float) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam_optim.core.scalars import shown
 from sam_optim.loss.batches import tensors
 from sam_optim.loss.criterion import A_MEAN, Criterion, equal_to_rounding, gradient_of, shares
 
@@ -51,8 +52,8 @@ class Weigher:
         )  # a subclass may differ
         cross_entropy = function is nn.functional.cross_entropy or kind is nn.CrossEntropyLoss
         self._class_weights: Tensor | None = keywords.get("weight", getattr(criterion, "weight", None))
-        if isinstance(w := self._class_weights, Tensor) and not (bad := (w >= 0) & w.isfinite()).all():
-            i = int(bad.to(torch.int8).argmin())
+        if isinstance(w := self._class_weights, Tensor) and not (allowed := (w >= 0) & w.isfinite()).all():
+            i = int(allowed.to(torch.int8).argmin())
             raise ValueError(
                 f"class {i} has the weight {float(w[i]):.8g} in the criterion: weights must be finite and >= 0"
             )
@@ -218,20 +219,19 @@ def weights_of(given: Any) -> list[float]:
         raise ValueError(
             f"batch_weights must be numbers > 0, one for each batch, or a function of a batch, got {given!r}"
         )
-    return [weight_of(x, f"batch {i} is given") for i, x in enumerate(given)]
+    return [weight_of(x, i) for i, x in enumerate(given)]
 
 
-def weight_of(given: Any, who: str) -> float:
-    """A weight that the user gives. who: for errors, such as "batch 0 is given"."""
+def weight_of(given: Any, batch: int) -> float:
+    """The weight that the user gives to the batch of this number."""
     weight = math.nan
     if not isinstance(given, (str, bytes)):
         with suppress(TypeError, ValueError, RuntimeError):
             weight = float(given)
     if not 0 < weight < math.inf:
-        shown = " ".join(repr(given).split())[:80]
         raise ValueError(
-            f"batch_weights: {who} {shown}, and a weight must be a finite number > 0; leave out a batch that does not "
-            "count"
+            f"batch_weights: batch {batch} is given {shown(given)}, and a weight must be a finite number > 0; leave "
+            "out a batch that does not count"
         )
     return weight
 

@@ -272,7 +272,7 @@ class SharpnessMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, and changes nothing, if `state` is not what `state_dict` gives."""
         names = [name.removeprefix("_") for name in STATE]
-        if missing := [name for name in names if name not in state]:
+        if missing := [name for name in names if not isinstance(state, Mapping) or name not in state]:
             raise ValueError(
                 f"the state has no {', '.join(missing)}: give what state_dict() of a SharpnessMonitor returned"
             )

@@ -22,25 +22,27 @@ LARGEST = 1e10  # no weight of a trained network is larger; a damaged one easily
 @dataclass(frozen=True)
 class Weights:
     """state: name -> tensor, on the CPU. key: where in the file it was, "" for the file itself. averaged: whether
-    these are the averaged ones. others: the keys of other tensors by name that are in the file and were not taken."""
+    these are the averaged ones. not_taken: the keys of other tensors by name that are in the file."""
 
     state: dict[str, Tensor]
     key: str
     averaged: bool = False
-    others: tuple[str, ...] = ()
+    not_taken: tuple[str, ...] = ()
 
     @property
     def choice(self) -> str | None:
         """Which weights were taken, in words, where there was a choice."""
-        averaged = next((key for key in AVERAGED if key in self.others), None)
-        rest = ", ".join(repr(key) for key in self.others[:MANY] if key != averaged)
+        averaged = next((key for key in AVERAGED if key in self.not_taken), None)
+        rest = ", ".join(repr(key) for key in self.not_taken[:MANY] if key != averaged)
         words = [f"the weights {f'under {self.key!r}' if self.key else 'of the file'} are taken"]
         words[0] += ", the averaged ones" if self.averaged else ""
         words += [f"--ema takes the averaged ones under {averaged!r}"] if averaged else []
         words += (
-            [f"the file has others under {rest}{', ...' if len(self.others) > MANY else ''}: see --key"] if rest else []
+            [f"the file has others under {rest}{', ...' if len(self.not_taken) > MANY else ''}: see --key"]
+            if rest
+            else []
         )
-        return "; ".join(words) if self.averaged or self.others else None
+        return "; ".join(words) if self.averaged or self.not_taken else None
 
 
 def choose(content: Any, path: Path, ema: bool = False, key: str | None = None) -> Weights:
@@ -62,7 +64,7 @@ def choose(content: Any, path: Path, ema: bool = False, key: str | None = None) 
     if taken is not None:
         return Weights(sets[taken], taken, ema, tuple(k for k in sets if k != taken))
     if (state := _tensors(content)) is not None:
-        return Weights(state, "", others=tuple(sets))
+        return Weights(state, "", not_taken=tuple(sets))
     hint = f"--ema takes those under {averaged}" if averaged else f"--key NAME says where they are, or {REMEDY}"
     raise InputError(f"{path} has no weights under {', '.join(WEIGHTS)}; {has}; {hint}")
 

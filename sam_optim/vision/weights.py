@@ -94,17 +94,17 @@ def without_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict
             )
         if AVERAGED.search(best):
             raise InputError(f"only averaged weights are there, under {best}: --key {best.rstrip('.')} takes them")
-    others = tuple(_others(counts, wanted))
-    return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best) and not k.startswith(others)}
+    copies = tuple(_copies(counts, wanted))
+    return {k.removeprefix(best): v for k, v in plain.items() if k.startswith(best) and not k.startswith(copies)}
 
 
 def choice(state: Mapping[str, Tensor], wanted: Collection[str]) -> str | None:
     """Which of several models in a state `without_prefix` takes, in words; None where there is one."""
     counts = _prefixes([k.replace("_orig_mod.", "") for k in state], wanted)
     taken = next(iter(counts))
-    if not (others := _others(counts, wanted)):
+    if not (copies := _copies(counts, wanted)):
         return None
-    names = " and ".join(p.rstrip(".") for p in others)
+    names = " and ".join(p.rstrip(".") for p in copies)
     where = f"under {taken.rstrip('.')}" if taken else "without a prefix"
     return f"the weights {where} are taken; the same model is there under {names}, too: see --key"
 
@@ -117,7 +117,7 @@ def _prefixes(names: Collection[str], wanted: Collection[str]) -> dict[str, int]
     return dict(sorted(counts.items(), key=lambda x: (-x[1], bool(x[0]), bool(AVERAGED.search(x[0])), len(x[0]), x[0])))
 
 
-def _others(counts: Mapping[str, int], wanted: Collection[str]) -> list[str]:
+def _copies(counts: Mapping[str, int], wanted: Collection[str]) -> list[str]:
     """The prefixes of further copies of the model; those of its own parts, which may repeat each other, are none."""
     first, *rest = counts
     if 2 * counts[first] <= len(wanted):

@@ -256,11 +256,13 @@ def test_a_whole_step_waits_for_nothing(base, flags):
     optimizer = SAM.wrap(factory(model.parameters(), fused=True, **options), module=model, **flags)
     for i, (x, y) in enumerate(batches(5)):
         closure = closure_of(model, optimizer, x, y)
+        before = [p.detach().clone() for p in model.parameters()]
         torch.cuda.set_sync_debug_mode("error" if i == 4 else "default")
         try:
             optimizer.step(closure)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert any(not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))  # it was a step
 
 
 @pytest.mark.cuda

@@ -28,8 +28,7 @@ from sam_optim.optim.transaction import is_moved
 
 NAMES = ("lambda_max", "critical_sharpness", "worst_case")
 STATE = ("num_steps", "spent", "trained", "history", "_next", "_before", "_vector")  # what a checkpoint has
-TOL, FIRST_TOL = 0.03, 0.01  # of lambda_max, residuals: the error is about the square; from a random start
-STEP_TOL = 0.02  # of the critical step
+TOL, STEP_TOL = 0.005, 0.02  # of lambda_max: a bound of its error; of the critical step
 MOST_PRODUCTS, MOST_EVALUATIONS, NUM_STEPS = 40, 7, 2
 
 Measure = str | Callable[[Loss], Any]
@@ -236,9 +235,8 @@ class SharpnessMonitor:
         return name, lambda **_: _entry(name, measure(self.loss))
 
     def _lambda_max(self, **_: Any) -> dict[str, Any]:
-        tol = FIRST_TOL if self._vector is None else TOL
         spectrum = hessian_eigenvalues(
-            self.loss, tol=tol, max_products=MOST_PRODUCTS, start=self._vector, seed=self.num_steps
+            self.loss, tol=TOL, stop="value", max_products=MOST_PRODUCTS, start=self._vector, seed=self.num_steps
         )
         entry = _entry("lambda_max", spectrum)
         if spectrum.eigenvectors is not None and entry["lambda_max"] is not None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sam_optim.core.geometry import Ball
-from sam_optim.loss import MATRICES, Loss
+from sam_optim.loss import Loss
 from sam_optim.measures import gradient_noise_scale, hessian_eigenvalues, hessian_trace, worst_case_sharpness
 
 ULPS = 1e4 * torch.finfo(torch.float64).eps
@@ -467,25 +467,6 @@ def test_objects_and_lists_are_batches_of_examples():
     assert float(loss.value()) == pytest.approx((2 * values[0] + 4 * values[1]) / 6)
     assert not model.training
     assert not any(m.training for m in model.modules())
-
-
-def test_complex_weights_are_refused_and_sparse_gradients_are_not():
-    class Complex(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.ones(4, 3, dtype=torch.complex128))
-
-    with pytest.raises(ValueError, match="view_as_real"):
-        Loss(Complex(), nn.CrossEntropyLoss(), batches(mlp))
-    products = []
-    for sparse in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Embedding(9, 5, sparse=sparse), nn.Flatten(), nn.Linear(20, 3)).double()
-        loss = Loss(model, nn.CrossEntropyLoss(), [(torch.randint(9, (6, 4)), torch.randint(3, (6,)))])
-        products.append(flat(loss.gradient()))
-        products += [flat(loss._product(matrix, [torch.ones_like(p) for p in loss.params])) for matrix in MATRICES]
-    for a, b in zip(products[:5], products[5:], strict=True):  # by differences: embeddings have no double backward
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 def test_small_batches_are_computed_together():

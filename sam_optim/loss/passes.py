@@ -46,8 +46,12 @@ class Passes:
         self.params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no trainable parameters (requires_grad=True): nothing to measure")
-        if any(p.is_complex() for p in self.params):
-            raise ValueError("measures need real weights: store complex ones as torch.view_as_real(w)")
+        named = self.model.named_parameters()
+        if of_complex := next((name for name, p in named if p.requires_grad and p.is_complex()), None):
+            raise ValueError(
+                f"measures need real weights, and {of_complex!r} is complex: make torch.view_as_real of it the "
+                "parameter, and take torch.view_as_complex of that in forward"
+            )
         halves = any(p.dtype in HALF and not is_spread(p) for p in self.params)
         self.wide = torch.float32 if halves and not may_be_in_ddp() else None
         self._forward = forward or criteria.default_forward

@@ -145,3 +145,29 @@ def test_sick(here):
     argv += ["--label-column", "entailment_judgment", "--measures", "average", "--num-samples", 2]
     assert run("measure", "bert", *argv, "--json", "o.json")[0] == 0
     assert store.read(here / "o.json")[0]["data"]["examples"] == 32
+
+
+def test_texts_that_are_cut_are_counted(here):
+    """With the three tokens around them the pairs have 9, 9, 12 and 10."""
+    argv = ["measure", "bert", "--text", "t.tsv", *FLAGS, "--measures", "average", "--num-samples", 2]
+    argv.remove("--quiet")
+    for length, note in ((9, "2 of 4 texts are cut at 9 tokens (--max-length)"), (12, None)):
+        code, _, err = run(*argv, "--max-length", length)
+        assert code == 0, err
+        assert (note in err) if note else ("are cut" not in err)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (3, "--max-length 3 leaves nothing of a text: 3 tokens stand around it"),
+        (1000, "the model holds 512 tokens, and a text has 604: --max-length 512"),
+    ],
+)
+def test_lengths_that_no_text_can_have(here, length, message):
+    with (here / "t.tsv").open("a") as file:
+        file.write(f"9\t{'boy ' * 600}\ta\tNEUTRAL\n")
+    argv = ["measure", "bert", "--text", "t.tsv", *FLAGS, "--measures", "average", "--max-length", length]
+    code, out, err = run(*argv)
+    assert code == 1
+    assert message in out + err

@@ -41,7 +41,7 @@ class Losses:
     """The losses of a problem at its checkpoints.
 
     notes: what the reader should know of the data. is_training: whether the examples are said to be those of training.
-    choice: which weights of the last checkpoint were taken, if there was a choice.
+    choice: which weights of the last checkpoint were taken, if there was a choice, and what was left of its texts.
     """
 
     is_training = False

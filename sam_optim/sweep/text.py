@@ -70,6 +70,7 @@ class TextLosses(Losses):
         self._lines = [lines[i] for i in order[:count]]
         self.notes = [f"{count} of {len(lines)} lines of {problem.text}"]
         self._cached: tuple[str, Any, list[dict[str, Tensor]]] = ("", None, [])
+        self._num_cut = 0  # examples of the cached batches that are longer than max_length
 
     @property
     def about(self) -> dict[str, Any]:
@@ -104,6 +105,10 @@ class TextLosses(Losses):
             reason = one_line(error)[:200]
             raise InputError(f"{checkpoint.name} is not a text classifier of transformers: {reason}") from None
         model.load_state_dict(self.state(checkpoint, model), strict=False)
+        if self._num_cut:
+            limit = f"{self._problem.max_length} tokens (--max-length)"
+            cut = f"{self._num_cut} of {len(self._lines)} texts are cut at {limit}"
+            self.choice = "; ".join(filter(None, (self.choice, cut)))
         return self._loss(model, nn.CrossEntropyLoss(), self._here.share(batches))
 
     def state(self, checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
@@ -137,10 +142,21 @@ class TextLosses(Losses):
         numbers = self._numbers or {str(name): int(i) for name, i in (config.label2id or {}).items()}
         labels = class_numbers([line[problem.label_column] for line in self._lines], numbers, config.num_labels)
         options = {"padding": True, "truncation": True, "max_length": problem.max_length, "return_tensors": "pt"}
-        batches = []
+        around = tokenizer.num_special_tokens_to_add(pair=len(problem.text_columns) == 2)
+        if problem.max_length <= around:
+            raise InputError(
+                f"--max-length {problem.max_length} leaves nothing of a text: {around} tokens stand around it"
+            )
+        holds = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or problem.max_length)
+        batches, self._num_cut = [], 0
         for i in range(0, len(labels), problem.batch_size):
             lines = self._lines[i : i + problem.batch_size]
             texts = [[line[column] for line in lines] for column in problem.text_columns]
+            whole = tokenizer(*texts, verbose=False)["input_ids"]
+            self._num_cut += sum(len(tokens) > problem.max_length for tokens in whole)
+            longest = min(max(map(len, whole)), problem.max_length)
+            if longest > holds:
+                raise InputError(f"the model holds {holds} tokens, and a text has {longest}: --max-length {holds}")
             batches.append({**tokenizer(*texts, **options), "labels": labels[i : i + problem.batch_size]})
         return batches
 

@@ -10,7 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from sam_optim.loss import MATRICES, Loss
 from sam_optim.loss.differences import STEP
-from sam_optim.measures import hessian_eigenvalues, hessian_trace
+from sam_optim.measures import (
+    hessian_diagonal,
+    hessian_eigenvalues,
+    hessian_frobenius_norm,
+    hessian_trace,
+    spectral_density,
+)
 
 cross_entropy = nn.CrossEntropyLoss()
 
@@ -51,23 +57,53 @@ def test_a_model_without_double_backward_has_products_by_differences(dtype):
     assert hessian_trace(loss, num_probes=1000).value == pytest.approx(float(dense.trace()), rel=1e-4)
 
 
-def test_steps_do_not_reach_kinks_that_are_near_for_large_weights():
-    """hardswish(w x + b) + c, c = 100: its second derivative is 1/3 up to 3, and 0 beyond."""
+class Near(nn.Module):
+    """hardswish(w x + b) + c at x = 2, c = 100: its second derivative is 1/3 up to 3, and 0 beyond."""
 
-    class Near(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.tensor([1.0, 1.0 - 1e-5], dtype=torch.float64))
-            self.c = nn.Parameter(torch.tensor(100.0, dtype=torch.float64))
+    def __init__(self, gap):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 1.0 - gap], dtype=torch.float64))
+        self.c = nn.Parameter(torch.tensor(100.0, dtype=torch.float64))
 
-        def forward(self, x):
-            return nn.functional.hardswish(self.w[0] * x + self.w[1]) + self.c
+    def forward(self, x):
+        return nn.functional.hardswish(self.w[0] * x + self.w[1]) + self.c
 
+
+def near(gap, **how):
     data = [(torch.tensor([2.0], dtype=torch.float64), torch.zeros(1))]
-    loss = Loss(Near(), lambda outputs, _: outputs.mean(), data, differences=True)
-    result = hessian_eigenvalues(loss)
-    assert result.settings["products"] == "central differences"
-    assert float(result.eigenvalues[0]) == pytest.approx(5 / 3, rel=1e-5)  # |(x, 1)|^2 / 3
+    return Loss(Near(gap), lambda outputs, _: outputs.mean(), data, **how)
+
+
+@pytest.mark.parametrize("gap", [1e-5, 1e-7, 1e-8, -1e-8])
+def test_steps_do_not_reach_kinks_that_are_near(gap):
+    """The step is 1e-6 long; at a gap below 0 the function is linear."""
+    loss = near(gap, differences=True)
+    assert loss.settings()["products"] == "central differences"
+    v = [torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)]
+    expected = torch.tensor([10.0, 5.0, 0.0], dtype=torch.float64) / 3 if gap > 0 else torch.zeros(3)  # 5 / 3 v
+    torch.testing.assert_close(flat(loss.hessian_product(v)), expected.double(), rtol=1e-4, atol=1e-5)
+    if gap > 0:
+        result = hessian_eigenvalues(loss)
+        assert float(result.eigenvalues[0]) == pytest.approx(5 / 3, rel=1e-4)  # |(x, 1)|^2 / 3
+        assert result.converged
+
+
+OF_PRODUCTS = [hessian_eigenvalues, hessian_trace, hessian_frobenius_norm, hessian_diagonal, spectral_density]
+
+
+@pytest.mark.parametrize("measure", OF_PRODUCTS)
+def test_where_weights_lie_on_a_kink_there_is_no_second_derivative(measure):
+    result = measure(near(0.0, differences=True))
+    assert not result.converged
+    assert "on a kink" in result.reason
+    assert result.settings["product_error"] > 0.4
+    assert measure(near(1e-5, differences=True)).converged
+
+
+def test_a_kink_near_the_weights_is_not_called_a_wrong_derivative():
+    result = hessian_eigenvalues(near(1e-8))
+    assert "products" not in result.settings
+    assert float(result.eigenvalues[0]) == pytest.approx(5 / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("matrix", MATRICES)

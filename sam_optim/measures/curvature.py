@@ -21,6 +21,7 @@ from sam_optim.measures.shared import (
     check_vector,
     checked,
     dot,
+    doubt_about_products,
     flat,
     flat_product,
     other_seed,
@@ -129,17 +130,20 @@ def hessian_eigenvalues(
         errors = errors.maximum((redrawn - ritz.values[chosen]).square().mean(0).sqrt())
     if wrong := record.get("product_error"):  # of central differences
         errors = errors.maximum(wrong * ritz.values[chosen].abs())
-    why = f"{stop}s above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
+    why = None
+    if not converged:
+        why = f"{stop}s above tol after {lanczos.size} of at most {limit} products: raise max_products or tol"
+    why = doubt_about_products(record) or why
     return Spectrum(
         ritz.values[chosen],
         residuals=ritz.bounds[chosen],
         errors=errors,
         eigenvectors=[unflat(_signed(x), loss.params) for x in vectors],
-        converged=converged,
+        converged=why is None,
         num_products=lanczos.size + redrawn.numel(),
         settings=record,
         provenance=provenance(),
-        reason=None if converged else why,
+        reason=why,
     )
 
 

@@ -18,6 +18,7 @@ from sam_optim.measures.shared import (
     Progress,
     Ticks,
     checked,
+    doubt_about_products,
     flat,
     flat_product,
     other_seed,
@@ -118,19 +119,21 @@ def spectral_density(
     probes = list(zip(nodes, weights, strict=True))
     density, stderr = _over_probes([_smooth(grid, x, p, width) for x, p in probes])
     moments, moment_stderr = _over_probes([torch.stack([(p * x**m).sum() for m in range(1, 5)]) for x, p in probes])
-    converged = bool((residuals[ends] <= width).all())
     few = "one probe has no standard error: raise num_probes" if num_probes == 1 else None
+    why = doubt_about_products(record)
+    if not (residuals[ends] <= width).all():
+        why = why or "the ends of the spectrum are not known to the width: raise num_lanczos"
     return Spectrum(
         values[ends],
         residuals=residuals[ends],
         grid=grid,
         density=density,
         stderr=stderr,
-        converged=converged,
+        converged=why is None,
         num_products=num_products,
         settings=record,
         provenance=provenance(),
-        reason=few if converged else "the ends of the spectrum are not known to the width: raise num_lanczos",
+        reason=why or few,
         details={
             "width": width,
             "moments": moments.tolist(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from itertools import count
@@ -19,6 +19,7 @@ from sam_optim.core.random import Stream
 from sam_optim.core.results import Estimate, mean_over_batches, plain, provenance, student_quantile
 from sam_optim.core.scalars import real, shown, whole
 from sam_optim.loss import SAMPLED, Loss
+from sam_optim.loss.differences import TOLERANCE
 
 Product = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
@@ -184,6 +185,14 @@ def why_not_finite(loss: Loss, what: str = "a derivative of it") -> str:
         if not math.isfinite(value):
             return f"the loss{f' of batch {i} of {len(values)}' if len(values) > 1 else ''} is {value} at the weights"
     return f"the loss is {float(loss.value()):.4g} at the weights, and {what} is not finite"
+
+
+def doubt_about_products(record: Mapping[str, Any]) -> str | None:
+    """Why a result with these settings is not to be believed, if its products were central differences."""
+    wrong = record.get("product_error")
+    if wrong is None or wrong <= TOLERANCE:
+        return None
+    return f"products by central differences are off by up to {wrong:.1e} of their size, as where w is on a kink"
 
 
 def estimate(

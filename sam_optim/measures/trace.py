@@ -20,6 +20,7 @@ from sam_optim.measures.shared import (
     Ticks,
     checked,
     dot,
+    doubt_about_products,
     estimate,
     flat,
     flat_product,
@@ -99,17 +100,18 @@ def hessian_trace(
             value = math.fsum(diagonal)
             stderr = torch.finfo(like.dtype).eps * math.fsum(abs(x) for x in diagonal)
     settled = tol is None or not values or not math.isfinite(value) or _settled(values, tol)
+    options = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "tol": tol, "seed": seed, "method": method}
+    record = settings("hessian_trace", loss, **options)
+    why = doubt_about_products(record) or (None if settled else _unsettled(num_samples))
     return estimate(
         loss,
         value,
         stderr,
         num_samples=num_samples,
-        converged=settled,
-        reason=None if settled else _unsettled(num_samples),
+        converged=why is None,
+        reason=why,
         details={"probes": values, "num_products": num_samples + part.size, "num_deflated": part.size},
-        settings=settings(
-            "hessian_trace", loss, ball=ball, matrix=matrix, num_probes=num_probes, tol=tol, seed=seed, method=method
-        ),
+        settings=record,
     )
 
 
@@ -171,13 +173,18 @@ def hessian_frobenius_norm(
             square, error = mean_and_stderr(squares)
             error = math.hypot(error, 4 * epsilon * part.squares)
     value = math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
+    options = {"ball": ball, "matrix": matrix, "num_probes": num_probes, "seed": seed}
+    record = settings("hessian_frobenius_norm", loss, **options)
+    why = doubt_about_products(record)
     return estimate(
         loss,
         value,
         error / (2 * value) if value else error**0.5,
         num_samples=num,
+        converged=why is None,
+        reason=why,
         details={"square": square, "square_stderr": error, "num_products": num_products, "num_deflated": size},
-        settings=settings("hessian_frobenius_norm", loss, ball=ball, matrix=matrix, num_probes=num_probes, seed=seed),
+        settings=record,
     )
 
 
@@ -230,17 +237,20 @@ def hessian_diagonal(
                 mean += step / (i + 1)
                 squares += step * (x - mean)
             mean += part.diagonal(like)
-    finite = bool(torch.isfinite(mean).all())
+    record = settings("hessian_diagonal", loss, ball=ball, matrix=matrix, num_probes=num_probes, seed=seed)
+    why = doubt_about_products(record)
+    if not torch.isfinite(mean).all():
+        why = why_not_finite(loss, "a product with its curvature")
     stderr = torch.where(torch.isfinite(mean), (squares / (num * max(num - 1, 1))).sqrt(), math.nan)
     return Diagonal(
         unflat(mean, loss.params),
         unflat(stderr, loss.params),
         num_samples=num,
-        converged=finite,
-        settings=settings("hessian_diagonal", loss, ball=ball, matrix=matrix, num_probes=num_probes, seed=seed),
+        converged=why is None,
+        settings=record,
         provenance=provenance(),
         details={"num_products": size + num, "num_deflated": size},
-        reason=None if finite else why_not_finite(loss, "a product with its curvature"),
+        reason=why,
     )
 
 

@@ -171,3 +171,31 @@ def test_lengths_that_no_text_can_have(here, length, message):
     code, out, err = run(*argv)
     assert code == 1
     assert message in out + err
+
+
+def test_the_language_model_of_the_page(here):
+    """`lm.py` word for word, with a tokenizer that brings token_type_ids: GPT-2 would add them as embeddings."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "measures" / "command.md"
+    code = page.read_text().split("```text\nfrom transformers")[1].split("```")[0]
+    (here / "lm.py").write_text("from transformers" + code)
+    texts = [a for a, _, _ in PAIRS] + [b for _, b, _ in PAIRS] * 3  # 16 in all, and a second batch below
+    (here / "texts.txt").write_text("\n".join([*texts, "the girl sleeps"]) + "\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("bert")
+    special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=18, n_positions=16, n_embd=8, n_layer=1, n_head=2, **special)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained("gpt2")
+    tokenizer.save_pretrained("gpt2")
+    argv = ["measure", "gpt2", "--target", "lm:problem", "--measures", "average", "--num-samples", 2, "--quiet"]
+    code, _, err = run(*argv, "--json", "o.json")
+    assert code == 0, err
+    total = count = 0.0
+    for text in [*texts, "the girl sleeps"]:  # one by one, without padding
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(tokens).logits[0, :-1]
+        total += float(nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        count += len(logits)
+    assert store.read(here / "o.json")[0]["quality"]["loss"] == pytest.approx(total / count, rel=1e-5)

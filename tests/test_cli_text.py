@@ -180,7 +180,8 @@ def test_the_language_model_of_the_page(here):
     (here / "lm.py").write_text("from transformers" + code)
     texts = [a for a, _, _ in PAIRS] + [b for _, b, _ in PAIRS] * 3  # 16 in all, and a second batch below
     (here / "texts.txt").write_text("\n".join([*texts, "the girl sleeps"]) + "\n")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("bert")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained("bert", model_input_names=names)
     special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     config = transformers.GPT2Config(vocab_size=18, n_positions=16, n_embd=8, n_layer=1, n_head=2, **special)
     with torch.random.fork_rng():
@@ -188,6 +189,7 @@ def test_the_language_model_of_the_page(here):
         model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained("gpt2")
     tokenizer.save_pretrained("gpt2")
+    assert "token_type_ids" in transformers.AutoTokenizer.from_pretrained("gpt2")("a boy")
     argv = ["measure", "gpt2", "--target", "lm:problem", "--measures", "average", "--num-samples", 2, "--quiet"]
     code, _, err = run(*argv, "--json", "o.json")
     assert code == 0, err

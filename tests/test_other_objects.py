@@ -203,8 +203,8 @@ class Detector(nn.Module):
             return [{"boxes": b[None], "scores": s.softmax(0)} for b, s in zip(boxes, scores, strict=True)]
         assert targets is not None
         wanted = torch.stack([t["boxes"].mean(0) for t in targets])
-        found = torch.stack([t["labels"][0] for t in targets])
-        return {"loss_box": (boxes - wanted).square().mean(), "loss_class": F.cross_entropy(scores, found)}
+        classes = torch.stack([t["labels"][0] for t in targets])
+        return {"loss_box": (boxes - wanted).square().mean(), "loss_class": F.cross_entropy(scores, classes)}
 
 
 def test_detection_by_the_forward_that_the_error_names():

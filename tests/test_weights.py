@@ -433,19 +433,7 @@ class OfGraphs(nn.Module):
         return self.inner(data.x)
 
 
-class Detector(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(3, 1).double()
-
-    def forward(self, images, targets=None):
-        assert self.training == (targets is not None)
-        means = torch.stack([image.mean(dim=(1, 2)) for image in images])
-        wanted = torch.stack([target["boxes"].mean() for target in targets])
-        return {"box": (self.inner(means)[:, 0] - wanted).square().mean(), "size": self.inner.weight.square().mean()}
-
-
-def test_objects_and_lists_are_batches_of_examples():
+def test_objects_are_batches_of_examples():
     data = batches(mlp)
     graphs = Loss(OfGraphs(), nn.CrossEntropyLoss(), [Graphs(x, y) for x, y in data])
     expected = Loss(network(mlp), nn.CrossEntropyLoss(), data)
@@ -453,20 +441,6 @@ def test_objects_and_lists_are_batches_of_examples():
     torch.testing.assert_close(graphs.value(), expected.value(), rtol=ULPS, atol=ULPS)
     other = Loss(OfGraphs(), nn.CrossEntropyLoss(), [Graphs(x + 1e-9, y) for x, y in data])
     assert other.settings()["data"] != graphs.settings()["data"]
-    images = [[torch.rand(3, 4 + i, 5).double() for i in range(n)] for n in (2, 4)]
-    targets = [[{"boxes": torch.rand(k + 1, 4).double()} for k in range(n)] for n in (2, 4)]
-    pairs = list(zip(images, targets, strict=True))
-    model = Detector().eval()
-    with pytest.raises(ValueError, match=r"pass forward=lambda model, batch: .*criterion=lambda losses, _") as raised:
-        Loss(model, None, pairs).value()
-    forward, criterion = str(raised.value).split("forward=")[1].split(" and criterion=")
-    loss = Loss(model, eval(criterion), pairs, forward=eval(forward))
-    assert loss.batch_sizes == (2, 4)
-    values = [sum(x.item() for x in model.train()(*pair).values()) for pair in pairs]
-    model.eval()
-    assert float(loss.value()) == pytest.approx((2 * values[0] + 4 * values[1]) / 6)
-    assert not model.training
-    assert not any(m.training for m in model.modules())
 
 
 def test_small_batches_are_computed_together():

@@ -62,8 +62,7 @@ class Differences:
         return product
 
     def with_step(self, v: Vector, h: float) -> list[Tensor]:
-        ahead, behind = self._sides(v, h)
-        return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+        return _quotient(*self._sides(v, h), h)
 
     def _with_gap(self, v: Vector, h: float) -> tuple[list[Tensor], float]:
         """The product, and how far the differences to g(w) on the two sides are apart."""
@@ -71,10 +70,14 @@ class Differences:
             self._at_w = self._gradient_at([torch.zeros_like(x) for x in v])
         ahead, behind = self._sides(v, h)
         bend = [a + b - 2 * g for a, b, g in zip(ahead, behind, self._at_w, strict=True)]
-        return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)], _norm(bend) / h
+        return _quotient(ahead, behind, h), _norm(bend) / h
 
     def _sides(self, v: Vector, h: float) -> tuple[Vector, Vector]:
         return self._gradient_at([h * x for x in v]), self._gradient_at([-h * x for x in v])
+
+
+def _quotient(ahead: Vector, behind: Vector, h: float) -> list[Tensor]:
+    return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
 
 
 def step(params: Vector, v: Vector) -> float:

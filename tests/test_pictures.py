@@ -94,8 +94,13 @@ def test_what_is_not_finite_is_above_the_scale():
 def test_a_flat_plane_and_a_negative_one_are_drawn():
     for losses in (torch.zeros(3, 3), torch.full((3, 3), -2.0), -plane().losses[:3, :3]):
         landscape = Landscape((axis(3), axis(3)), losses.double())
-        contour_picture(landscape)
-        surface_picture(landscape)
+        low, high = losses.min().item(), losses.max().item()
+        colors = contour_picture(landscape).axes[0].collections[0].get_clim()
+        heights = surface_picture(landscape).axes[0].get_zlim()
+        for bottom, top in (colors, heights):
+            assert bottom < top
+            assert bottom <= low
+            assert high <= top
 
 
 def test_a_band_goes_from_the_lowest_to_the_highest_direction():
